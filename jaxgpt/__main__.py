@@ -1,0 +1,32 @@
+"""`jaxgpt VERB ...` is `python -m jaxgpt.VERB ...`."""
+
+import importlib
+import sys
+
+from jaxgpt import __version__
+
+VERBS = {
+    "prepare": "text -> cleaned, tokenized dataset",
+    "train": "pretrain, continue or fine-tune",
+    "sample": "text from a prompt",
+}
+
+
+def main() -> int:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in VERBS:
+        return importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
+    if verb == "--version":
+        print(__version__)
+        return 0
+    listed = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
+    usage = f"usage: jaxgpt VERB [options]\n\n{listed}\n\njaxgpt VERB --help tells a verb's options."
+    if verb in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"error: there is no verb {verb!r}\n{usage}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

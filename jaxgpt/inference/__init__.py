@@ -1,0 +1,1 @@
+"""What comes next? Sampling rules and the jitted decoding loop."""

@@ -1,0 +1,258 @@
+"""GPT-2 (Radford et al. 2019) in Flax NNX: learned positions, pre-norm blocks, biases, tanh-GELU, tied head.
+
+The parameters of all layers are stacked on a leading layer axis, under GPT-2's own names. `nnx.split` takes
+the model apart once; training and decoding are plain functions of the parameter tree (`Apply` below).
+
+Axes in names: B batch, T position, D width, N heads, H head size, F = 4 D, V vocabulary (padded), L layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.model.attention import KVCache, attend, dropout
+
+LAYER_NORM_EPSILON = 1e-5  # GPT-2's published hyper-parameter (layer_norm_epsilon in its config.json)
+VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
+
+# Initial values, as in the paper (section 2.3) and OpenAI's code: the one place where they are decided.
+#   matrices, token and position embeddings   normal, standard deviation 0.02
+#   matrices that write to the residual       the same over sqrt(2 L), L blocks with two writes each
+#   biases                                    0
+#   LayerNorm gains                           1
+INIT_STD = 0.02
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """The vocabulary rounded up to a multiple of 128. The added rows are zero and never leave this package."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis. Statistics in float32: a bfloat16 mean of 768 values keeps 2-3 digits."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...]):
+        self.scale = nnx.Param(jnp.ones(shape), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x32 = x_BTD.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        centred = x32 - mean
+        variance = (centred * centred).mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+        scale_11D, bias_11D = self.scale[...][None, None], self.bias[...][None, None]
+        return (normal * scale_11D + bias_11D).astype(x_BTD.dtype)
+
+
+class Linear(nnx.Module):
+    """Kernel and bias of every layer, stacked; called inside the layer loop with one layer's slice.
+
+    `equation` is the einsum of one layer, e.g. "BTD,DF->BTF"; the bias has the axes that only the output has.
+    """
+
+    def __init__(self, equation: str, layers: int, sizes: dict, axes: dict, std: float, rngs: nnx.Rngs):
+        inputs, kernel, out = equation.replace("->", ",").split(",")
+        bias = [axis for axis in kernel if axis in out]
+        shape = (layers, *(sizes[axis] for axis in kernel))
+        self.equation = equation
+        self.kernel = nnx.Param(
+            std * jax.random.normal(rngs.params(), shape), axes=("layers", *(axes[axis] for axis in kernel))
+        )
+        self.bias = nnx.Param(
+            jnp.zeros((layers, *(sizes[axis] for axis in bias))), axes=("layers", *(axes[axis] for axis in bias))
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Parameters are float32; the matmul runs in the activations' type (bfloat16 on an accelerator).
+        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        return jnp.einsum(self.equation, x, kernel) + bias[None, None]
+
+
+# What each letter of an einsum means to `parallel/sharding.py`, which lays these names on the mesh.
+AXES = {"D": "embed", "C": None, "N": "heads", "H": "head_size", "F": "mlp"}
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        sizes = dict(D=config.n_embd, C=3, N=config.n_head, H=config.n_embd // config.n_head)
+        layers, residual_std = config.n_layer, INIT_STD * (2 * config.n_layer) ** -0.5
+        self.c_attn = Linear("BTD,DCNH->BTCNH", layers, sizes, AXES, INIT_STD, rngs)  # C: query, key, value
+        self.c_proj = Linear("BTNH,NHD->BTD", layers, sizes, AXES, residual_std, rngs)
+        self.dropout = config.dropout
+
+    def __call__(self, x_BTD, segments_BT, cached, dropout_key):
+        """`cached` is None or this layer's (keys_BSNH, values_BSNH, length). Returns output and new keys, values."""
+        qkv_BTCNH = self.c_attn(x_BTD)
+        q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, i] for i in range(3))
+        first_query = 0
+        if cached is not None:
+            keys, values, first_query = cached
+            k_BTNH = jax.lax.dynamic_update_slice_in_dim(keys, k_BTNH.astype(keys.dtype), first_query, axis=1)
+            v_BTNH = jax.lax.dynamic_update_slice_in_dim(values, v_BTNH.astype(keys.dtype), first_query, axis=1)
+        out_BTNH = attend(
+            q_BTNH,
+            k_BTNH,
+            v_BTNH,
+            first_query=first_query,
+            segments_BT=segments_BT,
+            dropout_rate=self.dropout,
+            dropout_key=dropout_key,
+        )
+        return self.c_proj(out_BTNH), (k_BTNH, v_BTNH)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        sizes = dict(D=config.n_embd, F=4 * config.n_embd)
+        layers, residual_std = config.n_layer, INIT_STD * (2 * config.n_layer) ** -0.5
+        self.c_fc = Linear("BTD,DF->BTF", layers, sizes, AXES, INIT_STD, rngs)
+        self.c_proj = Linear("BTF,FD->BTD", layers, sizes, AXES, residual_std, rngs)
+
+    def __call__(self, x_BTD):
+        return self.c_proj(jax.nn.gelu(self.c_fc(x_BTD), approximate=True))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape, axes = (config.n_layer, config.n_embd), ("layers", "norm")
+        self.ln_1 = LayerNorm(shape, axes)
+        self.attn = Attention(config, rngs)
+        self.ln_2 = LayerNorm(shape, axes)
+        self.mlp = MLP(config, rngs)
+        self.dropout = config.dropout
+
+    def __call__(self, x_BTD, segments_BT=None, cached=None, dropout_key=None):
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        attention_BTD, cached = self.attn(self.ln_1(x_BTD), segments_BT, cached, keys[0])
+        x_BTD += dropout(attention_BTD, self.dropout, keys[1])
+        x_BTD += dropout(self.mlp(self.ln_2(x_BTD)), self.dropout, keys[2])
+        return x_BTD, cached
+
+
+class GPT2(nnx.Module):
+    """The whole network. `__call__` gives logits; training uses `hidden` and the tied embedding (see loss.py)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+        self.config = config
+        self.vocab_size = vocab_size
+        rows = padded_vocab(vocab_size)
+        wte_VD = INIT_STD * jax.random.normal(rngs.params(), (rows, config.n_embd))
+        wte_VD = jnp.where(jnp.arange(rows)[:, None] < vocab_size, wte_VD, 0.0)
+        wpe_TD = INIT_STD * jax.random.normal(rngs.params(), (config.n_positions, config.n_embd))
+        self.wte = nnx.Param(wte_VD, axes=("vocab", "embed"))
+        self.wpe = nnx.Param(wpe_TD, axes=("positions", "embed"))
+        self.blocks = Block(config, rngs)
+        self.ln_f = LayerNorm((config.n_embd,), ("norm",))
+
+    def __call__(self, tokens_BT, *, segments_BT=None, cache: KVCache | None = None):
+        """Logits (B, T, vocab_size) in float32; with a cache, (logits, the cache with these tokens added)."""
+        hidden_BTD, cache_out = self.hidden(tokens_BT, segments_BT=segments_BT, cache=cache)
+        logits_BTV = self.logits(hidden_BTD)
+        return logits_BTV if cache is None else (logits_BTV, cache_out)
+
+    def hidden(
+        self,
+        tokens_BT,
+        *,
+        segments_BT=None,
+        cache: KVCache | None = None,
+        dropout_key=None,
+        gather_block=lambda block: block,
+    ):
+        """The last LayerNorm's output (B, T, D) and the updated cache. A dropout key turns dropout on.
+
+        `gather_block` is called inside each layer with that layer's parameters, and returns those to use:
+        where they are split over devices, this is the place to bring them together (and again in the
+        backward pass, under remat).
+        """
+        first = 0 if cache is None else cache.length
+        positions_T = first + jnp.arange(tokens_BT.shape[1])
+        # The sum of the embeddings is rounded once, to the compute type.
+        x_BTD = self.wte[...][tokens_BT] + self.wpe[...][positions_T][None]
+        x_BTD = x_BTD.astype(self.config.dtype)
+        if dropout_key is not None:
+            x_BTD = dropout(x_BTD, self.config.dropout, jax.random.fold_in(dropout_key, self.config.n_layer))
+        if cache is None:
+            x_BTD = self._train_layers(x_BTD, segments_BT, dropout_key, gather_block)
+        else:
+            x_BTD, cache = self._decode_layers(x_BTD, cache)
+        return self.ln_f(x_BTD), cache
+
+    def logits(self, hidden_BTD):
+        """Tied head, the padding cut off; float32 because sampling and losses compare logits closely."""
+        wte_VD = self.wte[...].astype(hidden_BTD.dtype)
+        logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, wte_VD, preferred_element_type=jnp.float32)
+        return logits[..., : self.vocab_size]
+
+    def _stacked_blocks(self):
+        """(graph of one block, nested dict of the stacked parameters of all of them)."""
+        graph, state = nnx.split(self.blocks)
+        return graph, nnx.to_pure_dict(state)
+
+    def _train_layers(self, x_BTD, segments_BT, dropout_key, gather_block):
+        graph, stacked = self._stacked_blocks()
+
+        def layer(x_BTD, block, index):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout_key=key)[0]
+
+        layer = _remat(layer, self.config)
+        if self.config.scan_layers:
+            indices_L = jnp.arange(self.config.n_layer)
+            return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, indices_L))[0]
+        for index in range(self.config.n_layer):
+            x_BTD = layer(x_BTD, jax.tree.map(lambda p: p[index], stacked), index)
+        return x_BTD
+
+    def _decode_layers(self, x_BTD, cache: KVCache):
+        graph, stacked = self._stacked_blocks()
+        updated = []
+        # Always unrolled: under scan the cache would be copied at every layer (twice as slow on CPU).
+        for index in range(self.config.n_layer):
+            block = nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
+            cached = (cache.keys[index], cache.values[index], cache.length)
+            x_BTD, layer_cache = block(x_BTD, cached=cached)
+            updated.append(layer_cache)
+        keys, values = zip(*updated)
+        return x_BTD, KVCache(keys, values, cache.length + x_BTD.shape[1])
+
+
+def _remat(layer, config: ModelConfig):
+    """Wrap one layer so that the backward pass recomputes what `config.remat` says."""
+    if config.remat == "none":
+        return layer
+    # "dots" keeps the outputs of the projections; attention's scores (with batch axes) are recomputed.
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else policies.nothing_saveable
+    # Inside scan the loop already keeps XLA from merging the recomputation with the first computation.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_model(config: ModelConfig, vocab_size: int):
+    """(graph, shapes, logical axes): the model taken apart without computing anything.
+
+    `shapes` and `axes` are trees like the parameters, of ShapeDtypeStruct and of tuples of axis names.
+    """
+    model = nnx.eval_shape(lambda: GPT2(config, vocab_size, nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    is_param = lambda leaf: isinstance(leaf, nnx.Variable)
+    axes = jax.tree.map(lambda param: param.get_metadata()["axes"], state, is_leaf=is_param)
+    return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
+    """Fresh parameters: nested dicts of float32 arrays, e.g. params["blocks"]["attn"]["c_attn"]["kernel"]."""
+    return nnx.to_pure_dict(nnx.state(GPT2(config, vocab_size, nnx.Rngs(key))))
+
+
+def bind(config: ModelConfig, vocab_size: int, params: dict) -> GPT2:
+    """The network with these parameters: cheap, made anew inside each traced function."""
+    graph, _, _ = abstract_model(config, vocab_size)
+    return nnx.merge(graph, params)

@@ -1,0 +1,199 @@
+"""Pretrain, continue or fine-tune: `python -m jaxgpt.train --config configs/quickstart.toml`.
+
+From text to samples in one command: the dataset is prepared when it is not there, the run resumes by itself
+when its folder holds a checkpoint, and ends with an evaluation, a sample of text and report.html.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from jaxgpt import cli
+from jaxgpt.config import Config, to_json
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser("train", __doc__)
+    parser.add_argument("--workdir", metavar="DIR", type=Path, help="run folder [default runs/NAME of the config]")
+    cli.add_config_arguments(parser)
+    arguments = parser.parse_args(argv)
+    config = cli.config_from(arguments)
+    train(config, arguments.workdir or Path("runs") / Path(arguments.config).stem)
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Start or resume the run of `config` in `workdir`. What is wrong with the input is found in steps 1 to 4."""
+    import jax
+
+    from jaxgpt.data import rows
+    from jaxgpt.data.pipeline import windows_per_epoch
+    from jaxgpt.parallel.mesh import batch_shards, build_mesh
+    from jaxgpt.training import resume
+    from jaxgpt.training.checkpoint import Checkpoints
+    from jaxgpt.training.loop import Run, fit
+    from jaxgpt.training.metrics import MetricLog
+    from jaxgpt.training.step import build_program, resolve_batch
+
+    # 1. The run folder belongs to this experiment, or to none; the weights to start from are there.
+    resume.check_workdir(config, workdir)
+    weights = resume.weights_to_start_from(config)
+
+    # 2. Devices and their mesh; with them, the batch.
+    mesh = build_mesh(config.mesh)
+    config = resolve_batch(config, batch_shards(mesh))
+
+    # 3. The data, prepared now if it is not there; with it, the number of steps.
+    dataset = rows.open_dataset(rows.prepare(config))
+    config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
+    resume.check_workdir(config, workdir)
+    resume.check_tokenizer(config, weights, dataset)
+
+    # 4. The program, laid on the mesh.
+    program = build_program(config, dataset.vocab_size, mesh)
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        start_run_folder(workdir, config, dataset)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    resume.check_data(checkpoints, dataset)
+
+    # 5. The state: this run's latest checkpoint, else init.from_checkpoint's weights, else fresh ones.
+    state, start_step = resume.initial_state(program, checkpoints, weights)
+    print_header(config, dataset, mesh, workdir, start_step)
+
+    # 6. The loop, and the report of how it went, however it ended.
+    started, status = time.time(), "failed"
+    with MetricLog(workdir, config.log, config.train.max_steps, start_step, is_writer) as log:
+        run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sampler(config, dataset))
+        try:
+            fit(run, state, start_step)
+            status = "finished"
+        except cli.Interrupted:
+            status = "interrupted"
+            raise
+        finally:
+            best_step = checkpoints.best_step()
+            checkpoints.close()
+            if is_writer:
+                write_report(run, status, time.time() - started)
+    if is_writer:
+        print_footer(workdir, best_step)
+
+
+def resolve_steps(config: Config, windows: int) -> Config:
+    """`config` with block_size and max_steps filled in: num_train_epochs passes over `windows` windows."""
+    steps = config.train.max_steps
+    if steps is None:
+        steps = max(round(config.train.num_train_epochs * windows / config.train.global_batch_size), 1)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, block_size=config.block_size),
+        train=dataclasses.replace(config.train, max_steps=steps),
+    )
+
+
+def start_run_folder(workdir: Path, config: Config, dataset) -> None:
+    from jaxgpt.data.tokenizer import load_tokenizer
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "config.json", to_json(config))
+    load_tokenizer(dataset.path / "tokenizer").save(workdir / "tokenizer")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def sampler(config: Config, dataset):
+    """A function that has the model continue eval.sample_prompt, or None when samples are off."""
+    if not config.eval.sample_tokens:
+        return None
+    from jaxgpt.data.tokenizer import load_tokenizer
+    from jaxgpt.inference.decode import generate
+    from jaxgpt.inference.sampling import SamplingOptions
+
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    prompt = tokenizer.encode(config.eval.sample_prompt)
+    room = config.model.n_positions - max(len(prompt), 1)
+    options = SamplingOptions(
+        max_new_tokens=min(config.eval.sample_tokens, room), temperature=0.8, top_k=50, seed=config.train.seed
+    )
+
+    def sample(params) -> str:
+        arguments = (config.model, dataset.vocab_size, params, prompt, options, tokenizer.end_of_text)
+        return config.eval.sample_prompt + tokenizer.decode(generate(*arguments)[0])
+
+    return sample
+
+
+def print_header(config: Config, dataset, mesh, workdir: Path, start_step: int) -> None:
+    from jaxgpt.model.sizes import parameter_count
+
+    model, train = config.model, config.train
+    parameters = parameter_count(model, dataset.vocab_size)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    devices = mesh.devices.flatten()
+    print(
+        f"model    {parameters / 1e6:.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, width "
+        f"{model.n_embd}, {model.dtype}\n"
+        f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens, "
+        f"vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
+        f"devices  {devices.size} x {devices[0].device_kind} ({shape})\n"
+        f"batch    {train.global_batch_size} sequences of {config.block_size} tokens, "
+        f"{train.gradient_accumulation_steps} micro-batches; {train.max_steps:,} steps\n"
+        f"run      {workdir}, " + (f"resumed after step {start_step}" if start_step else "from step 0"),
+        flush=True,
+    )
+
+
+def write_report(run, status: str, seconds: float) -> None:
+    """summary.json and report.html: what ran, on what, and how it ended."""
+    from jaxgpt.model.sizes import parameter_count
+    from jaxgpt.training import report
+
+    config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
+    packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+    summary = {
+        "status": status,
+        "seconds": round(seconds, 1),
+        "parameters": parameter_count(config.model, dataset.vocab_size),
+        "tokens_per_step": config.train.global_batch_size * config.block_size,
+        "device": devices[0].device_kind,
+        "devices": int(devices.size),
+        "mesh": dict(run.mesh.shape),
+        "data": {
+            "path": str(dataset.path),
+            "fingerprint": dataset.fingerprint,
+            "training_tokens": dataset.train.num_tokens,
+            "validation_tokens": dataset.validation.num_tokens,
+            "vocabulary": dataset.vocab_size,
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+    write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2))
+    if (run.workdir / "metrics.jsonl").exists():  # a run that failed in its first step has none
+        report.write_report(run.workdir)
+
+
+def print_footer(workdir: Path, best_step: int | None) -> None:
+    from jaxgpt.training.metrics import read_metrics
+
+    last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
+    print(
+        f"\nvalidation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
+        f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best_step})\n"
+        f"checkpoints {workdir / 'checkpoints'}\nreport      {workdir / 'report.html'}\n"
+        f'sample      python -m jaxgpt.sample --checkpoint {workdir} --prompt "..."'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""What a run tells about itself: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
+
+metrics.jsonl is the record and the other three are views of it. It holds one strict JSON object a
+logged step, whatever was killed or resumed in between: on resume the lines that the dead run wrote
+after its last checkpoint are cut off before the steps are run again.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+import uuid
+from pathlib import Path
+
+from jaxgpt.config import LogConfig, UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+# ---------------------------------------------------------------- peak FLOP/s
+
+# Dense bf16 TFLOP/s of one jax device, by the whole of `device.device_kind`. A device is a chip,
+# except on TPU v2, v3 and v7, where it is one of the chip's two cores (as libtpu 0.0.52 reports).
+# Where NVIDIA prints only the figure "with sparsity", the dense one is half of it. V100 and T4 have
+# no bf16 units: their float16 figure is the only matmul peak they have.
+_PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    (r"TPU v2", 46 / 2),  # jax/_src/tpu_info.py, 46 a chip
+    (r"TPU v3", 123 / 2),  # Cloud TPU docs "TPU v3", 123 a chip
+    (r"TPU v4", 275),  # jax/_src/tpu_info.py; both cores are one device (megacore)
+    (r"TPU v5( lite|e)", 197),  # Cloud TPU docs "TPU v5e"
+    (r"TPU v5p?", 459),  # Cloud TPU docs "TPU v5p"
+    (r"TPU v6( lite|e)", 918),  # Cloud TPU docs "TPU v6e"
+    (r"TPU7x", 2307 / 2),  # Cloud TPU docs "TPU7x (Ironwood)", 2307 a chip
+    (r"(Tesla|NVIDIA) V100-SXM2-\d+GB", 125),  # V100 datasheet (float16)
+    (r"(Tesla|NVIDIA) V100-PCIE-\d+GB", 112),  # V100 datasheet (float16)
+    (r"(Tesla|NVIDIA) T4", 65),  # T4 datasheet (float16)
+    (r"NVIDIA A10", 125),  # A10 datasheet
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe", 312),  # A100 datasheet
+    (r"NVIDIA L4", 121),  # Ada architecture whitepaper v2.1
+    (r"NVIDIA L40", 181),  # Ada architecture whitepaper v2.1
+    (r"NVIDIA L40S", 362),  # L40S datasheet, 733 with sparsity
+    (r"NVIDIA H100 80GB HBM3", 989.4),  # H100 datasheet (SXM), 1979 with sparsity
+    (r"NVIDIA H100 PCIe", 756),  # H100 datasheet (PCIe), 1513 with sparsity
+    (r"NVIDIA H100 NVL", 835.5),  # H100 datasheet (NVL), 1671 with sparsity
+    (r"NVIDIA H200", 989.4),  # H200 datasheet (SXM), 1979 with sparsity
+    (r"NVIDIA B200", 2250),  # HGX B200 datasheet, per GPU
+    (r"NVIDIA GeForce RTX 3090", 71),  # GA102 whitepaper, bf16 with float32 accumulate
+    (r"NVIDIA GeForce RTX 4090", 165.2),  # Ada whitepaper, bf16 with float32 accumulate
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 peak FLOP/s of one jax device by `device.device_kind`; None if not known (CPU)."""
+    for pattern, teraflops in _PEAK_TFLOPS:
+        if re.fullmatch(pattern, device_kind):
+            return teraflops * 1e12
+    return None
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+class _Span:
+    """One activity's stopwatch, made once, so that using it allocates nothing."""
+
+    __slots__ = ("_start", "seconds")
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception):
+        self.seconds += time.perf_counter() - self._start
+
+
+class TimeSplit:
+    """Wall seconds by activity: `with split("data"): batch = next(batches)`. Not to be nested."""
+
+    def __init__(self):
+        self._spans = {name: _Span() for name in ("data", "step", "eval", "save")}
+        self._since = time.perf_counter()
+
+    def __call__(self, activity: str) -> _Span:
+        return self._spans[activity]
+
+    def take(self) -> dict[str, float]:
+        """Each activity's seconds since the last call, and "seconds_total", all that passed."""
+        now = time.perf_counter()
+        seconds = {f"seconds_{name}": span.seconds for name, span in self._spans.items()}
+        seconds["seconds_total"] = now - self._since
+        for span in self._spans.values():
+            span.seconds = 0.0
+        self._since = now
+        return seconds
+
+
+# ---------------------------------------------------------------- the file
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The objects of `workdir`/metrics.jsonl in the order written; safe while the run goes on.
+
+    A figure that was not finite reads as None and is named in the object's "nonfinite".
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(workdir) / METRICS_FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; has a run in {workdir} started?") from None
+    return [record for _, record in _parse_lines(content)]
+
+
+def _parse_lines(content: bytes) -> list[tuple[bytes, dict]]:
+    """Each whole line with its object. A torn line (killed while writing) is left out.
+
+    Bytes are split, not text: `str.splitlines` would also cut at U+2028 inside a sample.
+    """
+    lines = []
+    for line in content.split(b"\n"):
+        try:
+            record = json.loads(line.decode())
+        except ValueError:  # not JSON, or a character cut in two
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            lines.append((line, record))
+    return lines
+
+
+def _cut_after(path: Path, start_step: int) -> None:
+    """Rewrite `path` without torn lines and without the steps that will be run again.
+
+    A run that starts at 0 has no checkpoint behind it: all that is there is to be written again.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    parsed = _parse_lines(content) if start_step else []
+    kept = b"".join(line + b"\n" for line, record in parsed if record["step"] <= start_step)
+    if kept == content:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value) -> str | int | float | None:
+    """A Python number, string or None from one, or from a numpy or jax scalar."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # no file can hold a lone surrogate
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return value.item()
+
+
+def _to_line(record: dict) -> bytes:
+    """Strict JSON: what is not finite becomes null, and "nonfinite" says what it was."""
+    nonfinite = {
+        key: str(value)
+        for key, value in record.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    if nonfinite:
+        record = {**record, **dict.fromkeys(nonfinite), "nonfinite": nonfinite}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+# ---------------------------------------------------------------- the log
+
+
+class MetricLog:
+    """Writes metrics to every place that wants them; does nothing on processes but the writer.
+
+    `start_step` is how many of `total_steps` are done: more than 0 on resume. Raises UserError on
+    every process if Weights & Biases is asked for and not installed.
+    """
+
+    def __init__(
+        self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool
+    ):
+        if log.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
+        self._is_writer = is_writer
+        if not is_writer:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        _cut_after(workdir / METRICS_FILE, start_step)
+        self._file = (workdir / METRICS_FILE).open("ab")
+        self._screen = (_Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
+        self._views: list = [self._screen]
+        if log.tensorboard:
+            self._views.append(_TensorBoard(workdir, start_step))
+        if log.wandb_project:
+            self._views.append(_WandB(workdir, log.wandb_project))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        self.close(failed=kind is not None)
+
+    def write(self, step: int, values: dict) -> None:
+        """Log one step: numbers (Python, numpy, 0-d arrays), strings, or None for not known."""
+        if not self._is_writer:
+            return
+        values = {key: _plain(value) for key, value in values.items()}
+        self._file.write(_to_line({"step": int(step), **values}))
+        self._file.flush()
+        for view in self._views:
+            view.write(int(step), values)
+
+    def advance(self, step: int) -> None:
+        """Say that `step` steps are done: moves the bar. Cheap enough for every step."""
+        if self._is_writer:
+            self._screen.advance(step)
+
+    def close(self, failed: bool = False) -> None:
+        """Close every file; `failed` marks the run so in Weights & Biases."""
+        if not self._is_writer or self._file.closed:
+            return
+        self._file.close()
+        for view in self._views:
+            view.close(failed)
+
+
+# ---------------------------------------------------------------- views for programs
+
+# A new string at every logged step: a chart tool would keep thousands of texts that nobody reads.
+_NOT_CHARTED = ("batch_hash",)
+
+
+def _chart_name(key: str) -> str:
+    """The group/name that Hugging Face's Trainer gives a metric, so that dashboards line up."""
+    for group in ("eval", "seconds"):
+        if key.startswith(group + "_"):
+            return f"{group}/{key.removeprefix(group + '_')}"
+    return f"train/{key}"
+
+
+class _TensorBoard:
+    def __init__(self, workdir: Path, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        # purge_step hides what the run that died had written after its checkpoint.
+        purge = start_step + 1 if start_step else 0
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, values: dict) -> None:
+        for key, value in values.items():
+            if key in _NOT_CHARTED or value is None:
+                continue
+            if isinstance(value, str):  # rendered as Markdown: an indented block keeps line breaks
+                self._writer.add_text(_chart_name(key), _indented(value), step)
+            else:
+                self._writer.add_scalar(_chart_name(key), value, step)
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, workdir: Path, project: str):
+        import wandb
+
+        id_file, config_file = workdir / "wandb_run_id", workdir / "config.json"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else None
+        self._run = wandb.init(
+            project=project,
+            name=workdir.resolve().name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(workdir),
+            config=config,
+        )
+        # Its own step counter refuses steps that a resumed run repeats; ours is an ordinary metric.
+        self._run.define_metric("*", step_metric="train/step")
+
+    def write(self, step: int, values: dict) -> None:
+        charted = {k: v for k, v in values.items() if k not in _NOT_CHARTED and v is not None}
+        self._run.log({"train/step": step, **{_chart_name(k): v for k, v in charted.items()}})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+# ---------------------------------------------------------------- views for people
+
+
+def _say(text: str) -> None:
+    """Print to stdout; a character that its encoding lacks must not end a run of hours."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+_FORMATS = (
+    ("loss", "loss {:.4f}"),
+    ("grad_norm", "grad_norm {:5.2f}"),
+    ("learning_rate", "lr {:.1e}"),
+    ("tokens_per_second", "{:>9,.0f} tok/s"),
+    ("mfu", "mfu {:.1%}"),
+    ("eval_loss", "eval_loss {:.4f}"),
+    ("eval_perplexity", "perplexity {:,.2f}"),
+    ("eval_bits_per_byte", "bits/byte {:.4f}"),
+)
+
+
+def _fields(values: dict) -> list[str]:
+    """The figures that a person follows, each with its name, in a fixed order."""
+    shown = []
+    for key, form in _FORMATS:
+        if values.get(key) is not None:
+            shown.append(form.format(values[key]))
+        elif key == "mfu" and key in values:
+            shown.append("mfu –")  # the peak of this device is not known
+    return shown
+
+
+def _indented(sample: str) -> str:
+    """Generated text under its line; control characters could move the cursor or ring the bell."""
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in sample)
+    return "    " + clean.replace("\n", "\n    ")
+
+
+def _step_line(step: int, total_steps: int, values: dict, clock: str | None) -> str:
+    head = f"step {step:>{len(str(total_steps))}}/{total_steps}"
+    line = " | ".join([head, *_fields(values), *([clock] if clock else [])])
+    return f"{line}\n{_indented(values['sample'])}" if values.get("sample") else line
+
+
+class _Lines:
+    """One line a call on stdout: for log files, notebooks and CI."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        self._total = total_steps
+        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the pace counts from here, after compilation
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: dict) -> None:
+        now = time.monotonic()
+        clock = _clock(now - self._began)
+        if self._first is None:
+            self._first = (step, now)
+        elif step > self._first[0]:
+            pace = (now - self._first[1]) / (step - self._first[0])
+            clock += f"<{_clock(pace * (self._total - step))}"
+        _say(_step_line(step, self._total, values, clock))
+
+    def close(self, failed: bool) -> None:
+        pass
+
+
+class _Bar:
+    """A progress bar on the terminal, the training figures behind it and evaluations above it."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5
+        )
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)  # draws at most every mininterval
+
+    def write(self, step: int, values: dict) -> None:
+        if values.get("eval_loss") is not None or values.get("sample"):
+            with self._bar.external_write_mode():
+                _say(_step_line(step, self._bar.total, values, clock=None))
+        if "loss" in values:
+            figures = [" ".join(f.split()) for f in _fields(values) if "norm" not in f]
+            self._bar.set_postfix_str(", ".join(figures), refresh=False)
+
+    def close(self, failed: bool) -> None:
+        self._bar.close()

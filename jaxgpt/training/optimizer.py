@@ -1,0 +1,90 @@
+"""Learning-rate schedules and optimizers, put together from Optax."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from jaxgpt.config import OptimizerConfig
+
+# Matrices and embeddings are decayed, biases and LayerNorms are not (the mask of nanoGPT and of GPT-3).
+DECAYED = ("kernel", "wte", "wpe")
+
+# Which axes of a stacked kernel are the matrix that Muon orthogonalises; the others (layers, and query,
+# key, value) are batch axes. Embeddings, the tied head, biases and LayerNorms stay with AdamW.
+MUON_MATRICES = {
+    ("attn", "c_attn"): MuonDimensionNumbers(1, (3, 4)),  # (L, D, 3, N, H): D -> N H
+    ("attn", "c_proj"): MuonDimensionNumbers((1, 2), 3),  # (L, N, H, D): N H -> D
+    ("mlp", "c_fc"): MuonDimensionNumbers(1, 2),  # (L, D, F)
+    ("mlp", "c_proj"): MuonDimensionNumbers(1, 2),  # (L, F, D)
+}
+
+
+def schedule(config: OptimizerConfig, max_steps: int, peak: float) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of step n (from 0): a linear warm-up, then the chosen shape down to min_lr_rate x peak."""
+    warmup, rest = config.warmup_steps, max(max_steps - config.warmup_steps, 1)
+    floor = config.min_lr_rate * peak
+    decay = max(round(config.decay_rate * max_steps), 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, floor, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_rate),
+        # Vaswani et al. 2017, section 5.3, scaled so that the curve leaves the warm-up at its peak.
+        "inverse_sqrt": lambda n: peak * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + n)),
+        # Hu et al. 2024 (MiniCPM), section 4: hold the peak, decay over the last part.
+        "warmup_stable_decay": optax.linear_schedule(peak, floor, decay, transition_begin=rest - decay),
+    }[config.lr_scheduler_type]
+    if not warmup:
+        return after
+    # Step 0 already moves: the warm-up counts 1 / (w + 1), 2 / (w + 1), ...
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def build_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) or Muon (Jordan 2024)."""
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    learning_rate = schedule(config, max_steps, config.learning_rate)
+    if config.name == "adamw":
+        return optax.chain(
+            clip,
+            optax.adamw(
+                learning_rate,
+                b1=config.adam_beta1,
+                b2=config.adam_beta2,
+                eps=config.adam_epsilon,
+                weight_decay=config.weight_decay,
+                mask=decay_mask,
+            ),
+        )
+    return optax.chain(
+        clip,
+        optax.contrib.muon(
+            schedule(config, max_steps, config.muon_learning_rate),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            adam_b1=config.adam_beta1,
+            adam_b2=config.adam_beta2,
+            adam_learning_rate=learning_rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+        ),
+    )
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path)
+
+
+def decay_mask(params) -> dict:
+    """True for the arrays that weight decay shrinks."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED, params)
+
+
+def muon_dimensions(params) -> dict:
+    """The matrix axes of each array that Muon updates, None for the others."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: MUON_MATRICES.get(_names(path)[-3:-1]) if _names(path)[-1] == "kernel" else None,
+        params,
+    )

@@ -1,0 +1,198 @@
+"""Decoding with a cache gives what the whole network gives, compiles little, and stops where it should."""
+
+import functools
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.config import MeshConfig, ModelConfig, UserError
+from jaxgpt.inference import decode
+from jaxgpt.inference.decode import generate
+from jaxgpt.inference.sampling import SamplingOptions
+from jaxgpt.model import gpt2
+from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.parallel.sharding import param_shardings
+
+VOCAB = 65  # 128 rows with the padding
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=48, dtype="float32")
+SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, dtype="bfloat16")
+TEXT = np.random.default_rng(1).integers(0, VOCAB, 48).tolist()
+
+
+def random_params(config):
+    """Weights of ten times the usual size, or the network would hardly look at its input."""
+    rng = np.random.default_rng(0)
+    _, shapes, _ = gpt2.abstract_model(config, VOCAB)
+
+    def leaf(path, shape):
+        gain = path[-1].key == "scale"
+        return (gain + 0.2 * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(leaf, shapes)
+    # A padding row that reached the sampler would win every draw.
+    params["wte"][VOCAB:] = 1000.0
+    return jax.device_put(params)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
+
+
+def continued(params, prompt, new=10, end_of_text=None, config=CONFIG, **options):
+    options = SamplingOptions(max_new_tokens=new, **options)
+    return generate(config, VOCAB, params, prompt, options, end_of_text)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def all_logits(config, params, tokens_1T):
+    return gpt2.bind(config, VOCAB, params)(tokens_1T)
+
+
+def greedy_by_full_forward(params, prompt, new):
+    """Without a cache: read everything again for each token. (A token sees none of the zeros after it.)"""
+    tokens_1T = np.zeros((1, CONFIG.n_positions), np.int32)
+    tokens_1T[0, : len(prompt)] = prompt
+    for position in range(len(prompt), len(prompt) + new):
+        logits_1TV = all_logits(CONFIG, params, tokens_1T)
+        tokens_1T[0, position] = logits_1TV[0, position - 1].argmax()
+    return tokens_1T[0, len(prompt) : len(prompt) + new].tolist()
+
+
+# Lengths below, at and above a bucket's border; three fill the context to its last position.
+@pytest.mark.parametrize("length, new", [(1, 16), (3, 10), (16, 7), (17, 12), (5, 43), (32, 16), (47, 1)])
+def test_greedy_is_the_argmax_of_the_whole_network_at_each_position(params, length, new):
+    for prompt in (TEXT[:length], TEXT[-length:]):
+        (tokens,) = continued(params, prompt, new, temperature=0)
+        assert tokens == greedy_by_full_forward(params, prompt, new)
+        assert len(tokens) == new
+
+
+def test_the_network_of_these_tests_reads_what_lies_before_the_last_token(params):
+    """Otherwise the test above would pass with a cache that is never read."""
+    prompts = [[first, *TEXT[:9]] for first in range(8)]
+    assert len({tuple(continued(params, prompt, temperature=0)[0]) for prompt in prompts}) >= 4
+
+
+def test_the_cache_has_the_type_of_the_computation():
+    for config in (CONFIG, SMALL):
+        prefill = functools.partial(decode._prefill, config, VOCAB, 32)
+        _, shapes, _ = gpt2.abstract_model(config, VOCAB)
+        _, cache = jax.eval_shape(prefill, shapes, np.zeros((1, 16), np.int32), np.int32(3))
+        assert {array.dtype.name for array in cache.keys + cache.values} == {config.dtype}
+
+
+def test_a_continuation_does_not_depend_on_how_many_are_made_beside_it(params):
+    (alone,) = continued(params, TEXT[:4], seed=3)
+    four = continued(params, TEXT[:4], seed=3, num_return_sequences=4)
+    assert four[0] == alone
+    assert len({tuple(tokens) for tokens in four}) == 4
+
+
+def test_a_seed_gives_its_text_and_another_seed_another(params):
+    first, again, other = (continued(params, TEXT[:4], seed=seed, temperature=2.0) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(params):
+    sequences = continued(params, TEXT[:4], temperature=50.0, top_k=0, top_p=1.0, num_return_sequences=4)
+    drawn = {token for tokens in sequences for token in tokens}
+    assert max(drawn) < VOCAB and len(drawn) > 20
+
+
+# ---------------------------------------------------------------- where it stops
+
+
+@pytest.fixture
+def steps_made(monkeypatch):
+    """How many tokens each call of the decoding loop made."""
+    made, decode_loop = [], decode._decode
+
+    def recorded(*args, **kwargs):
+        tokens, steps = decode_loop(*args, **kwargs)
+        made.append(int(steps))
+        return tokens, steps
+
+    monkeypatch.setattr(decode, "_decode", recorded)
+    return made
+
+
+def test_end_of_text_cuts_each_continuation_and_the_loop_ends_with_the_last(params, steps_made):
+    options = dict(seed=5, num_return_sequences=4, top_k=4)
+    free = continued(params, TEXT[:4], 16, **options)
+    # A token that every continuation has, or the best that comes near it.
+    end = max(range(VOCAB), key=lambda token: sum(token in tokens for tokens in free))
+    where = [tokens.index(end) if end in tokens else None for tokens in free]
+    ended = continued(params, TEXT[:4], 16, end_of_text=end, **options)
+    assert ended == [tokens[:index] for tokens, index in zip(free, where, strict=True)]
+    assert sum(index is not None for index in where) >= 2
+    expected = 16 if None in where else max(where) + 1
+    assert steps_made == [16, expected]
+
+
+def test_the_loop_ends_when_its_only_row_ends(params, steps_made):
+    (free,) = continued(params, TEXT[:4], temperature=0)
+    for end in dict.fromkeys(free):
+        (tokens,) = continued(params, TEXT[:4], temperature=0, end_of_text=end)
+        assert tokens == free[: free.index(end)]
+        assert steps_made[-1] == len(tokens) + 1
+
+
+def test_an_empty_prompt_starts_from_end_of_text(params):
+    from_token = continued(params, [7], temperature=0)
+    (tokens,) = continued(params, [], temperature=0, end_of_text=7)
+    assert tokens == from_token[0][: len(tokens)]
+    with pytest.raises(UserError, match="prompt is empty"):
+        continued(params, [])
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(params):
+    with pytest.raises(UserError, match=r"prompt is 50 tokens.*n_positions = 48.*at least 3"):
+        continued(params, [1] * 50, 1)
+    with pytest.raises(UserError, match=r"40 tokens and 10 new ones are 2 more than .* = 48; .*at most 8 new"):
+        continued(params, [1] * 40, 10)
+    with pytest.raises(UserError, match=r"token 65, but the model's vocabulary is 65"):
+        continued(params, [1, 65], 1)
+
+
+# ---------------------------------------------------------------- compiling, and meshes
+
+
+def compilations(caplog, function) -> int:
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        function()
+    return sum("Compiling" in record.getMessage() for record in caplog.records)
+
+
+def test_what_varies_within_the_buckets_compiles_nothing(caplog):
+    params = random_params(SMALL)
+
+    def compiled_for(prompt_length=3, new=10, temperature=0.8, **options):
+        options |= dict(config=SMALL, temperature=temperature)
+        return compilations(caplog, lambda: continued(params, TEXT[:prompt_length], new, **options))
+
+    assert compiled_for() == 2  # reading the prompt, and the loop
+    again = {
+        "prompt length": compiled_for(prompt_length=16),
+        "new tokens": compiled_for(new=16),
+        "greedy": compiled_for(temperature=0),
+        "rules": compiled_for(temperature=1.3, top_k=7, top_p=0.5),
+        "rules off": compiled_for(temperature=1, top_k=0, top_p=1),
+        "seed": compiled_for(seed=9),
+        "end of text": compiled_for(end_of_text=1),
+    }
+    assert again == dict.fromkeys(again, 0)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_parameters_on_a_mesh_give_the_tokens_of_one_device(params, mesh):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    _, shapes, axes = gpt2.abstract_model(CONFIG, VOCAB)
+    shardings = param_shardings(axes, shapes, build_mesh(MeshConfig(**mesh), jax.devices()[:8]))
+    sharded = jax.device_put(params, shardings)
+    for options in (dict(temperature=0), dict(seed=2)):
+        assert continued(sharded, TEXT[:5], **options) == continued(params, TEXT[:5], **options)

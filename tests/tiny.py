@@ -1,0 +1,48 @@
+"""A tiny experiment for tests: a model that compiles in seconds, and batches without a corpus."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.data.pipeline import Batch
+from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.training.step import build_program
+
+VOCAB = 65
+MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_positions=32, dtype="float32")
+CONFIG = Config(
+    model=MODEL, optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2), train=TrainConfig(max_steps=20, seed=3)
+)
+
+
+def batch(step: int, accumulation: int = 1, rows: int = 8, block_size: int = 16) -> Batch:
+    """Random tokens with uneven random weights; the same rows for every `accumulation`."""
+    rng = np.random.default_rng(step)
+    shape = (accumulation, rows // accumulation)
+    tokens = rng.integers(0, VOCAB, (rows, block_size + 1)).reshape(*shape, block_size + 1)
+    weights = (rng.random((rows, block_size)) < rng.random((rows, 1))).astype(np.float32).reshape(*shape, block_size)
+    return Batch(jnp.asarray(tokens[..., :-1]), jnp.asarray(tokens[..., 1:]), jnp.asarray(weights))
+
+
+def program(config: Config = CONFIG, mesh: MeshConfig = MeshConfig(data=1)):
+    devices = mesh.data * mesh.fsdp * mesh.tensor
+    config = dataclasses.replace(config, mesh=mesh)
+    return build_program(config, VOCAB, build_mesh(mesh, jax.devices()[:devices]))
+
+
+def train(config: Config = CONFIG, mesh: MeshConfig = MeshConfig(data=1), steps: int = 10, accumulation: int = 1):
+    """(state, list of metrics) after `steps` steps."""
+    compiled = program(config, mesh)
+    state, metrics = compiled.init(), []
+    for step in range(steps):
+        state, values = compiled.train_step(state, batch(step, accumulation))
+        metrics.append({name: value.item() for name, value in values.items()})
+    return state, metrics
+
+
+def losses(metrics: list[dict]) -> np.ndarray:
+    """Loss and gradient norm of each step."""
+    return np.array([(m["loss_sum"] / m["count"], m["grad_norm"]) for m in metrics])
