@@ -53,11 +53,7 @@ def sections() -> dict[str, type]:
 
 def config_fields() -> dict[str, dataclasses.Field]:
     """{"model.n_layer": field, ...}, in the order of the file config.py."""
-    return {
-        f"{name}.{field.name}": field
-        for name, cls in sections().items()
-        for field in dataclasses.fields(cls)
-    }
+    return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
 
 
 # ---------------------------------------------------------------- files and overrides to a Config
@@ -92,7 +88,7 @@ def _with_bases(path: Path) -> list[Path]:
     return chain[::-1]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _read_toml(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -90,9 +90,7 @@ class OptimizerConfig:
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
     """Peak learning rate of the matrices under muon; same schedule."""
-    lr_scheduler_type: Literal[
-        "constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"
-    ] = "cosine"
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises linearly from 0 to its peak."""
@@ -212,9 +210,7 @@ def _check_shapes(config: Config) -> None:
     if model.n_head % mesh.tensor:
         raise UserError(f"mesh.tensor = {mesh.tensor} does not divide model.n_head = {model.n_head}")
     if config.block_size > model.n_positions:
-        raise UserError(
-            f"data.block_size = {config.block_size} is longer than model.n_positions = {model.n_positions}"
-        )
+        raise UserError(f"data.block_size = {config.block_size} is longer than model.n_positions = {model.n_positions}")
     if mesh.data == 0:
         raise UserError("mesh.data = 0: give a number of devices, or -1 for all that are left")
     if config.data.source in ("text", "jsonl") and not config.data.path:
@@ -254,9 +250,7 @@ def from_json(text: str) -> Config:
 def flatten(config: Config) -> dict[str, object]:
     """{"model.n_layer": 12, ...}: every setting under its dotted name."""
     return {
-        f"{name}.{key}": value
-        for name, fields in dataclasses.asdict(config).items()
-        for key, value in fields.items()
+        f"{name}.{key}": value for name, fields in dataclasses.asdict(config).items() for key, value in fields.items()
     }
 
 

@@ -41,9 +41,9 @@ def imported_rooms(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_stay_in_the_room_or_go_down(path):
     for other in imported_rooms(path):
-        assert other == room(path) or LEVELS[other] < LEVELS[room(path)] or (LEVELS[other] == LEVELS[room(path)] == 0), (
-            f"{path} (level {LEVELS[room(path)]}) imports jaxgpt.{other} (level {LEVELS[other]})"
-        )
+        assert (
+            other == room(path) or LEVELS[other] < LEVELS[room(path)] or (LEVELS[other] == LEVELS[room(path)] == 0)
+        ), f"{path} (level {LEVELS[room(path)]}) imports jaxgpt.{other} (level {LEVELS[other]})"
 
 
 def test_every_room_has_a_level():

@@ -42,9 +42,7 @@ def test_peak_flops_is_that_of_one_jax_device_not_of_one_chip():
     assert peak_flops("TPU v4") == 275e12  # one device a chip
 
 
-@pytest.mark.parametrize(
-    "one, other", [("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e"), ("TPU v5", "TPU v5p")]
-)
+@pytest.mark.parametrize("one, other", [("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e"), ("TPU v5", "TPU v5p")])
 def test_peak_flops_knows_both_names_of_a_tpu(one, other):
     assert peak_flops(one) == peak_flops(other) is not None
 
@@ -100,9 +98,9 @@ def test_time_split_adds_up_each_activity_and_take_starts_anew(monkeypatch):
         "seconds_save": 5.0,
         "seconds_total": 10.0,
     }
-    assert split.take() == dict.fromkeys(
-        ("seconds_data", "seconds_step", "seconds_eval", "seconds_save"), 0.0
-    ) | {"seconds_total": 2.0}
+    assert split.take() == dict.fromkeys(("seconds_data", "seconds_step", "seconds_eval", "seconds_save"), 0.0) | {
+        "seconds_total": 2.0
+    }
 
 
 def test_time_split_counts_an_activity_that_raises_and_lets_the_exception_pass():
@@ -129,9 +127,7 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
 
 def test_numpy_and_jax_scalars_are_written_with_every_digit(tmp_path):
     np, jnp = pytest.importorskip("numpy"), pytest.importorskip("jax.numpy")
-    write_steps(
-        tmp_path, [1], a=np.float32(0.1), b=np.int64(2**53 + 1), c=jnp.float32(0.1), d=None, e=True
-    )
+    write_steps(tmp_path, [1], a=np.float32(0.1), b=np.int64(2**53 + 1), c=jnp.float32(0.1), d=None, e=True)
     line = read_metrics(tmp_path)[0]
     assert line["a"] == line["c"] == float(np.float32(0.1))
     assert (line["b"], line["d"], line["e"]) == (2**53 + 1, None, True)
@@ -165,9 +161,7 @@ def test_a_line_torn_at_any_byte_is_left_out_by_reading_and_removed_by_resuming(
     torn = second + cut < len(whole) - 1  # only the line break lost: still a whole object
     assert [line["step"] for line in read_metrics(tmp_path)] == ([10] if torn else [10, 20])
     write_steps(tmp_path, [30], start_step=20)
-    assert [strict(line)["step"] for line in path.read_bytes().splitlines()] == (
-        [10, 30] if torn else [10, 20, 30]
-    )
+    assert [strict(line)["step"] for line in path.read_bytes().splitlines()] == ([10, 30] if torn else [10, 20, 30])
 
 
 def test_a_run_from_step_0_does_not_keep_the_lines_of_one_that_never_saved(tmp_path):
@@ -236,9 +230,7 @@ def test_tensorboard_gets_numbers_as_scalars_and_samples_as_text_that_keeps_its_
         batch_hash="ab",
         mfu=None,
     )
-    records = {
-        tag.removesuffix("/text_summary"): (step, value) for step, tag, value in events(tmp_path)
-    }
+    records = {tag.removesuffix("/text_summary"): (step, value) for step, tag, value in events(tmp_path)}
     assert records["train/loss"] == (7, 1.0)
     assert records["eval/loss"] == (7, 0.5)
     assert records["train/sample"] == (7, "    if x:\n      y")
@@ -258,9 +250,7 @@ def test_missing_wandb_is_the_users_error_with_the_command_that_installs_it(tmp_
             MetricLog(tmp_path, LogConfig(wandb_project="p"), 100, 0, is_writer)
 
 
-def test_wandb_continues_the_same_run_after_a_resume_and_learns_that_a_run_failed(
-    tmp_path, monkeypatch
-):
+def test_wandb_continues_the_same_run_after_a_resume_and_learns_that_a_run_failed(tmp_path, monkeypatch):
     started, logged, ended = [], [], []
     run = types.SimpleNamespace(
         define_metric=lambda *_, **__: None,
@@ -324,9 +314,7 @@ def test_a_character_that_stdout_cannot_print_does_not_end_the_run(tmp_path, mon
     assert "    ?" in stdout.buffer.getvalue().decode()
 
 
-def test_on_a_terminal_training_moves_the_bar_and_evaluations_are_printed_above_it(
-    tmp_path, monkeypatch
-):
+def test_on_a_terminal_training_moves_the_bar_and_evaluations_are_printed_above_it(tmp_path, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(sys, "stdout", screen)

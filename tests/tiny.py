@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxgpt.data.pipeline import Batch
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxgpt.data.pipeline import Batch
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.training.step import build_program
 
 VOCAB = 65
+ONE_DEVICE = MeshConfig(data=1)
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_positions=32, dtype="float32")
 CONFIG = Config(
     model=MODEL, optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2), train=TrainConfig(max_steps=20, seed=3)
@@ -27,13 +28,13 @@ def batch(step: int, accumulation: int = 1, rows: int = 8, block_size: int = 16)
     return Batch(jnp.asarray(tokens[..., :-1]), jnp.asarray(tokens[..., 1:]), jnp.asarray(weights))
 
 
-def program(config: Config = CONFIG, mesh: MeshConfig = MeshConfig(data=1)):
+def program(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE):
     devices = mesh.data * mesh.fsdp * mesh.tensor
     config = dataclasses.replace(config, mesh=mesh)
     return build_program(config, VOCAB, build_mesh(mesh, jax.devices()[:devices]))
 
 
-def train(config: Config = CONFIG, mesh: MeshConfig = MeshConfig(data=1), steps: int = 10, accumulation: int = 1):
+def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 10, accumulation: int = 1):
     """(state, list of metrics) after `steps` steps."""
     compiled = program(config, mesh)
     state, metrics = compiled.init(), []

@@ -24,8 +24,7 @@ class KVCache:
 def empty_cache(layers: int, batch: int, positions: int, heads: int, head_size: int, dtype) -> KVCache:
     """A cache with room for `positions` tokens a row."""
     keys, values = (
-        tuple(jnp.zeros((batch, positions, heads, head_size), dtype) for _ in range(layers))
-        for _ in range(2)
+        tuple(jnp.zeros((batch, positions, heads, head_size), dtype) for _ in range(layers)) for _ in range(2)
     )
     return KVCache(keys, values, jnp.zeros((), jnp.int32))
 

@@ -207,7 +207,7 @@ class GPT2(nnx.Module):
             indices_L = jnp.arange(self.config.n_layer)
             return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, indices_L))[0]
         for index in range(self.config.n_layer):
-            x_BTD = layer(x_BTD, jax.tree.map(lambda p: p[index], stacked), index)
+            x_BTD = layer(x_BTD, _slice_of(stacked, index), index)
         return x_BTD
 
     def _decode_layers(self, x_BTD, cache: KVCache):
@@ -215,12 +215,17 @@ class GPT2(nnx.Module):
         updated = []
         # Always unrolled: under scan the cache would be copied at every layer (twice as slow on CPU).
         for index in range(self.config.n_layer):
-            block = nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
+            block = nnx.merge(graph, _slice_of(stacked, index))
             cached = (cache.keys[index], cache.values[index], cache.length)
             x_BTD, layer_cache = block(x_BTD, cached=cached)
             updated.append(layer_cache)
         keys, values = zip(*updated)
         return x_BTD, KVCache(keys, values, cache.length + x_BTD.shape[1])
+
+
+def _slice_of(stacked: dict, index: int) -> dict:
+    """One layer's parameters."""
+    return jax.tree.map(lambda param: param[index], stacked)
 
 
 def _remat(layer, config: ModelConfig):

@@ -31,9 +31,7 @@ def build_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) ->
             f"but there are {len(devices)} devices; mesh.data = -1 takes all that are left"
         )
     # Auto axes: the compiler propagates shardings from the arguments. (Newer jax defaults to Explicit.)
-    return jax.make_mesh(
-        (data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

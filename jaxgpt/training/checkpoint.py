@@ -141,9 +141,7 @@ def find_step(path: Path) -> tuple[Path, int]:
         raise UserError(f"{path}: no such checkpoint; give a run folder such as runs/quickstart")
     run = path.parent.parent if path.parent.name == FOLDER else path
     if not (run / "config.json").is_file() or not (run / FOLDER).is_dir():
-        raise UserError(
-            f"{path} is not a jaxgpt run or one of its steps: {run} holds no config.json and {FOLDER}/"
-        )
+        raise UserError(f"{path} is not a jaxgpt run or one of its steps: {run} holds no config.json and {FOLDER}/")
     steps = sorted(int(folder.name) for folder in (run / FOLDER).iterdir() if folder.name.isdigit())
     if not steps:
         raise UserError(f"{run / FOLDER} holds no finished checkpoint yet")
@@ -159,8 +157,6 @@ def restore_params(run: Path, step: int, shapes: dict, sharding) -> dict:
     quiet_orbax()
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, shapes)
-    target = jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, sharding
-    )
+    target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, sharding)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((run / FOLDER / str(step) / "params").absolute(), target)

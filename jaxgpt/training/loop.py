@@ -189,7 +189,7 @@ class Meter:
             "tokens_per_second": rate,
             "mfu": rate * self._mfu_of_token_rate if rate and self._mfu_of_token_rate else None,
             "batch_hash": values["batch_hash"],
-            **{key: seconds[key] for key in ("seconds_data", "seconds_step", "seconds_eval", "seconds_save")},
+            **seconds,
         }
         self._loss_sum = self._count = 0.0
         self._timed_steps = 0

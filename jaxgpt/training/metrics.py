@@ -166,9 +166,7 @@ def _plain(value) -> str | int | float | None:
 def _to_line(record: dict) -> bytes:
     """Strict JSON: what is not finite becomes null, and "nonfinite" says what it was."""
     nonfinite = {
-        key: str(value)
-        for key, value in record.items()
-        if isinstance(value, float) and not math.isfinite(value)
+        key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)
     }
     if nonfinite:
         record = {**record, **dict.fromkeys(nonfinite), "nonfinite": nonfinite}
@@ -185,9 +183,7 @@ class MetricLog:
     every process if Weights & Biases is asked for and not installed.
     """
 
-    def __init__(
-        self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool
-    ):
+    def __init__(self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool):
         if log.wandb_project and importlib.util.find_spec("wandb") is None:
             raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
         self._is_writer = is_writer
@@ -377,9 +373,7 @@ class _Bar:
     def __init__(self, total_steps: int, start_step: int):
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5
-        )
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)  # draws at most every mininterval

@@ -32,7 +32,7 @@ def schedule(config: OptimizerConfig, max_steps: int, peak: float) -> Callable[[
         "linear": optax.linear_schedule(peak, floor, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_rate),
         # Vaswani et al. 2017, section 5.3, scaled so that the curve leaves the warm-up at its peak.
-        "inverse_sqrt": lambda n: peak * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + n)),
+        "inverse_sqrt": lambda n: peak * jax.lax.rsqrt(1.0 + jnp.maximum(n, 0) / max(warmup, 1)),
         # Hu et al. 2024 (MiniCPM), section 4: hold the peak, decay over the last part.
         "warmup_stable_decay": optax.linear_schedule(peak, floor, decay, transition_begin=rest - decay),
     }[config.lr_scheduler_type]

@@ -18,6 +18,7 @@ from jaxgpt.config import Config, flatten
 from jaxgpt.training.metrics import read_metrics
 
 MAX_POINTS = 800  # of a drawn line: about two a pixel column, more cannot be seen
+NOISY, SMOOTHED = ("loss", "grad_norm", "tokens_per_second"), 100  # averaged from 100 lines on
 MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it under a megabyte
 ACTIVITIES = ("step", "data", "eval", "save", "other")
 
@@ -148,7 +149,7 @@ def _headline(columns: dict) -> list[tuple[str, str, str]]:
         used = f", MFU {np.median(_known(columns, 'mfu')[1]):.1%}" if "mfu" in last else ""
         found.append(("tokens/s", _big(speed), f"median{used}"))
     if seconds := round(_seconds(columns).sum()):
-        found.append(("time", str(timedelta(seconds=seconds)), f"{last['step']:,.0f} steps"))
+        found.append(("training time", str(timedelta(seconds=seconds)), f"{last['step']:,.0f} steps"))
     return found
 
 
@@ -157,7 +158,7 @@ def _warnings(records: list[dict]) -> list[str]:
     if not bad:
         return [] if records else ["No step has been logged yet."]
     first = ", ".join(f"{key} was {value}" for key, value in bad[0]["nonfinite"].items())
-    return [f"Not finite on {len(bad):,} lines, first at step {bad[0]['step']:,}: {first}."]
+    return [f"Not finite: {first} at step {bad[0]['step']:,}; {len(bad):,} such lines in all."]
 
 
 def _samples(records: list[dict]) -> list[tuple[int, str]]:
@@ -181,7 +182,6 @@ _STYLE = {
     "axes.facecolor": "none",
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.xmargin": 0.01,
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     **{f"{axis}tick.major.size": 0 for axis in "xy"},
     "grid.color": _COLOURS["grid"],
@@ -195,8 +195,7 @@ def _figures(columns: dict) -> list[dict]:
     """{"title", "note", "svg", "width"} of every figure that there are points for."""
     import matplotlib
 
-    known = {key for key in columns if len(_known(columns, key)[0])}
-    figures = []
+    figures, known = [], {key for key in columns if len(_known(columns, key)[0])}
     with matplotlib.rc_context(_STYLE):
         if known & {"loss", "eval_loss"}:
             figures.append(_draw(_draw_loss, columns, "Loss", (10.4, 3.9), "wide"))
@@ -218,6 +217,7 @@ def _draw(draw, columns: dict, title: str, size=(5, 3.9), width: str = "") -> di
     for ax in figure.axes:
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        ax.set_xlim(0, columns["step"].max(initial=1) * 1.01)
     figure.axes[-1].set_xlabel("optimizer step")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -231,11 +231,15 @@ def _draw(draw, columns: dict, title: str, size=(5, 3.9), width: str = "") -> di
     return {"title": title, "note": note, "svg": svg, "width": width}
 
 
-def _line(ax, columns: dict, key: str, colour: str = "train", **style) -> None:
-    """Draw a metric over the steps; with few points, mark each."""
+def _line(ax, columns: dict, key: str, colour: str = "train", label: str = "") -> None:
+    """Draw a metric over the steps: few points are marked, many of a noisy one averaged too."""
     steps, values = _known(columns, key)
-    style = {"linewidth": 1.4, "marker": "o" if len(steps) < 40 else "", "markersize": 3.5} | style
-    ax.plot(*_thin(steps, values), color=_COLOURS[colour], **style)
+    style = {"color": _COLOURS[colour], "linewidth": 1.6}
+    if key in NOISY and len(steps) >= SMOOTHED:
+        ax.plot(*_thin(steps, values), **style | {"linewidth": 0.8, "alpha": 0.35})
+        values = _trailing_mean(values, len(values) // 50)
+    marker = "o" if len(steps) < 40 else ""
+    ax.plot(*_thin(steps, values), label=label, marker=marker, markersize=3.5, **style)
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +253,8 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     sums = np.concatenate([[0.0], values.cumsum()])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    starts = np.maximum(0, np.arange(1, len(sums)) - window)
+    return (sums[1:] - sums[starts]) / (np.arange(1, len(sums)) - starts)
 
 
 def _clip(ax, values: np.ndarray, also: np.ndarray) -> str:
@@ -274,18 +277,15 @@ def _clip(ax, values: np.ndarray, also: np.ndarray) -> str:
 def _draw_loss(figure, columns: dict) -> str:
     ax = figure.subplots()
     ax.set_ylabel("loss (nats per token)")
-    steps, losses = _known(columns, "loss")
+    losses = _known(columns, "loss")[1]
     eval_steps, eval_losses = _known(columns, "eval_loss")
     notes = []
-    if (window := len(losses) // 50) > 1:
-        _line(ax, columns, "loss", linewidth=0.8, alpha=0.35)
-        smooth = columns | {"step": steps, "loss": _trailing_mean(losses, window)}
-        _line(ax, smooth, "loss", linewidth=1.8, label="training")
-        notes.append(f"Training: mean of {window} lines, and each line pale.")
-    elif len(losses):
+    if len(losses):
         _line(ax, columns, "loss", label="training")
+    if len(losses) >= SMOOTHED:
+        notes.append(f"Training: mean of {len(losses) // 50} lines, each line pale behind it.")
     if len(eval_losses):
-        _line(ax, columns, "eval_loss", "validation", label="validation")
+        _line(ax, columns, "eval_loss", "validation", "validation")
         best, ring = eval_losses.argmin(), {"markersize": 11, "fillstyle": "none"}
         ax.plot(eval_steps[best], eval_losses[best], "o", color=_COLOURS["validation"], **ring)
         notes.append("Ring: the best validation loss.")
@@ -299,8 +299,9 @@ def _draw_optimizer(figure, columns: dict) -> str:
     top.set_ylabel("learning rate")
     bottom.set_ylabel("gradient norm")
     _line(top, columns, "learning_rate")
-    top.yaxis.set_major_formatter(lambda y, _: f"{y:.0e}".replace("e-0", "e-") if y else "0")
-    _line(bottom, columns, "grad_norm", linewidth=1)
+    top.set_ylim(bottom=0)
+    top.yaxis.set_major_formatter(lambda y, _: f"{y:.7f}".rstrip("0").rstrip("."))
+    _line(bottom, columns, "grad_norm")
     clipped = _clip(bottom, _known(columns, "grad_norm")[1], np.empty(0))
     bottom.set_ylim(bottom=0)
     return clipped and f"Gradient norm: {clipped}"
@@ -309,7 +310,7 @@ def _draw_optimizer(figure, columns: dict) -> str:
 def _draw_speed(figure, columns: dict) -> str:
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.set_ylabel("tokens per second")
-    _line(top, columns, "tokens_per_second", linewidth=1)
+    _line(top, columns, "tokens_per_second")
     top.set_ylim(bottom=0)
     top.yaxis.set_major_formatter(lambda y, _: _big(y))
     bottom.set_ylabel("share of wall time")
@@ -325,8 +326,8 @@ def _draw_speed(figure, columns: dict) -> str:
     shares = sums / sums.sum(axis=0)
     edges = [0, *(columns["step"][part[-1]] for part in stretches)]
     steps = np.concatenate([shares, shares[:, -1:]], axis=1)  # the last value closes the last step
-    colours = [_COLOURS[name] for name in ACTIVITIES]
-    bottom.stackplot(edges, steps, colors=colours, labels=ACTIVITIES, step="post", linewidth=0)
+    style = {"colors": [_COLOURS[name] for name in ACTIVITIES], "step": "post", "linewidth": 0}
+    bottom.stackplot(edges, steps, labels=ACTIVITIES, **style)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     whole = zip(ACTIVITIES, seconds.sum(axis=1) / seconds.sum(), strict=True)
     return "Whole run: " + ", ".join(f"{name} {share:.1%}" for name, share in whole) + "."
@@ -377,13 +378,11 @@ td, th { padding: .2rem .75rem .2rem 0; vertical-align: top; border-bottom: 1px 
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 {% if headline %}<section><dl class="headline">{% for title, value, remark in headline %}
 <div><dt>{{ title }}</dt><dd class="value">{{ value }}</dd><dd class="note">{{ remark }}</dd></div>
-{% endfor %}</dl></section>{% endif %}
-<div class="figures">{% for figure in figures %}
+{% endfor %}</dl></section>{% endif %}<div class="figures">{% for figure in figures %}
 <section class="{{ figure.width }}"><h2>{{ figure.title }}</h2>
 <div role="img" aria-label="{{ figure.title }} over the steps">{{ figure.svg | safe }}</div>
 <p class="note">{{ figure.note }}</p></section>
-{% endfor %}</div>
-{% if samples %}<section><h2>Samples</h2>{{ sample(*samples[0]) }}
+{% endfor %}</div>{% if samples %}<section><h2>Samples</h2>{{ sample(*samples[0]) }}
 {% if samples[1:] %}<details><summary>{{ samples[1:] | length }} older</summary>
 {% for older in samples[1:] %}{{ sample(*older) }}{% endfor %}</details>{% endif %}
 </section>{% endif %}
@@ -392,7 +391,7 @@ td, th { padding: .2rem .75rem .2rem 0; vertical-align: top; border-bottom: 1px 
 {% if changed %}{{ settings(changed) }}{% endif %}
 {% if unchanged %}<details><summary>{{ unchanged | length }} settings at their defaults</summary>
 {{ settings(unchanged) }}</details>{% endif %}
-{% if not changed and not unchanged %}<p>The run folder has no config.json.</p>{% endif %}
-</section>{% if versions %}<section><h2>Versions</h2>{{ pairs(versions) }}</section>{% endif %}
+{% if not changed and not unchanged %}<p>There is no config.json.</p>{% endif %}</section>
+{% if versions %}<section><h2>Versions</h2>{{ pairs(versions) }}</section>{% endif %}
 </body></html>
 """

@@ -57,9 +57,7 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     optimizer = build_optimizer(config.optimizer, config.train.max_steps)
     _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
     param_shardings = sharding.param_shardings(axes, shapes, mesh)
-    moment_shardings = (
-        sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
-    )
+    moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
 
     def fresh(params) -> TrainState:
@@ -206,7 +204,5 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
             f"train.gradient_accumulation_steps = {accumulation}, but train.global_batch_size = {total} is "
             f"{total // rows} times the {rows} sequences that the devices take at once; leave one of them out"
         )
-    resolved = dataclasses.replace(
-        train, gradient_accumulation_steps=total // rows, global_batch_size=total
-    )
+    resolved = dataclasses.replace(train, gradient_accumulation_steps=total // rows, global_batch_size=total)
     return dataclasses.replace(config, train=resolved)

@@ -1,0 +1,232 @@
+"""Tokens per second of our train step beside the same model and optimizer in torch, in interleaved rounds.
+
+    pip install -e '.[parity]'
+    python benchmarks/train_step.py                     # all three shapes
+    python benchmarks/train_step.py --shape char-cpu    # one of them
+
+The peer is `transformers.GPT2LMHeadModel` (eager, as shipped) with `torch.optim.AdamW(fused=True)`, clipping and
+the same decay mask, on the same batches. Each side runs in a process of its own that waits while the other one
+works; the figure is the median over rounds of the round's median step. It prints the first losses of both too:
+started from the same weights, they must agree.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SHAPES = {  # name: (layers, heads, width, positions, vocabulary, rows, steps of a round)
+    "char-cpu": (4, 4, 128, 64, 65, 12, 60),
+    "char-gpu": (6, 6, 384, 256, 65, 16, 4),
+    "124M": (12, 12, 768, 256, 50257, 2, 3),
+}
+LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+
+def batch(shape: str, step: int) -> np.ndarray:
+    """int32 (rows, positions + 1): random tokens, the same for both sides."""
+    _, _, _, positions, vocabulary, rows, _ = SHAPES[shape]
+    return np.random.default_rng(step).integers(0, vocabulary, (rows, positions + 1), dtype=np.int32)
+
+
+class Ours:
+    """The jitted step of the package, on one device."""
+
+    def __init__(self, shape: str, dtype: str, weights: Path):
+        import jax
+
+        from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+        from jaxgpt.parallel.mesh import build_mesh
+        from jaxgpt.training.step import build_program
+
+        layers, heads, width, positions, vocabulary, _, _ = SHAPES[shape]
+        config = Config(
+            model=ModelConfig(n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, dtype=dtype),
+            optimizer=OptimizerConfig(
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                warmup_steps=0,
+                adam_beta1=BETAS[0],
+                adam_beta2=BETAS[1],
+                adam_epsilon=EPSILON,
+                weight_decay=DECAY,
+                max_grad_norm=CLIP,
+            ),
+            train=TrainConfig(max_steps=1000),
+            mesh=MeshConfig(data=1),
+        )
+        self.shape, self.jax = shape, jax
+        self.program = build_program(config, vocabulary, build_mesh(config.mesh, jax.devices()[:1]))
+        self.state = self.program.init()
+        np.savez(weights, **torch_weights(jax.device_get(self.state.params), vocabulary))
+
+    def step(self, number: int) -> float:
+        from jaxgpt.data.pipeline import Batch
+
+        tokens = batch(self.shape, number)[None]
+        rows = Batch(tokens[..., :-1], tokens[..., 1:], np.ones(tokens[..., 1:].shape, np.float32))
+        self.state, metrics = self.program.train_step(self.state, rows)
+        return float(metrics["loss_sum"] / metrics["count"])
+
+
+def torch_weights(params: dict, vocabulary: int) -> dict[str, np.ndarray]:
+    """Our parameters under the peer's names. Its Conv1D stores (in, out), so reshaping is all there is to do."""
+    blocks = params["blocks"]
+    weights = {"wte.weight": params["wte"][:vocabulary], "wpe.weight": params["wpe"]}
+    weights |= {"ln_f.weight": params["ln_f"]["scale"], "ln_f.bias": params["ln_f"]["bias"]}
+    width = params["wte"].shape[1]
+    for layer in range(blocks["ln_1"]["scale"].shape[0]):
+        for norm in ("ln_1", "ln_2"):
+            weights[f"h.{layer}.{norm}.weight"] = blocks[norm]["scale"][layer]
+            weights[f"h.{layer}.{norm}.bias"] = blocks[norm]["bias"][layer]
+        for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
+            kernel, bias = (blocks[part][name][key][layer] for key in ("kernel", "bias"))
+            rows = width if name != "c_proj" or part == "attn" else 4 * width
+            weights[f"h.{layer}.{part}.{name}.weight"] = kernel.reshape(rows, -1)
+            weights[f"h.{layer}.{part}.{name}.bias"] = bias.reshape(-1)
+    return weights
+
+
+class Peer:
+    """transformers' GPT-2 in eager torch; bfloat16 means autocast, as its users run it."""
+
+    def __init__(self, shape: str, dtype: str, weights: Path):
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        layers, heads, width, positions, vocabulary, _, _ = SHAPES[shape]
+        self.torch, self.shape, self.dtype = torch, shape, dtype
+        config = GPT2Config(
+            n_layer=layers,
+            n_head=heads,
+            n_embd=width,
+            n_positions=positions,
+            vocab_size=vocabulary,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        self.model = GPT2LMHeadModel(config)
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in np.load(weights).items()}
+        self.model.transformer.load_state_dict(arrays)
+        decayed = [p for name, p in self.model.named_parameters() if p.ndim == 2]
+        others = [p for name, p in self.model.named_parameters() if p.ndim != 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
+            lr=LEARNING_RATE,
+            betas=BETAS,
+            eps=EPSILON,
+            fused=True,
+        )
+
+    def step(self, number: int) -> float:
+        torch = self.torch
+        tokens = torch.from_numpy(batch(self.shape, number).astype(np.int64))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            logits = self.model(tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        return float(loss)
+
+
+def worker(side: str, shape: str, dtype: str, weights: str) -> None:
+    """Serve rounds: a line on stdin runs one, whose step times and losses go to stdout as JSON."""
+    start = time.perf_counter()
+    runner = {"ours": Ours, "peer": Peer}[side](shape, dtype, Path(weights))
+    first = runner.step(0)
+    print(json.dumps({"ready": time.perf_counter() - start, "losses": [first]}), flush=True)
+    number = 1
+    for _ in sys.stdin:
+        times, losses = [], []
+        for _ in range(SHAPES[shape][-1]):
+            began = time.perf_counter()
+            losses.append(runner.step(number))
+            times.append(time.perf_counter() - began)
+            number += 1
+        print(json.dumps({"times": times, "losses": losses}), flush=True)
+
+
+def start(side: str, shape: str, dtype: str, weights: Path) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--worker", side, "--shape", shape, "--dtype", dtype, "--weights", weights]
+    return subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def compare(shape: str, dtype: str, rounds: int) -> dict:
+    """Median step seconds of both sides over interleaved rounds; the first round warms up and is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.npz"
+        sides, medians, losses = {}, {"ours": [], "peer": []}, {}
+        for side in ("ours", "peer"):  # ours first: it writes the weights both start from
+            sides[side] = start(side, shape, dtype, weights)
+            losses[side] = json.loads(sides[side].stdout.readline())["losses"]
+        for number in range(rounds + 1):
+            for side, process in sides.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                answer = json.loads(process.stdout.readline())
+                losses[side] += answer["losses"]
+                if number:
+                    medians[side].append(statistics.median(answer["times"]))
+        for process in sides.values():
+            process.stdin.close()
+            process.wait()
+    difference = max(abs(a - b) for a, b in zip(losses["ours"][:5], losses["peer"][:5]))
+    return {"shape": shape, "dtype": dtype, "difference": difference, **medians}
+
+
+def report(result: dict) -> None:
+    rows, positions = SHAPES[result["shape"]][5], SHAPES[result["shape"]][3]
+    ours, peer = (statistics.median(result[side]) for side in ("ours", "peer"))
+    spread = "/".join(f"{100 * (max(result[s]) / min(result[s]) - 1):.0f}%" for s in ("ours", "peer"))
+    print(
+        f"| {result['shape']} | {result['dtype']} | {rows} x {positions} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | "
+        f"{rows * positions / ours:,.0f} | {rows * positions / peer:,.0f} | {peer / ours:.2f} | {spread} | "
+        f"{result['difference']:.1e} |",
+        flush=True,
+    )
+
+
+def machine() -> str:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
+    return f"{os.cpu_count()} cores of {model}"
+
+
+def versions() -> str:
+    from importlib.metadata import version
+
+    named = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "torch", "transformers"))
+    return f"Python {platform.python_version()}, {named}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker, arguments.shape, arguments.dtype, arguments.weights)
+        return
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; {versions()}\n")
+    print("| shape | dtype | batch | ours ms | peer ms | ours tok/s | peer tok/s | ratio | spread | loss difference |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for shape in [arguments.shape] if arguments.shape else SHAPES:
+        for dtype in [arguments.dtype] if arguments.dtype else ("float32", "bfloat16"):
+            report(compare(shape, dtype, arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()
