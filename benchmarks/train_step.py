@@ -44,6 +44,7 @@ class Ours:
         import jax
 
         from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+        from jaxgpt.parallel.host import keep_freed_memory
         from jaxgpt.parallel.mesh import build_mesh
         from jaxgpt.training.step import build_program
 
@@ -64,6 +65,8 @@ class Ours:
             mesh=MeshConfig(data=1),
         )
         self.shape, self.jax = shape, jax
+        jax.devices()
+        keep_freed_memory()  # as `train` does on CPU
         self.program = build_program(config, vocabulary, build_mesh(config.mesh, jax.devices()[:1]))
         self.state = self.program.init()
         np.savez(weights, **torch_weights(jax.device_get(self.state.params), vocabulary))
@@ -113,6 +116,8 @@ class Peer:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         self.model = GPT2LMHeadModel(config)
         arrays = {name: torch.from_numpy(array.copy()) for name, array in np.load(weights).items()}
@@ -137,7 +142,7 @@ class Peer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
-        return float(loss)
+        return loss.item()
 
 
 def worker(side: str, shape: str, dtype: str, weights: str) -> None:
@@ -198,7 +203,8 @@ def report(result: dict) -> None:
 
 
 def machine() -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return f"{os.cpu_count()} cores of {model}"
 
 

@@ -157,7 +157,7 @@ class EvalConfig:
     per_device_eval_batch_size: PositiveInt | None = None
     """Sequences on each device during evaluation; none means per_device_train_batch_size."""
     sample_prompt: str = ""
-    """Prompt continued at each evaluation; empty starts from the end-of-text token (or a line break)."""
+    """Prompt continued at each evaluation; empty starts from the end-of-text token."""
     sample_tokens: NonNegativeInt = 100
     """Tokens sampled at each evaluation; 0 turns it off."""
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, to_json
+from jaxgpt.config import Config, UserError, to_json
 
 
 @cli.command
@@ -34,6 +34,7 @@ def train(config: Config, workdir: Path) -> None:
 
     from jaxgpt.data import rows
     from jaxgpt.data.pipeline import windows_per_epoch
+    from jaxgpt.parallel.host import keep_freed_memory
     from jaxgpt.parallel.mesh import batch_shards, build_mesh
     from jaxgpt.training import resume
     from jaxgpt.training.checkpoint import Checkpoints
@@ -47,6 +48,8 @@ def train(config: Config, workdir: Path) -> None:
 
     # 2. Devices and their mesh; with them, the batch.
     mesh = build_mesh(config.mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     config = resolve_batch(config, batch_shards(mesh))
 
     # 3. The data, prepared now if it is not there; with it, the number of steps.
@@ -54,6 +57,7 @@ def train(config: Config, workdir: Path) -> None:
     config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
     resume.check_workdir(config, workdir)
     resume.check_tokenizer(config, weights, dataset)
+    sample = sampler(config, dataset)
 
     # 4. The program, laid on the mesh.
     program = build_program(config, dataset.vocab_size, mesh)
@@ -70,7 +74,7 @@ def train(config: Config, workdir: Path) -> None:
     # 6. The loop, and the report of how it went, however it ended.
     started, status = time.time(), "failed"
     with MetricLog(workdir, config.log, config.train.max_steps, start_step, is_writer) as log:
-        run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sampler(config, dataset))
+        run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sample)
         try:
             fit(run, state, start_step)
             status = "finished"
@@ -123,6 +127,11 @@ def sampler(config: Config, dataset):
     tokenizer = load_tokenizer(dataset.path / "tokenizer")
     prompt = tokenizer.encode(config.eval.sample_prompt)
     room = config.model.n_positions - max(len(prompt), 1)
+    if room < 1:
+        raise UserError(
+            f"eval.sample_prompt has {len(prompt)} tokens, which leaves no room in model.n_positions = "
+            f"{config.model.n_positions}; shorten it, or set eval.sample_tokens = 0"
+        )
     options = SamplingOptions(
         max_new_tokens=min(config.eval.sample_tokens, room), temperature=0.8, top_k=50, seed=config.train.seed
     )

@@ -206,26 +206,33 @@ class GPT2(nnx.Module):
         if self.config.scan_layers:
             indices_L = jnp.arange(self.config.n_layer)
             return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, indices_L))[0]
-        for index in range(self.config.n_layer):
-            x_BTD = layer(x_BTD, _slice_of(stacked, index), index)
+        for index, block in enumerate(_unstack(stacked, self.config.n_layer)):
+            x_BTD = layer(x_BTD, block, index)
         return x_BTD
 
     def _decode_layers(self, x_BTD, cache: KVCache):
         graph, stacked = self._stacked_blocks()
         updated = []
         # Always unrolled: under scan the cache would be copied at every layer (twice as slow on CPU).
-        for index in range(self.config.n_layer):
-            block = nnx.merge(graph, _slice_of(stacked, index))
+        for index, block in enumerate(_unstack(stacked, self.config.n_layer)):
             cached = (cache.keys[index], cache.values[index], cache.length)
-            x_BTD, layer_cache = block(x_BTD, cached=cached)
+            x_BTD, layer_cache = nnx.merge(graph, block)(x_BTD, cached=cached)
             updated.append(layer_cache)
         keys, values = zip(*updated)
         return x_BTD, KVCache(keys, values, cache.length + x_BTD.shape[1])
 
 
-def _slice_of(stacked: dict, index: int) -> dict:
-    """One layer's parameters."""
-    return jax.tree.map(lambda param: param[index], stacked)
+def _unstack(stacked: dict, layers: int) -> list[dict]:
+    """The parameters of each layer.
+
+    The gradient of `lax.split` is one concatenation; that of `param[index]` is a sum of L arrays that are zero
+    but for one layer, L times the memory traffic (measured on CPU, 124M: 3.2 against 5.2 s a step).
+    """
+    split = jax.tree.map(lambda param: jax.lax.split(param, (1,) * layers), stacked)
+    return [
+        jax.tree.map(lambda parts: parts[index][0], split, is_leaf=lambda leaf: isinstance(leaf, list | tuple))
+        for index in range(layers)
+    ]
 
 
 def _remat(layer, config: ModelConfig):

@@ -1,0 +1,400 @@
+"""Prepared data on disk: token streams as a TFDS dataset in ArrayRecord form, written and read without TensorFlow.
+
+The idea: a split is one stream of tokens, each document preceded by the end-of-text token, stored in records
+of RECORD_TOKENS tokens (the last may be shorter), so token i lies in record i // RECORD_TOKENS and any span can
+be read. A folder is either complete or not there: it is written beside its place and renamed at the end.
+
+    {folder}/  dataset_info.json features.json metadata.json jaxgpt_tokens-{split}.array_record-*  tokenizer/
+"""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxgpt.config import Config, UserError
+from jaxgpt.data import sources
+from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+RECORD_TOKENS = 2048  # 40 us to read; a window of 1024 touches one or two records
+SHARD_RECORDS = 65_536  # 256 MB of uint16
+_CACHE_BYTES = 256 << 20
+_PIECE = 32_768  # characters tokenized at once
+_BATCH = 4_000_000  # characters shared out to the cores at once
+
+
+def check_window(num_tokens: int, block_size: int) -> None:
+    """Raise UserError when a training stream cannot fill one window of block_size + 1 tokens."""
+    if num_tokens < block_size + 1:
+        raise UserError(
+            f"the training split has {num_tokens} tokens, fewer than the {block_size + 1} of one window "
+            f"(data.block_size = {block_size}, plus 1); give more text or a smaller data.block_size"
+        )
+
+
+# ---------------------------------------------------------------- reading
+
+
+class TokenStream:
+    """One split: `num_tokens` tokens in a circle. Threads may read at the same time."""
+
+    def __init__(self, records, num_tokens: int, num_bytes: int, num_documents: int, dtype: str):
+        """`records[i]["tokens"]` is the i-th record, as `tfds.data_source` gives it."""
+        self.num_tokens = num_tokens
+        self.num_bytes = num_bytes
+        """Bytes of the documents in UTF-8."""
+        self.num_documents = num_documents
+        self._records = records
+        # A split that fits is kept in memory as it is read: 64-token windows then cost 3 us, not 40.
+        fits = num_tokens * np.dtype(dtype).itemsize <= _CACHE_BYTES
+        self._cache = np.empty(num_tokens, dtype) if fits else None
+        self._cached = np.zeros(len(records), bool)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start, start + 1, ... of the circle (indices modulo num_tokens), int32 [length]."""
+        tokens = np.empty(length, np.int32)
+        done = 0
+        while done < length:
+            begin = (start + done) % self.num_tokens
+            count = min(length - done, self.num_tokens - begin)
+            self._copy(begin, tokens[done : done + count])
+            done += count
+        return tokens
+
+    def _copy(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens from `begin` on; they do not pass the end of the stream."""
+        end = begin + len(out)
+        for record in range(begin // RECORD_TOKENS, -(-end // RECORD_TOKENS)):
+            first = record * RECORD_TOKENS
+            low, high = max(begin, first), min(end, first + RECORD_TOKENS)
+            out[low - begin : high - begin] = self._record(record)[low - first : high - first]
+
+    def _record(self, record: int) -> np.ndarray:
+        if self._cache is None:
+            return self._records[record]["tokens"]
+        kept = self._cache[record * RECORD_TOKENS : (record + 1) * RECORD_TOKENS]
+        if not self._cached[record]:  # two threads may both fill it, with the same tokens
+            kept[:] = self._records[record]["tokens"]
+            self._cached[record] = True
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDataset:
+    """A prepared dataset: what it was made with, and its two splits."""
+
+    path: Path
+    vocab_size: int
+    end_of_text: int
+    tokenizer_digest: str
+    fingerprint: str
+    """SHA-256 over the documents."""
+    train: TokenStream
+    validation: TokenStream
+
+
+def open_dataset(path: str | Path) -> TokenDataset:
+    """Open a prepared dataset and check that it is whole and belongs to the tokenizer saved in it.
+
+    Raises:
+        UserError: nothing finished lies at `path`, a file is missing or cut short, or the tokenizer differs.
+    """
+    import tensorflow_datasets as tfds
+
+    path = Path(path)
+    if not (path / "dataset_info.json").is_file() or not (path / "metadata.json").is_file():
+        raise UserError(f"{path}: no finished prepared dataset here; run: jaxgpt prepare --config FILE")
+    builder = tfds.builder_from_directory(path)
+    about = dict(builder.info.metadata)
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: prepared in format {about.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}; prepare again"
+        )
+    for name, size in about["file_bytes"].items():
+        if (actual := (path / name).stat().st_size if (path / name).is_file() else "no") != size:
+            raise UserError(f"{path / name}: {actual} bytes instead of {size}; delete {path} and prepare again")
+    if load_tokenizer(path / "tokenizer").digest != about["tokenizer_digest"]:
+        raise UserError(
+            f"the tokenizer in {path / 'tokenizer'} does not match the prepared data beside it; "
+            f"delete {path} and prepare again"
+        )
+    sources = builder.as_data_source()
+    streams = {
+        split: TokenStream(sources[split], dtype=about["token_dtype"], **about["splits"][split]) for split in SPLITS
+    }
+    facts = {name: about[name] for name in ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint")}
+    return TokenDataset(path=path, **facts, **streams)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class DatasetWriter:
+    """Writes a prepared dataset document by document; memory holds a few thousand records at most."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        """Start an empty dataset in the existing `folder`, the tokenizer saved in it."""
+        import tensorflow_datasets as tfds
+
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype("uint16" if tokenizer.vocab_size < 65_536 else "uint32")
+        tokens = tfds.features.Tensor(shape=(None,), dtype=self._dtype, encoding="bytes")
+        identity = tfds.core.DatasetIdentity(
+            name="jaxgpt_tokens",
+            version=tfds.core.Version(f"{FORMAT_VERSION}.0.0"),
+            data_dir=str(folder),
+            module_name="jaxgpt.data.rows",
+        )
+        self._info = tfds.core.DatasetInfo(
+            builder=identity,
+            description="A stream of token ids: end-of-text before each document, cut into records.",
+            features=tfds.features.FeaturesDict({"tokens": tokens}),
+            metadata=tfds.core.MetadataDict(),
+        )
+        self._writer = tfds.core.SequentialWriter(self._info, SHARD_RECORDS, file_format="array_record")
+        self._writer.initialize_splits(list(SPLITS))
+        self._pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        counted = ("num_tokens", "num_bytes", "num_documents")
+        self.counts: dict[str, dict[str, int]] = {split: dict.fromkeys(counted, 0) for split in SPLITS}
+        """{"train": {"num_tokens", "num_bytes", "num_documents"}, "validation": ...} written so far."""
+        tokenizer.save(folder / "tokenizer")
+
+    def add(self, split: str, tokens: np.ndarray, num_bytes: int, starts_document: bool) -> None:
+        """Append the next part of a document, which came from `num_bytes` of UTF-8."""
+        if starts_document:
+            self._pending[split].append(np.array([self._tokenizer.end_of_text], np.int32))
+        self._pending[split].append(tokens)
+        counts = self.counts[split]
+        counts["num_tokens"] += len(tokens) + starts_document
+        counts["num_bytes"] += num_bytes
+        counts["num_documents"] += starts_document
+
+    def flush(self, last: bool = False) -> None:
+        """Write the full records, and with `last` the one that is not full."""
+        for split, parts in self._pending.items():
+            tokens = np.concatenate(parts).astype(self._dtype) if parts else np.empty(0, self._dtype)
+            end = len(tokens) if last else len(tokens) // RECORD_TOKENS * RECORD_TOKENS
+            records = [{"tokens": tokens[i : i + RECORD_TOKENS]} for i in range(0, end, RECORD_TOKENS)]
+            if records:
+                self._writer.add_examples({split: records})
+            parts[:] = [tokens[end:]]
+
+    def finish(self, about: dict[str, object]) -> None:
+        """Close the files and write the metadata, `about` added: the dataset can be opened from now on."""
+        self.flush(last=True)
+        self._writer.close_all()
+        shards = sorted(self._folder.glob("*.array_record-*"))
+        self._info.metadata.update(
+            about,
+            format_version=FORMAT_VERSION,
+            vocab_size=self._tokenizer.vocab_size,
+            end_of_text=self._tokenizer.end_of_text,
+            tokenizer_digest=self._tokenizer.digest,
+            token_dtype=self._dtype.name,
+            splits=self.counts,
+            file_bytes={shard.name: shard.stat().st_size for shard in shards},
+        )
+        self._info.write_to_directory(str(self._folder))
+
+
+@contextlib.contextmanager
+def finished_together(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final` that takes its place when the block ends well, and else disappears.
+
+    Two processes may make the same folder at once: the first to end wins and the other's work is dropped.
+    What a killed process left is removed by the next one on the same host.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"data.prepared_dir = {final.parent}: cannot be made ({error.strerror})") from None
+    host = socket.gethostname()
+    for leftover in final.parent.glob(f".*.{host}.*.partial"):
+        pid = int(leftover.name.split(".")[-3])
+        if pid == os.getpid() or not _is_alive(pid):  # a restarted container gets the same pid again
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder = final.parent / f".{final.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        for file in [*folder.rglob("*"), folder]:
+            _fsync(file)
+        try:
+            os.rename(folder, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _fsync(final.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH  # another error: it is alive, and another user's
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def prepare(config: Config) -> Path:
+    """The folder of the finished dataset for the settings [data] and [tokenizer], made now if it is not there.
+
+    The source is read twice, front to back: once for its digest, its number of documents and the tokenizer,
+    once to tokenize it. A validation split of the source is kept. Otherwise the last `validation_fraction` of
+    the characters of a single document is held out; of several documents each is, where a hash of its number
+    and text falls below that share, and at least one lands on either side.
+
+    Raises:
+        UserError: the source or the tokenizer is missing or wrong, or the text is too short for one window.
+    """
+    settings = config.tokenizer
+    tokenizer = load_tokenizer(settings.path) if settings.type == "folder" else None
+    final = _place(config, tokenizer)
+    if final.exists():
+        check_window(open_dataset(final).train.num_tokens, config.block_size)
+        print(f"prepared data: {final} (found, nothing to do)")
+        return final
+    survey = _Survey()
+    texts = (document.text for document, _ in survey.watch(config, "reading"))
+    if settings.type == "char":
+        tokenizer = char_tokenizer(texts)
+    elif settings.type == "bpe":
+        sample = spread(texts, settings.train_bytes, _PIECE)
+        tokenizer = train_bpe(_bar(sample, "training BPE", "part"), settings.vocab_size, sys.stderr.isatty())
+    else:
+        collections.deque(texts, maxlen=0)
+    with finished_together(final) as folder:
+        writer = DatasetWriter(folder, tokenizer)
+        _tokenize(config, survey, writer, tokenizer)
+        check_window(writer.counts["train"]["num_tokens"], config.block_size)
+        writer.finish({"fingerprint": survey.fingerprint, "settings": _settings(config, tokenizer)})
+    _report(final, writer.counts, tokenizer)
+    return final
+
+
+class _Survey:
+    """What one reading of the source tells: how many documents, which splits, and the digest of it all."""
+
+    def __init__(self):
+        self.num_documents = 0
+        self.splits: set[str | None] = set()
+        self._digest = hashlib.sha256()
+        self._lowest, self._highest = 2**64, 0
+
+    @property
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+    def watch(self, config: Config, label: str) -> Iterator[tuple[sources.Document, int]]:
+        """The documents of the source, each with 64 pseudo-random bits made from its number and text."""
+        for document in _bar(sources.documents(config.data), label, "doc"):
+            content = hashlib.sha256(document.text.encode()).digest()
+            self._digest.update(f"{document.split}:".encode() + content)
+            numbered = hashlib.sha256(f"{self.num_documents}:".encode() + content).digest()
+            draw = int.from_bytes(numbered[:8], "little")
+            self.num_documents += 1
+            self.splits.add(document.split)
+            self._lowest, self._highest = min(self._lowest, draw), max(self._highest, draw)
+            yield document, draw
+
+    def parts(self, document: sources.Document, draw: int, fraction: float) -> list[tuple[str, str]]:
+        """[(split, text)]: where the document goes, once the whole source has been seen."""
+        if "validation" in self.splits:
+            return [(document.split, document.text)]
+        if self.num_documents == 1:
+            border = int(len(document.text) * (1 - fraction))
+            return [("train", document.text[:border]), ("validation", document.text[border:])]
+        # the document that drew lowest is always below the limit, the one that drew highest never
+        limit = min(max(int(fraction * 2**64), self._lowest + 1), self._highest)
+        return [("validation" if draw < limit else "train", document.text)]
+
+
+def _tokenize(config: Config, survey: _Survey, writer: DatasetWriter, tokenizer: Tokenizer) -> None:
+    """Read the source again and write its tokens."""
+    again = _Survey()
+    batch: list[tuple[str, bool, str]] = []  # split, starts a document, text
+    size = 0
+
+    def write() -> None:
+        tokens = tokenizer.encode_batch([text for _, _, text in batch])
+        for (split, starts, text), ids in zip(batch, tokens, strict=True):
+            writer.add(split, ids, len(text.encode()), starts)
+        writer.flush()
+        batch.clear()
+
+    for document, draw in again.watch(config, "tokenizing"):
+        for split, text in survey.parts(document, draw, config.data.validation_fraction):
+            for number, piece in enumerate(tokenizer.pieces(text, _PIECE)):
+                batch.append((split, number == 0, piece))
+                size += len(piece)
+                if size >= _BATCH:
+                    write()
+                    size = 0
+    write()
+    if again.fingerprint != survey.fingerprint:
+        raise UserError(f"{sources.describe(config.data)}: changed while it was read; prepare again")
+
+
+def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """The settings that decide what is in the dataset; `tokenizer` where it is given, not made from the data."""
+    data, chosen = config.data, config.tokenizer
+    settings = {
+        "source": data.source,
+        "text_field": data.text_field if data.source not in ("stdlib", "text") else None,
+        "max_bytes": data.max_bytes,
+        "validation_fraction": data.validation_fraction,
+        "tokenizer": chosen.type,
+    }
+    if chosen.type == "bpe":
+        settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
+    elif chosen.type == "folder":
+        settings["tokenizer_digest"] = tokenizer.digest
+    return settings
+
+
+def _place(config: Config, tokenizer: Tokenizer | None) -> Path:
+    """Where the dataset of these settings and this state of the source lies."""
+    facts = [FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Path(config.data.prepared_dir) / f"{sources.short_name(config.data)}-{digest[:12]}"
+
+
+def _bar(items: Iterable, label: str, unit: str) -> Iterable:
+    """The items, counted on stderr where that is a terminal."""
+    return tqdm(items, desc=label, unit=unit, disable=None, leave=False)
+
+
+def _report(path: Path, counts: dict[str, dict[str, int]], tokenizer: Tokenizer) -> None:
+    print(f"prepared data: {path} (vocabulary {tokenizer.vocab_size:,})")
+    for split, count in counts.items():
+        documents, size, tokens = count["num_documents"], count["num_bytes"], count["num_tokens"]
+        each = f"{size / tokens:.2f} bytes per token"
+        print(f"  {split:<10} documents {documents:,}, bytes {size:,}, tokens {tokens:,}, {each}")

@@ -1,0 +1,256 @@
+"""Text to token ids and back: a thin layer over the `tokenizers` library, stored as Hugging Face stores it.
+
+The idea: a tokenizer IS its JSON text. It is written once, when the tokenizer is made, and copied unchanged
+from then on, so its digest says whether two tokenizers are the same whatever library versions read them.
+Text is always only text here: the letters "<|endoftext|>" in a document or a prompt are thirteen characters
+and never the end-of-text token, which is reached by its id alone.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+FILE = "tokenizer.json"
+
+# GPT-2's pattern never joins a line break that follows a visible character with the visible character after
+# it, so tokenizing the parts of a text cut there gives the tokens of the whole.
+_SAFE_BORDER = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class Tokenizer:
+    """A tokenizer in the form of the `tokenizers` library with the id of its end-of-text token."""
+
+    def __init__(self, json_text: str, end_of_text: str = END_OF_TEXT):
+        """`json_text` is the content of a tokenizer.json that has the token `end_of_text`."""
+        import tokenizers
+
+        content = json.loads(json_text)
+        self._json = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        self._backend = tokenizers.Tokenizer.from_str(json_text)
+        self._backend.encode_special_tokens = True
+        self._end_of_text = end_of_text
+        self.end_of_text: int = self._backend.token_to_id(end_of_text)
+        self.vocab_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self._characters = _characters(content, end_of_text)
+        self._cuttable = self._characters is not None or _is_gpt2_like(content)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's canonical JSON, in hexadecimal."""
+        return hashlib.sha256(f"{self._json}\n{self._end_of_text}".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without any special token.
+
+        Raises:
+            UserError: a character-level tokenizer has no token for a character.
+        """
+        self._check_characters(text)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` for many texts on all cores; int32 arrays."""
+        for text in texts:
+            self._check_characters(text)
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def pieces(self, text: str, size: int) -> Iterator[str]:
+        """`cut` the text, or give it whole where that could change its tokens."""
+        return cut(text, size) if self._cuttable else iter([text])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are shown. Bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(self._json, encoding="utf-8")
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self._end_of_text),
+        }
+        if model_max_length is not None:
+            settings["model_max_length"] = model_max_length
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    def _check_characters(self, text: str) -> None:
+        if self._characters is None:
+            return
+        unknown = set(text) - self._characters
+        if unknown:
+            first = min(unknown, key=text.index)
+            raise UserError(
+                f"the character-level tokenizer has no token for {first!r} (U+{ord(first):04X}): it knows "
+                f"only the {len(self._characters)} characters of its corpus; leave it out or use "
+                'tokenizer.type = "bpe"'
+            )
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt as GPT-2's.
+
+    Raises:
+        UserError: the files are missing or broken, or there is no end-of-text token.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / FILE).is_file():
+            text = (folder / FILE).read_text(encoding="utf-8")
+            known = _tokens(json.loads(text))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            text = _gpt2_json(folder)
+            known = _tokens(json.loads(text))
+        else:
+            raise UserError(f"{folder}: no tokenizer here; it must hold tokenizer.json, or vocab.json and merges.txt")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: JSON and UTF-8
+        raise UserError(f"{folder}: the tokenizer's files are broken ({error!r})") from None
+    end_of_text = _declared_end_of_text(folder)
+    if END_OF_TEXT in known:
+        end_of_text = END_OF_TEXT
+    if end_of_text not in known:
+        raise UserError(
+            f"{folder}: the tokenizer has no end-of-text token: neither {END_OF_TEXT} nor an eos_token in "
+            "tokenizer_config.json; add one"
+        )
+    return Tokenizer(text, end_of_text)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+    """A byte-level BPE as GPT-2's, trained on `texts`: the end-of-text token, the 256 bytes, merges.
+
+    The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` entries: a pair
+    is merged only where it occurs twice.
+    """
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend.to_str())
+
+
+def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """One token a character: the characters of `texts` in the order of their code points, then end-of-text."""
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+
+    characters = set()
+    for text in texts:
+        characters.update(text)
+    vocab = {token: i for i, token in enumerate([*sorted(characters), END_OF_TEXT])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=END_OF_TEXT))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend.to_str())
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Parts of about `size` characters, cut only where GPT-2's pattern cuts too.
+
+    Their tokens one after another are those of the text, and all cores and little memory serve to get them.
+    Where a text has no such border the part is longer.
+    """
+    start = 0
+    while len(text) - start > size:
+        border = _SAFE_BORDER.search(text, start + size)
+        if border is None:
+            break
+        yield text[start : border.start()]
+        start = border.start()
+    if start < len(text):
+        yield text[start:]
+
+
+def spread(texts: Iterable[str], max_bytes: int, size: int) -> list[str]:
+    """Parts of at most about `size` characters, spread evenly over all `texts`: no more than `max_bytes` of UTF-8.
+
+    All of the texts where they are no longer than that, else at least half of `max_bytes`.
+    """
+    kept: list[tuple[str, int]] = []
+    stride, number, total = 1, 0, 0
+    for text in texts:
+        for piece in cut(text, max(1, min(size, max_bytes // 16))):
+            if number % stride == 0:
+                kept.append((piece, len(piece.encode())))
+                total += kept[-1][1]
+            number += 1
+            while total > max_bytes and len(kept) > 1:  # drop every other one, and take half as many from now on
+                kept, stride = kept[::2], 2 * stride
+                total = sum(bytes_ for _, bytes_ in kept)
+    return [piece for piece, _ in kept]
+
+
+def _byte_level(model):
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _gpt2_json(folder: Path) -> str:
+    from tokenizers import models
+
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = _byte_level(models.BPE(vocab=vocab, merges=pairs))
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend.to_str()
+
+
+def _tokens(content: dict) -> set[str]:
+    """Every token of a tokenizer.json."""
+    vocab = content["model"]["vocab"]  # Unigram models hold [token, score] pairs
+    tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
+    return tokens | {token["content"] for token in content.get("added_tokens", ())}
+
+
+def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
+    """The alphabet of a tokenizer that `char_tokenizer` made; None for any other."""
+    if content["model"].get("type") != "WordLevel":
+        return None
+    alphabet = frozenset(content["model"]["vocab"]) - {end_of_text}
+    return alphabet if all(len(token) == 1 for token in alphabet) else None
+
+
+def _is_gpt2_like(content: dict) -> bool:
+    """Whether the text is split by GPT-2's pattern, with nothing added or changed before."""
+    splitter = content.get("pre_tokenizer") or {}
+    gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return gpt2.items() <= splitter.items() and content.get("normalizer") is None
+
+
+def _declared_end_of_text(folder: Path) -> str | None:
+    """The eos_token of tokenizer_config.json, which may be text or an object."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    try:
+        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    return token["content"] if isinstance(token, dict) else token

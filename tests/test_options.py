@@ -1,0 +1,266 @@
+"""Each setting changes something: flip it alone, and what a user would look at differs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import VOCAB, batch
+
+from jaxgpt import cli
+from jaxgpt.config import Config, UserError
+from jaxgpt.data import rows
+from jaxgpt.data.pipeline import train_batches
+from jaxgpt.parallel.mesh import batch_shards, build_mesh
+from jaxgpt.parallel.sharding import micro_batches_sharding
+from jaxgpt.train import prepared_dataset, resolve_steps, train
+from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.optimizer import build_optimizer
+from jaxgpt.training.step import build_program, resolve_batch
+
+BASE = {
+    "model.n_layer": 1,
+    "model.n_head": 1,
+    "model.n_embd": 16,
+    "model.n_positions": 16,
+    "model.dtype": "float32",
+    "tokenizer.type": "char",
+    "data.source": "text",
+    "optimizer.warmup_steps": 1,
+    "train.max_steps": 4,
+    "train.per_device_train_batch_size": 1,
+    "checkpoint.save_steps": 2,
+    "eval.eval_steps": 2,
+    "eval.eval_batches": 2,
+    "eval.sample_tokens": 4,
+    "log.logging_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("options")
+    words = np.random.default_rng(0).choice("one two three four five six".split(), (40, 50))
+    texts = [" ".join(line) for line in words]
+    (folder / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "texts" / f"{number}.txt").write_text(text)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t, "title": t[:20]}) + "\n" for t in texts))
+    (folder / "other.txt").write_text("seven eight nine ten " * 50)
+    return folder
+
+
+def load(folder: Path, settings: dict) -> Config:
+    settings = {"data.path": folder / "texts", "data.prepared_dir": folder / "prepared"} | BASE | settings
+    return cli.load_config(None, {name: str(value) for name, value in settings.items()})
+
+
+# ---------------------------------------------------------------- what a user would look at
+
+
+def program(config: Config) -> str:
+    """The step as it would be compiled, and where its state lies."""
+    config = resolve_batch(config, batch_shards(build_mesh(config.mesh)))
+    built = build_program(config, VOCAB, build_mesh(config.mesh))
+    layout = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.sharding.spec)), built.abstract_state)
+    return str(jax.make_jaxpr(built.train_step)(built.abstract_state, batch(0, rows=8))) + str(layout)
+
+
+def optimized(config: Config) -> list:
+    """A matrix, a bias and the embedding after three updates with fixed gradients."""
+    params = {
+        "wte": jnp.ones((4, 3)),
+        "blocks": {"mlp": {"c_fc": {"kernel": jnp.ones((1, 3, 5)), "bias": jnp.ones((1, 5))}}},
+    }
+    optimizer = build_optimizer(config.optimizer, 10)
+    state = optimizer.init(params)
+    for step in range(3):
+        grads = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size) + step).reshape(x.shape), params)  # noqa: B023
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(params)]
+
+
+def prepared(config: Config) -> tuple:
+    data = rows.open_dataset(prepared_dataset(config))
+    return data.path, data.vocab_size, data.fingerprint, data.tokenizer_digest, data.train.num_tokens
+
+
+def resolved(config: Config) -> Config:
+    return resolve_steps(resolve_batch(config, 8), 100)
+
+
+def first_batch(config: Config) -> tuple:
+    data = rows.open_dataset(prepared_dataset(config))
+    batches = train_batches(
+        data.train,
+        seed=config.train.seed,
+        start_step=0,
+        stop_step=1,
+        global_batch_size=8,
+        accumulation=1,
+        block_size=config.block_size,
+        sharding=micro_batches_sharding(build_mesh(config.mesh)),
+    )
+    return np.asarray(next(batches).tokens_BT).tolist(), str(build_program(config, VOCAB, build_mesh(config.mesh)).init().params["wpe"])
+
+
+def kept_checkpoints(config: Config) -> list:
+    import tempfile
+
+    state = build_program(config, VOCAB, build_mesh(config.mesh)).init()
+    with tempfile.TemporaryDirectory() as workdir:
+        checkpoints = Checkpoints(Path(workdir), config.checkpoint)
+        for step, loss in [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]:
+            checkpoints.save(step, state, {}, loss)
+        checkpoints.wait()
+        steps = checkpoints.steps()
+        checkpoints.close()
+        return steps
+
+
+def run(config: Config) -> dict:
+    """A whole run: what it logged and when, which files it left."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        train(config, workdir)
+        lines = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(workdir)]
+        saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+        return {"lines": lines, "saved": saved, "files": sorted(path.name for path in workdir.iterdir())}
+
+
+# setting: (another value, what differs, settings that both sides need besides BASE)
+OPTIONS = {
+    "model.n_layer": (2, program, {}),
+    "model.n_head": (2, program, {}),
+    "model.n_embd": (32, program, {}),
+    "model.n_positions": (32, program, {}),
+    "model.dropout": (0.1, program, {}),
+    "model.dtype": ("bfloat16", program, {}),
+    "model.scan_layers": (True, program, {}),
+    "model.remat": ("block", program, {}),
+    "tokenizer.type": ("bpe", prepared, {"tokenizer.vocab_size": 270}),
+    "tokenizer.path": ("{folder}/tokenizer-b", prepared, {"tokenizer.type": "folder", "tokenizer.path": "{folder}/tokenizer-a"}),
+    "tokenizer.vocab_size": (280, prepared, {"tokenizer.type": "bpe", "tokenizer.vocab_size": 270}),
+    "tokenizer.train_bytes": (600, prepared, {"tokenizer.type": "bpe", "tokenizer.vocab_size": 300}),
+    "data.source": ("jsonl", prepared, {"data.path": "{folder}/texts.jsonl"}),
+    "data.path": ("{folder}/other.txt", prepared, {}),
+    "data.text_field": ("title", prepared, {"data.source": "jsonl", "data.path": "{folder}/texts.jsonl"}),
+    "data.max_bytes": (4000, prepared, {}),
+    "data.validation_fraction": (0.5, prepared, {}),
+    "data.prepared_dir": ("{folder}/elsewhere", prepared, {}),
+    "data.block_size": (8, first_batch, {}),
+    "data.num_threads": (3, None, {}),
+    "data.prefetch_batches": (9, None, {}),
+    "optimizer.name": ("muon", optimized, {}),
+    "optimizer.learning_rate": (1e-3, optimized, {}),
+    "optimizer.muon_learning_rate": (0.1, optimized, {"optimizer.name": "muon"}),
+    "optimizer.lr_scheduler_type": ("constant", optimized, {}),
+    "optimizer.warmup_steps": (3, optimized, {}),
+    "optimizer.min_lr_rate": (0.5, optimized, {}),
+    "optimizer.decay_rate": (0.9, optimized, {"optimizer.lr_scheduler_type": "warmup_stable_decay", "train.max_steps": "none"}),
+    "optimizer.weight_decay": (0.5, optimized, {}),
+    "optimizer.adam_beta1": (0.5, optimized, {}),
+    "optimizer.adam_beta2": (0.5, optimized, {}),
+    "optimizer.adam_epsilon": (0.1, optimized, {}),
+    "optimizer.max_grad_norm": (1e-9, optimized, {}),
+    "train.max_steps": (5, resolved, {}),
+    "train.num_train_epochs": (3.0, resolved, {"train.max_steps": "none"}),
+    "train.per_device_train_batch_size": (2, resolved, {}),
+    "train.gradient_accumulation_steps": (2, resolved, {}),
+    "train.global_batch_size": (16, resolved, {}),
+    "train.seed": (1, first_batch, {}),
+    "mesh.data": (4, program, {"mesh.fsdp": 2, "mesh.tensor": 1}),
+    "mesh.fsdp": (2, program, {}),
+    "mesh.tensor": (2, program, {"model.n_head": 2}),
+    "mesh.zero1": (False, program, {}),
+    "checkpoint.save_steps": (4, run, {}),
+    "checkpoint.save_total_limit": (3, kept_checkpoints, {}),
+    "checkpoint.keep_best": (False, kept_checkpoints, {}),
+    "eval.eval_steps": (1, run, {}),
+    "eval.eval_batches": (1, run, {}),
+    "eval.per_device_eval_batch_size": (2, run, {}),
+    "eval.sample_prompt": ("one", run, {}),
+    "eval.sample_tokens": (0, run, {}),
+    "log.logging_steps": (1, run, {}),
+    "log.tensorboard": (False, run, {}),
+    "log.wandb_project": ("x", None, {}),
+    "init.from_checkpoint": ("", None, {}),
+}
+ELSEWHERE = {
+    "data.num_threads": "test_threads_and_prefetch_reach_grain",
+    "data.prefetch_batches": "test_threads_and_prefetch_reach_grain",
+    "mesh.data": "test_mesh_data_is_checked_against_the_devices",
+    "log.wandb_project": "test_wandb_is_asked_for",
+    "init.from_checkpoint": "test_train.test_training_starts_from_another_runs_weights",
+}
+
+
+def test_the_table_holds_every_setting():
+    assert list(OPTIONS) == list(cli.config_fields())
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ELSEWHERE])
+def test_the_setting_changes_something(name, folder):
+    value, look, besides = OPTIONS[name]
+    besides = {key: str(setting).format(folder=folder) for key, setting in besides.items()}
+    if name == "tokenizer.path":
+        for letter, text in (("a", "one two"), ("b", "three four")):
+            from jaxgpt.data.tokenizer import train_bpe
+
+            train_bpe([text * 50], 260).save(folder / f"tokenizer-{letter}")
+    before, after = (load(folder, besides | extra) for extra in ({}, {name: str(value).format(folder=folder)}))
+    assert look(before) != look(after)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_run_of_the_base(folder):
+    """Several settings are seen by comparing whole runs; the run of BASE is the same for all of them."""
+    import functools
+
+    for name, (value, look, besides) in OPTIONS.items():
+        if look in (run, kept_checkpoints, program):
+            OPTIONS[name] = (value, _remembered(look), besides)
+    yield
+
+
+_memory: dict = {}
+
+
+def _remembered(look):
+    def remembering(config: Config):
+        key = (look.__name__, repr(dataclasses.asdict(config)))
+        if key not in _memory:
+            _memory[key] = look(config)
+        return _memory[key]
+
+    return remembering
+
+
+def test_threads_and_prefetch_reach_grain(folder, monkeypatch):
+    seen = []
+    real = grain.ReadOptions
+    monkeypatch.setattr(grain, "ReadOptions", lambda **options: seen.append(options) or real(**options))
+    run(load(folder, {"data.num_threads": 3, "data.prefetch_batches": 9, "train.max_steps": 2}))
+    assert {"num_threads": 3, "prefetch_buffer_size": 9} in seen
+
+
+def test_mesh_data_is_checked_against_the_devices(folder):
+    assert build_mesh(load(folder, {"mesh.data": 8}).mesh).shape["data"] == 8
+    with pytest.raises(UserError, match="= 4, but there are 8 devices"):
+        build_mesh(load(folder, {"mesh.data": 4}).mesh)
+
+
+def test_wandb_is_asked_for(folder, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(load(folder, {"log.wandb_project": "x"}))
