@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from jaxgpt import cli
+from jaxgpt import __version__, cli
 from jaxgpt.config import Config, UserError, to_json
 
 
@@ -169,7 +169,7 @@ def write_report(run, status: str, seconds: float) -> None:
     from jaxgpt.training import report
 
     config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
-    packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
     summary = {
         "status": status,
         "seconds": round(seconds, 1),
@@ -185,7 +185,11 @@ def write_report(run, status: str, seconds: float) -> None:
             "validation_tokens": dataset.validation.num_tokens,
             "vocabulary": dataset.vocab_size,
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "jaxgpt": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
     }
     write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2))
     if (run.workdir / "metrics.jsonl").exists():  # a run that failed in its first step has none

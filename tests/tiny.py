@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxgpt.data.pipeline import Batch
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.data.pipeline import Batch
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.training.step import build_program
 

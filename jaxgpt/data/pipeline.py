@@ -31,13 +31,13 @@ AHEAD = 2  # batches sent to the devices before the step asks: the transfer over
 class Batch(NamedTuple):
     """Windows of tokens; all arrays have the same shape [..., T]."""
 
-    tokens_BT: np.ndarray | jax.Array  # noqa: N815
+    tokens_BT: np.ndarray | jax.Array
     """int32 inputs."""
-    targets_BT: np.ndarray | jax.Array  # noqa: N815
+    targets_BT: np.ndarray | jax.Array
     """int32, the token that follows each input."""
-    weights_BT: np.ndarray | jax.Array  # noqa: N815
+    weights_BT: np.ndarray | jax.Array
     """float32, 1 where the target counts and 0 where it is padding."""
-    segments_BT: np.ndarray | jax.Array | None = None  # noqa: N815
+    segments_BT: np.ndarray | jax.Array | None = None
     """int32 document number of each position where documents are packed; None: one segment a row."""
 
 

@@ -228,11 +228,9 @@ def _unstack(stacked: dict, layers: int) -> list[dict]:
     The gradient of `lax.split` is one concatenation; that of `param[index]` is a sum of L arrays that are zero
     but for one layer, L times the memory traffic (measured on CPU, 124M: 3.2 against 5.2 s a step).
     """
-    split = jax.tree.map(lambda param: jax.lax.split(param, (1,) * layers), stacked)
-    return [
-        jax.tree.map(lambda parts: parts[index][0], split, is_leaf=lambda leaf: isinstance(leaf, list | tuple))
-        for index in range(layers)
-    ]
+    leaves, tree = jax.tree.flatten(stacked)
+    split = [jax.lax.split(leaf, (1,) * layers) for leaf in leaves]
+    return [jax.tree.unflatten(tree, [part[0] for part in parts]) for parts in zip(*split)]
 
 
 def _remat(layer, config: ModelConfig):

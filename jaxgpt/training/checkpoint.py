@@ -142,7 +142,8 @@ def find_step(path: Path) -> tuple[Path, int]:
     run = path.parent.parent if path.parent.name == FOLDER else path
     if not (run / "config.json").is_file() or not (run / FOLDER).is_dir():
         raise UserError(f"{path} is not a jaxgpt run or one of its steps: {run} holds no config.json and {FOLDER}/")
-    steps = sorted(int(folder.name) for folder in (run / FOLDER).iterdir() if folder.name.isdigit())
+    folders = (folder for folder in (run / FOLDER).iterdir() if folder.name.isdigit() and (folder / "params").is_dir())
+    steps = sorted(int(folder.name) for folder in folders)
     if not steps:
         raise UserError(f"{run / FOLDER} holds no finished checkpoint yet")
     if run == path:
