@@ -2,81 +2,84 @@
 
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import sample
-from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config import Config, ModelConfig, to_json
+from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.inference.decode import generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
+from jaxgpt.training.checkpoint import Checkpoints, load_model
+from jaxgpt.training.step import TrainState
 
-VOCAB, END_OF_TEXT = 257, 256
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, dtype="float32")
 
 
-class Bytes:
-    """A tokenizer whose tokens are the bytes of UTF-8."""
-
-    vocab_size, end_of_text = VOCAB, END_OF_TEXT
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, tokens):
-        return bytes(tokens).decode(errors="replace")
-
-
-@pytest.fixture
-def checkpoint(monkeypatch):
-    """Stands in for what `load_model` reads from disk; tests/ of training hold the reading itself to account."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A run folder as `train` leaves it; its tokens are bytes, its weights are random and large."""
+    run = tmp_path_factory.mktemp("sample") / "run"
+    tokenizer = train_bpe(["no merges"], 257)
+    tokenizer.save(run / "tokenizer")
+    (run / "config.json").write_text(to_json(Config(model=MODEL)))
     rng = np.random.default_rng(0)
-    _, shapes, _ = gpt2.abstract_model(MODEL, VOCAB)
-    params = jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
-    params = jax.device_put(params)
-    loaded = types.SimpleNamespace(
-        config=Config(model=MODEL), vocab_size=VOCAB, params=params, tokenizer=Bytes(), step=1234
-    )
-    module = types.SimpleNamespace(load_model=lambda path: loaded)
-    monkeypatch.setitem(sys.modules, "jaxgpt.training.checkpoint", module)
-    return loaded
+    _, shapes, _ = gpt2.abstract_model(MODEL, tokenizer.vocab_size)
+    params = jax.device_put(jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes))
+    checkpoints = Checkpoints(run, Config().checkpoint)
+    checkpoints.save(1234, TrainState(jnp.asarray(1234), params, {"moments": jnp.zeros(())}), {}, 1.0)
+    checkpoints.close()
+    return run
 
 
-def run(*flags):
-    return sample.main(["--checkpoint", "runs/tiny", *flags])
+def expected(checkpoint: Path, prompt: str, **options) -> str:
+    """What the command prints, put together from the parts."""
+    model = load_model(checkpoint)
+    prompt_ids = model.tokenizer.encode(prompt)
+    options = SamplingOptions(**options)
+    tokens = generate(MODEL, 257, model.params, prompt_ids, options, model.tokenizer.end_of_text)
+    return f"\n{'-' * 80}\n".join(prompt + model.tokenizer.decode(t) for t in tokens) + "\n"
+
+
+def run(checkpoint, *flags):
+    return sample.main(["--checkpoint", str(checkpoint), *flags])
 
 
 def test_texts_go_to_stdout_with_their_prompt_and_a_ruled_line_between(checkpoint, capsys):
     prompt, flags = "def ñ", ["--max-new-tokens", "12", "--num-return-sequences", "3", "--seed", "4"]
-    assert run("--prompt", prompt, *flags) == 0
+    assert run(checkpoint, "--prompt", prompt, *flags) == 0
     out, err = capsys.readouterr()
-    assert err == "runs/tiny, step 1,234, 0.0M parameters, float32\n"
-
-    options = SamplingOptions(max_new_tokens=12, num_return_sequences=3, seed=4)
-    expected = generate(MODEL, VOCAB, checkpoint.params, list(prompt.encode()), options, END_OF_TEXT)
+    assert err == f"{checkpoint}, step 1,234, 0.0M parameters, float32\n"
     # Random bytes end and begin inside characters: they are replaced, and nothing fails.
-    texts = [prompt + bytes(tokens).decode(errors="replace") for tokens in expected]
-    assert out == f"\n{'-' * 80}\n".join(texts) + "\n"
+    assert out == expected(checkpoint, prompt, max_new_tokens=12, num_return_sequences=3, seed=4)
 
-    run("--prompt", prompt, *flags)
+    run(checkpoint, "--prompt", prompt, *flags)
     assert capsys.readouterr().out == out
-    run("--prompt", prompt, *flags[:-1], "5")
+    run(checkpoint, "--prompt", prompt, *flags[:-1], "5")
     assert capsys.readouterr().out != out
 
 
 def test_without_a_prompt_the_text_starts_from_end_of_text(checkpoint, capsys):
-    assert run("--max-new-tokens", "12", "--temperature", "0", "--num-return-sequences", "3") == 0
-    options = SamplingOptions(max_new_tokens=12, temperature=0, num_return_sequences=3)
-    tokens, *_ = generate(MODEL, VOCAB, checkpoint.params, [END_OF_TEXT], options, END_OF_TEXT)
-    text = bytes(tokens).decode(errors="replace")
-    assert capsys.readouterr().out == f"\n{'-' * 80}\n".join([text] * 3) + "\n"
+    assert run(checkpoint, "--max-new-tokens", "12", "--temperature", "0") == 0
+    model = load_model(checkpoint)
+    options = SamplingOptions(max_new_tokens=12, temperature=0)
+    end_of_text = model.tokenizer.end_of_text
+    [tokens] = generate(MODEL, 257, model.params, [end_of_text], options, end_of_text)
+    assert capsys.readouterr().out == model.tokenizer.decode(tokens) + "\n"
+
+
+def test_one_steps_folder_is_a_checkpoint_too(checkpoint, capsys):
+    assert run(checkpoint / "checkpoints" / "1234", "--prompt", "a", "--max-new-tokens", "5") == 0
+    assert capsys.readouterr().out == expected(checkpoint, "a", max_new_tokens=5)
 
 
 def test_a_text_longer_than_the_context_is_refused_in_one_line(checkpoint, capsys):
-    assert run("--prompt", "1234567890", "--max-new-tokens", "30") == 2
+    assert run(checkpoint, "--prompt", "1234567890", "--max-new-tokens", "30") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "10 tokens and 30 new ones are 8 more than the model's n_positions = 32" in error
@@ -104,7 +107,7 @@ def test_the_flags_have_the_defaults_of_the_options():
     ],
 )
 def test_a_bad_flag_exits_with_2_and_one_line(flag, value, told, capsys):
-    assert run(flag, value) == 2
+    assert run("runs/nothing", flag, value) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and told in err and err.count("\n") == 1
 
