@@ -18,8 +18,9 @@ import numpy as np
 from train_step import machine
 
 from jaxgpt import cli
-from jaxgpt.data import rows
 from jaxgpt.data.pipeline import windows_per_epoch
+from jaxgpt.data.preparation import prepare
+from jaxgpt.data.rows import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.train import resolve_steps, train
 from jaxgpt.training.loop import Run, _train_batches
@@ -54,7 +55,7 @@ def loop_seconds(config, workdir: Path) -> float:
 def bare_seconds(config) -> float:
     """The same jitted step on the same batches, dispatched back to back, each awaited as the loop awaits it."""
     mesh = build_mesh(config.mesh, jax.devices()[:1])
-    dataset = rows.open_dataset(rows.prepare(config))
+    dataset = open_dataset(prepare(config))
     config = resolve_steps(resolve_batch(config, 1), windows_per_epoch(dataset.train.num_tokens, config.block_size))
     program = build_program(config, dataset.vocab_size, mesh)
     state = program.init()

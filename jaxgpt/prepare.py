@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_arguments(parser)
     config = cli.config_from(parser.parse_args(argv))
 
-    from jaxgpt.data.rows import prepare
+    from jaxgpt.data.preparation import prepare
 
     prepare(config)
 

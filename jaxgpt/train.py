@@ -32,8 +32,9 @@ def train(config: Config, workdir: Path) -> None:
     """Start or resume the run of `config` in `workdir`. What is wrong with the input is found in steps 1 to 4."""
     import jax
 
-    from jaxgpt.data import rows
     from jaxgpt.data.pipeline import windows_per_epoch
+    from jaxgpt.data.preparation import prepare
+    from jaxgpt.data.rows import open_dataset
     from jaxgpt.parallel.host import keep_freed_memory
     from jaxgpt.parallel.mesh import batch_shards, build_mesh
     from jaxgpt.training import resume
@@ -53,7 +54,7 @@ def train(config: Config, workdir: Path) -> None:
     config = resolve_batch(config, batch_shards(mesh))
 
     # 3. The data, prepared now if it is not there; with it, the number of steps.
-    dataset = rows.open_dataset(rows.prepare(config))
+    dataset = open_dataset(prepare(config))
     config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
     resume.check_workdir(config, workdir)
     resume.check_tokenizer(config, weights, dataset)
@@ -107,7 +108,7 @@ def start_run_folder(workdir: Path, config: Config, dataset) -> None:
 
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", to_json(config))
-    load_tokenizer(dataset.path / "tokenizer").save(workdir / "tokenizer")
+    load_tokenizer(dataset.path / "tokenizer").save(workdir / "tokenizer", config.model.n_positions)
 
 
 def write_atomically(path: Path, text: str) -> None:

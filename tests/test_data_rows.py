@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, TokenizerConfig, UserError
-from jaxgpt.data import rows
-from jaxgpt.data.rows import RECORD_TOKENS, TokenStream, finished_together, open_dataset, prepare
+from jaxgpt.data import preparation, rows
+from jaxgpt.data.preparation import prepare
+from jaxgpt.data.rows import RECORD_TOKENS, TokenStream, finished_together, open_dataset
 from jaxgpt.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
 
 LINES = [f"line {i}: the cat sat on the mat, 中文 {i * i}\n" for i in range(900)]
@@ -108,8 +109,8 @@ def test_tokens_do_not_depend_on_how_the_text_is_shared_out(one_file, monkeypatc
     border = int(len(text) * 0.95)
     expected = [dataset.end_of_text, *tokenizer.encode(text[:border])]
     assert whole(dataset.train).tolist() == expected
-    monkeypatch.setattr(rows, "_PIECE", 100)
-    monkeypatch.setattr(rows, "_BATCH", 1000)
+    monkeypatch.setattr(preparation, "_PIECE", 100)
+    monkeypatch.setattr(preparation, "_BATCH", 1000)
     config = dataclasses.replace(one_file, tokenizer=TokenizerConfig(type="folder", path=str(path / "tokenizer")))
     assert whole(open_dataset(prepare(config)).train).tolist() == expected
 
@@ -212,9 +213,9 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(poin
     code = (
         "import os, signal, sys\n"
         "from jaxgpt.config import from_json\n"
-        "from jaxgpt.data import rows\n"
+        "from jaxgpt.data import preparation, rows\n"
         f"{point} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "rows.prepare(from_json(sys.stdin.read()))\n"
+        "preparation.prepare(from_json(sys.stdin.read()))\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], input=to_json(one_file), text=True, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -290,8 +291,8 @@ def test_a_source_that_changes_while_it_is_read_is_refused(one_file, monkeypatch
         Path(one_file.data.path).write_text("something else " * 100)
         return original(*args)
 
-    original = rows._tokenize
-    monkeypatch.setattr(rows, "_tokenize", change)
+    original = preparation._tokenize
+    monkeypatch.setattr(preparation, "_tokenize", change)
     refused(one_file, "changed while it was read; prepare again")
 
 

@@ -16,8 +16,9 @@ from tiny import VOCAB, batch
 
 from jaxgpt import cli
 from jaxgpt.config import Config, UserError
-from jaxgpt.data import rows
 from jaxgpt.data.pipeline import train_batches
+from jaxgpt.data.preparation import prepare
+from jaxgpt.data.rows import open_dataset
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
@@ -95,7 +96,7 @@ def optimized(config: Config) -> list:
 
 
 def prepared(config: Config) -> tuple:
-    data = rows.open_dataset(rows.prepare(config))
+    data = open_dataset(prepare(config))
     return data.path, data.vocab_size, data.fingerprint, data.tokenizer_digest, data.train.num_tokens
 
 
@@ -104,7 +105,7 @@ def resolved(config: Config) -> Config:
 
 
 def first_batch(config: Config) -> tuple:
-    data = rows.open_dataset(rows.prepare(config))
+    data = open_dataset(prepare(config))
     batches = train_batches(
         data.train,
         seed=config.train.seed,
