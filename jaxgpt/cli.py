@@ -19,7 +19,11 @@ from pydantic import ValidationError
 
 from jaxgpt.config import Config, UserError
 
-EXIT_DONE, EXIT_USER, EXIT_RESUME, EXIT_STORAGE = 0, 2, 42, 74
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME = 0, 1, 2, 42
+
+
+class RunFailed(Exception):
+    """The run cannot go on, for a reason that fits in a line. Exit code 1."""
 
 
 class Interrupted(Exception):
@@ -39,6 +43,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]):
         except Interrupted as error:
             print(f"stopped: {error}", file=sys.stderr)
             return EXIT_RESUME
+        except RunFailed as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        except KeyboardInterrupt:  # outside of training, which saves first and then raises Interrupted
+            print("stopped: Ctrl-C", file=sys.stderr)
+            return EXIT_FAILED
         except BrokenPipeError:  # the reader of our output left (`| head`): not our failure
             sys.stderr.close()
             return EXIT_DONE

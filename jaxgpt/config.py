@@ -8,7 +8,7 @@ Reading TOML files and the command line is `cli.py`'s work.
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -244,7 +244,17 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    return TypeAdapter(Config).validate_json(text)
+    """The Config that `to_json` wrote.
+
+    Raises:
+        UserError: the text is no config, or one of another version.
+    """
+    try:
+        return TypeAdapter(Config).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"not a config of this version of jaxgpt: {where}: {first['msg']}") from None
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -263,6 +273,7 @@ FREE_ON_RESUME = (
     "log.",
     "model.scan_layers",
     "model.remat",
+    "data.path",  # a corpus may be moved: its content is compared by its fingerprint
     "data.prepared_dir",
     "data.num_threads",
     "data.prefetch_batches",

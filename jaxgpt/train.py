@@ -58,6 +58,7 @@ def train(config: Config, workdir: Path) -> None:
     config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
     resume.check_workdir(config, workdir)
     resume.check_tokenizer(config, weights, dataset)
+    resume.check_data(config, workdir, dataset)
     sample = sampler(config, dataset)
 
     # 4. The program, laid on the mesh.
@@ -66,7 +67,6 @@ def train(config: Config, workdir: Path) -> None:
     if is_writer:
         start_run_folder(workdir, config, dataset)
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    resume.check_data(checkpoints, dataset)
 
     # 5. The state: this run's latest checkpoint, else init.from_checkpoint's weights, else fresh ones.
     state, start_step = resume.initial_state(program, checkpoints, weights)

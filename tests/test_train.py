@@ -259,6 +259,22 @@ def test_a_run_folder_of_another_config_names_what_differs(folder, finished, cap
     assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*")) == before
 
 
+def test_a_run_folder_whose_data_changed_is_refused_and_left_alone(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("one fish two fish red fish blue fish " * 50)
+    arguments = ["--config", str(folder / "config.toml"), "--workdir", str(tmp_path / "run")]
+    arguments += ["--data.path", str(text), "--eval.sample_tokens", "0"]
+    assert train.main(arguments) == 0
+    text.write_text("one fish two fish red fish blue fish. " * 50)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert train.main(arguments) == 2
+    assert "is not what the run in" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    moved = tmp_path / "moved.txt"  # the same text elsewhere is the same data
+    moved.write_text("one fish two fish red fish blue fish " * 50)
+    assert train.main([*arguments, "--data.path", str(moved)]) == 0
+
+
 def test_weights_of_another_shape_or_vocabulary_are_refused(folder, finished, tmp_path):
     with pytest.raises(UserError, match="model.n_layer = 2, but this config has 3"):
         train.train(load(folder, init__from_checkpoint=finished, model__n_layer=3), tmp_path / "run")

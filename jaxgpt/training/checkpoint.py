@@ -128,11 +128,20 @@ def load_model(path: str | Path) -> LoadedModel:
         UserError: the folder is not a run or a step of one; says what was looked for.
     """
     run, step = find_step(Path(path))
-    config = from_json((run / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
     _, shapes, _ = gpt2.abstract_model(config.model, tokenizer.vocab_size)
     params = restore_params(run, step, shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return LoadedModel(config, tokenizer.vocab_size, params, tokenizer, step)
+
+
+def read_config(run: Path) -> Config:
+    """The resolved config of a run folder."""
+    path = run / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def find_step(path: Path) -> tuple[Path, int]:

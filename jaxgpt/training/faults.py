@@ -4,8 +4,10 @@ import os
 import signal
 from types import FrameType
 
+from jaxgpt.cli import RunFailed
 
-class NonFiniteLoss(Exception):
+
+class NonFiniteLoss(RunFailed):
     """The loss or the gradient stopped being a number; training on would only spread it."""
 
     def __init__(self, step: int, loss: float, grad_norm: float, learning_rate: float, last_good: int | None):

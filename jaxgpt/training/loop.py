@@ -154,6 +154,7 @@ class Meter:
         self._mfu_of_token_rate = flops / (peak * devices.size) if peak else None
         self._loss_sum = self._count = 0.0
         self._timed_steps = 0
+        self._first_line: dict[str, float] = {}
         self._started = time.perf_counter()
 
     def read(self, step: int, metrics: dict) -> None:
@@ -172,7 +173,7 @@ class Meter:
     def skip_compilation(self, metrics: dict) -> None:
         """Leave the first step, which compiled the program, out of the times and rates that follow."""
         jax.block_until_ready(metrics)
-        self.compile_seconds = time.perf_counter() - self._started
+        self._first_line["seconds_compile"] = time.perf_counter() - self._started
         self._split.take()
         self._timed_steps = -1  # reading the first step brings it to 0
 
@@ -190,7 +191,9 @@ class Meter:
             "mfu": rate * self._mfu_of_token_rate if rate and self._mfu_of_token_rate else None,
             "batch_hash": values["batch_hash"],
             **seconds,
+            **self._first_line,
         }
+        self._first_line = {}
         self._loss_sum = self._count = 0.0
         self._timed_steps = 0
         self._run.log.write(step, line)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.config import Config, UserError, from_json, resume_conflicts
+from jaxgpt.config import Config, UserError, resume_conflicts
 from jaxgpt.data.rows import TokenDataset
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, restore_params
+from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, read_config, restore_params
 from jaxgpt.training.step import Program, TrainState
 
 
@@ -23,12 +23,11 @@ def check_workdir(config: Config, workdir: Path) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file, not a folder")
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         if (workdir / FOLDER).exists():
             raise UserError(f"{workdir} holds {FOLDER}/ but no config.json, so it is no run; choose another --workdir")
         return
-    differ = resume_conflicts(from_json(path.read_text(encoding="utf-8")), config)
+    differ = resume_conflicts(read_config(workdir), config)
     if differ:
         listed = ", ".join(f"{name} was {old}, now {new}" for name, (old, new) in differ.items())
         raise UserError(f"{workdir} belongs to another config: {listed}; choose another --workdir")
@@ -53,7 +52,7 @@ def weights_to_start_from(config: Config) -> Weights | None:
     if not path:
         return None
     run, step = find_step(Path(path))
-    theirs = from_json((run / "config.json").read_text(encoding="utf-8")).model
+    theirs = read_config(run).model
     for name in ("n_layer", "n_head", "n_embd", "n_positions"):
         there, here = getattr(theirs, name), getattr(config.model, name)
         if there != here:
@@ -70,16 +69,20 @@ def check_tokenizer(config: Config, weights: Weights | None, dataset: TokenDatas
         )
 
 
-def check_data(checkpoints: Checkpoints, dataset: TokenDataset) -> None:
+def check_data(config: Config, workdir: Path, dataset: TokenDataset) -> None:
     """Refuse to go on with a run on data that is not what it has read so far."""
+    if not (workdir / FOLDER).is_dir():
+        return
+    checkpoints = Checkpoints(workdir, config.checkpoint)
     step = checkpoints.latest_step()
-    saved = checkpoints.metadata(step) if step is not None else {}
-    for name in ("tokenizer_digest", "data_fingerprint"):
-        now = {"tokenizer_digest": dataset.tokenizer_digest, "data_fingerprint": dataset.fingerprint}[name]
-        if saved and saved[name] != now:
+    saved = checkpoints.metadata(step) if step is not None else None
+    checkpoints.close()
+    now = {"tokenizer_digest": dataset.tokenizer_digest, "data_fingerprint": dataset.fingerprint}
+    for name, value in now.items():
+        if saved and saved[name] != value:
             raise UserError(
-                f"the prepared data in {dataset.path} is not what this run had read up to step {step} "
-                f"({name} was {saved[name][:12]}, now {now[:12]}); choose another --workdir"
+                f"the prepared data in {dataset.path} is not what the run in {workdir} has read up to step {step} "
+                f"({name} was {saved[name][:12]}, now {value[:12]}); choose another --workdir"
             )
 
 
