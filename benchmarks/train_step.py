@@ -41,10 +41,12 @@ class Ours:
     """The jitted step of the package, on one device."""
 
     def __init__(self, shape: str, dtype: str, weights: Path):
+        from jaxgpt.parallel.host import keep_freed_memory
+
+        keep_freed_memory()  # as `train` does
         import jax
 
         from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-        from jaxgpt.parallel.host import keep_freed_memory
         from jaxgpt.parallel.mesh import build_mesh
         from jaxgpt.training.step import build_program
 
@@ -65,8 +67,6 @@ class Ours:
             mesh=MeshConfig(data=1),
         )
         self.shape, self.jax = shape, jax
-        jax.devices()
-        keep_freed_memory()  # as `train` does on CPU
         self.program = build_program(config, vocabulary, build_mesh(config.mesh, jax.devices()[:1]))
         self.state = self.program.init()
         np.savez(weights, **torch_weights(jax.device_get(self.state.params), vocabulary))

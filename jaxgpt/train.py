@@ -30,12 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: Config, workdir: Path) -> None:
     """Start or resume the run of `config` in `workdir`. What is wrong with the input is found in steps 1 to 4."""
+    from jaxgpt.parallel.host import keep_freed_memory
+
+    keep_freed_memory()  # before jax starts its threads
     import jax
 
     from jaxgpt.data.pipeline import windows_per_epoch
     from jaxgpt.data.preparation import prepare
     from jaxgpt.data.rows import open_dataset
-    from jaxgpt.parallel.host import keep_freed_memory
     from jaxgpt.parallel.mesh import batch_shards, build_mesh
     from jaxgpt.training import resume
     from jaxgpt.training.checkpoint import Checkpoints
@@ -49,8 +51,6 @@ def train(config: Config, workdir: Path) -> None:
 
     # 2. Devices and their mesh; with them, the batch.
     mesh = build_mesh(config.mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     config = resolve_batch(config, batch_shards(mesh))
 
     # 3. The data, prepared now if it is not there; with it, the number of steps.

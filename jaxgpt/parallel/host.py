@@ -1,4 +1,4 @@
-"""Settings of the host process that training on its own cores needs."""
+"""A setting of the host process that training on its own cores gains from."""
 
 import ctypes
 
@@ -15,8 +15,10 @@ def keep_freed_memory() -> bool:
     """Have the allocator keep freed memory instead of giving it back to the kernel after every step.
 
     XLA's CPU backend allocates a step's temporaries anew each time; by default their pages are unmapped and
-    faulted in again (2 cores, float32: 124M 3.17 against 2.80 s a step, the char-GPU shape 2.66 against
-    2.15 s). The price is memory that the process keeps. True if the C library has the setting (glibc).
+    faulted in again (2 cores, float32: 124M 3.17 against 2.80 s a step, the quickstart 5,400 against 7,300
+    tokens a second). The price is memory that the process keeps. Call it before jax is imported: the
+    threads that jax starts have heaps of their own already (called after that, it changed nothing).
+    True if the C library has the setting (glibc).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
