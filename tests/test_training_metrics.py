@@ -7,6 +7,8 @@ import sys
 import time
 import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -126,7 +128,6 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
 
 
 def test_numpy_and_jax_scalars_are_written_with_every_digit(tmp_path):
-    np, jnp = pytest.importorskip("numpy"), pytest.importorskip("jax.numpy")
     write_steps(tmp_path, [1], a=np.float32(0.1), b=np.int64(2**53 + 1), c=jnp.float32(0.1), d=None, e=True)
     line = read_metrics(tmp_path)[0]
     assert line["a"] == line["c"] == float(np.float32(0.1))
