@@ -224,6 +224,8 @@ BAD_INPUT = [
     (["--config", "{folder}/config.toml", "--mesh.fsdp", "3"], "does not divide the 8 devices"),
     (["--config", "{folder}/config.toml", "--train.global_batch_size", "12"], "global_batch_size = 12"),
     (["--config", "{folder}/config.toml", "--init.from_checkpoint", "{folder}"], "is not a jaxgpt run"),
+    (["--config", "{folder}/config.toml", "--eval.sample_prompt", "the cat sat on the mat and the hill"], "no room"),
+    (["--config", "{folder}/config.toml", "--eval.sample_prompt", "ÄÖ"], "no token for 'Ä'"),
     (["--config", "{folder}/config.toml", "--workdir", "{folder}/text.txt"], "is a file, not a folder"),
 ]
 

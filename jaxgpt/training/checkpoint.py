@@ -7,7 +7,6 @@ the tokenizer were, and the validation loss). Weights lie apart, so a sampler ne
 import dataclasses
 import logging
 import math
-import warnings
 from pathlib import Path
 
 import jax
@@ -101,8 +100,6 @@ def _negative_loss(metrics: dict) -> float:
 def quiet_orbax() -> None:
     """Orbax logs a dozen lines a save at INFO through absl's logger; keep its warnings and errors."""
     logging.getLogger("absl").setLevel(logging.WARNING)
-    # Restoring onto devices other than those that saved is what we do; Orbax warns each time.
-    warnings.filterwarnings("ignore", message=".*[Ss]harding info not provided.*")
 
 
 # ---------------------------------------------------------------- a checkpoint as a model to use

@@ -49,7 +49,7 @@ def fit(run: Run, state: TrainState, start_step: int) -> TrainState:
     meter = Meter(run, split)
     pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
     with StopSignal() as stop:
-        batches = _train_batches(run, start_step)
+        batches = training_batches(run, start_step)
         for step in range(start_step + 1, last_step + 1):
             with split("data"):
                 batch = next(batches)
@@ -91,7 +91,7 @@ def fit(run: Run, state: TrainState, start_step: int) -> TrainState:
     return state
 
 
-def _train_batches(run: Run, start_step: int):
+def training_batches(run: Run, start_step: int):
     config = run.config
     return train_batches(
         run.dataset.train,
