@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = SamplingOptions(**settings)  # a bad value is told before anything is read
 
     from jaxgpt.model.sizes import parameter_count
-    from jaxgpt.training.checkpoint import load_model
+    from jaxgpt.training.weights import load_model
 
     model = load_model(checkpoint)
     config, tokenizer = model.config.model, model.tokenizer

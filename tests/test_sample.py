@@ -15,8 +15,9 @@ from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.inference.decode import generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
-from jaxgpt.training.checkpoint import Checkpoints, load_model
+from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.step import TrainState
+from jaxgpt.training.weights import load_model
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, dtype="float32")
 

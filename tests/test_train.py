@@ -17,8 +17,9 @@ import pytest
 from jaxgpt import cli, train
 from jaxgpt.config import Config, UserError
 from jaxgpt.training import loop
-from jaxgpt.training.checkpoint import Checkpoints, load_model
+from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.weights import load_model
 
 CONFIG = """
 [model]

@@ -1,10 +1,9 @@
-"""Checkpoints: written by Orbax in the background, sharded; read back onto any mesh, or as a model to use.
+"""Checkpoints: written by Orbax in the background, sharded; read back onto any mesh.
 
 One step's folder holds three items: `params` and `optimizer` (arrays) and `metadata` (JSON: what the data and
 the tokenizer were, and the validation loss). Weights lie apart, so a sampler never reads the moments.
 """
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -14,8 +13,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxgpt.config import CheckpointConfig, Config, UserError, from_json
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.model import gpt2
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -102,34 +99,7 @@ def quiet_orbax() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
 
 
-# ---------------------------------------------------------------- a checkpoint as a model to use
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A trained model: what sampling, evaluation and serving start from."""
-
-    config: Config
-    vocab_size: int
-    params: dict
-    tokenizer: Tokenizer
-    step: int
-
-
-def load_model(path: str | Path) -> LoadedModel:
-    """The weights and tokenizer of a run folder (its latest step) or of one step's folder.
-
-    The arrays lie on the default device, whatever mesh wrote them.
-
-    Raises:
-        UserError: the folder is not a run or a step of one; says what was looked for.
-    """
-    run, step = find_step(Path(path))
-    config = read_config(run)
-    tokenizer = load_tokenizer(run / "tokenizer")
-    _, shapes, _ = gpt2.abstract_model(config.model, tokenizer.vocab_size)
-    params = restore_params(run, step, shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    return LoadedModel(config, tokenizer.vocab_size, params, tokenizer, step)
+# ---------------------------------------------------------------- reading a run folder
 
 
 def read_config(run: Path) -> Config:
