@@ -9,6 +9,7 @@ VERBS = {
     "prepare": "text -> cleaned, tokenized dataset",
     "train": "pretrain, continue or fine-tune",
     "sample": "text from a prompt",
+    "convert": "Hugging Face folder to run folder, and back",
 }
 
 

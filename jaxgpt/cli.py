@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import json
 import sys
 import tomllib
 import types
@@ -137,8 +138,11 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
     nested: dict[str, dict] = {}
     for key, value in settings.items():
         name, field = key.split(".")
-        is_none = value == "none" and type(None) in typing.get_args(known[key].type)
-        nested.setdefault(name, {})[field] = None if is_none else value
+        if value == "none" and type(None) in typing.get_args(known[key].type):
+            value = None
+        elif isinstance(value, str) and typing.get_origin(known[key].type) is tuple:
+            value = _read_list(value)
+        nested.setdefault(name, {})[field] = value
     try:
         return Config(**{name: cls(**nested[name]) for name, cls in sections().items() if name in nested})
     except ValidationError as error:
@@ -148,6 +152,16 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
         raise UserError(
             f"{origin[key]}: {key} = {first['input']!r}, but it must be {describe_type(known[key].type)}"
         ) from None
+
+
+def _read_list(text: str) -> list | str:
+    """The list that a command line writes as JSON or with commas; text that is no JSON comes back as it is."""
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",")] if text else []
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # which is no list: the settings' own check says so
 
 
 def _unknown(key: str) -> str:
@@ -171,6 +185,8 @@ def describe_type(annotation) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return "one of " + ", ".join(args)
+    if origin is tuple:
+        return f"a list of {describe_type(args[0])}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(arg) for arg in args)
     if origin is typing.Annotated:
@@ -232,7 +248,7 @@ def _field_help(cls: type, field: dataclasses.Field) -> str:
     default = "none" if field.default is None else field.default
     if isinstance(default, bool):
         default = str(default).lower()
-    elif default == "":
+    elif default in ("", ()):
         default = "empty"
     text = cls.__pydantic_fields__[field.name].description
     return f"{text} [{describe_type(field.type)}; default {default}]"

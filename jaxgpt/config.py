@@ -53,11 +53,13 @@ class TokenizerConfig:
     type: Literal["bpe", "char", "folder"] = "bpe"
     """bpe trains a byte-level BPE on the data; char is one token a character; folder loads tokenizer.path."""
     path: str | None = None
-    """Hugging Face tokenizer folder, for type = folder."""
+    """Hugging Face tokenizer folder, or hf:NAME for that of a model on the hub; for type = folder."""
     vocab_size: Annotated[int, Field(ge=257)] = 8192
     """Entries of a trained BPE, the 256 bytes and the end-of-text token included."""
     train_bytes: PositiveInt = 20_000_000
     """The BPE is trained on documents spread evenly over the corpus, up to this many bytes of UTF-8."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens added to the vocabulary, one id each, that ordinary text never becomes (roles of a chat)."""
 
 
 @section
@@ -176,6 +178,8 @@ class LogConfig:
 class InitConfig:
     from_checkpoint: str | None = None
     """Start from the weights of this jaxgpt run or step folder, with a fresh optimizer; none starts from scratch."""
+    from_huggingface: str | None = None
+    """Start from the GPT-2 weights of this Hugging Face folder or hub name (gpt2), with a fresh optimizer."""
 
 
 @section
@@ -196,6 +200,7 @@ class Config:
     def __post_init__(self):
         _check_shapes(self)
         _check_schedule(self)
+        _check_names(self)
 
     @property
     def block_size(self) -> int:
@@ -237,6 +242,20 @@ def _check_schedule(config: Config) -> None:
                 f"optimizer.warmup_steps = {config.optimizer.warmup_steps} and the {decay} steps of "
                 f"optimizer.decay_rate are more than train.max_steps = {steps}"
             )
+
+
+def _check_names(config: Config) -> None:
+    init, tokens = config.init, config.tokenizer.special_tokens
+    if init.from_checkpoint and init.from_huggingface:
+        raise UserError(
+            f"init.from_checkpoint = {init.from_checkpoint} and init.from_huggingface = {init.from_huggingface} "
+            "are both set, but a run starts from one of them; leave the other out"
+        )
+    if "" in tokens:
+        raise UserError("tokenizer.special_tokens holds an empty text; leave it out")
+    for token in tokens:
+        if tokens.count(token) > 1:
+            raise UserError(f"tokenizer.special_tokens names {token!r} {tokens.count(token)} times; name it once")
 
 
 def to_json(config: Config) -> str:

@@ -16,9 +16,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_arguments(parser)
     config = cli.config_from(parser.parse_args(argv))
 
-    from jaxgpt.data.preparation import prepare
+    from jaxgpt.data.preparation import given_tokenizer, prepare
+    from jaxgpt.model.huggingface import locate
 
-    prepare(config)
+    prepare(config, given_tokenizer(config, locate))
 
 
 if __name__ == "__main__":

@@ -1,65 +1,368 @@
 """Continue a prompt: `python -m jaxgpt.sample --checkpoint runs/quickstart --prompt "def "`.
 
-Texts go to stdout, each with its prompt and a ruled line between two; what was loaded goes to stderr.
+Texts go to stdout, each with its prompt and a ruled line between two; what was loaded, how long it took and
+what went wrong go to stderr. On a terminal, without --prompt and --prompt-file, it asks for one text after another.
 """
 
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from jaxgpt import cli
+from jaxgpt.config import UserError
 
 RULE = "-" * 80
+RULES = (
+    ("max_new_tokens", 100, "tokens to add, fewer if the end-of-text token comes first"),
+    ("num_return_sequences", 1, "independent continuations of each prompt"),
+    ("temperature", 0.8, "below 1 plays safer, above 1 wilder; 0 always takes the likeliest token"),
+    ("top_k", 50, "draw only among the k likeliest tokens; 0 is off"),
+    ("top_p", 0.95, "draw only among the likeliest tokens that together reach probability p; 1 is off"),
+    ("min_p", 0.0, "draw only among tokens at least p times as likely as the likeliest; 0 is off"),
+    ("repetition_penalty", 1.0, "above 1 makes tokens that were there already less likely; 1 is off"),
+    ("seed", 0, "the same seed gives the same text"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    text: str
+    where: str
+    """Where the user wrote it, for messages."""
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    from jaxgpt.inference.decode import generate
+    for stream in (sys.stdout, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, and bytes that are not UTF-8 get a message
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else None)
+    prompts = _prompts(arguments)
+
+    from jaxgpt.parallel.host import keep_freed_memory
+
+    keep_freed_memory()  # before jax starts its threads
+
     from jaxgpt.inference.sampling import SamplingOptions
 
-    settings = vars(arguments)
-    checkpoint, prompt = settings.pop("checkpoint"), settings.pop("prompt")
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    settings = {name: getattr(arguments, name) for name in names}
+    settings |= {name: tuple(settings[name]) for name in ("stop", "stop_token_ids")}
     options = SamplingOptions(**settings)  # a bad value is told before anything is read
 
-    from jaxgpt.model.sizes import parameter_count
-    from jaxgpt.training.weights import load_model
-
-    model = load_model(checkpoint)
-    config, tokenizer = model.config.model, model.tokenizer
-    parameters = parameter_count(config, model.vocab_size) / 1e6
-    print(f"{checkpoint}, step {model.step:,}, {parameters:.1f}M parameters, {config.dtype}", file=sys.stderr)
-
-    prompt_ids = tokenizer.encode(prompt)
-    arguments = (config, model.vocab_size, model.params, prompt_ids, options, tokenizer.end_of_text)
-    texts = [prompt + tokenizer.decode(tokens) for tokens in generate(*arguments)]
-    print(f"\n{RULE}\n".join(texts))
+    rows = options.num_return_sequences * min(len(prompts) if prompts else 1, arguments.batch_size)
+    writer = Writer(*_load(arguments.checkpoint, arguments.weights, rows), options, arguments)
+    if prompts is None:
+        writer.converse()
+    else:
+        writer.write(prompts)
+    writer.print_speed()
 
 
-def parser():
-    """The flags; all but the first two are fields of `SamplingOptions`, with the same names and defaults."""
+def parser() -> argparse.ArgumentParser:
+    """The flags; those of `SamplingOptions` have the same names and defaults."""
     flags = cli.parser("sample", __doc__)
     flags.add_argument(
-        "--checkpoint", metavar="DIR", required=True, help="run folder (its latest step), or one step's folder"
+        "--checkpoint",
+        metavar="WHERE",
+        required=True,
+        help="run folder (its latest step), one step's folder, a Hugging Face folder, or hf:NAME",
+    )
+    prompt = flags.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; empty starts from the end-of-text token")
+    prompt.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        type=Path,
+        help='one prompt a line; in a .jsonl file, objects with "prompt", which may hold line breaks',
+    )
+    prompt.add_argument("--interactive", action="store_true", help="ask for prompts, and show each text as it is made")
+    flags.add_argument("--batch-size", metavar="N", type=int, default=8, help="prompts at a time [%(default)s]")
+    flags.add_argument(
+        "--jsonl",
+        action="store_true",
+        help="one JSON object a prompt: prompt, texts (without the prompt), finish_reasons, tokens, logprobs",
     )
     flags.add_argument(
-        "--prompt", metavar="TEXT", default="", help="text to continue; empty starts from the end-of-text token"
+        "--logprobs", action="store_true", help="after a text, each of its tokens with its log-probability"
     )
-    for name, default, text in (
-        ("max_new_tokens", 100, "tokens to add, fewer if the end-of-text token comes first"),
-        ("num_return_sequences", 1, "independent continuations"),
-        ("temperature", 0.8, "below 1 plays safer, above 1 wilder; 0 always takes the likeliest token"),
-        ("top_k", 50, "draw only among the k likeliest tokens; 0 is off"),
-        ("top_p", 0.95, "draw only among the likeliest tokens that together reach probability p; 1 is off"),
-        ("seed", 0, "the same seed gives the same text"),
-    ):
-        flags.add_argument(
+    flags.add_argument("--truncate", action="store_true", help="of a prompt that is too long, use its last tokens")
+    flags.add_argument(
+        "--weights",
+        choices=["float32", "bfloat16", "int8"],
+        help="number format of the weights: smaller is faster, and less exact [the model's compute type]",
+    )
+    rules = flags.add_argument_group("how tokens are chosen")
+    for name, default, text in RULES:
+        rules.add_argument(
             "--" + name.replace("_", "-"),
             metavar="N" if isinstance(default, int) else "X",
             type=type(default),
             default=default,
             help=f"{text} [%(default)s]",
         )
+    rules.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given repeatedly"
+    )
+    rules.add_argument(
+        "--stop-token-id",
+        metavar="N",
+        dest="stop_token_ids",
+        type=int,
+        action="append",
+        default=[],
+        help="end before this token; may be given repeatedly",
+    )
     return flags
+
+
+# ---------------------------------------------------------------- what the user wrote
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt] | None:
+    """The prompts of the command line or of the file; None to ask for them.
+
+    Raises:
+        UserError: they cannot be read, or flags that do not go together.
+    """
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size = {arguments.batch_size}, but it must be at least 1")
+    for text in arguments.stop:
+        _check_unicode(text, "--stop")
+    if arguments.prompt_file is not None:
+        return read_prompts(arguments.prompt_file)
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if arguments.interactive or (arguments.prompt is None and is_terminal):
+        if sys.stdin is None:
+            raise UserError("--interactive: there is no standard input to read prompts from")
+        if arguments.jsonl:
+            raise UserError("--jsonl is for programs: give --prompt or --prompt-file with it")
+        return None
+    prompt = arguments.prompt or ""
+    _check_unicode(prompt, "--prompt")
+    return [Prompt(prompt, "--prompt")]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a text file, one a line, or of a .jsonl file.
+
+    Raises:
+        UserError: the file cannot be read, or a line is empty, not UTF-8 or not such an object; names the line.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: {error.strerror}") from None
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path}: no prompt in it; write one a line")
+    is_json = path.suffix in (".jsonl", ".json")
+    return [_read_line(line.removesuffix(b"\r"), f"{path}, line {i}", is_json) for i, line in enumerate(lines, 1)]
+
+
+def _read_line(line: bytes, where: str, is_json: bool) -> Prompt:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+        raise UserError(f"{where}: not UTF-8 ({bad}); save the file as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{where}: an empty line; remove it (a .jsonl file may hold an empty prompt)")
+    if not is_json:
+        return Prompt(text, where)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+        raise UserError(f'{where}: it must be an object with a text "prompt", such as {{"prompt": "Once"}}')
+    _check_unicode(content["prompt"], where)
+    return Prompt(content["prompt"], where)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python reads the byte 0x80 + n that is not UTF-8 as the lone surrogate U+DC80 + n.
+        bad = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
+        raise UserError(f"{where}: not valid Unicode ({bad} at position {error.start + 1})") from None
+
+
+# ---------------------------------------------------------------- what the model makes of it
+
+
+def _load(checkpoint: str, weights: str | None, rows: int):
+    """(decoder, tokenizer); the weights as they were loaded are not kept."""
+    from jaxgpt.inference.decode import build_decoder
+    from jaxgpt.model.sizes import parameter_count
+    from jaxgpt.training.weights import load_model
+
+    model = load_model(checkpoint)
+    config, tokenizer = model.config.model, model.tokenizer
+    step = f", step {model.step:,}" if model.step else ""
+    parameters = parameter_count(config, model.vocab_size) / 1e6
+    print(f"{checkpoint}{step}, {parameters:.1f}M parameters, {weights or config.dtype}", file=sys.stderr)
+    return build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, weights, rows), tokenizer
+
+
+class Writer:
+    """Continues prompts and prints what comes out."""
+
+    def __init__(self, decoder, tokenizer, options, arguments: argparse.Namespace):
+        self._decoder, self._tokenizer, self._options = decoder, tokenizer, options
+        self._arguments = arguments
+        self._is_first = True
+        self._tokens, self._seconds = 0, 0.0
+
+    def write(self, prompts: Sequence[Prompt]) -> None:
+        """The texts of all prompts, a batch at a time. Every prompt is checked before the first is continued."""
+        from jaxgpt.inference.text import complete
+
+        ids = [self._encode(prompt) for prompt in prompts]
+        if (
+            len(prompts) == self._options.num_return_sequences == 1
+            and sys.stdout.isatty()
+            and not self._arguments.jsonl
+        ):
+            self._show(prompts[0].text, ids[0])
+            return
+        size = self._arguments.batch_size
+        for start in range(0, len(prompts), size):
+            began = time.perf_counter()
+            batch = complete(self._decoder, self._tokenizer, ids[start : start + size], self._options)
+            self._count(batch, began)
+            for prompt, completions in zip(prompts[start : start + size], batch, strict=True):
+                self._print(prompt.text, completions)
+
+    def converse(self) -> None:
+        """Ask for a prompt, show its continuation while it is made, and so on until Ctrl-D or /quit."""
+        if sys.stdin.isatty():
+            print("Type the beginning of a text. Ctrl-C stops the answer, Ctrl-D or /quit ends.", file=sys.stderr)
+        for line in _typed_lines():
+            try:
+                _check_unicode(line, "the prompt")
+                ids = self._encode(Prompt(line, "the prompt"))
+            except UserError as error:  # the next one may be better
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            with _ctrl_c() as asked_to_stop:
+                self._show("", ids, asked_to_stop)
+
+    def print_speed(self) -> None:
+        if self._seconds:
+            speed = f"{self._tokens / self._seconds:,.1f} tokens per second"
+            print(f"{self._tokens:,} tokens in {self._seconds:.2f} s, {speed}, compilation included", file=sys.stderr)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        from jaxgpt.inference.text import fit_prompt
+
+        try:
+            ids = self._tokenizer.encode(prompt.text)
+            kept = fit_prompt(ids, self._options, self._decoder.config.n_positions, self._arguments.truncate)
+        except UserError as error:
+            raise UserError(f"{prompt.where}: {error}") from None
+        if len(kept) < len(ids):
+            print(f"{prompt.where}: cut to the last {len(kept):,} of its {len(ids):,} tokens", file=sys.stderr)
+        return kept
+
+    def _show(self, beginning: str, ids: list[int], asked_to_stop: threading.Event | None = None) -> None:
+        """Print `beginning` and the text as it grows; several continuations are printed when all are made."""
+        from jaxgpt.inference.text import TextGeneration
+
+        began, is_alone = time.perf_counter(), self._options.num_return_sequences == 1
+        generation = TextGeneration(self._decoder, self._tokenizer, [ids], self._options)
+        print(beginning, end="", flush=True)
+        for texts in generation:
+            if is_alone:
+                print(texts[0], end="", flush=True)
+            if asked_to_stop is not None and asked_to_stop.is_set():
+                break
+        self._count(generation.completions, began)
+        [completions] = generation.completions
+        if is_alone:
+            print()
+            self._print_logprobs(completions[0])
+        else:
+            self._is_first = True
+            self._print(beginning, completions)
+
+    def _count(self, batch, began: float) -> None:
+        self._seconds += time.perf_counter() - began
+        self._tokens += sum(len(completion.tokens) for completions in batch for completion in completions)
+
+    def _print(self, prompt: str, completions) -> None:
+        if self._arguments.jsonl:
+            record = {
+                "prompt": prompt,
+                "texts": [completion.text for completion in completions],
+                "finish_reasons": [completion.finish_reason for completion in completions],
+                "tokens": [completion.tokens for completion in completions],
+                "logprobs": [completion.logprobs for completion in completions],
+            }
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+            return
+        for completion in completions:
+            if not self._is_first:
+                print(RULE)
+            self._is_first = False
+            print(prompt + completion.text, flush=True)
+            self._print_logprobs(completion)
+
+    def _print_logprobs(self, completion) -> None:
+        """A line a token: the natural logarithm of its probability, and its text."""
+        if self._arguments.logprobs:
+            for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+                print(f"{logprob:10.4f}  {self._tokenizer.decode([token])!r}")
+
+
+def _typed_lines() -> Iterator[str]:
+    """What the user types, line by line, without empty lines."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - with it, `input` has the arrow keys and a history
+    while True:
+        try:
+            line = input("> " if is_terminal else "")
+        except EOFError:
+            if is_terminal:
+                print()
+            return
+        except KeyboardInterrupt:  # forget the line, as a shell does
+            print()
+            continue
+        if line.strip() == "/quit":
+            return
+        if line:
+            yield line
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Within it, Ctrl-C sets the event, which nothing is lost by; a second one is a KeyboardInterrupt as usual."""
+    asked = threading.Event()
+
+    def on_signal(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Pretrain, continue or fine-tune: `python -m jaxgpt.train --config configs/quickstart.toml`.
 
 From text to samples in one command: the dataset is prepared when it is not there, the run resumes by itself
-when its folder holds a checkpoint, and ends with an evaluation, a sample of text and report.html.
+when its folder holds a checkpoint, and ends with an evaluation, a sample of text, report.html and hf/, the
+weights as a folder that Hugging Face's transformers reads.
 """
 
 import dataclasses
@@ -36,8 +37,9 @@ def train(config: Config, workdir: Path) -> None:
     import jax
 
     from jaxgpt.data.pipeline import windows_per_epoch
-    from jaxgpt.data.preparation import prepare
+    from jaxgpt.data.preparation import given_tokenizer, prepare
     from jaxgpt.data.rows import open_dataset
+    from jaxgpt.model.huggingface import locate
     from jaxgpt.parallel.mesh import batch_shards, build_mesh
     from jaxgpt.training import resume
     from jaxgpt.training.checkpoint import Checkpoints
@@ -45,20 +47,21 @@ def train(config: Config, workdir: Path) -> None:
     from jaxgpt.training.metrics import MetricLog
     from jaxgpt.training.step import build_program, resolve_batch
 
-    # 1. The run folder belongs to this experiment, or to none; the weights to start from are there.
+    # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
     resume.check_workdir(config, workdir)
-    weights = resume.weights_to_start_from(config)
+    weights = resume.weights_to_start_from(config, workdir)
+    tokenizer = given_tokenizer(config, locate)
+    resume.check_tokenizer(weights, tokenizer)
 
     # 2. Devices and their mesh; with them, the batch.
     mesh = build_mesh(config.mesh)
     config = resolve_batch(config, batch_shards(mesh))
 
     # 3. The data, prepared now if it is not there; with it, the number of steps.
-    dataset = open_dataset(prepare(config))
+    dataset = open_dataset(prepare(config, tokenizer))
     config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
     resume.check_workdir(config, workdir)
-    resume.check_tokenizer(config, weights, dataset)
-    resume.check_data(config, workdir, dataset)
+    dataset = resume.check_data(config, workdir, weights, dataset)
     sample = sampler(config, dataset)
 
     # 4. The program, laid on the mesh.
@@ -68,16 +71,16 @@ def train(config: Config, workdir: Path) -> None:
         start_run_folder(workdir, config, dataset)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
-    # 5. The state: this run's latest checkpoint, else init.from_checkpoint's weights, else fresh ones.
-    state, start_step = resume.initial_state(program, checkpoints, weights)
-    print_header(config, dataset, mesh, workdir, start_step)
+    # 5. The state: this run's latest checkpoint, else the weights that init names, else fresh ones.
+    state, start_step = resume.initial_state(program, checkpoints, weights, dataset.vocab_size)
+    print_header(config, dataset, mesh, workdir, start_step, weights)
 
-    # 6. The loop, and the report of how it went, however it ended.
+    # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.
     started, status = time.time(), "failed"
     with MetricLog(workdir, config.log, config.train.max_steps, start_step, is_writer) as log:
         run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sample)
         try:
-            fit(run, state, start_step)
+            state = fit(run, state, start_step)
             status = "finished"
         except cli.Interrupted:
             status = "interrupted"
@@ -87,6 +90,7 @@ def train(config: Config, workdir: Path) -> None:
             checkpoints.close()
             if is_writer:
                 write_report(run, status, time.time() - started)
+    export(run, state.params, is_writer)
     if is_writer:
         print_footer(workdir, best_step)
 
@@ -122,7 +126,7 @@ def sampler(config: Config, dataset):
     if not config.eval.sample_tokens:
         return None
     from jaxgpt.data.tokenizer import load_tokenizer
-    from jaxgpt.inference.decode import generate
+    from jaxgpt.inference.decode import build_decoder, generate
     from jaxgpt.inference.sampling import SamplingOptions
 
     tokenizer = load_tokenizer(dataset.path / "tokenizer")
@@ -138,13 +142,35 @@ def sampler(config: Config, dataset):
     )
 
     def sample(params) -> str:
-        arguments = (config.model, dataset.vocab_size, params, prompt, options, tokenizer.end_of_text)
-        return config.eval.sample_prompt + tokenizer.decode(generate(*arguments)[0])
+        decoder = build_decoder(config.model, dataset.vocab_size, params, tokenizer.end_of_text)
+        [[continuation]] = generate(decoder, [prompt], options)
+        return config.eval.sample_prompt + tokenizer.decode(continuation.tokens)
 
     return sample
 
 
-def print_header(config: Config, dataset, mesh, workdir: Path, start_step: int) -> None:
+def export(run, params: dict, is_writer: bool) -> None:
+    """Write hf/: the weights and the tokenizer as Hugging Face has them.
+
+    Raises:
+        RunFailed: it cannot be written; the run itself is on disk by now.
+    """
+    from jaxgpt.data.tokenizer import load_tokenizer
+    from jaxgpt.training.checkpoint import whole
+    from jaxgpt.training.weights import export_model
+
+    folder, tokenizer = run.workdir / "hf", load_tokenizer(run.dataset.path / "tokenizer")
+    model = (run.config.model, run.dataset.vocab_size, params, tokenizer)
+    try:
+        export_model(folder, *model, replace=True, whole=whole, is_writer=is_writer)
+    except OSError as error:
+        raise cli.RunFailed(
+            f"the run is finished and saved, but {folder} cannot be written ({error}); make room and run the same "
+            "command again, which writes it"
+        ) from None
+
+
+def print_header(config: Config, dataset, mesh, workdir: Path, start_step: int, weights) -> None:
     from jaxgpt.model.sizes import parameter_count
 
     model, train = config.model, config.train
@@ -162,6 +188,10 @@ def print_header(config: Config, dataset, mesh, workdir: Path, start_step: int) 
         f"run      {workdir}, " + (f"resumed after step {start_step}" if start_step else "from step 0"),
         flush=True,
     )
+    if weights:
+        new = dataset.vocab_size - weights.vocab_size
+        rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
+        print(f"weights  {weights.setting}{rows}", flush=True)
 
 
 def write_report(run, status: str, seconds: float) -> None:
@@ -204,7 +234,8 @@ def print_footer(workdir: Path, best_step: int | None) -> None:
     print(
         f"\nvalidation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
         f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best_step})\n"
-        f"checkpoints {workdir / 'checkpoints'}\nreport      {workdir / 'report.html'}\n"
+        f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} (for transformers)\n"
+        f"report      {workdir / 'report.html'}\n"
         f'sample      python -m jaxgpt.sample --checkpoint {workdir} --prompt "..."'
     )
 

@@ -60,6 +60,17 @@ def test_command_line_goes_before_file_and_file_before_base(write):
         ("[train]\nmax_steps = 50\n", {}, ["warmup_steps = 100", "max_steps = 50"]),
         ("[data]\nsource = 'text'\n", {}, ["data.path"]),
         ("[tokenizer]\ntype = 'folder'\n", {}, ["tokenizer.path"]),
+        (
+            "[init]\nfrom_checkpoint = 'a'\nfrom_huggingface = 'b'\n",
+            {},
+            ["from_checkpoint = a", "from_huggingface = b"],
+        ),
+        ("[tokenizer]\nspecial_tokens = ['a', '']\n", {}, ["tokenizer.special_tokens", "empty"]),
+        ("[tokenizer]\nspecial_tokens = ['a', 'b', 'a']\n", {}, ["tokenizer.special_tokens", "'a' 2 times"]),
+        ("[tokenizer]\nspecial_tokens = 3\n", {}, ["tokenizer.special_tokens = 3", "a list of text"]),
+        ("[tokenizer]\nspecial_tokens = ['a', 3]\n", {}, ["tokenizer.special_tokens = 3", "a list of text"]),
+        ("", {"tokenizer.special_tokens": '["a", '}, ["command line", """'["a", '""", "a list of text"]),
+        ("", {"tokenizer.special_tokens": "a,,b"}, ["tokenizer.special_tokens", "empty"]),
         ("base = 'config.toml'\n", {}, ["comes back to itself"]),
         ("base = 'nothing.toml'\n", {}, ["nothing.toml", "no such config file"]),
     ],
@@ -72,6 +83,21 @@ def test_a_mistake_is_one_line_that_names_it(write, text, overrides, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("text", ["<|a|>,b c", " <|a|> , b c ", '["<|a|>", "b c"]', ' ["<|a|>",\n"b c"]'])
+def test_a_list_is_the_same_from_file_json_and_commas(write, text):
+    path = write("config.toml", '[tokenizer]\nspecial_tokens = ["<|a|>", "b c"]\n')
+    in_file = cli.load_config(path)
+    assert in_file.tokenizer.special_tokens == ("<|a|>", "b c")
+    assert cli.load_config(None, {"tokenizer.special_tokens": text}) == in_file
+    assert config.from_json(config.to_json(in_file)) == in_file
+    assert cli.load_config(path, {"tokenizer.special_tokens": ""}) == Config()
+
+
+def test_json_alone_can_hold_a_comma_in_a_list():
+    built = cli.load_config(None, {"tokenizer.special_tokens": '["<a, b>"]'})
+    assert built.tokenizer.special_tokens == ("<a, b>",)
 
 
 def test_missing_config_suggests_the_nearest(write, tmp_path):

@@ -145,6 +145,92 @@ def test_a_folder_without_a_whole_tokenizer_is_a_user_error(content, tmp_path):
         load_tokenizer(tmp_path)
 
 
+ROLES = ("<|user|>", "<|assistant|>", "<role: 1>")
+
+
+def test_special_tokens_come_after_the_vocabulary_and_leave_everything_else_alone(tokenizer):
+    extended = tokenizer.with_special_tokens(ROLES)
+    size = tokenizer.vocab_size
+    assert (extended.vocab_size, extended.end_of_text) == (size + 3, tokenizer.end_of_text)
+    assert [extended.decode([size + i]) for i in range(3)] == list(ROLES)
+    assert [extended.encode(text) for text in CORPUS] == [tokenizer.encode(text) for text in CORPUS]
+    assert tokenizer.vocab_size == size
+    assert extended.digest != tokenizer.digest
+
+
+def test_the_letters_of_a_special_token_are_never_the_token():
+    tokenizer = char_tokenizer(["".join(ROLES)])
+    for plain in (tokenizer, train_bpe(CORPUS, 270)):
+        extended = plain.with_special_tokens(ROLES)
+        for text in ("".join(ROLES), ROLES[0], f"{ROLES[1]} {ROLES[0]}".replace(" ", "")):
+            assert extended.encode(text) == plain.encode(text)
+            assert max(extended.encode_batch([text])[0]) < plain.vocab_size
+            assert extended.decode(extended.encode(text)) == text
+
+
+def test_special_tokens_are_saved_and_every_reader_finds_them(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    extended = tokenizer.with_special_tokens(ROLES)
+    extended.save(tmp_path)
+    assert load_tokenizer(tmp_path).digest == extended.digest
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids(list(ROLES)) == [extended.vocab_size - 3 + i for i in range(3)]
+    assert len(theirs) == extended.vocab_size
+
+
+def test_a_special_token_that_is_there_is_not_added_again(tokenizer):
+    assert tokenizer.with_special_tokens(()).digest == tokenizer.digest
+    assert tokenizer.with_special_tokens([END_OF_TEXT]).digest == tokenizer.digest
+    twice = tokenizer.with_special_tokens(ROLES[:1]).with_special_tokens(ROLES)
+    assert twice.digest == tokenizer.with_special_tokens(ROLES).digest
+
+
+@pytest.mark.parametrize(("token", "words"), [("t", "ordinary token"), ("<é>", "cannot be added")])
+def test_a_special_token_that_text_can_become_or_bytes_garble_is_refused(bpe, token, words):
+    with pytest.raises(UserError, match=f"'{token}'.*{words}"):
+        bpe.with_special_tokens(["<|user|>", token])
+
+
+def test_a_tokenizer_extends_what_it_was_made_from_and_nothing_else(bpe, char):
+    one, both = bpe.with_special_tokens(ROLES[:1]), bpe.with_special_tokens(ROLES[:2])
+    assert bpe.extends(bpe) and one.extends(bpe) and both.extends(bpe) and both.extends(one)
+    assert not bpe.extends(one) and not one.extends(both)
+    assert not both.extends(bpe.with_special_tokens(ROLES[1:2]))  # the same token under another id
+    assert not bpe.extends(char) and not char.extends(bpe)
+    assert not bpe.extends(train_bpe(CORPUS, 290)) and not train_bpe(CORPUS, 290).extends(bpe)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"), [("pre_tokenizer", {"add_prefix_space": True}), ("model", {"ignore_merges": True})]
+)
+def test_a_tokenizer_that_splits_text_otherwise_does_not_extend(bpe, tmp_path, part, change):
+    bpe.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content[part] |= change
+    file.write_text(json.dumps(content))
+    assert not load_tokenizer(tmp_path).extends(bpe)
+
+
+def test_one_tokenizer_in_three_spellings_extends_itself(bpe, tmp_path):
+    """GPT-2's own files, our tokenizer.json and the one that transformers writes differ in what changes no id."""
+    from transformers import GPT2TokenizerFast
+
+    bpe.save(tmp_path / "ours")
+    model = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "gpt2" / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    GPT2TokenizerFast.from_pretrained(tmp_path / "gpt2").save_pretrained(tmp_path / "theirs")
+    spellings = [load_tokenizer(tmp_path / name) for name in ("ours", "gpt2", "theirs")]
+    assert len({tokenizer.digest for tokenizer in spellings}) > 1
+    for one in spellings:
+        for other in spellings:
+            assert one.with_special_tokens(ROLES).extends(other)
+            assert not one.extends(other.with_special_tokens(ROLES))
+
+
 @pytest.mark.parametrize("size", [1, 7, 40])
 def test_a_text_cut_into_parts_keeps_its_tokens(tokenizer, size):
     text = "a\n\nb\n  c \n d\n\te\nthe\nmat's\n's the\n \n\nx\r\ny\n1\n\x1c\n.\n" + ODD * 3 + "the cat\n" * 30

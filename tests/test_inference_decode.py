@@ -1,5 +1,6 @@
 """Decoding with a cache gives what the whole network gives, compiles little, and stops where it should."""
 
+import dataclasses
 import functools
 import logging
 
@@ -9,7 +10,7 @@ import pytest
 
 from jaxgpt.config import MeshConfig, ModelConfig, UserError
 from jaxgpt.inference import decode
-from jaxgpt.inference.decode import generate
+from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, stream
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import build_mesh
@@ -42,9 +43,15 @@ def params():
     return random_params(CONFIG)
 
 
+def decoder_of(params, end_of_text=None, config=CONFIG, weights="float32"):
+    return build_decoder(config, VOCAB, params, end_of_text, weights)
+
+
 def continued(params, prompt, new=10, end_of_text=None, config=CONFIG, **options):
+    """The tokens of each continuation of one prompt."""
     options = SamplingOptions(max_new_tokens=new, **options)
-    return generate(config, VOCAB, params, prompt, options, end_of_text)
+    [continuations] = generate(decoder_of(params, end_of_text, config), [prompt], options)
+    return [continuation.tokens for continuation in continuations]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -78,12 +85,46 @@ def test_the_network_of_these_tests_reads_what_lies_before_the_last_token(params
     assert np.mean([len(set(text)) for text in texts]) > 5
 
 
-def test_the_cache_has_the_type_of_the_computation():
-    for config in (CONFIG, SMALL):
-        prefill = functools.partial(decode._prefill, config, VOCAB, 32)
-        _, shapes, _ = gpt2.abstract_model(config, VOCAB)
-        _, cache = jax.eval_shape(prefill, shapes, np.zeros((1, 16), np.int32), np.int32(3))
-        assert {array.dtype.name for array in cache.keys + cache.values} == {config.dtype}
+def test_activations_and_cache_are_float32_on_cpu_whatever_the_weights_are():
+    params = random_params(SMALL)
+    for weights in (*WEIGHTS, None):
+        decoder = decoder_of(params, config=SMALL, weights=weights)
+        assert decoder.config.dtype == "float32"
+        state = decode._read(decoder, [[1, 2, 3]], n=1, most=16, penalties=False)
+        assert {array.dtype.name for array in state.cache.keys + state.cache.values} == {"float32"}
+    assert jax.tree.leaves(decoder.weights["blocks"][0]["mlp"]["c_fc"]["kernel"])[0].dtype == "uint16"  # None: bfloat16
+
+
+@pytest.mark.parametrize("weights, temperature", [("float32", 0), ("bfloat16", 1.0), ("int8", 1.0)])
+def test_a_batch_of_different_prompt_lengths_is_each_alone(params, weights, temperature):
+    decoder = decoder_of(params, weights=weights)
+    prompts = [TEXT[:1], TEXT[3:20], TEXT[5:9]]
+    options = SamplingOptions(
+        max_new_tokens=12, num_return_sequences=2, temperature=temperature, top_k=0, repetition_penalty=1.3, seed=3
+    )
+    together = generate(decoder, prompts, options)
+    for prompt, continuations in zip(prompts, together, strict=True):
+        [alone] = generate(decoder, [prompt], options)
+        assert [c.tokens for c in continuations] == [c.tokens for c in alone]
+        for ours, theirs in zip(continuations, alone):
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+
+
+def test_logprobs_are_those_of_the_whole_network_before_every_rule(params):
+    options = SamplingOptions(max_new_tokens=12, temperature=1.7, top_k=5, repetition_penalty=1.2, seed=1)
+    [[continuation]] = generate(decoder_of(params), [TEXT[:9]], options)
+    text = np.array([TEXT[:9] + continuation.tokens + [0] * (CONFIG.n_positions - 21)])
+    logprobs_TV = jax.nn.log_softmax(all_logits(CONFIG, params, text)[0])
+    np.testing.assert_allclose(continuation.logprobs, logprobs_TV[np.arange(8, 20), continuation.tokens], atol=1e-4)
+
+
+def test_a_repetition_penalty_counts_prompt_and_text(params):
+    strong = dict(temperature=0, repetition_penalty=1e6)
+    prompt = TEXT[:9]
+    (tokens,) = continued(params, prompt, 20, **strong)
+    assert len({*prompt, *tokens}) == len({*prompt}) + 20
+    (free,) = continued(params, prompt, 20, temperature=0)
+    assert len({*prompt, *free}) < len({*prompt}) + 20
 
 
 def test_a_continuation_does_not_depend_on_how_many_are_made_beside_it(params):
@@ -119,9 +160,9 @@ def steps_made(monkeypatch):
     made, decode_loop = [], decode._decode
 
     def recorded(*args, **kwargs):
-        tokens, steps = decode_loop(*args, **kwargs)
+        state, (tokens, logprobs, steps) = decode_loop(*args, **kwargs)
         made.append(int(steps))
-        return tokens, steps
+        return state, (tokens, logprobs, steps)
 
     monkeypatch.setattr(decode, "_decode", recorded)
     return made
@@ -146,6 +187,46 @@ def test_the_loop_ends_when_its_only_row_ends(params, steps_made):
         (tokens,) = continued(params, TEXT[:4], temperature=0, end_of_text=end)
         assert tokens == free[: free.index(end)]
         assert steps_made[-1] == len(tokens) + 1
+
+
+def test_stop_tokens_end_a_text_as_end_of_text_does(params):
+    (free,) = continued(params, TEXT[:4], 16, temperature=0)
+    decoder = decoder_of(params, end_of_text=free[9])
+    for ids, length in (((), 9), ((free[5],), 5), ((free[11], free[2], 64), 2)):
+        length = min(length, free.index(free[length]))
+        options = SamplingOptions(max_new_tokens=16, temperature=0, stop_token_ids=ids)
+        [[continuation]] = generate(decoder, [TEXT[:4]], options)
+        expected = min(free.index(token) for token in (free[9], *ids) if token in free)
+        assert continuation.tokens == free[:expected] and len(continuation.logprobs) == expected
+        assert continuation.finish_reason == "stop"
+    [[continuation]] = generate(decoder_of(params), [TEXT[:4]], SamplingOptions(max_new_tokens=3))
+    assert continuation.finish_reason == "length" and len(continuation.tokens) == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_streamed_parts_are_the_continuations_in_pieces(params, chunk):
+    prompts, options = [TEXT[:4], TEXT[:11], TEXT[7:9]], SamplingOptions(max_new_tokens=10, num_return_sequences=2)
+    free = generate(decoder_of(params), prompts, options)
+    decoder = decoder_of(params, end_of_text=free[0][0].tokens[4])  # so that rows end at different steps
+    whole = [row for rows in generate(decoder, prompts, options) for row in rows]
+    steps = list(stream(decoder, prompts, options, chunk))
+    assert all(len(part.tokens) <= chunk for parts in steps for part in parts)
+    for row, continuation in enumerate(whole):
+        parts = [parts[row] for parts in steps]
+        assert [token for part in parts for token in part.tokens] == continuation.tokens
+        assert [value for part in parts for value in part.logprobs] == continuation.logprobs
+        assert [part.finish_reason for part in parts if part.finish_reason] == [continuation.finish_reason]
+
+
+def test_a_row_that_is_told_to_end_makes_no_more_tokens(params, steps_made):
+    prompts, options = [TEXT[:4], TEXT[:11]], SamplingOptions(max_new_tokens=12)
+    parts = stream(decoder_of(params), prompts, options, chunk=2)
+    first = next(parts)
+    second = parts.send({0})
+    assert [len(part.tokens) for part in first] == [2, 2] and [len(part.tokens) for part in second] == [0, 2]
+    with pytest.raises(StopIteration):
+        parts.send({1})
+    assert steps_made == [2, 2]
 
 
 def test_an_empty_prompt_starts_from_end_of_text(params):
@@ -176,13 +257,14 @@ def compilations(caplog, function) -> int:
 
 
 def test_what_varies_within_the_buckets_compiles_nothing(caplog):
-    params = random_params(SMALL)
+    config = dataclasses.replace(SMALL, n_embd=16)  # a shape that no other test compiles
+    params = random_params(config)
 
     def compiled_for(prompt_length=3, new=10, temperature=0.8, **options):
-        options |= dict(config=SMALL, temperature=temperature)
+        options |= dict(config=config, temperature=temperature)
         return compilations(caplog, lambda: continued(params, TEXT[:prompt_length], new, **options))
 
-    assert compiled_for() == 2  # reading the prompt, and the loop
+    assert compiled_for() == 3  # laying out the weights, reading the prompt, and the loop
     again = {
         "prompt length": compiled_for(prompt_length=16),
         "new tokens": compiled_for(new=16),
@@ -191,6 +273,7 @@ def test_what_varies_within_the_buckets_compiles_nothing(caplog):
         "rules off": compiled_for(temperature=1, top_k=0, top_p=1),
         "seed": compiled_for(seed=9),
         "end of text": compiled_for(end_of_text=1),
+        "stop tokens": compiled_for(stop_token_ids=(1, 2, 3)),
     }
     assert again == dict.fromkeys(again, 0)
 

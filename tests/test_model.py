@@ -1,6 +1,7 @@
 """The network is GPT-2: its sizes, its initial values, its causality; and its options change no result."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,7 +12,7 @@ from tiny import MODEL, VOCAB
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt2
-from jaxgpt.model.attention import attend, dropout, empty_cache
+from jaxgpt.model.attention import attend, dropout
 from jaxgpt.model.loss import cross_entropy
 from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED, flops_per_token, parameter_count
 
@@ -76,7 +77,7 @@ def test_padding_of_the_vocabulary_is_invisible(params, tokens_BT):
     logits_BTV = gpt2.bind(MODEL, VOCAB, params)(tokens_BT)
     assert logits_BTV.shape[-1] == VOCAB
     # Whatever stands in the padding rows changes neither loss nor gradients.
-    hidden_BTD, _ = gpt2.bind(MODEL, VOCAB, params).hidden(tokens_BT)
+    hidden_BTD = gpt2.bind(MODEL, VOCAB, params).hidden(tokens_BT)
     loss = lambda wte: cross_entropy(hidden_BTD, wte, tokens_BT, jnp.ones(tokens_BT.shape), VOCAB)[0]
     value, grad = jax.value_and_grad(loss)(params["wte"])
     noisy = params["wte"].at[VOCAB:].set(7.0)
@@ -87,7 +88,7 @@ def test_padding_of_the_vocabulary_is_invisible(params, tokens_BT):
 def test_loss_is_minus_log_softmax_as_sum_and_count(params, tokens_BT):
     weights_BT = jnp.asarray(np.random.default_rng(0).random(tokens_BT.shape), jnp.float32)
     model = gpt2.bind(MODEL, VOCAB, params)
-    hidden_BTD, _ = model.hidden(tokens_BT)
+    hidden_BTD = model.hidden(tokens_BT)
     total, count = cross_entropy(hidden_BTD, params["wte"], tokens_BT, weights_BT, VOCAB)
     log_probs = jax.nn.log_softmax(model(tokens_BT), axis=-1)
     picked = jnp.take_along_axis(log_probs, tokens_BT[..., None], axis=-1)[..., 0]
@@ -103,20 +104,35 @@ def test_bfloat16_compute_stays_close_and_keeps_float32_logits(params, tokens_BT
 
 
 def test_cached_decoding_equals_the_full_forward_at_every_position(params, tokens_BT):
-    model = gpt2.bind(MODEL, VOCAB, params)
-    cache = empty_cache(MODEL.n_layer, 2, 32, MODEL.n_head, MODEL.n_embd // MODEL.n_head, jnp.float32)
-    pieces = []
-    for start, stop in [(0, 5), (5, 6), (6, 7), (7, 16)]:
-        logits_BTV, cache = model(tokens_BT[:, start:stop], cache=cache)
-        pieces.append(logits_BTV)
-    assert int(cache.length) == 16
-    np.testing.assert_allclose(np.concatenate(pieces, 1), model(tokens_BT), atol=1e-5)
+    """Rows of different lengths: each reads its own prompt, then the rest token by token."""
+    full_BTV = gpt2.bind(MODEL, VOCAB, params)(tokens_BT)
+    weights = gpt2.decoding_weights(MODEL, params, "float32", tiled=False)
+    read_token = jax.jit(functools.partial(gpt2.read_token, MODEL, VOCAB))
+    lengths = np.array([0, 1, 5, 9])
+    rows = np.resize(np.arange(len(tokens_BT)), len(lengths))
+    cache = gpt2.read_prompt(MODEL, VOCAB, weights, tokens_BT[rows], jnp.asarray(lengths), positions=32)
+    for step in range(tokens_BT.shape[1] - lengths.max()):
+        at = lengths + step
+        logits_BV, cache = read_token(weights, tokens_BT[rows, at], cache)
+        np.testing.assert_allclose(logits_BV, full_BTV[rows, at], atol=1e-5)
+    assert cache.length_B.tolist() == (lengths + step + 1).tolist()
+
+
+def test_what_lies_behind_a_prompt_is_never_read(params, tokens_BT):
+    weights = gpt2.decoding_weights(MODEL, params, "float32", tiled=False)
+    length_B = jnp.array([4, 4])
+    logits = []
+    for padding in (0, 7):
+        padded_BT = jnp.where(jnp.arange(16)[None] < 4, tokens_BT[:2], padding)
+        cache = gpt2.read_prompt(MODEL, VOCAB, weights, padded_BT, length_B, positions=32)
+        logits.append(gpt2.read_token(MODEL, VOCAB, weights, tokens_BT[:2, 4], cache)[0])
+    np.testing.assert_array_equal(*logits)
 
 
 def test_segments_do_not_see_each_other(params, tokens_BT):
     """Two texts in one row give what the second alone gives (with the positions it has in the row)."""
     segments_BT = jnp.asarray([[0] * 6 + [1] * 10] * 2)
-    hidden = lambda tokens: gpt2.bind(MODEL, VOCAB, params).hidden(tokens, segments_BT=segments_BT)[0]
+    hidden = lambda tokens: gpt2.bind(MODEL, VOCAB, params).hidden(tokens, segments_BT=segments_BT)
     changed = tokens_BT.at[:, :6].set((tokens_BT[:, :6] + 1) % VOCAB)
     np.testing.assert_array_equal(hidden(tokens_BT)[:, 6:], hidden(changed)[:, 6:])
     assert np.abs(hidden(tokens_BT)[:, :6] - hidden(changed)[:, :6]).max() > 0
@@ -143,10 +159,10 @@ def test_dropout_keeps_the_mean_and_depends_on_the_key():
 
 def test_dropout_in_the_network_needs_a_key_and_differs_between_layers_and_keys(params, tokens_BT):
     model = gpt2.bind(dataclasses.replace(MODEL, dropout=0.3), VOCAB, params)
-    plain = gpt2.bind(MODEL, VOCAB, params).hidden(tokens_BT)[0]
-    np.testing.assert_array_equal(model.hidden(tokens_BT)[0], plain)
-    one, again, two = (model.hidden(tokens_BT, dropout_key=jax.random.key(i))[0] for i in (0, 0, 1))
+    plain = gpt2.bind(MODEL, VOCAB, params).hidden(tokens_BT)
+    np.testing.assert_array_equal(model.hidden(tokens_BT), plain)
+    one, again, two = (model.hidden(tokens_BT, dropout_key=jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, two)
     scanned = gpt2.bind(dataclasses.replace(MODEL, dropout=0.3, scan_layers=True), VOCAB, params)
-    np.testing.assert_allclose(scanned.hidden(tokens_BT, dropout_key=jax.random.key(0))[0], one, atol=1e-5)
+    np.testing.assert_allclose(scanned.hidden(tokens_BT, dropout_key=jax.random.key(0)), one, atol=1e-5)

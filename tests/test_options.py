@@ -162,6 +162,7 @@ OPTIONS = {
     ),
     "tokenizer.vocab_size": (280, prepared, {"tokenizer.type": "bpe", "tokenizer.vocab_size": 270}),
     "tokenizer.train_bytes": (600, prepared, {"tokenizer.type": "bpe", "tokenizer.vocab_size": 300}),
+    "tokenizer.special_tokens": ("<|user|>", prepared, {}),
     "data.source": ("jsonl", prepared, {"data.path": "{folder}/texts.jsonl"}),
     "data.path": ("{folder}/other.txt", prepared, {}),
     "data.text_field": ("title", prepared, {"data.source": "jsonl", "data.path": "{folder}/texts.jsonl"}),
@@ -209,6 +210,7 @@ OPTIONS = {
     "log.tensorboard": (False, run, {}),
     "log.wandb_project": ("x", None, {}),
     "init.from_checkpoint": ("", None, {}),
+    "init.from_huggingface": ("", None, {}),
 }
 ELSEWHERE = {
     "data.num_threads": "test_threads_and_prefetch_reach_grain",
@@ -216,6 +218,7 @@ ELSEWHERE = {
     "mesh.data": "test_mesh_data_is_checked_against_the_devices",
     "log.wandb_project": "test_wandb_is_asked_for",
     "init.from_checkpoint": "test_train.test_training_starts_from_another_runs_weights",
+    "init.from_huggingface": "test_finetune.test_a_hugging_face_folder_trains_as_its_checkpoint_bit_for_bit",
 }
 
 

@@ -1,6 +1,7 @@
 """`train` from a text file to a report: resume, stop, and every wrong input, with real data, Orbax and processes."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import pytest
 
 from jaxgpt import cli, train
 from jaxgpt.config import Config, UserError
+from jaxgpt.model import huggingface
 from jaxgpt.training import loop
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.weights import load_model
+from jaxgpt.training.weights import check_logits, load_model
 
 CONFIG = """
 [model]
@@ -95,6 +97,9 @@ def test_a_run_leaves_everything_a_user_expects(finished):
     assert isinstance(last["sample"], str)
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == [3, 6]
     assert "<html" in (finished / "report.html").read_text()
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (finished / "hf").iterdir()
+    }
     assert (finished / "tokenizer" / "tokenizer.json").exists()
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "finished"
@@ -125,12 +130,55 @@ def test_three_plus_restore_plus_three_is_six_bit_for_bit(folder, finished, monk
     monkeypatch.undo()
     interrupted = max(steps(workdir))
     assert interrupted < 6
+    assert not (workdir / "hf").exists()
     assert json.loads((workdir / "summary.json").read_text())["status"] == "interrupted"
     train.train(load(folder), workdir)
     assert steps(workdir) == steps(finished)  # losses, norms and batch hashes to the last bit
     ours, theirs = (load_model(run).params for run in (workdir, finished))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=str(path))
+    for file in (finished / "hf").iterdir():
+        assert (workdir / "hf" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_weights_for_everyone_are_those_of_the_last_checkpoint(finished):
+    run, exported = load_model(finished), load_model(finished / "hf")
+    assert exported.vocab_size == run.vocab_size == exported.tokenizer.vocab_size
+    np.testing.assert_array_equal(
+        *(check_logits(run.config.model, model.vocab_size, model.params) for model in (run, exported))
+    )
+
+
+def test_hf_is_the_same_from_a_mesh_that_splits_the_weights(folder, finished):
+    workdir = folder / "split"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "hf")
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__per_device_train_batch_size": 2}
+    train.train(load(folder, **mesh, train__global_batch_size=8), workdir)  # nothing left to do but this
+    for name in ("model.safetensors", "config.json"):
+        assert (workdir / "hf" / name).read_bytes() == (finished / "hf" / name).read_bytes()
+
+
+def test_hf_that_cannot_be_written_fails_in_one_line_and_the_same_command_writes_it(
+    folder, finished, capsys, monkeypatch
+):
+    workdir = folder / "full"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "hf")
+    arguments = ["--config", str(folder / "config.toml"), "--workdir", str(workdir)]
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface, "write_tensors", full)
+    assert train.main(arguments) == 1
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert "the run is finished and saved" in error and "No space left" in error
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "finished"
+    assert not [path for path in workdir.iterdir() if "hf" in path.name]
+    monkeypatch.undo()
+    assert train.main(arguments) == 0
+    assert (workdir / "hf" / "model.safetensors").read_bytes() == (finished / "hf" / "model.safetensors").read_bytes()
 
 
 def test_a_run_goes_on_on_another_mesh(folder, finished):

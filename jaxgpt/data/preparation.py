@@ -8,7 +8,7 @@ import collections
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,8 +22,22 @@ _PIECE = 32_768  # characters tokenized at once
 _BATCH = 4_000_000  # characters shared out to the cores at once
 
 
-def prepare(config: Config) -> Path:
+def given_tokenizer(config: Config, locate: Callable[[str], Path] = Path) -> Tokenizer | None:
+    """The tokenizer that tokenizer.path names, its special tokens added; None where one is made from the data.
+
+    `locate` finds the folder of a hub name, hf:NAME.
+    """
+    settings = config.tokenizer
+    if settings.type != "folder":
+        return None
+    folder = locate(settings.path) if settings.path.startswith("hf:") else settings.path
+    return load_tokenizer(folder).with_special_tokens(settings.special_tokens)
+
+
+def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Path:
     """The folder of the finished dataset for the settings [data] and [tokenizer], made now if it is not there.
+
+    `tokenizer` is the `given_tokenizer` of the settings, where it has been read already.
 
     The source is read twice, front to back: once for its digest, its number of documents and the tokenizer,
     once to tokenize it. A validation split of the source is kept. Otherwise the last `validation_fraction` of
@@ -34,7 +48,7 @@ def prepare(config: Config) -> Path:
         UserError: the source or the tokenizer is missing or wrong, or the text is too short for one window.
     """
     settings = config.tokenizer
-    tokenizer = load_tokenizer(settings.path) if settings.type == "folder" else None
+    tokenizer = tokenizer or given_tokenizer(config)
     final = _place(config, tokenizer)
     if final.exists():
         check_window(open_dataset(final).train.num_tokens, config.block_size)
@@ -49,6 +63,7 @@ def prepare(config: Config) -> Path:
         tokenizer = train_bpe(_bar(sample, "training BPE", "part"), settings.vocab_size, sys.stderr.isatty())
     else:
         collections.deque(texts, maxlen=0)
+    tokenizer = tokenizer.with_special_tokens(settings.special_tokens)
     with finished_together(final) as folder:
         writer = DatasetWriter(folder, tokenizer)
         _tokenize(config, survey, writer, tokenizer)
@@ -133,8 +148,10 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
     }
     if chosen.type == "bpe":
         settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
-    elif chosen.type == "folder":
-        settings["tokenizer_digest"] = tokenizer.digest
+    if chosen.type == "folder":
+        settings["tokenizer_digest"] = tokenizer.digest  # special tokens included
+    elif chosen.special_tokens:
+        settings["special_tokens"] = chosen.special_tokens
     return settings
 
 

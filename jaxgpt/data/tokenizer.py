@@ -34,11 +34,11 @@ class Tokenizer:
 
         content = json.loads(json_text)
         self._json = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        self._backend = tokenizers.Tokenizer.from_str(json_text)
-        self._backend.encode_special_tokens = True
+        self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        self.backend.encode_special_tokens = True
         self._end_of_text = end_of_text
-        self.end_of_text: int = self._backend.token_to_id(end_of_text)
-        self.vocab_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.end_of_text: int = self.backend.token_to_id(end_of_text)
+        self.vocab_size: int = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self._characters = _characters(content, end_of_text)
         self._cuttable = self._characters is not None or _is_gpt2_like(content)
 
@@ -54,13 +54,13 @@ class Tokenizer:
             UserError: a character-level tokenizer has no token for a character.
         """
         self._check_characters(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for many texts on all cores; int32 arrays."""
         for text in texts:
             self._check_characters(text)
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def pieces(self, text: str, size: int) -> Iterator[str]:
@@ -69,7 +69,43 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are shown. Bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with `tokens` added at the end of its vocabulary; those that it has already stay.
+
+        Raises:
+            UserError: one of them is what ordinary text can become, or cannot be shown as it is written.
+        """
+        special = {token for token, (_, is_special) in _added_tokens(self.backend).items() if is_special}
+        new = [token for token in tokens if token not in special]
+        if not new:
+            return self
+        content = json.loads(self._json)
+        added = content.setdefault("added_tokens", [])
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for token_id, token in enumerate(new, start=self.vocab_size):
+            if self.backend.token_to_id(token) is not None:
+                raise UserError(
+                    f"tokenizer.special_tokens: {token!r} is an ordinary token of the tokenizer, which text may "
+                    "hold; choose another name, for example <|user|>"
+                )
+            added.append({"id": token_id, "content": token, "special": True, **plain})
+        extended = Tokenizer(json.dumps(content, ensure_ascii=False), self._end_of_text)
+        for token_id, token in enumerate(new, start=self.vocab_size):
+            # The library numbers added tokens by itself, and its decoder may take a letter for a byte.
+            if extended.backend.token_to_id(token) != token_id or extended.decode([token_id]) != token:
+                raise UserError(f"tokenizer.special_tokens: {token!r} cannot be added to this tokenizer; use ASCII")
+        return extended
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether ids of `other` mean the same here, so that weights trained with it may go on with this one.
+
+        Both split text alike, and every token of `other` has its id here; this one may have special tokens more.
+        """
+        ours, theirs = _added_tokens(self.backend), _added_tokens(other.backend)
+        same_end = self.end_of_text == other.end_of_text
+        return same_end and theirs.items() <= ours.items() and _rules(self.backend) == _rules(other.backend)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
@@ -98,6 +134,11 @@ class Tokenizer:
                 f"only the {len(self._characters)} characters of its corpus; leave it out or use "
                 'tokenizer.type = "bpe"'
             )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is something that `load_tokenizer` could read."""
+    return any((folder / name).is_file() for name in (FILE, "vocab.json", "merges.txt"))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -242,6 +283,22 @@ def _is_gpt2_like(content: dict) -> bool:
     splitter = content.get("pre_tokenizer") or {}
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return gpt2.items() <= splitter.items() and content.get("normalizer") is None
+
+
+def _rules(backend) -> dict:
+    """What decides which ids a text becomes, added tokens left out; written alike whatever wrote the file.
+
+    Left out as well: the post-processor, which adds tokens that are never asked for here. In the model's own
+    settings, which old files leave out or write as "", null or false, all of these are the same.
+    """
+    content = json.loads(backend.to_str())
+    content["model"] = {key: value for key, value in content["model"].items() if value}
+    return {key: value for key, value in content.items() if key not in ("added_tokens", "post_processor", "version")}
+
+
+def _added_tokens(backend) -> dict[str, tuple[int, bool]]:
+    """{token: (id, whether ordinary text never becomes it)}"""
+    return {token.content: (number, token.special) for number, token in backend.get_added_tokens_decoder().items()}
 
 
 def _declared_end_of_text(folder: Path) -> str | None:

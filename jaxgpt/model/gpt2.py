@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.attention import KVCache, attend, dropout
+from jaxgpt.model.attention import KVCache, attend, attend_cached, dropout
+from jaxgpt.model.packed import PackedMatrix, pack
 
 LAYER_NORM_EPSILON = 1e-5  # GPT-2's published hyper-parameter (layer_norm_epsilon in its config.json)
 VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
@@ -68,8 +69,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Parameters are float32; the matmul runs in the activations' type (bfloat16 on an accelerator).
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return jnp.einsum(self.equation, x, kernel) + bias[None, None]
+        kernel, bias = self.kernel.get_value(), self.bias[...].astype(x.dtype)
+        if isinstance(kernel, PackedMatrix):
+            return kernel(x).astype(x.dtype) + bias[None, None]
+        return jnp.einsum(self.equation, x, kernel.astype(x.dtype)) + bias[None, None]
 
 
 # What each letter of an einsum means to `parallel/sharding.py`, which lays these names on the mesh.
@@ -85,22 +88,17 @@ class Attention(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(self, x_BTD, segments_BT, cached, dropout_key):
-        """`cached` is None or this layer's (keys_BSNH, values_BSNH, length). Returns output and new keys, values."""
+        """`cached` is None, or this layer's (keys_ASH, values_ASH, length_B) to which one token a row is added.
+
+        Returns the output, and the keys and values: of these tokens (B, T, N, H), or the updated cached ones.
+        """
         qkv_BTCNH = self.c_attn(x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, i] for i in range(3))
-        first_query = 0
         if cached is not None:
-            keys, values, first_query = cached
-            k_BTNH = jax.lax.dynamic_update_slice_in_dim(keys, k_BTNH.astype(keys.dtype), first_query, axis=1)
-            v_BTNH = jax.lax.dynamic_update_slice_in_dim(values, v_BTNH.astype(keys.dtype), first_query, axis=1)
+            out_BTNH, *cached = attend_cached(q_BTNH, k_BTNH, v_BTNH, *cached)
+            return self.c_proj(out_BTNH), cached
         out_BTNH = attend(
-            q_BTNH,
-            k_BTNH,
-            v_BTNH,
-            first_query=first_query,
-            segments_BT=segments_BT,
-            dropout_rate=self.dropout,
-            dropout_key=dropout_key,
+            q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT, dropout_rate=self.dropout, dropout_key=dropout_key
         )
         return self.c_proj(out_BTNH), (k_BTNH, v_BTNH)
 
@@ -150,44 +148,36 @@ class GPT2(nnx.Module):
         self.blocks = Block(config, rngs)
         self.ln_f = LayerNorm((config.n_embd,), ("norm",))
 
-    def __call__(self, tokens_BT, *, segments_BT=None, cache: KVCache | None = None):
-        """Logits (B, T, vocab_size) in float32; with a cache, (logits, the cache with these tokens added)."""
-        hidden_BTD, cache_out = self.hidden(tokens_BT, segments_BT=segments_BT, cache=cache)
-        logits_BTV = self.logits(hidden_BTD)
-        return logits_BTV if cache is None else (logits_BTV, cache_out)
+    def __call__(self, tokens_BT, *, segments_BT=None):
+        """Logits (B, T, vocab_size) in float32."""
+        return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
-    def hidden(
-        self,
-        tokens_BT,
-        *,
-        segments_BT=None,
-        cache: KVCache | None = None,
-        dropout_key=None,
-        gather_block=lambda block: block,
-    ):
-        """The last LayerNorm's output (B, T, D) and the updated cache. A dropout key turns dropout on.
+    def hidden(self, tokens_BT, *, segments_BT=None, dropout_key=None, gather_block=lambda block: block):
+        """The last LayerNorm's output (B, T, D). A dropout key turns dropout on.
 
         `gather_block` is called inside each layer with that layer's parameters, and returns those to use:
         where they are split over devices, this is the place to bring them together (and again in the
         backward pass, under remat).
         """
-        first = 0 if cache is None else cache.length
-        positions_T = first + jnp.arange(tokens_BT.shape[1])
-        # The sum of the embeddings is rounded once, to the compute type.
-        x_BTD = self.wte[...][tokens_BT] + self.wpe[...][positions_T][None]
-        x_BTD = x_BTD.astype(self.config.dtype)
+        x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
         if dropout_key is not None:
             x_BTD = dropout(x_BTD, self.config.dropout, jax.random.fold_in(dropout_key, self.config.n_layer))
-        if cache is None:
-            x_BTD = self._train_layers(x_BTD, segments_BT, dropout_key, gather_block)
-        else:
-            x_BTD, cache = self._decode_layers(x_BTD, cache)
-        return self.ln_f(x_BTD), cache
+        return self.ln_f(self._layers(x_BTD, segments_BT, dropout_key, gather_block))
+
+    def embed(self, tokens_BT, positions_BT):
+        """The sum of the embeddings, rounded once, to the compute type."""
+        wte = self.wte.get_value()
+        tokens_BTD = wte.column(tokens_BT) if isinstance(wte, PackedMatrix) else wte[tokens_BT]
+        return (tokens_BTD + self.wpe[...][positions_BT]).astype(self.config.dtype)
 
     def logits(self, hidden_BTD):
         """Tied head, the padding cut off; float32 because sampling and losses compare logits closely."""
-        wte_VD = self.wte[...].astype(hidden_BTD.dtype)
-        logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, wte_VD, preferred_element_type=jnp.float32)
+        wte = self.wte.get_value()
+        if isinstance(wte, PackedMatrix):
+            logits = wte(hidden_BTD)
+        else:
+            wte_VD = wte.astype(hidden_BTD.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, wte_VD, preferred_element_type=jnp.float32)
         return logits[..., : self.vocab_size]
 
     def _stacked_blocks(self):
@@ -195,7 +185,7 @@ class GPT2(nnx.Module):
         graph, state = nnx.split(self.blocks)
         return graph, nnx.to_pure_dict(state)
 
-    def _train_layers(self, x_BTD, segments_BT, dropout_key, gather_block):
+    def _layers(self, x_BTD, segments_BT, dropout_key, gather_block):
         graph, stacked = self._stacked_blocks()
 
         def layer(x_BTD, block, index):
@@ -209,17 +199,6 @@ class GPT2(nnx.Module):
         for index, block in enumerate(_unstack(stacked, self.config.n_layer)):
             x_BTD = layer(x_BTD, block, index)
         return x_BTD
-
-    def _decode_layers(self, x_BTD, cache: KVCache):
-        graph, stacked = self._stacked_blocks()
-        updated = []
-        # Always unrolled: under scan the cache would be copied at every layer (twice as slow on CPU).
-        for index, block in enumerate(_unstack(stacked, self.config.n_layer)):
-            cached = (cache.keys[index], cache.values[index], cache.length)
-            x_BTD, layer_cache = nnx.merge(graph, block)(x_BTD, cached=cached)
-            updated.append(layer_cache)
-        keys, values = zip(*updated)
-        return x_BTD, KVCache(keys, values, cache.length + x_BTD.shape[1])
 
 
 def _unstack(stacked: dict, layers: int) -> list[dict]:
@@ -266,3 +245,59 @@ def bind(config: ModelConfig, vocab_size: int, params: dict) -> GPT2:
     """The network with these parameters: cheap, made anew inside each traced function."""
     graph, _, _ = abstract_model(config, vocab_size)
     return nnx.merge(graph, params)
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decoding_weights(config: ModelConfig, params: dict, kind: str, tiled: bool) -> dict:
+    """The parameters as `read_prompt` and `read_token` take them: the layers taken apart, the matrices as `kind`.
+
+    Taken apart once: slicing the stacked parameters anew for each token would read and write all of them.
+    `kind` is "float32", "bfloat16" or "int8"; `tiled` lays the small ones out for a CPU (packed.py).
+    """
+    # What each projection sums over: the width, the heads' outputs, the width, the hidden units.
+    inputs = {("attn", "c_attn"): 1, ("attn", "c_proj"): 2, ("mlp", "c_fc"): 1, ("mlp", "c_proj"): 1}
+    blocks = {part: dict(content) for part, content in params["blocks"].items()}
+    for (part, name), axes in inputs.items():
+        packed = jax.vmap(lambda layer, axes=axes: pack(layer, axes, kind, tiled))(blocks[part][name]["kernel"])
+        blocks[part][name] = {**blocks[part][name], "kernel": packed}
+    wte = pack(params["wte"].T, 1, kind, tiled)
+    return {**params, "wte": wte, "blocks": tuple(_unstack(blocks, config.n_layer))}
+
+
+def read_prompt(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, length_B, positions: int) -> KVCache:
+    """A cache of `positions` that holds the first `length_B` tokens of each row; no logits are computed.
+
+    What lies after a row's length is padding. Its keys are in the cache, but nobody reads them: a token sees none
+    after itself, and each new token overwrites the key at its own position first.
+    """
+    model, layer, layers = _bind_layers(config, vocab_size, weights)
+    x_BTD = model.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    room = ((0, 0), (0, positions - tokens_BT.shape[1]), (0, 0))
+    heads_ASH = lambda x_BTNH: jnp.pad(jax.lax.collapse(x_BTNH.swapaxes(1, 2), 0, 2), room)
+    cached = []
+    for block in layers:
+        x_BTD, keys_and_values = nnx.merge(layer, block)(x_BTD)
+        cached.append([heads_ASH(x_BTNH) for x_BTNH in keys_and_values])
+    keys, values = zip(*cached)
+    return KVCache(keys, values, length_B)
+
+
+def read_token(config: ModelConfig, vocab_size: int, weights: dict, token_B, cache: KVCache):
+    """(logits (B, vocab_size) after one more token a row, the cache with it)."""
+    model, layer, layers = _bind_layers(config, vocab_size, weights)
+    x_B1D = model.embed(token_B[:, None], cache.length_B[:, None])
+    cached = []
+    # Always unrolled: under scan the cache would be copied at every layer (twice as slow on CPU).
+    for block, keys_ASH, values_ASH in zip(layers, cache.keys, cache.values):
+        x_B1D, layer_cache = nnx.merge(layer, block)(x_B1D, cached=(keys_ASH, values_ASH, cache.length_B))
+        cached.append(layer_cache)
+    keys, values = zip(*cached)
+    return model.logits(model.ln_f(x_B1D))[:, 0], KVCache(keys, values, cache.length_B + 1)
+
+
+def _bind_layers(config: ModelConfig, vocab_size: int, weights: dict):
+    """(the network, the graph of a block, the parameters of each); the network holds only the first block."""
+    model = bind(config, vocab_size, {**weights, "blocks": weights["blocks"][0]})
+    return model, nnx.graphdef(model.blocks), weights["blocks"]

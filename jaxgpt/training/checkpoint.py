@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -111,6 +112,12 @@ def read_config(run: Path) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
+def finished_steps(run: Path) -> list[int]:
+    """The steps whose weights lie in a run folder, in order; none where it is no run yet."""
+    folders = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
+    return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and (folder / "params").is_dir())
+
+
 def find_step(path: Path) -> tuple[Path, int]:
     """(run folder, step) of a run folder or a step folder."""
     if not path.exists():
@@ -118,8 +125,7 @@ def find_step(path: Path) -> tuple[Path, int]:
     run = path.parent.parent if path.parent.name == FOLDER else path
     if not (run / "config.json").is_file() or not (run / FOLDER).is_dir():
         raise UserError(f"{path} is not a jaxgpt run or one of its steps: {run} holds no config.json and {FOLDER}/")
-    folders = (folder for folder in (run / FOLDER).iterdir() if folder.name.isdigit() and (folder / "params").is_dir())
-    steps = sorted(int(folder.name) for folder in folders)
+    steps = finished_steps(run)
     if not steps:
         raise UserError(f"{run / FOLDER} holds no finished checkpoint yet")
     if run == path:
@@ -137,3 +143,14 @@ def restore_params(run: Path, step: int, shapes: dict, sharding) -> dict:
     target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, sharding)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((run / FOLDER / str(step) / "params").absolute(), target)
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array on this host, however it is spread; every process has to call this.
+
+    Only where other hosts hold parts of it do the devices exchange them, so a single host needs no device memory.
+    """
+    if not array.is_fully_addressable:
+        everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=everywhere)(array).addressable_data(0)
+    return np.asarray(array)

@@ -102,7 +102,7 @@ def summed_loss(config: Config, vocab_size: int, gather, params, batch: Batch, d
     """(summed loss in nats, summed weights) of a batch of (B, T)."""
     outer = gather({name: value for name, value in params.items() if name != "blocks"})
     model = gpt2.bind(config.model, vocab_size, {**outer, "blocks": params["blocks"]})
-    hidden_BTD, _ = model.hidden(
+    hidden_BTD = model.hidden(
         batch.tokens_BT,
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,

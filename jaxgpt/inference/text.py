@@ -1,0 +1,283 @@
+"""Text in, text out: prompts become token ids, and the tokens that follow become text while they are made.
+
+A token may end inside a Chinese character or an emoji, and a text may turn out to be the beginning of a stop
+text; `TextStream` hands out only what no later token can change. Each token is looked at once or twice, however
+long the text grows. (`tokenizers.decoders.DecodeStream` is not used: on bytes that are not UTF-8, which an
+untrained model makes all the time, it gives another text than decoding the whole, or fails.)
+"""
+
+import codecs
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from jaxgpt.config import UserError
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.inference.decode import Continuation, Decoder, generate, stream
+from jaxgpt.inference.sampling import SamplingOptions
+
+REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One continuation of a prompt. The stop text and the stop token are in neither `text` nor `tokens`."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    """Natural logarithm of each token's probability."""
+    finish_reason: str | None
+    """"stop": a stop text or token, or end-of-text; "length": max_new_tokens; None: not finished yet."""
+
+
+class TextStream:
+    """Turns the tokens of one continuation into text, piece by piece.
+
+    The pieces one after another are `tokenizer.decode` of all the tokens, cut where the first stop text begins.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()):
+        """`after`: the prompt's tokens; some tokenizers drop the space before the first word of a text."""
+        self.stopped = False
+        """A stop text was met: no text comes any more."""
+        self._stop = tuple(stop)
+        self._held = ""
+        self._text = _token_text(tokenizer, after)
+
+    def add(self, tokens: Iterable[int]) -> str:
+        """The text that is certain now that `tokens` came: whole characters, and no part of a stop text."""
+        return "" if self.stopped else self._release("".join(self._text.add(int(token)) for token in tokens))
+
+    def finish(self) -> str:
+        """The text that was held back, now that no more tokens come. Bytes of an unfinished character are U+FFFD."""
+        return "" if self.stopped else self._release(self._text.finish(), is_last=True)
+
+    def _release(self, text: str, is_last: bool = False) -> str:
+        text = self._held + text
+        border, self.stopped = _stop_border(text, self._stop, is_last)
+        self._held = "" if self.stopped else text[border:]
+        return text[:border]
+
+
+class TextGeneration:
+    """The continuations of a batch of prompts while they are made. Iterate to make them; leave the loop to stop.
+
+    Rows are prompts x num_return_sequences, those of one prompt side by side. A row whose stop text came is
+    not worked on any more.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str | Sequence[int]],
+        options: SamplingOptions,
+    ):
+        """A prompt is text, or token ids."""
+        self._decoder, self._options = decoder, options
+        self._prompts = _token_ids(tokenizer, prompts)
+        self._rows = [
+            _Row(tokenizer, options.stop, prompt)
+            for prompt in self._prompts
+            for _ in range(options.num_return_sequences)
+        ]
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """The new text of each row, again and again; "" for a row that has none."""
+        parts = stream(self._decoder, self._prompts, self._options)
+        try:
+            new = next(parts)
+            while True:
+                yield [row.add(part) for row, part in zip(self._rows, new, strict=True)]
+                finished = {i for i, row in enumerate(self._rows) if row.finish_reason}
+                if len(finished) == len(self._rows):
+                    return
+                new = parts.send(finished)
+        except StopIteration:
+            return
+        finally:
+            parts.close()
+
+    @property
+    def completions(self) -> list[list[Completion]]:
+        """What was made so far, num_return_sequences entries a prompt."""
+        made, count = [row.completion() for row in self._rows], self._options.num_return_sequences
+        return [made[i : i + count] for i in range(0, len(made), count)]
+
+
+def complete(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    options: SamplingOptions,
+) -> list[list[Completion]]:
+    """The continuations of each prompt (text, or token ids), num_return_sequences a prompt.
+
+    Raises:
+        UserError: prompt and new tokens do not fit the context, or the prompt cannot be read.
+    """
+    if options.stop:
+        generation = TextGeneration(decoder, tokenizer, prompts, options)
+        for _ in generation:
+            pass
+        return generation.completions
+    prompts = _token_ids(tokenizer, prompts)
+
+    def completion(prompt, made):
+        text = TextStream(tokenizer, after=prompt)
+        return Completion(text.add(made.tokens) + text.finish(), made.tokens, made.logprobs, made.finish_reason)
+
+    batch = generate(decoder, prompts, options)  # one compiled call, with no stop on the way
+    return [[completion(prompt, made) for made in row] for prompt, row in zip(prompts, batch, strict=True)]
+
+
+def fit_prompt(ids: Sequence[int], options: SamplingOptions, n_positions: int, truncate: bool) -> list[int]:
+    """The prompt's tokens, or with `truncate` the last of them that leave room for the new ones.
+
+    Raises:
+        UserError: prompt and new tokens are longer than the context, and by how much.
+    """
+    new = options.max_new_tokens
+    if new >= n_positions:
+        raise UserError(
+            f"max_new_tokens = {new}, but prompt and new tokens together are at most n_positions = {n_positions} "
+            f"and the prompt is at least one; ask for at most {n_positions - 1}"
+        )
+    excess = len(ids) + new - n_positions
+    if excess > 0 and not truncate:
+        # Where the prompt alone fits, fewer new tokens are the other way out.
+        fewer = f"ask for at most {n_positions - len(ids)} new tokens, " if len(ids) < n_positions else ""
+        raise UserError(
+            f"a prompt of {len(ids)} tokens and {new} new ones are {excess} more than the model's "
+            f"n_positions = {n_positions}; {fewer}shorten the prompt, or set truncate"
+        )
+    return list(ids)[max(excess, 0) :]
+
+
+def _token_ids(tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    return [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+
+class _Row:
+    """One continuation in the making."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]):
+        self.finish_reason: str | None = None
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._stream = TextStream(tokenizer, stop, after=prompt)
+        self._pieces: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+
+    def add(self, part: Continuation) -> str:
+        """The text that is new."""
+        if self.finish_reason:
+            return ""
+        self._tokens += part.tokens
+        self._logprobs += part.logprobs
+        text = self._stream.add(part.tokens)
+        self.finish_reason = "stop" if self._stream.stopped else part.finish_reason
+        if self.finish_reason:
+            text += self._stream.finish()
+        self._pieces.append(text)
+        if self._stream.stopped:
+            self.finish_reason = "stop"
+            self._drop_tokens_after("".join(self._pieces))
+        return text
+
+    def completion(self) -> Completion:
+        return Completion("".join(self._pieces), list(self._tokens), list(self._logprobs), self.finish_reason)
+
+    def _drop_tokens_after(self, text: str) -> None:
+        """Keep the fewest tokens that make `text` certain: what is kept never depends on where chunks end."""
+        stream, length, kept = TextStream(self._tokenizer, after=self._prompt), 0, 0
+        while length < len(text) and kept < len(self._tokens):
+            length += len(stream.add(self._tokens[kept : kept + 1]))
+            kept += 1
+        del self._tokens[kept:], self._logprobs[kept:]
+
+
+def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bool]:
+    """How much of the text is certain, and whether a stop text begins there.
+
+    Of several stop texts the one that begins first counts: where one is whole and another that began earlier
+    is not yet, only the next token tells.
+    """
+    whole = min((at for at in (text.find(end) for end in stop) if at >= 0), default=len(text) + 1)
+    begun = len(text) + 1
+    for end in () if is_last else stop:
+        at = text.find(end[0], max(0, len(text) - len(end) + 1))
+        while at >= 0 and not end.startswith(text[at:]):
+            at = text.find(end[0], at + 1)
+        begun = min(begun, at if at >= 0 else begun)
+    return min(whole, begun, len(text)), whole <= min(begun, len(text))
+
+
+# ---------------------------------------------------------------- one token after another to text
+
+
+def _token_text(tokenizer: Tokenizer, after: Sequence[int]) -> "_ByteText | _WindowText":
+    from tokenizers import decoders
+
+    backend = tokenizer.backend
+    return _ByteText(backend) if isinstance(backend.decoder, decoders.ByteLevel) else _WindowText(backend, after)
+
+
+class _ByteText:
+    """Tokens that are bytes in GPT-2's alphabet: UTF-8 says by itself where a character ends."""
+
+    def __init__(self, backend):
+        self._token_of = backend.id_to_token
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        written = self._token_of(token) or ""  # a padded embedding has ids that no token has
+        byte_of = _byte_of_character()
+        if all(character in byte_of for character in written):
+            return self._decoder.decode(bytes(byte_of[character] for character in written))
+        return self._decoder.decode(written.encode())  # an added token holds characters, not bytes
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowText:
+    """Any other tokenizer: what a token adds is seen by decoding it together with the tokens right before it."""
+
+    def __init__(self, backend, after: Sequence[int]):
+        self._backend = backend
+        self._window = list(after)
+        self._known = len(self._window)
+        """Tokens of the window whose text was given; they are there because the first of a text may lose its space."""
+
+    def add(self, token: int) -> str:
+        written = self._backend.id_to_token(token)
+        if written is None:  # a padded embedding has ids that no token has
+            return ""
+        self._window.append(token)
+        # A run of single bytes is decoded as a whole: one wrong byte at its end makes all of them U+FFFD.
+        if _BYTE_TOKEN.fullmatch(written):
+            return ""
+        known, text = self._decode(self._window[: self._known]), self._decode(self._window)
+        if len(text) <= len(known) or text.endswith(REPLACEMENT):
+            return ""
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
+        return text[len(known) :]
+
+    def finish(self) -> str:
+        return self._decode(self._window)[len(self._decode(self._window[: self._known])) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._backend.decode(tokens, skip_special_tokens=False)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a visible Latin-1 character is its own byte, the 68 other bytes are U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
