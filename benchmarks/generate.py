@@ -6,7 +6,8 @@
     python benchmarks/generate.py --perplexity runs/quickstart      # what smaller weights cost in quality
 
 Prompts of 16 tokens, 64 new ones, drawn among the 50 likeliest. Each kind of weights on each side has a process of
-its own, which waits while another works; a round runs each once, and the figure is the median over rounds.
+its own, which waits while another works. In a round each repeats the call for a second and gives the median time; the
+figure is the median over rounds.
 "share" is weight bytes read a second over the bandwidth that this script measures first: a step of one row has to
 read every weight once, so 100% is the limit. Before the rounds both sides continue the prompts greedily in float32:
 the tokens must be the same. `--peer-python` runs the peer under another interpreter (one that has torch).
@@ -32,6 +33,7 @@ MODELS = {  # name: (layers, heads, width, positions, vocabulary)
     "1.5B": (48, 25, 1600, 1024, 50257),
 }
 PROMPT, NEW, TOP_K = 16, 64, 50
+ROUND_SECONDS = 1.0  # a call of a small model takes a hundredth of that, and the first after a pause is slow
 KINDS = {"ours": ("float32", "bfloat16", "int8"), "peer": ("float32", "bfloat16")}
 
 
@@ -104,10 +106,12 @@ def worker(side: str, kind: str, model: str, batch: int, folder: str) -> None:
     runner = {"ours": Ours, "peer": Peer}[side](Path(folder), kind, batch)
     print(json.dumps({"weight_bytes": runner.weight_bytes}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        began = time.perf_counter()
-        tokens = runner.generate(prompts(model, batch), asked["greedy"])
-        print(json.dumps({"seconds": time.perf_counter() - began, "tokens": tokens}), flush=True)
+        greedy, seconds = json.loads(line)["greedy"], []
+        while not seconds or sum(seconds) < ROUND_SECONDS:
+            began = time.perf_counter()
+            tokens = runner.generate(prompts(model, batch), greedy)
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps({"seconds": statistics.median(seconds), "tokens": tokens}), flush=True)
 
 
 class Process:

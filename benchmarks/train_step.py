@@ -47,6 +47,7 @@ class Ours:
         import jax
 
         from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+        from jaxgpt.model.huggingface import write_model
         from jaxgpt.parallel.mesh import build_mesh
         from jaxgpt.training.step import build_program
 
@@ -69,7 +70,7 @@ class Ours:
         self.shape, self.jax = shape, jax
         self.program = build_program(config, vocabulary, build_mesh(config.mesh, jax.devices()[:1]))
         self.state = self.program.init()
-        np.savez(weights, **torch_weights(jax.device_get(self.state.params), vocabulary))
+        write_model(weights, config.model, vocabulary, self.state.params, None)
 
     def step(self, number: int) -> float:
         from jaxgpt.data.pipeline import Batch
@@ -80,48 +81,15 @@ class Ours:
         return float(metrics["loss_sum"] / metrics["count"])
 
 
-def torch_weights(params: dict, vocabulary: int) -> dict[str, np.ndarray]:
-    """Our parameters under the peer's names. Its Conv1D stores (in, out), so reshaping is all there is to do."""
-    blocks = params["blocks"]
-    weights = {"wte.weight": params["wte"][:vocabulary], "wpe.weight": params["wpe"]}
-    weights |= {"ln_f.weight": params["ln_f"]["scale"], "ln_f.bias": params["ln_f"]["bias"]}
-    width = params["wte"].shape[1]
-    for layer in range(blocks["ln_1"]["scale"].shape[0]):
-        for norm in ("ln_1", "ln_2"):
-            weights[f"h.{layer}.{norm}.weight"] = blocks[norm]["scale"][layer]
-            weights[f"h.{layer}.{norm}.bias"] = blocks[norm]["bias"][layer]
-        for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
-            kernel, bias = (blocks[part][name][key][layer] for key in ("kernel", "bias"))
-            rows = width if name != "c_proj" or part == "attn" else 4 * width
-            weights[f"h.{layer}.{part}.{name}.weight"] = kernel.reshape(rows, -1)
-            weights[f"h.{layer}.{part}.{name}.bias"] = bias.reshape(-1)
-    return weights
-
-
 class Peer:
     """transformers' GPT-2 in eager torch; bfloat16 means autocast, as its users run it."""
 
     def __init__(self, shape: str, dtype: str, weights: Path):
         import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel
 
-        layers, heads, width, positions, vocabulary, _, _ = SHAPES[shape]
         self.torch, self.shape, self.dtype = torch, shape, dtype
-        config = GPT2Config(
-            n_layer=layers,
-            n_head=heads,
-            n_embd=width,
-            n_positions=positions,
-            vocab_size=vocabulary,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        self.model = GPT2LMHeadModel(config)
-        arrays = {name: torch.from_numpy(array.copy()) for name, array in np.load(weights).items()}
-        self.model.transformer.load_state_dict(arrays)
+        self.model = GPT2LMHeadModel.from_pretrained(weights).train()  # its dropout rates are written as 0
         decayed = [p for name, p in self.model.named_parameters() if p.ndim == 2]
         others = [p for name, p in self.model.named_parameters() if p.ndim != 2]
         self.optimizer = torch.optim.AdamW(
@@ -170,7 +138,7 @@ def start(side: str, shape: str, dtype: str, weights: Path) -> subprocess.Popen:
 def compare(shape: str, dtype: str, rounds: int) -> dict:
     """Median step seconds of both sides over interleaved rounds; the first round warms up and is left out."""
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.npz"
+        weights = Path(folder)
         sides, medians, losses = {}, {"ours": [], "peer": []}, {}
         for side in ("ours", "peer"):  # ours first: it writes the weights both start from
             sides[side] = start(side, shape, dtype, weights)

@@ -366,6 +366,17 @@ def test_a_folder_is_replaced_when_that_is_asked_for(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_replacement_killed_between_its_renames_loses_no_export(folder, tmp_path):
+    folder.rename(tmp_path / ".hf.old")
+
+    def whole(leaf):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        export_model(folder, MODEL, VOCAB, random_params(seed=1), TOKENIZER, replace=True, whole=whole)
+    assert same(load_model(folder).params, random_params())
+
+
 def test_a_process_that_is_not_the_writer_fetches_every_array_in_the_writers_order_and_writes_nothing(tmp_path):
     fetched = {True: [], False: []}
     for is_writer, seen in fetched.items():
