@@ -12,12 +12,12 @@ from jaxgpt.config import MeshConfig, ModelConfig, UserError
 from jaxgpt.inference import decode
 from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, stream
 from jaxgpt.inference.sampling import SamplingOptions
-from jaxgpt.model import gpt2
+from jaxgpt.model import gpt2, packed
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.parallel.sharding import param_shardings
 
 VOCAB = 65  # 128 rows with the padding
-CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=40, dtype="float32")
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=40, dtype="float32")
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, dtype="bfloat16")
 TEXT = np.random.default_rng(1).integers(0, VOCAB, 40).tolist()
 
@@ -36,6 +36,13 @@ def random_params(config):
     # A padding row that reached the sampler would win every draw.
     params["wte"][VOCAB:] = 1000.0
     return jax.device_put(params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_matrices_of_these_small_networks_lie_in_tiles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "SMALLEST_TILED", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +289,6 @@ def test_parameters_on_a_mesh_give_the_tokens_of_one_device(params):
     mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     _, shapes, axes = gpt2.abstract_model(CONFIG, VOCAB)
     sharded = jax.device_put(params, param_shardings(axes, shapes, mesh))
-    assert sharded["blocks"]["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.size == 32 * 128 * 2 // 4
+    assert sharded["blocks"]["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.size == 64 * 256 * 2 // 4
     for options in (dict(temperature=0), dict(seed=2)):
         assert continued(sharded, TEXT[:5], **options) == continued(params, TEXT[:5], **options)

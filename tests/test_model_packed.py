@@ -7,9 +7,22 @@ import pytest
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt2
+from jaxgpt.model import packed as packed_module
 from jaxgpt.model.packed import TILE, pack
 
-KINDS = ("int8", "bfloat16")
+KINDS = ("int8", "bfloat16", "float32")
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_are_tiled_too(monkeypatch):
+    monkeypatch.setattr(packed_module, "SMALLEST_TILED", 0)
+
+
+def test_a_matrix_below_the_limit_is_one_tile(monkeypatch):
+    monkeypatch.undo()
+    limit = packed_module.SMALLEST_TILED
+    for rows, tiles in ((limit // 128, 2), (limit // 128 - 4, 1)):
+        assert pack(jnp.zeros((rows, 128)), 1, "int8", tiled=True).tiles_GKJ.shape[0] == tiles
 
 
 def matrix(*shape) -> np.ndarray:

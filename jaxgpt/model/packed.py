@@ -19,6 +19,7 @@ import jax.numpy as jnp
 TILE = 64
 # Inputs that an iteration of the loop takes: with more, or with wider tiles, XLA no longer compiles it as a whole
 # (jax 0.10.2; from 15 down to 1 billion weights a second).
+SMALLEST_TILED = 1 << 17  # weights: a smaller matrix is multiplied in less time than going from tile to tile takes
 INPUTS_AT_ONCE = {"int8": 4, "uint16": 1, "float32": 1}
 
 
@@ -104,7 +105,7 @@ def pack(kernel: jax.Array, inputs: int, kind: str, tiled: bool) -> PackedMatrix
     outputs = kernel.shape[inputs:]
     w_KO = kernel.reshape(-1, math.prod(outputs)).astype(jnp.float32)
     (rows, columns), scale_O = w_KO.shape, None
-    fits = columns % TILE == 0 and rows % max(INPUTS_AT_ONCE.values()) == 0
+    fits = columns % TILE == 0 and rows % max(INPUTS_AT_ONCE.values()) == 0 and rows * columns >= SMALLEST_TILED
     width = TILE if tiled and fits else columns
     if kind == "int8":
         scale_O = jnp.abs(w_KO).max(axis=0) / 127
