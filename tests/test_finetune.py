@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny import RUN
 
 from jaxgpt import cli, train
 from jaxgpt.config import Config
@@ -23,23 +24,9 @@ from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import build_program, resolve_batch
 from jaxgpt.training.weights import export_model, load_model, save_as_run
 
-CONFIG = """
-[model]
-n_layer = 2
-n_head = 2
-n_embd = 32
-n_positions = 32
-dtype = "float32"
-[tokenizer]
-type = "char"
-[data]
-source = "text"
-path = "{folder}/text.txt"
-prepared_dir = "{folder}/prepared"
-validation_fraction = 0.1
-[optimizer]
-learning_rate = 1e-2
-warmup_steps = 1
+CONFIG = (
+    RUN
+    + """warmup_steps = 1
 [train]
 max_steps = 4
 per_device_train_batch_size = 1
@@ -52,6 +39,7 @@ save_steps = 2
 logging_steps = 1
 tensorboard = false
 """
+)
 WORDS = [
     "the",
     "cat",

@@ -117,6 +117,15 @@ def test_a_batch_of_different_prompt_lengths_is_each_alone(params, weights, temp
             np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
+def test_how_many_rows_are_expected_changes_the_layout_and_no_token(params):
+    one, many = (build_decoder(CONFIG, VOCAB, params, None, "float32", rows) for rows in (1, 2))
+    kernels = [decoder.weights["blocks"][0]["mlp"]["c_fc"]["kernel"].tiles_GKJ.shape for decoder in (one, many)]
+    assert kernels == [(4, 64, 64), (1, 64, 256)]
+    options = SamplingOptions(max_new_tokens=10, seed=1)
+    texts = [[row.tokens for [row] in generate(decoder, [TEXT[:4], TEXT[:9]], options)] for decoder in (one, many)]
+    assert texts[0] == texts[1]
+
+
 def test_logprobs_are_those_of_the_whole_network_before_every_rule(params):
     options = SamplingOptions(max_new_tokens=12, temperature=1.7, top_k=5, repetition_penalty=1.2, seed=1)
     [[continuation]] = generate(decoder_of(params), [TEXT[:9]], options)

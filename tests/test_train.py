@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import RUN
 
 from jaxgpt import cli, train
 from jaxgpt.config import Config, UserError
@@ -23,23 +24,9 @@ from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.weights import check_logits, load_model
 
-CONFIG = """
-[model]
-n_layer = 2
-n_head = 2
-n_embd = 32
-n_positions = 32
-dtype = "float32"
-[tokenizer]
-type = "char"
-[data]
-source = "text"
-path = "{folder}/text.txt"
-prepared_dir = "{folder}/prepared"
-validation_fraction = 0.1
-[optimizer]
-learning_rate = 1e-2
-warmup_steps = 2
+CONFIG = (
+    RUN
+    + """warmup_steps = 2
 [train]
 max_steps = 6
 per_device_train_batch_size = 1
@@ -52,6 +39,7 @@ save_steps = 3
 [log]
 logging_steps = 1
 """
+)
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "after", "it", "over", "a", "hill"]
 
 

@@ -151,7 +151,8 @@ def test_a_hugging_face_folder_is_a_model_like_any_other(folder):
 
 
 def test_transformers_reads_the_exported_tokenizer(folder):
-    transformers = pytest.importorskip("transformers")
+    import transformers  # a dependency of the package: slow to import, never missing
+
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     text = "def ñ(): 🎉\r\n\x00"
     assert theirs.encode(text) == TOKENIZER.encode(text)

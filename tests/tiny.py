@@ -47,3 +47,23 @@ def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 1
 def losses(metrics: list[dict]) -> np.ndarray:
     """Loss and gradient norm of each step."""
     return np.array([(m["loss_sum"] / m["count"], m["grad_norm"]) for m in metrics])
+
+
+# The beginning of a config file for whole runs on a character-level text in {folder}; [optimizer] goes on.
+RUN = """
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+n_positions = 32
+dtype = "float32"
+[tokenizer]
+type = "char"
+[data]
+source = "text"
+path = "{folder}/text.txt"
+prepared_dir = "{folder}/prepared"
+validation_fraction = 0.1
+[optimizer]
+learning_rate = 1e-2
+"""

@@ -226,13 +226,13 @@ def finished_together(final: Path) -> Iterator[Path]:
     try:
         yield folder
         for file in [*folder.rglob("*"), folder]:
-            _fsync(file)
+            fsync(file)
         try:
             os.rename(folder, final)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _fsync(final.parent)
+        fsync(final.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -245,7 +245,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the kernel write a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -87,7 +87,7 @@ def build_decoder(
     on_cpu = next(iter(params["wpe"].devices())).platform == "cpu"
     # As float32 the tiles help one row (124M: 36 to 41 tokens a second) and hurt several (8 rows: 105 to 87).
     tiled = on_cpu and _mesh(params) is None and (kind != "float32" or rows == 1)
-    packed = _pack(dataclasses.replace(config, dropout=0.0), params, kind, tiled)
+    packed = _pack(config, params, kind, tiled)
     compute = "float32" if on_cpu or kind == "float32" else "bfloat16"
     return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text)
 

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxgpt.config import Config, ModelConfig, TokenizerConfig, UserError, to_json
+from jaxgpt.data.rows import fsync
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
@@ -177,7 +178,7 @@ def new_folder(final: Path, replace: bool = False) -> Iterator[Path]:
         if final.exists():
             os.rename(final, old)
         os.rename(partial, final)
-        _flush_one(final.parent)
+        fsync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -193,16 +194,8 @@ def _flush(folder: Path) -> None:
     """Have the kernel write everything below `folder` to disk, so that a power cut cannot empty a named file."""
     for where, _, names in os.walk(folder):
         for name in names:
-            _flush_one(Path(where) / name)
-        _flush_one(Path(where))
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            fsync(Path(where) / name)
+        fsync(Path(where))
 
 
 def export_model(
