@@ -46,6 +46,8 @@ class ModelConfig:
     """Run the layers under lax.scan instead of a Python loop: compiles faster, runs slower; same parameters."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass recomputes: nothing, all but matmul outputs, or each whole block."""
+    attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
+    """How attention is computed: flash is a TPU kernel, cudnn NVIDIA's, xla runs anywhere; auto fits the device."""
 
 
 @section
@@ -106,6 +108,8 @@ class OptimizerConfig:
     """Decay of the first moment."""
     adam_beta2: Fraction = 0.95
     """Decay of the second moment."""
+    adam_mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the first moment is kept; bfloat16 saves 2 bytes a parameter."""
     adam_epsilon: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
@@ -118,14 +122,16 @@ class TrainConfig:
     """Optimizer steps; when given, it goes before num_train_epochs."""
     num_train_epochs: PositiveFloat = 1.0
     """Passes over the training tokens."""
-    per_device_train_batch_size: PositiveInt = 8
-    """Sequences a micro-batch holds on each device of the data and fsdp axes."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = 8
+    """Sequences a micro-batch holds on each device of the data and fsdp axes; auto takes the most that fit."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches whose gradients are summed inside one step; none derives it from global_batch_size, else 1."""
     global_batch_size: PositiveInt | None = None
     """Sequences in one step over all devices; none means per-device size x devices x accumulation."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Seed of the initial weights, the order of the data and dropout."""
+    compilation_cache_dir: str = "~/.cache/jaxgpt/xla"
+    """Folder that keeps compiled programs for the next start; empty turns it off."""
 
 
 @section
@@ -172,6 +178,8 @@ class LogConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     wandb_project: str | None = None
     """Also send the metrics to this Weights & Biases project (pip install wandb)."""
+    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]*:[1-9][0-9]*)$")] = ""
+    """Steps to trace for XProf, first:last (10:13); empty for none."""
 
 
 @section
@@ -292,6 +300,7 @@ FREE_ON_RESUME = (
     "log.",
     "model.scan_layers",
     "model.remat",
+    "model.attention",
     "data.path",  # a corpus may be moved: its content is compared by its fingerprint
     "data.prepared_dir",
     "data.num_threads",
@@ -299,6 +308,7 @@ FREE_ON_RESUME = (
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
     "train.num_train_epochs",
+    "train.compilation_cache_dir",
 )
 
 

@@ -7,16 +7,17 @@ Axes in names: B batch, T position, D width, N heads, H head size, F = 4 D, V vo
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.attention import KVCache, attend, attend_cached, dropout
+from jaxgpt.model.attention import KVCache, attend_cached, dropout
+from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.packed import PackedMatrix, pack
 
-LAYER_NORM_EPSILON = 1e-5  # GPT-2's published hyper-parameter (layer_norm_epsilon in its config.json)
 VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
 
 # Initial values, as in the paper (section 2.3) and OpenAI's code: the one place where they are decided.
@@ -33,20 +34,14 @@ def padded_vocab(vocab_size: int) -> int:
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis. Statistics in float32: a bfloat16 mean of 768 values keeps 2-3 digits."""
+    """Normalises the last axis; `shape` has a leading layer axis inside the blocks."""
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...]):
         self.scale = nnx.Param(jnp.ones(shape), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x32 = x_BTD.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        centred = x32 - mean
-        variance = (centred * centred).mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-        scale_11D, bias_11D = self.scale[...][None, None], self.bias[...][None, None]
-        return (normal * scale_11D + bias_11D).astype(x_BTD.dtype)
+    def __call__(self, x_BTD: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+        return backend.layer_norm(x_BTD, self.scale[...], self.bias[...])
 
 
 class Linear(nnx.Module):
@@ -67,12 +62,15 @@ class Linear(nnx.Module):
             jnp.zeros((layers, *(sizes[axis] for axis in bias))), axes=("layers", *(axes[axis] for axis in bias))
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
         # Parameters are float32; the matmul runs in the activations' type (bfloat16 on an accelerator).
-        kernel, bias = self.kernel.get_value(), self.bias[...].astype(x.dtype)
+        kernel, bias = self.kernel.get_value(), self.bias[...]
         if isinstance(kernel, PackedMatrix):
-            return kernel(x).astype(x.dtype) + bias[None, None]
-        return jnp.einsum(self.equation, x, kernel.astype(x.dtype)) + bias[None, None]
+            return kernel(x).astype(x.dtype) + bias.astype(x.dtype)[None, None]
+        # Two axes each: the compiler need not choose layouts for heads inside a matmul.
+        inputs = math.prod(x.shape[2:])
+        out = backend.linear(x.reshape(*x.shape[:2], inputs), kernel.reshape(inputs, -1), bias.reshape(-1))
+        return out.reshape(*x.shape[:2], *bias.shape)
 
 
 # What each letter of an einsum means to `parallel/sharding.py`, which lays these names on the mesh.
@@ -87,20 +85,20 @@ class Attention(nnx.Module):
         self.c_proj = Linear("BTNH,NHD->BTD", layers, sizes, AXES, residual_std, rngs)
         self.dropout = config.dropout
 
-    def __call__(self, x_BTD, segments_BT, cached, dropout_key):
+    def __call__(self, x_BTD, segments_BT, cached, dropout_key, backend):
         """`cached` is None, or this layer's (keys_ASH, values_ASH, length_B) to which one token a row is added.
 
         Returns the output, and the keys and values: of these tokens (B, T, N, H), or the updated cached ones.
         """
-        qkv_BTCNH = self.c_attn(x_BTD)
+        qkv_BTCNH = self.c_attn(x_BTD, backend)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, i] for i in range(3))
         if cached is not None:
             out_BTNH, *cached = attend_cached(q_BTNH, k_BTNH, v_BTNH, *cached)
             return self.c_proj(out_BTNH), cached
-        out_BTNH = attend(
+        out_BTNH = backend.attend(
             q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT, dropout_rate=self.dropout, dropout_key=dropout_key
         )
-        return self.c_proj(out_BTNH), (k_BTNH, v_BTNH)
+        return self.c_proj(out_BTNH, backend), (k_BTNH, v_BTNH)
 
 
 class MLP(nnx.Module):
@@ -110,8 +108,8 @@ class MLP(nnx.Module):
         self.c_fc = Linear("BTD,DF->BTF", layers, sizes, AXES, INIT_STD, rngs)
         self.c_proj = Linear("BTF,FD->BTD", layers, sizes, AXES, residual_std, rngs)
 
-    def __call__(self, x_BTD):
-        return self.c_proj(jax.nn.gelu(self.c_fc(x_BTD), approximate=True))
+    def __call__(self, x_BTD, backend):
+        return self.c_proj(backend.gelu(self.c_fc(x_BTD, backend)), backend)
 
 
 class Block(nnx.Module):
@@ -125,12 +123,12 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
         self.dropout = config.dropout
 
-    def __call__(self, x_BTD, segments_BT=None, cached=None, dropout_key=None):
+    def __call__(self, x_BTD, segments_BT=None, cached=None, dropout_key=None, backend: Backend = PLAIN):
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        attention_BTD, cached = self.attn(self.ln_1(x_BTD), segments_BT, cached, keys[0])
-        x_BTD += dropout(attention_BTD, self.dropout, keys[1])
-        x_BTD += dropout(self.mlp(self.ln_2(x_BTD)), self.dropout, keys[2])
-        return x_BTD, cached
+        attention_BTD, cached = self.attn(self.ln_1(x_BTD, backend), segments_BT, cached, keys[0], backend)
+        x_BTD = backend.residual(x_BTD + dropout(attention_BTD, self.dropout, keys[1]))
+        mlp_BTD = self.mlp(self.ln_2(x_BTD, backend), backend)
+        return backend.residual(x_BTD + dropout(mlp_BTD, self.dropout, keys[2])), cached
 
 
 class GPT2(nnx.Module):
@@ -152,8 +150,8 @@ class GPT2(nnx.Module):
         """Logits (B, T, vocab_size) in float32."""
         return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
-    def hidden(self, tokens_BT, *, segments_BT=None, dropout_key=None, gather_block=lambda block: block):
-        """The last LayerNorm's output (B, T, D). A dropout key turns dropout on.
+    def hidden(self, tokens_BT, *, segments_BT=None, dropout_key=None, gather_block=lambda x: x, backend=PLAIN):
+        """The last LayerNorm's output (B, T, D). A dropout key turns dropout on; `backend` says how to compute.
 
         `gather_block` is called inside each layer with that layer's parameters, and returns those to use:
         where they are split over devices, this is the place to bring them together (and again in the
@@ -162,7 +160,7 @@ class GPT2(nnx.Module):
         x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
         if dropout_key is not None:
             x_BTD = dropout(x_BTD, self.config.dropout, jax.random.fold_in(dropout_key, self.config.n_layer))
-        return self.ln_f(self._layers(x_BTD, segments_BT, dropout_key, gather_block))
+        return self.ln_f(self._layers(x_BTD, segments_BT, dropout_key, gather_block, backend), backend)
 
     def embed(self, tokens_BT, positions_BT):
         """The sum of the embeddings, rounded once, to the compute type."""
@@ -185,12 +183,12 @@ class GPT2(nnx.Module):
         graph, state = nnx.split(self.blocks)
         return graph, nnx.to_pure_dict(state)
 
-    def _layers(self, x_BTD, segments_BT, dropout_key, gather_block):
+    def _layers(self, x_BTD, segments_BT, dropout_key, gather_block, backend):
         graph, stacked = self._stacked_blocks()
 
         def layer(x_BTD, block, index):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout_key=key)[0]
+            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout_key=key, backend=backend)[0]
 
         layer = _remat(layer, self.config)
         if self.config.scan_layers:

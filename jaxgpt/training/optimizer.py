@@ -57,6 +57,7 @@ def build_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTr
                 eps=config.adam_epsilon,
                 weight_decay=config.weight_decay,
                 mask=decay_mask,
+                mu_dtype=config.adam_mu_dtype,
             ),
         )
     return optax.chain(
@@ -69,6 +70,7 @@ def build_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTr
             adam_b2=config.adam_beta2,
             adam_learning_rate=learning_rate,
             muon_weight_dimension_numbers=muon_dimensions,
+            mu_dtype=config.adam_mu_dtype,
         ),
     )
 
