@@ -49,6 +49,11 @@ class Backend:
     """(x) -> its activation"""
     residual: Callable = lambda x_BTD: x_BTD
     """Called on the residual stream after each branch is added; the identity in value."""
+    linear_apart: Callable | None = None
+    """`linear` for queries, keys and values one by one, so that their results lie apart, as a kernel wants them; None
+    takes one matmul for all three."""
+    loss_rows: int | None = None
+    """Tokens whose logits exist at once in training (see loss.py); None: all."""
 
 
 PLAIN = Backend()

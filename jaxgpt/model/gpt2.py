@@ -67,10 +67,22 @@ class Linear(nnx.Module):
         kernel, bias = self.kernel.get_value(), self.bias[...]
         if isinstance(kernel, PackedMatrix):
             return kernel(x).astype(x.dtype) + bias.astype(x.dtype)[None, None]
-        # Two axes each: the compiler need not choose layouts for heads inside a matmul.
-        inputs = math.prod(x.shape[2:])
-        out = backend.linear(x.reshape(*x.shape[:2], inputs), kernel.reshape(inputs, -1), bias.reshape(-1))
-        return out.reshape(*x.shape[:2], *bias.shape)
+        return _linear(x, kernel, bias, backend.linear)
+
+    def parts(self, x: jax.Array, backend: Backend) -> tuple[jax.Array, ...]:
+        """The slices of the output along its first axis, each by a matmul of its own if the backend wants that."""
+        kernel, bias = self.kernel.get_value(), self.bias[...]
+        if isinstance(kernel, PackedMatrix) or not backend.linear_apart:
+            out = self(x, backend)
+            return tuple(out[:, :, i] for i in range(bias.shape[0]))
+        return tuple(_linear(x, kernel[:, i], bias[i], backend.linear_apart) for i in range(bias.shape[0]))
+
+
+def _linear(x, kernel, bias, linear):
+    # Two axes each: the compiler need not choose layouts for heads inside a matmul.
+    inputs = math.prod(x.shape[2:])
+    out = linear(x.reshape(*x.shape[:2], inputs), kernel.reshape(inputs, -1), bias.reshape(-1))
+    return out.reshape(*x.shape[:2], *bias.shape)
 
 
 # What each letter of an einsum means to `parallel/sharding.py`, which lays these names on the mesh.
@@ -90,8 +102,7 @@ class Attention(nnx.Module):
 
         Returns the output, and the keys and values: of these tokens (B, T, N, H), or the updated cached ones.
         """
-        qkv_BTCNH = self.c_attn(x_BTD, backend)
-        q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, i] for i in range(3))
+        q_BTNH, k_BTNH, v_BTNH = self.c_attn.parts(x_BTD, backend)
         if cached is not None:
             out_BTNH, *cached = attend_cached(q_BTNH, k_BTNH, v_BTNH, *cached)
             return self.c_proj(out_BTNH), cached
@@ -214,9 +225,12 @@ def _remat(layer, config: ModelConfig):
     """Wrap one layer so that the backward pass recomputes what `config.remat` says."""
     if config.remat == "none":
         return layer
-    # "dots" keeps the outputs of the projections; attention's scores (with batch axes) are recomputed.
+    # Both keep what the attention kernel gave, small beside the time it takes; XLA's attention, whose scores are large,
+    # is computed again. "dots" keeps the outputs of the projections too.
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else policies.nothing_saveable
+    policy = policies.save_only_these_names("attention")
+    if config.remat == "dots":
+        policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
     # Inside scan the loop already keeps XLA from merging the recomputation with the first computation.
     return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)
 

@@ -1,7 +1,17 @@
-"""Next-token cross-entropy as (sum, count), so that every mean is one division after all reductions."""
+"""Next-token cross-entropy as (sum, count), so that every mean is one division after all reductions.
+
+Axes in names: B batch, T position, R rows (B x T) of a chunk, D width, V vocabulary (padded), C chunks.
+"""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+
+# The fast sum of exponentials is shifted by the target's logit, so it overflows once a loss nears 88 nats, the
+# logarithm of the largest float32. Up to this loss it is used, above it the shift is the largest logit.
+FAST_UP_TO = 80.0
 
 
 def cross_entropy(
@@ -10,22 +20,107 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     vocab_size: int,
+    chunk_rows: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood in nats and the summed weights, both float32 scalars.
 
-    `wte_VD` is the padded embedding; entries at and after `vocab_size` get no probability.
+    `wte_VD` is the padded embedding; entries at and after `vocab_size` get no probability. Differentiated, it computes
+    its gradients in the forward pass, `chunk_rows` tokens at a time (None: all at once), and keeps no logits.
     """
-    logits_BTV = jnp.einsum(
-        "BTD,VD->BTV",
-        hidden_BTD,
-        wte_VD.astype(hidden_BTD.dtype),
-        # float32 out of the matmul's accumulator: a bfloat16 logit near 10 has steps of 0.06 nats.
-        preferred_element_type=jnp.float32,
+    width = hidden_BTD.shape[-1]
+    tokens = math.prod(targets_BT.shape)
+    chunks = _chunks(tokens, chunk_rows)
+    in_chunks = lambda x, *shape: x.reshape(chunks, tokens // chunks, *shape)
+    loss_sum = _summed_loss(
+        vocab_size, in_chunks(hidden_BTD, width), wte_VD, in_chunks(targets_BT), in_chunks(weights_BT)
     )
-    ids_11V = jnp.arange(wte_VD.shape[0])[None, None]
-    logits_BTV = jnp.where(ids_11V < vocab_size, logits_BTV, jnp.finfo(jnp.float32).min)
-    logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A one-hot sum instead of a gather: it stays local when the vocabulary is sharded.
-    is_target_BTV = targets_BT[..., None] == ids_11V
-    target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
-    return jnp.sum((logsumexp_BT - target_logit_BT) * weights_BT), jnp.sum(weights_BT)
+    return loss_sum, jnp.sum(weights_BT)
+
+
+def _chunks(tokens: int, chunk_rows: int | None) -> int:
+    """The fewest equal chunks of at most `chunk_rows`."""
+    wanted = -(-tokens // (chunk_rows or tokens))
+    return next(chunks for chunks in range(wanted, tokens + 1) if tokens % chunks == 0)
+
+
+def _logits(hidden_RD, wte_VD, vocab_size: int):
+    """float32 out of the matmul's accumulator: a bfloat16 logit near 10 has steps of 0.06 nats."""
+    wte_VD = wte_VD.astype(hidden_RD.dtype)
+    logits_RV = jnp.einsum("RD,VD->RV", hidden_RD, wte_VD, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(wte_VD.shape[0])[None] < vocab_size, logits_RV, jnp.finfo(jnp.float32).min)
+
+
+def _is_target(logits_RV, targets_R):
+    # A comparison instead of a gather: it stays local when the vocabulary is sharded, and fuses.
+    return targets_R[:, None] == jnp.arange(logits_RV.shape[1])[None]
+
+
+def _over_chunks(chunk, start, *arrays):
+    """(sum of the first results, the second ones stacked) of `chunk` over the leading axis of `arrays`."""
+    if arrays[0].shape[0] == 1:
+        total, rest = chunk(*(x[0] for x in arrays))
+        return total, jax.tree.map(lambda x: x[None], rest)
+
+    def add(total, xs):
+        value, rest = chunk(*xs)
+        return jax.tree.map(jnp.add, total, value), rest
+
+    return jax.lax.scan(add, start, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_loss(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights_CR):
+    def chunk(hidden_RD, targets_R, weights_R):
+        logits_RV = _logits(hidden_RD, wte_VD, vocab_size)
+        target_R = jnp.sum(jnp.where(_is_target(logits_RV, targets_R), logits_RV, 0.0), axis=-1)
+        return jnp.sum((jax.nn.logsumexp(logits_RV, axis=-1) - target_R) * weights_R), None
+
+    return _over_chunks(chunk, jnp.zeros(()), hidden_CRD, targets_CR, weights_CR)[0]
+
+
+def _loss_and_gradients(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights_CR):
+    """The loss, and as what the backward pass keeps, its gradients: it is a scalar, so they only need scaling."""
+    dtype = hidden_CRD.dtype
+
+    def chunk(hidden_RD, targets_R, weights_R):
+        logits_RV = _logits(hidden_RD, wte_VD, vocab_size)
+        is_target_RV = _is_target(logits_RV, targets_R)
+        target_R = _target_logits(hidden_RD, wte_VD, targets_R)
+        logsumexp_R = _logsumexp(logits_RV, target_R, functools.partial(_logits, hidden_RD, wte_VD, vocab_size))
+        # Kept in the matmul's type between the sum and the gradient: the one array of the vocabulary's size.
+        kept_RV = logits_RV.astype(dtype).astype(jnp.float32)
+        share_RV = jnp.exp(jnp.minimum(kept_RV - logsumexp_R[:, None], 0.0))
+        dlogits_RV = ((share_RV - is_target_RV) * weights_R[:, None]).astype(dtype)
+        dhidden_RD = jnp.einsum("RV,VD->RD", dlogits_RV, wte_VD.astype(dtype))
+        dwte_VD = jnp.einsum("RV,RD->VD", dlogits_RV, hidden_RD, preferred_element_type=jnp.float32)
+        return (jnp.sum((logsumexp_R - target_R) * weights_R), dwte_VD), dhidden_RD
+
+    start = (jnp.zeros(()), jnp.zeros(wte_VD.shape, jnp.float32))
+    (loss_sum, dwte_VD), dhidden_CRD = _over_chunks(chunk, start, hidden_CRD, targets_CR, weights_CR)
+    return loss_sum, (dhidden_CRD, dwte_VD.astype(wte_VD.dtype))
+
+
+def _scale_gradients(vocab_size: int, kept, dloss):
+    dhidden_CRD, dwte_VD = kept
+    return dhidden_CRD * dloss.astype(dhidden_CRD.dtype), dwte_VD * dloss.astype(dwte_VD.dtype), None, None
+
+
+_summed_loss.defvjp(_loss_and_gradients, _scale_gradients)
+
+
+def _target_logits(hidden_RD, wte_VD, targets_R):
+    target_RD = wte_VD.astype(hidden_RD.dtype)[targets_R]
+    return jnp.sum(hidden_RD.astype(jnp.float32) * target_RD.astype(jnp.float32), axis=-1)
+
+
+def _logsumexp(logits_RV, target_R, recompute):
+    """Of each row. Shifting by the target's logit lets the sum run inside the logits' matmul: one pass less than with
+    the row's maximum (TPU v5e, 16 x 1024 tokens of GPT-2's vocabulary: 34.7 against 46.1 M cycles with gradients).
+
+    The sum is at least the target's own 1, so nothing underflows; where a loss is too large for this shift, all rows
+    are computed again with their maximum.
+    """
+    total_R = jnp.sum(jnp.exp(jnp.minimum(logits_RV - target_R[:, None], FAST_UP_TO + 4)), axis=-1)
+    fast_R = target_R + jnp.log(total_R)
+    exact = lambda: jax.nn.logsumexp(recompute(), axis=-1)
+    return jax.lax.cond(jnp.any(fast_R - target_R > FAST_UP_TO), exact, lambda: fast_R)

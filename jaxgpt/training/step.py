@@ -1,5 +1,8 @@
 """One step of training as a pure function, and the single place where it is jitted.
 
+Loss and gradients are each device's own program over its own rows, with the collectives written out
+(parallel/sharding.py); the optimizer works on arrays of the whole mesh.
+
 `Program` holds the compiled functions of an experiment on a mesh: init, train_step, eval_step. State and
 batch come in and go out with explicit shardings, and the state is donated, so it lives in memory once.
 """
@@ -11,11 +14,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.pipeline import Batch
 from jaxgpt.model import gpt2
+from jaxgpt.model.backend import PLAIN, Backend
+from jaxgpt.model.devices import choose_backend
 from jaxgpt.model.loss import cross_entropy
 from jaxgpt.parallel import sharding
 from jaxgpt.training.optimizer import build_optimizer, schedule
@@ -46,13 +51,15 @@ class Program:
     """Shapes, types and shardings of the state: what a checkpoint is restored into."""
     fresh_optimizer: Callable[[dict], TrainState]
     """A state at step 0 around given parameters."""
+    attention: str
+    """How attention is computed on these devices, for the log."""
 
 
 def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     """Lay the model of `config` on `mesh`. `config.train.max_steps` must be resolved. Compiles nothing yet.
 
     Raises:
-        UserError: the mesh does not divide the model; names both numbers.
+        UserError: the mesh does not divide the model, or the attention asked for cannot run on its devices.
     """
     optimizer = build_optimizer(config.optimizer, config.train.max_steps)
     _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
@@ -74,9 +81,12 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         sharding.like_params(abstract.opt_state, moment_shardings, otherwise=everywhere),
     )
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
+    backend = dataclasses.replace(backend, attend=sharding.over_heads(backend.attend, mesh))
     gather = sharding.gather_over_fsdp(param_shardings, mesh, config.model.dtype)
-    losses = functools.partial(summed_loss, config, vocab_size, gather)
-    train_step = make_train_step(config, losses, optimizer, param_shardings, moment_shardings)
+    losses = functools.partial(summed_loss, config, vocab_size, gather, backend=backend)
+    gradients = mesh_gradients(losses, mesh, param_shardings, moment_shardings)
+    train_step = make_train_step(config, gradients, optimizer, param_shardings, moment_shardings)
     return Program(
         init=jax.jit(init, out_shardings=state_shardings),
         train_step=jax.jit(
@@ -86,7 +96,7 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            losses,
+            mesh_losses(losses, mesh, param_shardings),
             in_shardings=(param_shardings, sharding.rows_sharding(mesh)),
             out_shardings=everywhere,
         ),
@@ -95,10 +105,13 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         fresh_optimizer=jax.jit(
             fresh, in_shardings=(param_shardings,), out_shardings=state_shardings, donate_argnums=0
         ),
+        attention=attention,
     )
 
 
-def summed_loss(config: Config, vocab_size: int, gather, params, batch: Batch, dropout_key=None):
+def summed_loss(
+    config: Config, vocab_size: int, gather, params, batch: Batch, dropout_key=None, backend: Backend = PLAIN
+):
     """(summed loss in nats, summed weights) of a batch of (B, T)."""
     outer = gather({name: value for name, value in params.items() if name != "blocks"})
     model = gpt2.bind(config.model, vocab_size, {**outer, "blocks": params["blocks"]})
@@ -107,12 +120,57 @@ def summed_loss(config: Config, vocab_size: int, gather, params, batch: Batch, d
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,
         gather_block=lambda block: gather({"blocks": block})["blocks"],
+        backend=backend,
     )
-    return cross_entropy(hidden_BTD, outer["wte"], batch.targets_BT, batch.weights_BT, vocab_size)
+    with jax.named_scope("loss"):
+        return cross_entropy(
+            hidden_BTD, outer["wte"], batch.targets_BT, batch.weights_BT, vocab_size, backend.loss_rows
+        )
 
 
-def make_train_step(config: Config, losses, optimizer, param_shardings, moment_shardings):
-    """The pure function (state, batch) -> (state, metrics). `losses(params, batch, key)` is `summed_loss`."""
+def mesh_losses(losses, mesh: Mesh, param_shardings):
+    """(params, batch of (B, T)) -> (summed loss, summed weights) of the rows of all devices."""
+
+    def device_losses(params, batch: Batch):
+        return jax.lax.psum(losses(params, batch), sharding.summed_axes(mesh))
+
+    rows = sharding.rows_sharding(mesh).spec
+    return sharding.per_device(
+        device_losses, mesh, in_specs=(sharding.specs(param_shardings), rows), out_specs=PartitionSpec()
+    )
+
+
+def mesh_gradients(losses, mesh: Mesh, param_shardings, result_shardings):
+    """(params, batch of (A, B, T), dropout key or None) -> (loss sum, weight sum, gradients of the loss sum).
+
+    Each device adds up its micro-batches by itself; what all devices found is summed once, at the end.
+    """
+
+    axes = sharding.summed_axes(mesh)
+
+    def device_gradients(params, batch: Batch, key):
+        if key is not None and axes:  # other rows, other masks
+            key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+
+        def micro_loss(params, micro: Batch, index):
+            return losses(params, micro, None if key is None else jax.random.fold_in(key, index))
+
+        loss_sum, count, grads = _accumulate(micro_loss, params, batch)
+        with jax.named_scope("sum_gradients"):
+            grads = sharding.sum_gradients(grads, param_shardings, result_shardings, mesh)
+        return *jax.lax.psum((loss_sum, count), axes), grads
+
+    everywhere, rows = PartitionSpec(), sharding.micro_batches_sharding(mesh).spec
+    return sharding.per_device(
+        device_gradients,
+        mesh,
+        in_specs=(sharding.specs(param_shardings), rows, everywhere),
+        out_specs=(everywhere, everywhere, sharding.specs(result_shardings)),
+    )
+
+
+def make_train_step(config: Config, gradients, optimizer, param_shardings, moment_shardings):
+    """The pure function (state, batch) -> (state, metrics). `gradients` is made by `mesh_gradients`."""
     learning_rate = schedule(config.optimizer, config.train.max_steps, config.optimizer.learning_rate)
     constrain = jax.lax.with_sharding_constraint
 
@@ -121,23 +179,15 @@ def make_train_step(config: Config, losses, optimizer, param_shardings, moment_s
         if config.model.dropout:
             # A function of seed and step alone, so a resumed run draws the same masks.
             key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-
-        def micro_loss(params, micro: Batch, index):
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            return losses(params, micro, micro_key)
-
-        loss_sum, count, grads = _accumulate(micro_loss, state.params, batch)
-        # Sums first, one division: exact for micro-batches with different numbers of weighted tokens.
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
-        grad_norm = optax.tree_utils.tree_norm(grads)
-        params = state.params
-        if config.mesh.zero1:
-            # The gradients stay whole until here: split any earlier, the compiler would break the backward
-            # matmuls into windows (measured for TPU v5e: 35.0 against 22.4 million cycles on two layers).
-            grads = jax.lax.optimization_barrier(grads)
-            grads, params = constrain(grads, moment_shardings), constrain(params, moment_shardings)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = constrain(optax.apply_updates(params, updates), param_shardings)
+        loss_sum, count, grads = gradients(state.params, batch, key)
+        with jax.named_scope("optimizer"):
+            # Sums first, one division: exact for micro-batches with different numbers of weighted tokens.
+            grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
+            grad_norm = optax.tree_utils.tree_norm(grads)
+            # Under ZeRO-1 each device updates its part of the parameters, and then all get the whole.
+            params = constrain(state.params, moment_shardings)
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+            params = constrain(optax.apply_updates(params, updates), param_shardings)
         metrics = {
             "loss_sum": loss_sum,
             "count": count,

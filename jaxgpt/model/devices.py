@@ -1,0 +1,61 @@
+"""Which backend a kind of device gets, and why: the one place where that is decided."""
+
+import dataclasses
+
+import jax
+
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.model import attention, flash
+from jaxgpt.model.backend import PLAIN, Backend
+from jaxgpt.model.tpu import TPU
+
+
+def cudnn_attend(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, dropout_rate=0.0, dropout_key=None):
+    """`attention.attend` by NVIDIA's cuDNN, which drops no weights out here."""
+    if dropout_key is not None and dropout_rate:
+        raise ValueError("cuDNN attention is called without dropout")
+    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask, is_causal=True, implementation="cudnn")
+
+
+# Logits of all tokens at once are faster on a GPU (a published trainer lost 7 % by splitting them), up to what memory
+# bears: 16,384 x 50,304 x 2 bytes = 1.6 GB.
+GPU = Backend(attend=cudnn_attend, loss_rows=16_384)
+
+# Each kernel: the setting's name, the device it runs on, what `auto` says when it takes it, why it cannot.
+_KERNELS = {"tpu": ("flash", "TPU kernel"), "gpu": ("cudnn", "cuDNN")}
+
+
+def choose_backend(model: ModelConfig, platform: str, block_size: int) -> tuple[Backend, str]:
+    """The backend for training on devices of `platform` ("tpu", "gpu", "cpu"), and how it attends, for the log.
+
+    Raises:
+        UserError: model.attention names a kernel that cannot run there; says why.
+    """
+    backend = {"tpu": TPU, "gpu": GPU}.get(platform, PLAIN)
+    kernel, name = _KERNELS.get(platform, ("xla", "XLA"))
+    wanted = kernel if model.attention == "auto" else model.attention
+    if wanted == "xla":
+        return dataclasses.replace(backend, attend=attention.attend if kernel != "xla" else backend.attend), "XLA"
+    obstacle = f"it does not run on a {platform}" if wanted != kernel else _obstacle(kernel, model, block_size)
+    if not obstacle:
+        return backend, name
+    if model.attention != "auto":
+        raise UserError(f'model.attention = "{wanted}", but {obstacle}; "auto" takes what the device has')
+    return dataclasses.replace(backend, attend=attention.attend), f"XLA, slower than {name}, for {obstacle}"
+
+
+def _obstacle(kernel: str, model: ModelConfig, block_size: int) -> str | None:
+    """Why a kernel cannot attend for this model on its own device; None if it can."""
+    head_size = model.n_embd // model.n_head
+    if model.dropout:
+        return f"it has no dropout, and model.dropout = {model.dropout}"
+    if kernel == "flash" and head_size not in flash.HEAD_SIZES:
+        return f"its heads have {', '.join(map(str, flash.HEAD_SIZES))} entries, and the model's {head_size}"
+    if kernel == "flash" and block_size > flash.LONGEST:
+        return f"it reads up to {flash.LONGEST} positions, and data.block_size = {block_size}"
+    if kernel == "cudnn" and model.dtype == "float32":
+        return 'it computes in bfloat16, and model.dtype = "float32"'
+    if kernel == "cudnn" and head_size % 8:
+        return f"its heads are multiples of 8, and the model's have {head_size}"
+    return None
