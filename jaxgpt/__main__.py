@@ -7,6 +7,7 @@ from jaxgpt import __version__
 
 VERBS = {
     "prepare": "text -> cleaned, tokenized dataset",
+    "plan": "what fits a TPU slice, how fast, at what price: asked of the TPU compiler, without a TPU",
     "train": "pretrain, continue or fine-tune",
     "sample": "text from a prompt",
     "convert": "Hugging Face folder to run folder, and back",

@@ -45,7 +45,7 @@ class ModelConfig:
     scan_layers: bool = False
     """Run the layers under lax.scan instead of a Python loop: compiles faster, runs slower; same parameters."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but matmul outputs, or each whole block."""
+    """What the backward pass recomputes: nothing, all but matmuls and the attention kernel, or each whole block."""
     attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
     """How attention is computed: flash is a TPU kernel, cudnn NVIDIA's, xla runs anywhere; auto fits the device."""
 
@@ -243,6 +243,12 @@ def _check_schedule(config: Config) -> None:
         raise UserError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.max_steps = {steps}"
         )
+    if config.log.profile:
+        first, last = (int(step) for step in config.log.profile.split(":"))
+        if last < first:
+            raise UserError(f"log.profile = {config.log.profile} ends before it begins; give first:last, such as 10:13")
+        if steps and last > steps:
+            raise UserError(f"log.profile = {config.log.profile} goes beyond the last step, train.max_steps = {steps}")
     if steps and config.optimizer.lr_scheduler_type == "warmup_stable_decay":
         decay = round(config.optimizer.decay_rate * steps)
         if config.optimizer.warmup_steps + decay > steps:

@@ -71,10 +71,12 @@ def convert(source: str, to: Path, to_format: str | None) -> None:
 
 
 def read(source: str, what: str):
+    from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.training.weights import load_model
 
     with progress(what) as bar:
         model = load_model(source, lambda path: bar.update())
+        use_compilation_cache(model.config.train.compilation_cache_dir)
         bar.update(bar.total - bar.n)
     return model
 

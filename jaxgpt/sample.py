@@ -206,9 +206,11 @@ def _load(checkpoint: str, weights: str | None, rows: int):
     """(decoder, tokenizer); the weights as they were loaded are not kept."""
     from jaxgpt.inference.decode import build_decoder
     from jaxgpt.model.sizes import parameter_count
+    from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.training.weights import load_model
 
     model = load_model(checkpoint)
+    use_compilation_cache(model.config.train.compilation_cache_dir)
     config, tokenizer = model.config.model, model.tokenizer
     step = f", step {model.step:,}" if model.step else ""
     parameters = parameter_count(config, model.vocab_size) / 1e6

@@ -40,12 +40,14 @@ def train(config: Config, workdir: Path) -> None:
     from jaxgpt.data.preparation import given_tokenizer, prepare
     from jaxgpt.data.rows import open_dataset
     from jaxgpt.model.huggingface import locate
-    from jaxgpt.parallel.mesh import batch_shards, build_mesh
+    from jaxgpt.parallel.compiler import use_compilation_cache
+    from jaxgpt.parallel.mesh import build_mesh
+    from jaxgpt.planning.local import out_of_memory_explained
     from jaxgpt.training import resume
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.loop import Run, fit
     from jaxgpt.training.metrics import MetricLog
-    from jaxgpt.training.step import build_program, resolve_batch
+    from jaxgpt.training.step import build_program
 
     # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
     resume.check_workdir(config, workdir)
@@ -55,10 +57,12 @@ def train(config: Config, workdir: Path) -> None:
 
     # 2. Devices and their mesh; with them, the batch.
     mesh = build_mesh(config.mesh)
-    config = resolve_batch(config, batch_shards(mesh))
+    use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
+    config = resolve_batch_on(mesh, config, workdir)
 
-    # 3. The data, prepared now if it is not there; with it, the number of steps.
+    # 3. The data, prepared now if it is not there; with it, an automatic batch and the number of steps.
     dataset = open_dataset(prepare(config, tokenizer))
+    config = resolve_batch_on(mesh, config, workdir, max(dataset.vocab_size, weights.vocab_size if weights else 0))
     config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
     resume.check_workdir(config, workdir)
     dataset = resume.check_data(config, workdir, weights, dataset)
@@ -71,28 +75,54 @@ def train(config: Config, workdir: Path) -> None:
         start_run_folder(workdir, config, dataset)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
-    # 5. The state: this run's latest checkpoint, else the weights that init names, else fresh ones.
-    state, start_step = resume.initial_state(program, checkpoints, weights, dataset.vocab_size)
-    print_header(config, dataset, mesh, workdir, start_step, weights)
+    with out_of_memory_explained(config, dataset.vocab_size, mesh):
+        # 5. The state: this run's latest checkpoint, else the weights that init names, else fresh ones.
+        state, start_step = resume.initial_state(program, checkpoints, weights, dataset.vocab_size)
+        print_header(config, dataset, mesh, workdir, start_step, weights)
 
-    # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.
-    started, status = time.time(), "failed"
-    with MetricLog(workdir, config.log, config.train.max_steps, start_step, is_writer) as log:
-        run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sample)
-        try:
-            state = fit(run, state, start_step)
-            status = "finished"
-        except cli.Interrupted:
-            status = "interrupted"
-            raise
-        finally:
-            best_step = checkpoints.best_step()
-            checkpoints.close()
-            if is_writer:
-                write_report(run, status, time.time() - started)
+        # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.
+        started, status = time.time(), "failed"
+        with MetricLog(workdir, config.log, config.train.max_steps, start_step, is_writer) as log:
+            run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sample)
+            try:
+                state = fit(run, state, start_step)
+                status = "finished"
+            except cli.Interrupted:
+                status = "interrupted"
+                raise
+            finally:
+                best_step = checkpoints.best_step()
+                checkpoints.close()
+                if is_writer:
+                    write_report(run, status, time.time() - started)
     export(run, state.params, is_writer)
     if is_writer:
         print_footer(workdir, best_step)
+
+
+def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None = None) -> Config:
+    """`config` with its batch filled in for the devices of `mesh`.
+
+    An "auto" batch needs the vocabulary to be tried; until that is known, only what can be wrong is found. A run that
+    goes on keeps the sequences of a step that it began with.
+    """
+    from jaxgpt.parallel.mesh import batch_shards
+    from jaxgpt.planning.local import largest_batch
+    from jaxgpt.planning.memory import batch_sizes, with_settings
+    from jaxgpt.training.checkpoint import finished_steps, read_config
+    from jaxgpt.training.step import resolve_batch
+
+    shards = batch_shards(mesh)
+    if config.train.per_device_train_batch_size != "auto":
+        return resolve_batch(config, shards)
+    if config.train.global_batch_size is None and finished_steps(workdir):
+        config = with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
+    sizes = batch_sizes(config, shards)
+    if vocab_size is None:
+        return config
+    size = largest_batch(config, vocab_size, mesh)
+    print(f"batch    per_device_train_batch_size = auto: {size}, of {sizes[0]} to {sizes[-1]}", flush=True)
+    return resolve_batch(with_settings(config, train_per_device_train_batch_size=size), shards)
 
 
 def resolve_steps(config: Config, windows: int) -> Config:

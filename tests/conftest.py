@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # no test may depend on, or leave anything in, the user's cache
 
 import jax
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 import types
@@ -329,3 +330,22 @@ def test_on_a_terminal_training_moves_the_bar_and_evaluations_are_printed_above_
     assert "loss 2.4131, lr 6.0e-04, 31,000 tok/s" in shown
     assert "step 20/20 | eval_loss 2.0000" in shown
     assert "| loss 2.4131" not in shown
+
+
+def test_tensorboard_files_are_written_without_importing_torch_where_it_is_installed(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("print('torch was imported')")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from jaxgpt.config import LogConfig; from jaxgpt.training.metrics import MetricLog\n"
+        "with MetricLog(Path(sys.argv[1]), LogConfig(), 10, 0, is_writer=True) as log:\n"
+        "    log.write(1, {'loss': 1.0, 'sample': 'text'})\n"
+        "print('now'); import torch\n"  # the user's own import still works
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["now", "torch was imported"]
+    assert "torch was imported" not in done.stdout.splitlines()[:-1]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())

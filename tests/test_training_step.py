@@ -100,6 +100,15 @@ def test_muon_changes_the_matrices_and_shards_like_one_device():
     assert dimensions["wte"] is dimensions["ln_f"]["scale"] is None
 
 
+def test_the_first_moment_can_be_kept_in_bfloat16(one_device):
+    optimizer = dataclasses.replace(CONFIG.optimizer, adam_mu_dtype="bfloat16")
+    state, metrics = train(dataclasses.replace(CONFIG, optimizer=optimizer), MeshConfig(data=2))
+    moments = state.opt_state[1][0]
+    assert {x.dtype.name for x in jax.tree.leaves(moments.mu)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(moments.nu)} == {"float32"}
+    np.testing.assert_allclose(losses(metrics)[:, 0], losses(one_device[1])[:, 0], atol=2e-2)
+
+
 def test_decay_spares_biases_and_norms():
     mask = decay_mask(program().abstract_state.params)
     decayed = {"/".join(k.key for k in path) for path, yes in jax.tree_util.tree_leaves_with_path(mask) if yes}

@@ -18,7 +18,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Sharding
@@ -168,6 +167,8 @@ def _shuffled(index: int, length: int, seed: int, epoch: int) -> int:
 
     Grain's permutation is a block cipher on indices of 32 bits.
     """
+    import grain  # here and below: the step and the samplers import this module for Batch alone
+
     assert length < 2**32, length
     key = _hash(seed, epoch, "order") % 2**32
     return grain.experimental.index_shuffle(index, max_index=length - 1, seed=key, rounds=4)
@@ -182,6 +183,8 @@ def _batches(
     prefetch_batches: int,
 ) -> Iterator[Batch]:
     """Global arrays of `shape` [..., T] for each step, read by Grain's threads and sent AHEAD of use."""
+    import grain
+
     local_rows, place = _local_rows(shape, sharding)
 
     def put(local_BT: np.ndarray) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.model import attention, flash
 from jaxgpt.model.backend import PLAIN, Backend
+from jaxgpt.model.cpu import CPU
 from jaxgpt.model.tpu import TPU
 
 
@@ -32,7 +33,7 @@ def choose_backend(model: ModelConfig, platform: str, block_size: int) -> tuple[
     Raises:
         UserError: model.attention names a kernel that cannot run there; says why.
     """
-    backend = {"tpu": TPU, "gpu": GPU}.get(platform, PLAIN)
+    backend = {"tpu": TPU, "gpu": GPU, "cpu": CPU}.get(platform, PLAIN)
     kernel, name = _KERNELS.get(platform, ("xla", "XLA"))
     wanted = kernel if model.attention == "auto" else model.attention
     if wanted == "xla":

@@ -8,9 +8,9 @@ keys at once: no running maximum, and a backward pass in one kernel with each pr
 Scores lie transposed, keys by queries. Then the statistics of a query are a row vector, and the products that end
 in head-size columns can run with those 64 as the streamed side of the matrix unit: half its time.
 
-TPU v5e, 16 rows of 1024, 12 heads of 64, cycles of the compiler's schedule a layer (benchmarks in docs/benchmarks.md):
-0.50 M forward and 0.82 M backward, against 0.99 M and 2.30 M of the splash kernel that JAX brings, which besides
-needs 2.75 M around it to lay out (B, N, T, 64).
+TPU v5e, 16 rows of 1024, 12 heads of 64, millions of cycles of the compiler's schedule in a layer: 0.50 forward and
+0.85 backward (0.57 and 0.92 with stalls, as the compiler simulates them), against 1.04 and 2.38 of the splash kernel
+that JAX brings, which besides needs 2.75 around it to lay out (B, N, T, 64). See docs/benchmarks.md.
 
 Axes in names: B batch, T query position, S key position, N heads, H head size, W = N x H, P groups of heads.
 """

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.model import gpt2
+from jaxgpt.model.backend import LAYER_NORM_EPSILON
 from jaxgpt.model.tensor_file import DTYPES, StoredTensor, read_header, read_into, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ ALIASES = dict(
 )
 # Settings that change what is computed, and the one value that this package computes.
 FIXED = dict(
-    layer_norm_epsilon=gpt2.LAYER_NORM_EPSILON,
+    layer_norm_epsilon=LAYER_NORM_EPSILON,
     scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False,
     add_cross_attention=False,

@@ -54,14 +54,17 @@ def zero1_shardings(shardings, shapes, mesh: Mesh):
     """Where the optimizer keeps its copy of each parameter: the parameter's sharding, split over `data` too.
 
     ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1). The largest axis that divides is taken; an array
-    without one stays as it is, and is named in the log when it is large enough to matter.
+    without one stays as it is, and is named in the log when it is large enough to matter. So do biases and norms, of
+    less than a hundredth of the largest array: there a collective would cost its latency and save nothing.
     """
+    small = max(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)) / 100
     paths_and_shardings, tree = jax.tree_util.tree_flatten_with_path(shardings)
     leaves = []
     for (path, sharding), shape in zip(paths_and_shardings, jax.tree.leaves(shapes), strict=True):
-        split = _split_over_data(sharding.spec, shape.shape, mesh)
+        size = math.prod(shape.shape)
+        split = _split_over_data(sharding.spec, shape.shape, mesh) if size >= small else sharding.spec
         if split is None:
-            if math.prod(shape.shape) >= 1 << 20:
+            if size >= 1 << 20:
                 logger.warning("optimizer state of %s is not split over data: no axis divides", path)
             split = sharding.spec
         leaves.append(NamedSharding(mesh, split))

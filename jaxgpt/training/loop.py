@@ -20,6 +20,7 @@ from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.faults import NonFiniteLoss, StopSignal
 from jaxgpt.training.metrics import MetricLog, TimeSplit, peak_flops
 from jaxgpt.training.step import Program, TrainState
+from jaxgpt.training.trace import StepTrace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,27 +49,31 @@ def fit(run: Run, state: TrainState, start_step: int) -> TrainState:
     split = TimeSplit()
     meter = Meter(run, split)
     pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
-    with StopSignal() as stop:
+    with StopSignal() as stop, StepTrace(config.log.profile, run.workdir, start_step) as trace:
         batches = training_batches(run, start_step)
         for step in range(start_step + 1, last_step + 1):
             with split("data"):
                 batch = next(batches)
-            with split("step"):
+            if trace.starts(step):
+                pending = meter.read_all(pending)
+                trace.start()
+            with split("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = run.program.train_step(state, batch)
                 if pending:
                     meter.read(*pending)  # waits for step n - 1 while the device works on step n
             pending = (step, metrics)
             if step == start_step + 1:
                 meter.skip_compilation(metrics)
+            if trace.ends(step):
+                pending = meter.read_all(pending)
+                run.log.say(trace.stop())
             run.log.advance(step)
 
             evaluate_now = step % config.eval.eval_steps == 0 or step == last_step
             save_now = step % config.checkpoint.save_steps == 0 or step == last_step
             if not (evaluate_now or save_now or stop.requested):
                 continue
-            with split("step"):
-                meter.read(*pending)  # before anything is saved, so that no damaged state ever is
-            pending = None
+            pending = meter.read_all(pending)  # before anything is saved, so that no damaged state ever is
             eval_loss = None
             if evaluate_now:
                 with split("eval"):
@@ -169,6 +174,12 @@ class Meter:
         self._timed_steps += 1
         if step % self._run.config.log.logging_steps == 0 or step == self._run.config.train.max_steps:
             self._write(step, values)
+
+    def read_all(self, pending: tuple[int, dict] | None) -> None:
+        """Wait for the step that was dispatched and not read yet, if there is one: nothing is pending after it."""
+        if pending:
+            with self._split("step"):
+                self.read(*pending)
 
     def skip_compilation(self, metrics: dict) -> None:
         """Leave the first step, which compiled the program, out of the times and rates that follow."""

@@ -12,10 +12,10 @@ import os
 import re
 import sys
 import time
-import uuid
 from pathlib import Path
 
 from jaxgpt.config import LogConfig, UserError
+from jaxgpt.training.charts import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -196,9 +196,9 @@ class MetricLog:
         self._screen = (_Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
         self._views: list = [self._screen]
         if log.tensorboard:
-            self._views.append(_TensorBoard(workdir, start_step))
+            self._views.append(TensorBoard(workdir, start_step))
         if log.wandb_project:
-            self._views.append(_WandB(workdir, log.wandb_project))
+            self._views.append(WandB(workdir, log.wandb_project))
 
     def __enter__(self):
         return self
@@ -221,6 +221,11 @@ class MetricLog:
         if self._is_writer:
             self._screen.advance(step)
 
+    def say(self, text: str) -> None:
+        """Tell a person something that is no metric."""
+        if self._is_writer:
+            self._screen.say(text)
+
     def close(self, failed: bool = False) -> None:
         """Close every file; `failed` marks the run so in Weights & Biases."""
         if not self._is_writer or self._file.closed:
@@ -228,68 +233,6 @@ class MetricLog:
         self._file.close()
         for view in self._views:
             view.close(failed)
-
-
-# ---------------------------------------------------------------- views for programs
-
-# A new string at every logged step: a chart tool would keep thousands of texts that nobody reads.
-_NOT_CHARTED = ("batch_hash",)
-
-
-def _chart_name(key: str) -> str:
-    """The group/name that Hugging Face's Trainer gives a metric, so that dashboards line up."""
-    for group in ("eval", "seconds"):
-        if key.startswith(group + "_"):
-            return f"{group}/{key.removeprefix(group + '_')}"
-    return f"train/{key}"
-
-
-class _TensorBoard:
-    def __init__(self, workdir: Path, start_step: int):
-        from tensorboardX import SummaryWriter
-
-        # purge_step hides what the run that died had written after its checkpoint.
-        purge = start_step + 1 if start_step else 0
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
-
-    def write(self, step: int, values: dict) -> None:
-        for key, value in values.items():
-            if key in _NOT_CHARTED or value is None:
-                continue
-            if isinstance(value, str):  # rendered as Markdown: an indented block keeps line breaks
-                self._writer.add_text(_chart_name(key), _indented(value), step)
-            else:
-                self._writer.add_scalar(_chart_name(key), value, step)
-
-    def close(self, failed: bool) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, workdir: Path, project: str):
-        import wandb
-
-        id_file, config_file = workdir / "wandb_run_id", workdir / "config.json"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        config = json.loads(config_file.read_bytes()) if config_file.exists() else None
-        self._run = wandb.init(
-            project=project,
-            name=workdir.resolve().name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            dir=str(workdir),
-            config=config,
-        )
-        # Its own step counter refuses steps that a resumed run repeats; ours is an ordinary metric.
-        self._run.define_metric("*", step_metric="train/step")
-
-    def write(self, step: int, values: dict) -> None:
-        charted = {k: v for k, v in values.items() if k not in _NOT_CHARTED and v is not None}
-        self._run.log({"train/step": step, **{_chart_name(k): v for k, v in charted.items()}})
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
 
 
 # ---------------------------------------------------------------- views for people
@@ -313,6 +256,7 @@ _FORMATS = (
     ("learning_rate", "lr {:.1e}"),
     ("tokens_per_second", "{:>9,.0f} tok/s"),
     ("mfu", "mfu {:.1%}"),
+    ("data_share", "data {:.1%}"),
     ("eval_loss", "eval_loss {:.4f}"),
     ("eval_perplexity", "perplexity {:,.2f}"),
     ("eval_bits_per_byte", "bits/byte {:.4f}"),
@@ -321,6 +265,8 @@ _FORMATS = (
 
 def _fields(values: dict) -> list[str]:
     """The figures that a person follows, each with its name, in a fixed order."""
+    if values.get("seconds_total") and "seconds_data" in values:
+        values = {**values, "data_share": values["seconds_data"] / values["seconds_total"]}
     shown = []
     for key, form in _FORMATS:
         if values.get(key) is not None:
@@ -330,16 +276,10 @@ def _fields(values: dict) -> list[str]:
     return shown
 
 
-def _indented(sample: str) -> str:
-    """Generated text under its line; control characters could move the cursor or ring the bell."""
-    clean = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in sample)
-    return "    " + clean.replace("\n", "\n    ")
-
-
 def _step_line(step: int, total_steps: int, values: dict, clock: str | None) -> str:
     head = f"step {step:>{len(str(total_steps))}}/{total_steps}"
     line = " | ".join([head, *_fields(values), *([clock] if clock else [])])
-    return f"{line}\n{_indented(values['sample'])}" if values.get("sample") else line
+    return f"{line}\n{indented(values['sample'])}" if values.get("sample") else line
 
 
 class _Lines:
@@ -352,6 +292,9 @@ class _Lines:
 
     def advance(self, step: int) -> None:
         pass
+
+    def say(self, text: str) -> None:
+        _say(text)
 
     def write(self, step: int, values: dict) -> None:
         now = time.monotonic()
@@ -378,10 +321,13 @@ class _Bar:
     def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)  # draws at most every mininterval
 
+    def say(self, text: str) -> None:
+        with self._bar.external_write_mode():
+            _say(text)
+
     def write(self, step: int, values: dict) -> None:
         if values.get("eval_loss") is not None or values.get("sample"):
-            with self._bar.external_write_mode():
-                _say(_step_line(step, self._bar.total, values, clock=None))
+            self.say(_step_line(step, self._bar.total, values, clock=None))
         if "loss" in values:
             figures = [" ".join(f.split()) for f in _fields(values) if "norm" not in f]
             self._bar.set_postfix_str(", ".join(figures), refresh=False)

@@ -23,6 +23,7 @@ from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.devices import choose_backend
 from jaxgpt.model.loss import cross_entropy
 from jaxgpt.parallel import sharding
+from jaxgpt.parallel.compiler import compiler_options, initial_values_options
 from jaxgpt.training.optimizer import build_optimizer, schedule
 
 
@@ -87,13 +88,15 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     losses = functools.partial(summed_loss, config, vocab_size, gather, backend=backend)
     gradients = mesh_gradients(losses, mesh, param_shardings, moment_shardings)
     train_step = make_train_step(config, gradients, optimizer, param_shardings, moment_shardings)
+    devices = list(mesh.devices.flat)
     return Program(
-        init=jax.jit(init, out_shardings=state_shardings),
+        init=jax.jit(init, out_shardings=state_shardings, compiler_options=initial_values_options(devices)),
         train_step=jax.jit(
             train_step,
             in_shardings=(state_shardings, sharding.micro_batches_sharding(mesh)),
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0,
+            compiler_options=compiler_options(devices),
         ),
         eval_step=jax.jit(
             mesh_losses(losses, mesh, param_shardings),

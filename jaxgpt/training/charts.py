@@ -1,0 +1,83 @@
+"""Metrics for chart tools: TensorBoard files and Weights & Biases."""
+
+import json
+import sys
+import uuid
+from pathlib import Path
+
+# A new string at every logged step: a chart tool would keep thousands of texts that nobody reads.
+_NOT_CHARTED = ("batch_hash",)
+
+
+def _chart_name(key: str) -> str:
+    """The group/name that Hugging Face's Trainer gives a metric, so that dashboards line up."""
+    for group in ("eval", "seconds"):
+        if key.startswith(group + "_"):
+            return f"{group}/{key.removeprefix(group + '_')}"
+    return f"train/{key}"
+
+
+def indented(sample: str) -> str:
+    """Generated text under its line; control characters could move the cursor or ring the bell."""
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in sample)
+    return "    " + clean.replace("\n", "\n    ")
+
+
+def _summary_writer() -> type:
+    """tensorboardX's writer. It imports torch where that is installed, which takes seconds, and never needs it here."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # an import of it now fails, as where it is not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
+class TensorBoard:
+    def __init__(self, workdir: Path, start_step: int):
+        summary_writer = _summary_writer()
+        # purge_step hides what the run that died had written after its checkpoint.
+        purge = start_step + 1 if start_step else 0
+        self._writer = summary_writer(str(workdir / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, values: dict) -> None:
+        for key, value in values.items():
+            if key in _NOT_CHARTED or value is None:
+                continue
+            if isinstance(value, str):  # rendered as Markdown: an indented block keeps line breaks
+                self._writer.add_text(_chart_name(key), indented(value), step)
+            else:
+                self._writer.add_scalar(_chart_name(key), value, step)
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WandB:
+    def __init__(self, workdir: Path, project: str):
+        import wandb
+
+        id_file, config_file = workdir / "wandb_run_id", workdir / "config.json"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else None
+        self._run = wandb.init(
+            project=project,
+            name=workdir.resolve().name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(workdir),
+            config=config,
+        )
+        # Its own step counter refuses steps that a resumed run repeats; ours is an ordinary metric.
+        self._run.define_metric("*", step_metric="train/step")
+
+    def write(self, step: int, values: dict) -> None:
+        charted = {k: v for k, v in values.items() if k not in _NOT_CHARTED and v is not None}
+        self._run.log({"train/step": step, **{_chart_name(k): v for k, v in charted.items()}})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))

@@ -1,0 +1,78 @@
+"""`per_device_train_batch_size = "auto"` and out-of-memory errors in whole runs."""
+
+import json
+
+import jax
+import pytest
+import tiny
+
+from jaxgpt import train
+from jaxgpt.planning import local
+
+TEXT = "".join(f"line {number} of a text that is long enough for a few windows\n" for number in range(400))
+TRAIN = """
+warmup_steps = 1
+[train]
+max_steps = 2
+global_batch_size = 32
+per_device_train_batch_size = "auto"
+compilation_cache_dir = ""
+[eval]
+eval_batches = 1
+sample_tokens = 0
+[log]
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """A function that trains in tmp_path/run: (exit code, stdout, stderr)."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "c.toml").write_text(tiny.RUN.format(folder=tmp_path) + TRAIN)
+
+    def run(*arguments: str):
+        code = train.main(["--config", str(tmp_path / "c.toml"), "--workdir", str(tmp_path / "run"), *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def saved(tmp_path) -> dict:
+    return json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+
+
+def test_an_automatic_batch_is_resolved_and_kept_when_the_run_goes_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "largest_batch", lambda config, *_: 2 if config.train.global_batch_size == 32 else 0)
+    code, out, _ = run()
+    assert code == 0
+    assert "per_device_train_batch_size = auto: 2, of 1 to 4" in out
+    assert saved(tmp_path)["per_device_train_batch_size"] == 2
+    assert saved(tmp_path)["gradient_accumulation_steps"] == 2
+    # goes on, with another size and the same sequences a step: nobody named them this time
+    monkeypatch.setattr(local, "largest_batch", lambda config, *_: 4 if config.train.global_batch_size == 32 else 0)
+    code, _, err = run("--train.max_steps", "2", "--train.global_batch_size", "none")
+    assert code == 0, err
+    assert saved(tmp_path)["per_device_train_batch_size"] == 4
+    assert saved(tmp_path)["global_batch_size"] == 32
+
+
+def test_an_automatic_batch_that_cannot_divide_is_told_before_anything_is_prepared(run, tmp_path):
+    code, _, err = run("--train.global_batch_size", "12")
+    assert code == 2
+    assert "12 is not a multiple of the 8 devices that share it; 16 is" in err
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_run_that_is_out_of_memory_says_what_took_it_and_what_would_fit(run, tmp_path, monkeypatch):
+    told = "RESOURCE_EXHAUSTED: the total memory required (21.50G) exceeds available HBM (15.75G). HLO module: x."
+
+    def fit(*_):
+        raise jax.errors.JaxRuntimeError(told)
+
+    monkeypatch.setattr("jaxgpt.training.loop.fit", fit)
+    code, _, err = run("--train.per_device_train_batch_size", "4")
+    assert code == 1
+    assert "failed: out of memory: a device needs 21.50 GiB and may use 15.75 GiB" in err
+    assert "activations" in err and "optimizer" in err
+    assert "Traceback" not in err
