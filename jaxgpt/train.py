@@ -78,7 +78,7 @@ def train(config: Config, workdir: Path) -> None:
     with out_of_memory_explained(config, dataset.vocab_size, mesh):
         # 5. The state: this run's latest checkpoint, else the weights that init names, else fresh ones.
         state, start_step = resume.initial_state(program, checkpoints, weights, dataset.vocab_size)
-        print_header(config, dataset, mesh, workdir, start_step, weights)
+        print_header(config, dataset, mesh, program, workdir, start_step, weights)
 
         # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.
         started, status = time.time(), "failed"
@@ -200,7 +200,7 @@ def export(run, params: dict, is_writer: bool) -> None:
         ) from None
 
 
-def print_header(config: Config, dataset, mesh, workdir: Path, start_step: int, weights) -> None:
+def print_header(config: Config, dataset, mesh, program, workdir: Path, start_step: int, weights) -> None:
     from jaxgpt.model.sizes import parameter_count
 
     model, train = config.model, config.train
@@ -212,7 +212,7 @@ def print_header(config: Config, dataset, mesh, workdir: Path, start_step: int, 
         f"{model.n_embd}, {model.dtype}\n"
         f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens, "
         f"vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
-        f"devices  {devices.size} x {devices[0].device_kind} ({shape})\n"
+        f"devices  {devices.size} x {devices[0].device_kind} ({shape}), attention by {program.attention}\n"
         f"batch    {train.global_batch_size} sequences of {config.block_size} tokens, "
         f"{train.gradient_accumulation_steps} micro-batches; {train.max_steps:,} steps\n"
         f"run      {workdir}, " + (f"resumed after step {start_step}" if start_step else "from step 0"),

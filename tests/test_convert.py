@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(folder, tmp_path, ca
     def no_space(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "_flush_one", no_space)
+    monkeypatch.setattr(weights, "fsync", no_space)
     assert run(folder, tmp_path / "new") == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"failed: {tmp_path / 'new'} could not be written") and "No space left" in line

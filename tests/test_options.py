@@ -154,6 +154,7 @@ OPTIONS = {
     "model.dtype": ("bfloat16", program, {}),
     "model.scan_layers": (True, program, {}),
     "model.remat": ("block", program, {}),
+    "model.attention": ("flash", None, {}),
     "tokenizer.type": ("bpe", prepared, {"tokenizer.vocab_size": 270}),
     "tokenizer.path": (
         "{folder}/tokenizer-b",
@@ -186,6 +187,7 @@ OPTIONS = {
     "optimizer.weight_decay": (0.5, optimized, {}),
     "optimizer.adam_beta1": (0.5, optimized, {}),
     "optimizer.adam_beta2": (0.5, optimized, {}),
+    "optimizer.adam_mu_dtype": ("bfloat16", optimized, {}),
     "optimizer.adam_epsilon": (0.1, optimized, {}),
     "optimizer.max_grad_norm": (1e-9, optimized, {}),
     "train.max_steps": (5, resolved, {}),
@@ -194,6 +196,7 @@ OPTIONS = {
     "train.gradient_accumulation_steps": (2, resolved, {}),
     "train.global_batch_size": (16, resolved, {}),
     "train.seed": (1, first_batch, {}),
+    "train.compilation_cache_dir": ("", None, {}),
     "mesh.data": (4, program, {"mesh.fsdp": 2, "mesh.tensor": 1}),
     "mesh.fsdp": (2, program, {}),
     "mesh.tensor": (2, program, {"model.n_head": 2}),
@@ -209,10 +212,13 @@ OPTIONS = {
     "log.logging_steps": (1, run, {}),
     "log.tensorboard": (False, run, {}),
     "log.wandb_project": ("x", None, {}),
+    "log.profile": ("1:2", run, {}),
     "init.from_checkpoint": ("", None, {}),
     "init.from_huggingface": ("", None, {}),
 }
 ELSEWHERE = {
+    "model.attention": "test_model_backend.test_a_kernel_asked_for_on_the_wrong_device_is_an_error",
+    "train.compilation_cache_dir": "test_parallel_compiler.py",
     "data.num_threads": "test_threads_and_prefetch_reach_grain",
     "data.prefetch_batches": "test_threads_and_prefetch_reach_grain",
     "mesh.data": "test_mesh_data_is_checked_against_the_devices",
