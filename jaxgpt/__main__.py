@@ -6,11 +6,14 @@ import sys
 from jaxgpt import __version__
 
 VERBS = {
+    "doctor": "can this machine do the job? one line and one fix for each thing that is wrong",
     "prepare": "text -> cleaned, tokenized dataset",
     "plan": "what fits a TPU slice, how fast, at what price: asked of the TPU compiler, without a TPU",
     "train": "pretrain, continue or fine-tune",
     "sample": "text from a prompt",
     "convert": "Hugging Face folder to run folder, and back",
+    "drill": "kill a run again and again, and show that nothing is lost",
+    "launch": "several processes on this machine, as a pod's hosts would be",
 }
 
 

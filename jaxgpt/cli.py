@@ -20,11 +20,25 @@ from pydantic import ValidationError
 
 from jaxgpt.config import Config, UserError
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME = 0, 1, 2, 42
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG = 0, 1, 2, 42, 74, 75
 
 
 class RunFailed(Exception):
-    """The run cannot go on, for a reason that fits in a line. Exit code 1."""
+    """The run cannot go on, for a reason that fits in a line. Exit code 1, unless a subclass says another one."""
+
+    exit_code = EXIT_FAILED
+
+
+class StorageFailed(RunFailed):
+    """A disk or bucket refused what the run has to write. Exit code 74 (EX_IOERR of sysexits.h)."""
+
+    exit_code = EXIT_STORAGE
+
+
+class HostLost(RunFailed):
+    """A host of the run is dead or hangs. Exit code 75 (EX_TEMPFAIL): run the same command again."""
+
+    exit_code = EXIT_WATCHDOG
 
 
 class Interrupted(Exception):
@@ -46,7 +60,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]):
             return EXIT_RESUME
         except RunFailed as error:
             print(f"failed: {error}", file=sys.stderr)
-            return EXIT_FAILED
+            return error.exit_code
         except KeyboardInterrupt:  # outside of training, which saves first and then raises Interrupted
             print("stopped: Ctrl-C", file=sys.stderr)
             return EXIT_FAILED

@@ -6,7 +6,7 @@ Reading TOML files and the command line is `cli.py`'s work.
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -84,6 +84,8 @@ class DataConfig:
     """Threads of a process that read and assemble batches."""
     prefetch_batches: PositiveInt = 4
     """Batches kept ready ahead of the step."""
+    verify: Literal["digests", "sizes"] = "digests"
+    """Check of the prepared data at each start: every byte (about a second a GB), or the sizes of the shards."""
 
 
 @section
@@ -144,6 +146,8 @@ class MeshConfig:
     """Devices that split heads, the MLP and the vocabulary; must divide n_head."""
     zero1: bool = True
     """Split the optimizer state over the data axis (ZeRO stage 1)."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """Train with the processes of other hosts: on requires them, off is this one alone, auto asks the environment."""
 
 
 @section
@@ -154,6 +158,21 @@ class CheckpointConfig:
     """Latest checkpoints kept."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest validation loss besides; save_steps must then be a multiple of eval_steps."""
+
+
+@section
+class FaultsConfig:
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do at a loss or gradient that is no number, or a spike: stop; skip the update; or go back to the last
+    checkpoint and on with other data."""
+    spike_sigma: NonNegativeFloat = 0.0
+    """A loss or gradient norm this many standard deviations above the mean of the last 128 steps is bad; 0: never."""
+    max_bad_steps: PositiveInt = 10
+    """Bad steps in a row, or rollbacks without a new checkpoint between them, after which the run stops."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """No step for this long, and for ten times the usual, ends the run with every thread's stack; 0: never."""
+    host_timeout_seconds: Annotated[float, Field(ge=2)] = 15.0
+    """Another host that gives no sign of life for this long is taken for dead, and the run ends on all of them."""
 
 
 @section
@@ -201,6 +220,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
@@ -297,41 +317,71 @@ def flatten(config: Config) -> dict[str, object]:
     }
 
 
-# What may change between two starts of one run: where and how it runs, not what it computes.
-# The global batch and the number of steps are resolved into config.json, so they are compared there.
-FREE_ON_RESUME = (
-    "mesh.",
-    "checkpoint.",
-    "eval.",
-    "log.",
-    "model.scan_layers",
-    "model.remat",
-    "model.attention",
-    "data.path",  # a corpus may be moved: its content is compared by its fingerprint
-    "data.prepared_dir",
-    "data.num_threads",
-    "data.prefetch_batches",
-    "train.per_device_train_batch_size",
-    "train.gradient_accumulation_steps",
-    "train.num_train_epochs",
-    "train.compilation_cache_dir",
-)
-
+# May a setting change between two starts of one run? Each stands here once, by itself or with its section.
+# fmt: off
+ON_RESUME: dict[str, tuple[str, ...]] = {
+    # Where and how it runs and is watched, not what it computes.
+    "free": (
+        "mesh", "checkpoint", "faults", "eval", "log",
+        "model.scan_layers", "model.remat", "model.attention",  # the same sums, rounded in another order
+        "tokenizer.path", "data.path",  # may be moved: their contents are compared by digest
+        "data.prepared_dir", "data.num_threads", "data.prefetch_batches", "data.verify",
+        "train.per_device_train_batch_size", "train.gradient_accumulation_steps",  # they share out the same rows
+        "train.num_train_epochs",  # becomes max_steps, and is compared there
+        "train.compilation_cache_dir",
+    ),
+    # Changes what follows and not what was: `train --force` accepts it.
+    "forced": (
+        "model.dropout", "model.dtype",
+        "optimizer.learning_rate", "optimizer.muon_learning_rate", "optimizer.lr_scheduler_type",
+        "optimizer.warmup_steps", "optimizer.min_lr_rate", "optimizer.decay_rate", "optimizer.weight_decay",
+        "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon", "optimizer.max_grad_norm",
+        "train.max_steps",  # the schedule is stretched over it; free where it is not (ENDLESS)
+    ),
+    # Another experiment.
+    "refused": (
+        "model.n_layer", "model.n_head", "model.n_embd", "model.n_positions",
+        "tokenizer.type", "tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens",
+        "data.source", "data.text_field", "data.max_bytes",
+        "data.validation_fraction",  # it would train on documents that were held out
+        # Row r of step s is window s * global_batch_size + r, of block_size tokens. Another value would repeat
+        # windows or skip them from the first step on, and the tokens of the steps before would be counted wrong.
+        "data.block_size", "train.global_batch_size",
+        "optimizer.name", "optimizer.adam_mu_dtype",  # they decide what the stored state of the optimizer is
+        "train.seed",  # the order of the data, too
+        "init",
+    ),
+}
+# fmt: on
+ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not know max_steps
 
 # None in a config that a user wrote, a number once devices and data are known.
 RESOLVED = ("data.block_size", "train.global_batch_size", "train.max_steps")
 
 
-def resume_conflicts(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """The settings that make `new` another experiment than `old`: {name: (old value, new value)}.
+class Change(NamedTuple):
+    """A setting with another value than the run had so far."""
 
-    `new` may be unresolved; what it leaves open is no conflict yet.
+    old: object
+    new: object
+    kind: str
+    """A key of ON_RESUME."""
+
+    def __str__(self) -> str:
+        return f"was {self.old}, now {self.new}"
+
+
+def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
+    """The settings in which `new` differs from the resolved `old`: {name: Change}.
+
+    `new` may be unresolved; what it leaves open is no difference yet.
     """
     before, after = flatten(old), flatten(new)
+    kinds = {entry: kind for kind, entries in ON_RESUME.items() for entry in entries}
+    if {old.optimizer.lr_scheduler_type, new.optimizer.lr_scheduler_type} <= set(ENDLESS):
+        kinds["train.max_steps"] = "free"
     return {
-        name: (before[name], after[name])
+        name: Change(before[name], after[name], kinds.get(name) or kinds[name.split(".")[0]])
         for name in before
-        if before[name] != after[name]
-        and not name.startswith(FREE_ON_RESUME)
-        and not (name in RESOLVED and after[name] is None)
+        if before[name] != after[name] and not (name in RESOLVED and after[name] is None)
     }

@@ -5,99 +5,212 @@ when its folder holds a checkpoint, and ends with an evaluation, a sample of tex
 weights as a folder that Hugging Face's transformers reads.
 """
 
+import contextlib
 import dataclasses
-import json
-import os
-import platform
 import sys
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxgpt import __version__, cli
+from jaxgpt import cli
 from jaxgpt.config import Config, UserError, to_json
+
+PREPARE_SECONDS = 24 * 3600.0  # that other processes wait for the one which prepares the data
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="run folder [default runs/NAME of the config]")
+    parser.add_argument("--force", action="store_true", help="go on with settings that change what follows")
     cli.add_config_arguments(parser)
     arguments = parser.parse_args(argv)
     config = cli.config_from(arguments)
-    train(config, arguments.workdir or Path("runs") / Path(arguments.config).stem)
+    train(config, arguments.workdir or Path("runs") / Path(arguments.config).stem, arguments.force)
 
 
-def train(config: Config, workdir: Path) -> None:
-    """Start or resume the run of `config` in `workdir`. What is wrong with the input is found in steps 1 to 4."""
+def train(config: Config, workdir: Path, force: bool = False) -> None:
+    """Start or resume the run of `config` in `workdir`, alone or as one process of several.
+
+    What is wrong with the input is found before anything is written; `force` accepts settings that change what
+    follows in a run and not what was.
+    """
     from jaxgpt.parallel.host import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
-    import jax
+    from jaxgpt.parallel import distributed
+    from jaxgpt.training.faults import Activity, StopSignal
 
+    activity = Activity()
+    with contextlib.ExitStack() as held:
+        distributed.join(config.mesh.distributed, config.faults.host_timeout_seconds)
+        stop = held.enter_context(StopSignal(activity))
+        ended_well = False
+        try:
+            inputs = checked_inputs(config, workdir, force, held)
+            with crashes_recorded(inputs, workdir, activity):
+                run(inputs, workdir, stop, activity, held)
+            ended_well = True
+        except cli.Interrupted:
+            ended_well = True
+            raise
+        finally:
+            distributed.leave(ended_well)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run starts from; all of it has been checked."""
+
+    config: Config
+    """Resolved: batch, block size and number of steps are numbers."""
+    changes: dict
+    """Settings with other values than the run had so far."""
+    mesh: object
+    dataset: object
+    weights: object
+    """Another model's, to start from; None for a run that goes on, or starts from scratch."""
+    step: int | None
+    """The checkpoint to go on from."""
+    sample: Callable[[dict], str] | None
+    program: object
+
+
+def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.ExitStack) -> Inputs:
+    """Find what is wrong with the input. A run that is there is taken into `held`, and nothing else is written."""
     from jaxgpt.data.pipeline import windows_per_epoch
-    from jaxgpt.data.preparation import given_tokenizer, prepare
+    from jaxgpt.data.preparation import given_tokenizer
     from jaxgpt.data.rows import open_dataset
     from jaxgpt.model.huggingface import locate
+    from jaxgpt.parallel import distributed
+    from jaxgpt.parallel.accelerator import refuse_silent_cpu
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import build_mesh
-    from jaxgpt.planning.local import out_of_memory_explained
     from jaxgpt.training import resume
-    from jaxgpt.training.checkpoint import Checkpoints
-    from jaxgpt.training.loop import Run, fit
-    from jaxgpt.training.metrics import MetricLog
+    from jaxgpt.training.lease import Lease
     from jaxgpt.training.step import build_program
 
     # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
-    resume.check_workdir(config, workdir)
-    weights = resume.weights_to_start_from(config, workdir)
+    resume.check_workdir(config, workdir, force)
+    step = None
+    if (workdir / "config.json").is_file():
+        if distributed.is_writer():
+            held.enter_context(Lease(workdir))
+        step = resume.take_up(workdir, config)
+    weights = resume.weights_to_start_from(config, step)
     tokenizer = given_tokenizer(config, locate)
     resume.check_tokenizer(weights, tokenizer)
 
     # 2. Devices and their mesh; with them, the batch.
+    refuse_silent_cpu()
     mesh = build_mesh(config.mesh)
     use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
     config = resolve_batch_on(mesh, config, workdir)
 
     # 3. The data, prepared now if it is not there; with it, an automatic batch and the number of steps.
-    dataset = open_dataset(prepare(config, tokenizer))
+    dataset = open_dataset(
+        prepared(config, tokenizer), verify=config.data.verify if distributed.is_writer() else "sizes"
+    )
     config = resolve_batch_on(mesh, config, workdir, max(dataset.vocab_size, weights.vocab_size if weights else 0))
     config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
-    resume.check_workdir(config, workdir)
-    dataset = resume.check_data(config, workdir, weights, dataset)
-    sample = sampler(config, dataset)
+    changes = resume.check_workdir(config, workdir, force)
+    dataset = resume.check_data(workdir, step, weights, dataset)
 
     # 4. The program, laid on the mesh.
-    program = build_program(config, dataset.vocab_size, mesh)
-    is_writer = jax.process_index() == 0
-    if is_writer:
-        start_run_folder(workdir, config, dataset)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    sample = sampler(config, dataset)
+    return Inputs(
+        config, changes, mesh, dataset, weights, step, sample, build_program(config, dataset.vocab_size, mesh)
+    )
 
-    with out_of_memory_explained(config, dataset.vocab_size, mesh):
+
+def prepared(config: Config, tokenizer) -> Path:
+    """The folder of the prepared data. One process makes it, the others wait for that and find it."""
+    from jaxgpt.data.preparation import prepare
+    from jaxgpt.parallel import distributed
+
+    if not distributed.is_writer():
+        distributed.barrier("prepared", PREPARE_SECONDS)
+        return prepare(config, tokenizer)
+    folder = prepare(config, tokenizer)
+    distributed.barrier("prepared", PREPARE_SECONDS)
+    return folder
+
+
+def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStack) -> None:
+    """From checked inputs to a finished run: the state, the loop, the report, and the weights for everyone."""
+    from jaxgpt.parallel import distributed
+    from jaxgpt.parallel.peers import PeerWatch
+    from jaxgpt.planning.local import out_of_memory_explained
+    from jaxgpt.training import resume, summary
+    from jaxgpt.training.checkpoint import Checkpoints
+    from jaxgpt.training.faults import Watchdog
+    from jaxgpt.training.lease import Lease
+    from jaxgpt.training.loop import Run, fit, position
+    from jaxgpt.training.metrics import MetricLog
+
+    config, dataset, program, step = inputs.config, inputs.dataset, inputs.program, inputs.step
+    is_writer = distributed.is_writer()
+    if is_writer:
+        is_new = not (workdir / "config.json").is_file()
+        workdir.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            held.enter_context(Lease(workdir))
+        resume.record_changes(workdir, step or 0, inputs.changes)
+        start_run_folder(workdir, config, dataset)
+    checkpoints = Checkpoints(workdir, config.checkpoint, is_writer)
+    start = position(checkpoints, step)
+    watchdog = Watchdog(workdir, activity, config.faults.hang_seconds)
+    peers = PeerWatch(workdir, config.faults.host_timeout_seconds)
+    with watchdog, peers, out_of_memory_explained(config, dataset.vocab_size, inputs.mesh):
         # 5. The state: this run's latest checkpoint, else the weights that init names, else fresh ones.
-        state, start_step = resume.initial_state(program, checkpoints, weights, dataset.vocab_size)
-        print_header(config, dataset, mesh, program, workdir, start_step, weights)
+        state = resume.initial_state(program, checkpoints, step, inputs.weights, dataset.vocab_size)
+        summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
+        if is_writer:
+            summary.warn_of_little_room(program.abstract_state, config, workdir)
 
         # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.
         started, status = time.time(), "failed"
-        with MetricLog(workdir, config.log, config.train.max_steps, start_step, is_writer) as log:
-            run = Run(config, workdir, mesh, dataset, program, checkpoints, log, sample)
+        with MetricLog(workdir, config.log, config.train.max_steps, start.step, is_writer) as log:
+            whole = Run(config, workdir, inputs.mesh, dataset, program, checkpoints, log, inputs.sample, stop, activity)
             try:
-                state = fit(run, state, start_step)
+                state = fit(whole, state, start)
                 status = "finished"
             except cli.Interrupted:
                 status = "interrupted"
                 raise
             finally:
-                best_step = checkpoints.best_step()
+                stop.is_heard()
                 checkpoints.close()
+                best_step = checkpoints.best_step()
                 if is_writer:
-                    write_report(run, status, time.time() - started)
-    export(run, state.params, is_writer)
+                    summary.write_report(whole, status, time.time() - started)
+        export(whole, state.params, is_writer)
     if is_writer:
-        print_footer(workdir, best_step)
+        summary.print_footer(workdir, best_step)
+
+
+@contextlib.contextmanager
+def crashes_recorded(inputs: Inputs, workdir: Path, activity) -> Iterator[None]:
+    """Leave a line about an exception that is nobody's decision: three at one step and the run goes back.
+
+    Raises:
+        StorageFailed: in the place of the error of a disk that is full or gone.
+    """
+    from jaxgpt.training.recovery import record_fault
+    from jaxgpt.training.resume import identity
+
+    try:
+        yield
+    except (UserError, cli.StorageFailed, cli.HostLost):
+        raise
+    except Exception as error:
+        facts = {
+            "step": activity.now[1],
+            "identity": identity(inputs.config),
+            "error": f"{type(error).__name__}: {error}",
+        }
+        record_fault(workdir, what="crash", **{**facts, "error": facts["error"][:500]})
+        raise
 
 
 def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None = None) -> Config:
@@ -113,10 +226,10 @@ def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None
     from jaxgpt.training.step import resolve_batch
 
     shards = batch_shards(mesh)
-    if config.train.per_device_train_batch_size != "auto":
-        return resolve_batch(config, shards)
     if config.train.global_batch_size is None and finished_steps(workdir):
         config = with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
+    if config.train.per_device_train_batch_size != "auto":
+        return resolve_batch(config, shards)
     sizes = batch_sizes(config, shards)
     if vocab_size is None:
         return config
@@ -139,16 +252,11 @@ def resolve_steps(config: Config, windows: int) -> Config:
 
 def start_run_folder(workdir: Path, config: Config, dataset) -> None:
     from jaxgpt.data.tokenizer import load_tokenizer
+    from jaxgpt.training.summary import write_atomically
 
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", to_json(config))
     load_tokenizer(dataset.path / "tokenizer").save(workdir / "tokenizer", config.model.n_positions)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def sampler(config: Config, dataset):
@@ -198,76 +306,6 @@ def export(run, params: dict, is_writer: bool) -> None:
             f"the run is finished and saved, but {folder} cannot be written ({error}); make room and run the same "
             "command again, which writes it"
         ) from None
-
-
-def print_header(config: Config, dataset, mesh, program, workdir: Path, start_step: int, weights) -> None:
-    from jaxgpt.model.sizes import parameter_count
-
-    model, train = config.model, config.train
-    parameters = parameter_count(model, dataset.vocab_size)
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    devices = mesh.devices.flatten()
-    print(
-        f"model    {parameters / 1e6:.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, width "
-        f"{model.n_embd}, {model.dtype}\n"
-        f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens, "
-        f"vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
-        f"devices  {devices.size} x {devices[0].device_kind} ({shape}), attention by {program.attention}\n"
-        f"batch    {train.global_batch_size} sequences of {config.block_size} tokens, "
-        f"{train.gradient_accumulation_steps} micro-batches; {train.max_steps:,} steps\n"
-        f"run      {workdir}, " + (f"resumed after step {start_step}" if start_step else "from step 0"),
-        flush=True,
-    )
-    if weights:
-        new = dataset.vocab_size - weights.vocab_size
-        rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
-        print(f"weights  {weights.setting}{rows}", flush=True)
-
-
-def write_report(run, status: str, seconds: float) -> None:
-    """summary.json and report.html: what ran, on what, and how it ended."""
-    from jaxgpt.model.sizes import parameter_count
-    from jaxgpt.training import report
-
-    config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
-    summary = {
-        "status": status,
-        "seconds": round(seconds, 1),
-        "parameters": parameter_count(config.model, dataset.vocab_size),
-        "tokens_per_step": config.train.global_batch_size * config.block_size,
-        "device": devices[0].device_kind,
-        "devices": int(devices.size),
-        "mesh": dict(run.mesh.shape),
-        "data": {
-            "path": str(dataset.path),
-            "fingerprint": dataset.fingerprint,
-            "training_tokens": dataset.train.num_tokens,
-            "validation_tokens": dataset.validation.num_tokens,
-            "vocabulary": dataset.vocab_size,
-        },
-        "versions": {
-            "jaxgpt": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
-    }
-    write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2))
-    if (run.workdir / "metrics.jsonl").exists():  # a run that failed in its first step has none
-        report.write_report(run.workdir)
-
-
-def print_footer(workdir: Path, best_step: int | None) -> None:
-    from jaxgpt.training.metrics import read_metrics
-
-    last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
-    print(
-        f"\nvalidation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
-        f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best_step})\n"
-        f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} (for transformers)\n"
-        f"report      {workdir / 'report.html'}\n"
-        f'sample      python -m jaxgpt.sample --checkpoint {workdir} --prompt "..."'
-    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 import jaxgpt
 from jaxgpt import cli, config
-from jaxgpt.config import Config, ModelConfig, TrainConfig, UserError
+from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
 
 CONFIGS = sorted((Path(jaxgpt.__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -116,12 +116,85 @@ def test_a_config_cannot_be_changed():
         Config().model.n_layer = 3
 
 
-def test_resume_conflicts_names_what_computes_something_else():
-    old = Config(train=TrainConfig(max_steps=500, global_batch_size=8))
-    same = dataclasses.replace(old, mesh=config.MeshConfig(fsdp=2), train=TrainConfig())
-    assert config.resume_conflicts(old, same) == {}  # the mesh is free, and what `same` leaves open is no conflict
-    other = dataclasses.replace(old, model=ModelConfig(n_layer=3))
-    assert config.resume_conflicts(old, other) == {"model.n_layer": (12, 3)}
+# ---------------------------------------------------------------- what may change between two starts
+
+RUN = Config(
+    data=DataConfig(block_size=64), train=TrainConfig(max_steps=500, global_batch_size=8, gradient_accumulation_steps=1)
+)
+
+
+def changed(old: Config, **settings) -> Config:
+    for name, value in settings.items():
+        section, field = name.split("__")
+        old = dataclasses.replace(old, **{section: dataclasses.replace(getattr(old, section), **{field: value})})
+    return old
+
+
+def kinds(old: Config, **settings) -> dict[str, str]:
+    return {name: change.kind for name, change in config.resume_conflicts(old, changed(old, **settings)).items()}
+
+
+def test_every_setting_stands_in_one_class_once():
+    entries = [entry for names in config.ON_RESUME.values() for entry in names]
+    settings = config.flatten(Config())
+    sections = {name.split(".")[0] for name in settings}
+    assert set(entries) <= settings.keys() | sections, "a class names a setting that does not exist"
+    for name in settings:
+        stands = entries.count(name) + entries.count(name.split(".")[0])
+        assert stands == 1, f"{name} stands {stands} times in config.ON_RESUME; decide on one class"
+
+
+def test_a_difference_is_named_with_its_class_and_both_values():
+    new = changed(RUN, log__logging_steps=3, optimizer__learning_rate=1e-3, model__n_layer=3)
+    differences = config.resume_conflicts(RUN, new)
+    assert differences == {
+        "log.logging_steps": (10, 3, "free"),
+        "optimizer.learning_rate": (6e-4, 1e-3, "forced"),
+        "model.n_layer": (12, 3, "refused"),
+    }
+    assert str(differences["model.n_layer"]) == "was 12, now 3"
+    assert config.resume_conflicts(RUN, RUN) == {}
+
+
+def test_what_a_config_leaves_open_is_no_difference():
+    assert kinds(RUN, data__block_size=None, train__max_steps=None, train__global_batch_size=None) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"mesh__fsdp": 2}, "free"),  # a pod of another shape
+        ({"mesh__distributed": "on"}, "free"),
+        ({"train__per_device_train_batch_size": 4, "train__gradient_accumulation_steps": 2}, "free"),
+        ({"data__path": "elsewhere", "tokenizer__path": "elsewhere"}, "free"),
+        ({"data__verify": "sizes"}, "free"),
+        ({"model__attention": "xla", "model__remat": "block", "model__scan_layers": True}, "free"),
+        ({"faults__on_bad_step": "skip"}, "free"),  # the answer to a run that stopped
+        ({"model__dropout": 0.1}, "forced"),
+        ({"model__dtype": "float32"}, "forced"),
+        ({"optimizer__max_grad_norm": 0.0}, "forced"),
+        ({"train__global_batch_size": 16}, "refused"),
+        ({"data__block_size": 32}, "refused"),
+        ({"data__validation_fraction": 0.1}, "refused"),
+        ({"train__seed": 1}, "refused"),
+        ({"optimizer__name": "muon"}, "refused"),
+        ({"init__from_checkpoint": "elsewhere"}, "refused"),
+    ],
+)
+def test_each_change_has_the_class_that_its_consequences_ask_for(settings, kind):
+    assert kinds(RUN, **settings) == {name.replace("__", "."): kind for name in settings}
+
+
+def test_more_steps_are_free_only_where_the_learning_rate_does_not_know_them():
+    for shape in ("cosine", "linear", "warmup_stable_decay"):
+        assert kinds(changed(RUN, optimizer__lr_scheduler_type=shape), train__max_steps=600) == {
+            "train.max_steps": "forced"
+        }
+    for shape in config.ENDLESS:
+        run = changed(RUN, optimizer__lr_scheduler_type=shape)
+        assert kinds(run, train__max_steps=600) == {"train.max_steps": "free"}
+        both = {"train__max_steps": 600, "optimizer__lr_scheduler_type": "cosine"}
+        assert set(kinds(run, **both).values()) == {"forced"}
 
 
 def test_every_setting_has_help_and_is_read_by_the_package():

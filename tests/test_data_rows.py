@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, TokenizerConfig, UserError
-from jaxgpt.data import preparation, rows
+from jaxgpt.data import manifest, preparation, rows
 from jaxgpt.data.preparation import prepare
 from jaxgpt.data.rows import RECORD_TOKENS, TokenStream, finished_together, open_dataset
 from jaxgpt.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
@@ -152,7 +153,7 @@ def test_tokens_past_65535_are_stored_in_32_bits(tmp_path):
     writer = rows.DatasetWriter(tmp_path, tokenizer)
     for split in rows.SPLITS:
         writer.add(split, np.array([65_535, 70_000], np.int32), 2, starts_document=True)
-    writer.finish({"fingerprint": "x"})
+    writer.finish({"fingerprint": "x", "settings": {}})
     assert whole(open_dataset(tmp_path).train).tolist() == [tokenizer.end_of_text, 65_535, 70_000]
 
 
@@ -185,7 +186,10 @@ def test_threads_read_the_same_tokens(one_file):
 # ---------------------------------------------------------------- whole or not there
 
 
-def test_a_second_run_does_nothing(one_file, capsys):
+@pytest.mark.parametrize("special_tokens", [(), ("<|user|>",)])
+def test_a_second_run_does_nothing(special_tokens, one_file, capsys):
+    tokenizer = dataclasses.replace(one_file.tokenizer, special_tokens=special_tokens)
+    one_file = dataclasses.replace(one_file, tokenizer=tokenizer)
     path = prepare(one_file)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     capsys.readouterr()
@@ -206,14 +210,16 @@ def test_other_settings_or_another_source_make_another_dataset(one_file):
     assert len(set(paths)) == len(paths)
 
 
-@pytest.mark.parametrize("point", ["rows.DatasetWriter.add", "rows.DatasetWriter.finish", "os.rename"])
+@pytest.mark.parametrize(
+    "point", ["rows.DatasetWriter.add", "rows.DatasetWriter.finish", "rows.manifest.write", "os.rename"]
+)
 def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(point, one_file):
     from jaxgpt.config import to_json
 
     code = (
         "import os, signal, sys\n"
         "from jaxgpt.config import from_json\n"
-        "from jaxgpt.data import preparation, rows\n"
+        "from jaxgpt.data import manifest, preparation, rows\n"
         f"{point} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "preparation.prepare(from_json(sys.stdin.read()))\n"
     )
@@ -223,7 +229,7 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(poin
     (leftover,) = folder.iterdir()
     assert leftover.name.endswith(".partial")
     if point != "os.rename":  # complete, but not in its place
-        with pytest.raises(UserError, match="no finished prepared dataset|prepared in format None"):
+        with pytest.raises(UserError, match="no finished prepared dataset|holds no manifest"):
             open_dataset(leftover)
     path = prepare(one_file)
     assert open_dataset(path).train.num_tokens > 0
@@ -307,21 +313,114 @@ def test_a_tokenizer_that_is_not_the_datas_own_is_refused(one_file):
     path = prepare(one_file)
     train_bpe(["other text entirely"] * 9, 270).save(path / "tokenizer")
     for use in (lambda: open_dataset(path), lambda: prepare(one_file)):
+        with pytest.raises(UserError, match=r"tokenizer/tokenizer.json: changed .*; delete .* and prepare again"):
+            use()
+    manifest.write(path)  # as if it had been prepared so
+    for use in (lambda: open_dataset(path), lambda: prepare(one_file)):
         with pytest.raises(UserError, match="does not match the prepared data beside it"):
             use()
 
 
-def test_a_damaged_or_missing_dataset_is_refused(one_file, tmp_path):
-    with pytest.raises(UserError, match="no finished prepared dataset here"):
-        open_dataset(tmp_path / "gone")
+@pytest.fixture
+def shards(one_file, monkeypatch) -> tuple[Path, list[str]]:
+    """A dataset in several shards, and the names of those of the training split."""
+    monkeypatch.setattr(rows, "SHARD_RECORDS", 1)
     path = prepare(one_file)
-    (shard,) = path.glob("*train*")
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"array_record-00000: \d+ bytes instead of \d+"):
-        open_dataset(path)
-    shard.unlink()
-    with pytest.raises(UserError, match="no bytes instead of"):
-        open_dataset(path)
+    names = sorted(file.name for file in path.glob("*train*"))
+    assert len(names) > 3
+    return path, names
+
+
+def damaged(path: Path, message: str, verify: str = "digests") -> None:
+    """`open_dataset` refuses the folder in one line that says what and how to fix it."""
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(path, verify)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "prepare again" in str(error.value) or "remove it" in str(error.value)
+
+
+@pytest.mark.parametrize("verify", ["digests", "sizes"])
+def test_a_missing_truncated_renamed_or_extra_shard_is_refused_by_name(verify, shards):
+    path, names = shards
+    with pytest.raises(UserError, match="no finished prepared dataset here"):
+        open_dataset(path / "gone")
+    assert open_dataset(path, verify).train.num_tokens
+    first, second = path / names[0], path / names[1]
+    content = first.read_bytes()
+    first.write_bytes(content[:-1])
+    damaged(path, rf"{names[0]}: \d+ bytes instead of {len(content)}; delete", verify)
+    first.unlink()
+    damaged(path, f"{names[0]}: missing; delete", verify)
+    second.rename(first)
+    damaged(path, f"{names[1]}: missing; delete", verify)
+    first.rename(second)
+    first.write_bytes(content)
+    extra = path / f"jaxgpt_tokens-train.array_record-{len(names):05}"
+    extra.write_bytes(content)
+    damaged(path, rf"{extra.name}: not listed \(extra\); remove it", verify)
+    extra.unlink()
+    assert open_dataset(path, verify).train.num_tokens
+
+
+def test_two_shards_swapped_are_refused(shards):
+    path, (first, second, *_) = shards
+    assert (path / first).read_bytes() != (path / second).read_bytes()
+    (path / first).rename(path / "x")
+    (path / second).rename(path / first)
+    (path / "x").rename(path / second)
+    damaged(path, rf"{first}: changed .*\(and 1 more\)")
+
+
+def test_a_flipped_bit_anywhere_in_any_file_is_refused(one_file):
+    path = prepare(one_file)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert len(files) == 8
+    for file in files:
+        content = file.read_bytes()
+        name = str(file.relative_to(path))
+        for number, position in enumerate(np.linspace(0, len(content) - 1, 9, dtype=int)):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << number % 8
+            file.write_bytes(flipped)
+            damaged(path, "delete" if name == manifest.NAME else f"{name}: changed")
+            if "array_record" not in name:  # small files are read whatever `verify` is
+                damaged(path, "delete", "sizes")
+        file.write_bytes(content[: len(content) // 2])
+        damaged(path, "delete", "sizes")
+        file.write_bytes(content)
+    assert open_dataset(path).train.num_tokens
+
+
+def test_data_of_an_older_version_is_refused_and_made_anew_under_another_name(one_file, monkeypatch):
+    path = prepare(one_file)
+    (path / manifest.NAME).unlink()  # as version 1 left it
+    damaged(path, "before format 2 prepared it, or it was deleted; delete .* and prepare again")
+    monkeypatch.setattr(preparation, "FORMAT_VERSION", 3)
+    assert prepare(one_file) != path
+
+
+def test_the_data_of_other_settings_copied_into_the_folder_is_refused(one_file):
+    path = prepare(one_file)
+    other = prepare(dataclasses.replace(one_file, tokenizer=TokenizerConfig(type="char")))
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    assert open_dataset(path).train.num_tokens  # nothing is wrong with it by itself
+    with pytest.raises(UserError, match="prepared with tokenizer = char, not bpe; delete"):
+        prepare(one_file)
+
+
+def test_long_verification_shows_its_progress_on_a_terminal(one_file, monkeypatch, capsys):
+    path = prepare(one_file)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    capsys.readouterr()
+    open_dataset(path)
+    assert "verifying" not in capsys.readouterr().err
+    monkeypatch.setattr(rows, "_LONG", 1000)
+    open_dataset(path, "sizes")
+    assert "verifying" not in capsys.readouterr().err
+    open_dataset(path)
+    assert "verifying data" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_a_user_error(one_file, tmp_path):

@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import sources
-from jaxgpt.data.rows import FORMAT_VERSION, DatasetWriter, check_window, finished_together, open_dataset
+from jaxgpt.data.rows import (
+    FORMAT_VERSION,
+    DatasetWriter,
+    TokenDataset,
+    check_window,
+    finished_together,
+    open_dataset,
+)
 from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
 
 _PIECE = 32_768  # characters tokenized at once
@@ -45,13 +52,16 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Path:
     and text falls below that share, and at least one lands on either side.
 
     Raises:
-        UserError: the source or the tokenizer is missing or wrong, or the text is too short for one window.
+        UserError: the source or the tokenizer is missing or wrong, the text is too short for one window, or the folder
+            found is damaged, as far as that shows without reading the tokens.
     """
     settings = config.tokenizer
     tokenizer = tokenizer or given_tokenizer(config)
     final = _place(config, tokenizer)
     if final.exists():
-        check_window(open_dataset(final).train.num_tokens, config.block_size)
+        dataset = open_dataset(final, verify="sizes")  # whoever goes on to read the tokens verifies them
+        _check_settings(dataset, _settings(config, tokenizer))
+        check_window(dataset.train.num_tokens, config.block_size)
         print(f"prepared data: {final} (found, nothing to do)")
         return final
     survey = _Survey()
@@ -153,6 +163,17 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
     elif chosen.special_tokens:
         settings["special_tokens"] = chosen.special_tokens
     return settings
+
+
+def _check_settings(dataset: TokenDataset, settings: dict[str, object]) -> None:
+    """The folder is named after its settings; what was copied into it later may have been prepared with others."""
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    for name in sorted(settings.keys() | dataset.settings.keys()):
+        if (there := dataset.settings.get(name)) != (here := settings.get(name)):
+            raise UserError(
+                f"{dataset.path}: holds data that was prepared with {name} = {there}, not {here}; "
+                f"delete {dataset.path} and prepare again"
+            )
 
 
 def _place(config: Config, tokenizer: Tokenizer | None) -> Path:

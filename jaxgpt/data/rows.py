@@ -5,28 +5,35 @@ of RECORD_TOKENS tokens (the last may be shorter), so token i lies in record i /
 be read. A folder is either complete or not there: it is written beside its place and renamed at the end.
 
     {folder}/  dataset_info.json features.json metadata.json jaxgpt_tokens-{split}.array_record-*  tokenizer/
+               manifest.sha256, written last: the digest of every other file
 """
 
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxgpt.config import UserError
+from jaxgpt.data import manifest
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 RECORD_TOKENS = 2048  # 40 us to read; a window of 1024 touches one or two records
 SHARD_RECORDS = 65_536  # 256 MB of uint16
+_SHARDS = "*.array_record-*"
 _CACHE_BYTES = 256 << 20
+_LONG = 1_000_000_000  # bytes that take about a second to verify: more of them get a progress bar
 
 
 def check_window(num_tokens: int, block_size: int) -> None:
@@ -95,42 +102,75 @@ class TokenDataset:
     tokenizer_digest: str
     fingerprint: str
     """SHA-256 over the documents."""
+    settings: dict[str, object]
+    """Those of [data] and [tokenizer] that decided what is in it."""
     train: TokenStream
     validation: TokenStream
 
 
-def open_dataset(path: str | Path) -> TokenDataset:
+def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digests") -> TokenDataset:
     """Open a prepared dataset and check that it is whole and belongs to the tokenizer saved in it.
 
-    Raises:
-        UserError: nothing finished lies at `path`, a file is missing or cut short, or the tokenizer differs.
-    """
-    import tensorflow_datasets as tfds
+    With `verify` = "sizes" the shards have to be there with their sizes, and what is in them is not read. Of several
+    processes that open the same folder, one verifies the digests and the others the sizes.
 
+    Raises:
+        UserError: nothing finished lies at `path`, or it is damaged; names the file.
+    """
     path = Path(path)
     if not (path / "dataset_info.json").is_file() or not (path / "metadata.json").is_file():
         raise UserError(f"{path}: no finished prepared dataset here; run: jaxgpt prepare --config FILE")
-    builder = tfds.builder_from_directory(path)
-    about = dict(builder.info.metadata)
+    if not (path / manifest.NAME).exists():
+        raise UserError(
+            f"{path}: holds no {manifest.NAME}, so a version of jaxgpt before format {FORMAT_VERSION} prepared it, or "
+            f"it was deleted; delete {path} and prepare again"
+        )
+    _refuse_damage(path, manifest.problems(path, unread=_SHARDS))
+    about = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
     if about.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: prepared in format {about.get('format_version')}, this program reads "
             f"{FORMAT_VERSION}; prepare again"
         )
+    sizes = {name: (path / name).stat().st_size for name in about["file_bytes"]}
     for name, size in about["file_bytes"].items():
-        if (actual := (path / name).stat().st_size if (path / name).is_file() else "no") != size:
-            raise UserError(f"{path / name}: {actual} bytes instead of {size}; delete {path} and prepare again")
+        if sizes[name] != size:
+            raise UserError(f"{path / name}: {sizes[name]} bytes instead of {size}; delete {path} and prepare again")
+    if verify == "digests":
+        _verify(path, sum(sizes.values()))
+    return _open_verified(path, about)
+
+
+def _open_verified(path: Path, about: dict) -> TokenDataset:
+    import tensorflow_datasets as tfds
+
     if load_tokenizer(path / "tokenizer").digest != about["tokenizer_digest"]:
         raise UserError(
             f"the tokenizer in {path / 'tokenizer'} does not match the prepared data beside it; "
             f"delete {path} and prepare again"
         )
-    sources = builder.as_data_source()
+    sources = tfds.builder_from_directory(path).as_data_source()
     streams = {
         split: TokenStream(sources[split], dtype=about["token_dtype"], **about["splits"][split]) for split in SPLITS
     }
-    facts = {name: about[name] for name in ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint")}
+    facts = {name: about[name] for name in ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint", "settings")}
     return TokenDataset(path=path, **facts, **streams)
+
+
+def _verify(path: Path, size: int) -> None:
+    """Read and compare every file; the shards have `size` bytes."""
+    disable = None if size > _LONG else True  # None: where stderr is no terminal
+    with tqdm(total=size, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        _refuse_damage(path, manifest.problems(path, bar.update))
+
+
+def _refuse_damage(path: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    extra = all(problem.endswith("(extra)") for problem in problems)
+    fix = "remove it" if extra else f"delete {path} and prepare again"
+    raise UserError(f"{path}/{problems[0]}{more}; {fix}")
 
 
 # ---------------------------------------------------------------- writing
@@ -188,10 +228,13 @@ class DatasetWriter:
             parts[:] = [tokens[end:]]
 
     def finish(self, about: dict[str, object]) -> None:
-        """Close the files and write the metadata, `about` added: the dataset can be opened from now on."""
+        """Close the files, write the metadata, `about` added, and the manifest; now the dataset can be opened.
+
+        `about` holds the "fingerprint" and the "settings" of TokenDataset.
+        """
         self.flush(last=True)
         self._writer.close_all()
-        shards = sorted(self._folder.glob("*.array_record-*"))
+        shards = sorted(self._folder.glob(_SHARDS))
         self._info.metadata.update(
             about,
             format_version=FORMAT_VERSION,
@@ -203,6 +246,7 @@ class DatasetWriter:
             file_bytes={shard.name: shard.stat().st_size for shard in shards},
         )
         self._info.write_to_directory(str(self._folder))
+        manifest.write(self._folder)
 
 
 @contextlib.contextmanager

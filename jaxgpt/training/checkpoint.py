@@ -1,98 +1,249 @@
-"""Checkpoints: written by Orbax in the background, sharded; read back onto any mesh.
+"""Checkpoints: written by Orbax in the background, sharded; read back onto any mesh; each file's digest on record.
 
-One step's folder holds three items: `params` and `optimizer` (arrays) and `metadata` (JSON: what the data and
-the tokenizer were, and the validation loss). Weights lie apart, so a sampler never reads the moments.
+    checkpoints/STEP/  params/  optimizer/  metadata.json  manifest.sha256
+
+Weights lie apart, so a sampler never reads the moments. metadata.json says what the data and the tokenizer were, and
+the validation loss. A step is filled under another name (.saving-STEP) and gets its own once its manifest is on disk,
+so a folder with a number for a name is complete; older steps are deleted only after that.
 """
 
+import concurrent.futures
+import contextlib
+import json
 import logging
 import math
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxgpt.cli import StorageFailed
 from jaxgpt.config import CheckpointConfig, Config, UserError, from_json
+from jaxgpt.data import manifest
+from jaxgpt.data.rows import fsync
+from jaxgpt.training.failpoints import failpoint
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
-ITEMS = ("params", "optimizer", "metadata")
+METADATA = "metadata.json"
+SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that are not checkpoints yet, or any more
+RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds before a save that failed is tried again; then the run stops
+# What Orbax and TensorStore raise when storage fails: ENOSPC, for one, comes as a ValueError or a runtime error.
+STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
 
 
 class Checkpoints:
     """The checkpoints of one run. Saving returns at once; the writing goes on behind the next steps."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
-        keep = [preservation_policy.LatestN(config.save_total_limit)]
-        if config.keep_best:
-            keep.append(preservation_policy.BestN(get_metric_fn=_negative_loss, n=1))
+    def __init__(self, workdir: Path, config: CheckpointConfig, is_writer: bool = True):
+        """`is_writer`: this process puts the folders in their places; exactly one of a run's processes does."""
         quiet_orbax()
-        self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
-                best_fn=_negative_loss,  # Orbax stores the metrics of a step only where it is set
-                enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
-            ),
-            item_names=ITEMS,
-        )
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        self._run = workdir
+        self._folder = (workdir / FOLDER).absolute()
+        self._config = config
+        self._is_writer = is_writer
+        items = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()}
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+        self._failures = 0  # in a row
+        self._retry_at = math.inf
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        return finished_steps(self._run)
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """The kept step with the lowest validation loss."""
-        scored = {
-            step: metrics["eval_loss"]
-            for step in self.steps()
-            if (metrics := self._manager.metrics(step)) and "eval_loss" in metrics
-        }
+        scored = {}
+        for step in self.steps():
+            # A file that was damaged meanwhile is for the next start to deal with.
+            with contextlib.suppress(UserError):
+                if (loss := read_metadata(self._run, step).get("eval_loss")) is not None:
+                    scored[step] = loss
         return min(scored, key=scored.get) if scored else None
 
-    def save(self, step: int, state: TrainState, metadata: dict, eval_loss: float | None) -> None:
-        """Start writing `state`; blocks only until the arrays are copied and the write before it is done."""
-        self._manager.save(
-            step,
+    def metadata(self, step: int) -> dict:
+        return read_metadata(self._run, step)
+
+    # ------------------------------------------------------------ saving
+
+    def save(self, step: int, state: TrainState, metadata: dict, eval_loss: float | None, surely: bool = False) -> None:
+        """Start writing `state`; blocks only until the arrays are copied and the write before it is done.
+
+        A failure is reported in a line and `poll` says when to try again. With `surely` this returns only when the
+        checkpoint is on disk.
+
+        Raises:
+            StorageFailed: the last of the attempts in a row failed; earlier checkpoints are as they were.
+        """
+        while True:
+            self._settle()
+            try:
+                self._start(step, state, {**metadata, "step": step, "eval_loss": eval_loss})
+            except STORAGE_ERRORS as error:
+                self._note_failure(step, error)
+            if not surely:
+                return
+            self._settle()
+            if self._retry_at == math.inf:
+                return
+            time.sleep(max(self._retry_at - time.monotonic(), 0.0))
+
+    def poll(self) -> bool:
+        """Whether a save has failed and it is time to save again; does not wait.
+
+        Raises:
+            StorageFailed: as `save`.
+        """
+        if self._saving and self._saving.done():
+            self._settle()
+        return time.monotonic() >= self._retry_at
+
+    def wait(self) -> None:
+        """Until everything started is on disk.
+
+        Raises:
+            StorageFailed: it could not be written.
+        """
+        self._settle()
+        if self._retry_at < math.inf:
+            raise self._storage_failed()
+
+    def close(self) -> None:
+        """Wait for what is being written and end the threads. What failed by now is reported, not raised."""
+        if self._saving:
+            concurrent.futures.wait([self._saving])
+        self._background.shutdown()
+        try:
+            self._orbax.close()
+        except STORAGE_ERRORS as error:
+            logging.getLogger(__name__).warning("closing the checkpoints: %s", _reason(error))
+
+    def _start(self, step: int, state: TrainState, metadata: dict) -> None:
+        failpoint("save.begin")
+        self._retry_at = math.inf
+        self._folder.mkdir(parents=True, exist_ok=True)
+        staging = self._folder / f"{SAVING}{step}"
+        self._orbax.save(
+            staging,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                metadata=ocp.args.JsonSave(metadata),
+                params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(_optimizer_item(state))
             ),
-            metrics={} if eval_loss is None else {"eval_loss": eval_loss},
             force=True,
         )
+        failpoint("save.started")
+        self._saving = self._background.submit(self._finish, step, staging, metadata)
 
-    def metadata(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    def _finish(self, step: int, staging: Path, metadata: dict) -> int:
+        """What comes after the arrays, in the background thread."""
+        self._orbax.wait_until_finished()
+        failpoint("save.arrays")
+        if not self._is_writer:
+            return step
+        (staging / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+        fsync(staging / METADATA)
+        failpoint("save.metadata")
+        manifest.write(staging)
+        failpoint("save.manifest")
+        if (self._folder / str(step)).exists():  # saved before, and evaluated or trained again since
+            self._delete(step)
+        os.rename(staging, self._folder / str(step))
+        fsync(self._folder)
+        failpoint("save.renamed")
+        for old in set(self.steps()) - self._kept():
+            self._delete(old)
+        return step
+
+    def _kept(self) -> set[int]:
+        kept = set(self.steps()[-self._config.save_total_limit :])
+        return kept | {self.best_step()} if self._config.keep_best else kept
+
+    def _delete(self, step: int) -> None:
+        """The name goes first, so that no reader finds half a checkpoint."""
+        doomed = self._folder / f"{DELETING}{step}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(self._folder / str(step), doomed)
+        failpoint("delete.renamed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        failpoint("delete.done")
+
+    # ------------------------------------------------------------ when storage fails
+
+    def _settle(self) -> None:
+        """Wait for the save in hand, and note how it ended."""
+        if not self._saving:
+            return
+        saving, self._saving = self._saving, None
+        error = saving.exception()
+        if error is None:
+            self._failures = 0
+        elif isinstance(error, STORAGE_ERRORS):
+            self._note_failure(None, error)
+        else:
+            raise error
+
+    def _note_failure(self, step: int | None, error: Exception) -> None:
+        self._last_error = _reason(error)
+        self._failures += 1
+        # Several processes would have to agree on another attempt; their supervisor starts them again.
+        if self._failures > len(RETRY_AFTER) or jax.process_count() > 1:
+            raise self._storage_failed()
+        delay = RETRY_AFTER[self._failures - 1]
+        self._retry_at = time.monotonic() + delay
+        print(
+            f"save     {'step ' + str(step) if step else 'a checkpoint'} could not be written to {self._folder} "
+            f"({self._last_error}); trying again in {delay:.0f} s",
+            flush=True,
+        )
+
+    def _storage_failed(self) -> StorageFailed:
+        steps = self.steps()
+        kept = f"steps {steps} are as they were" if steps else "no checkpoint was written yet"
+        return StorageFailed(
+            f"{self._folder}: cannot be written ({self._last_error}), tried {self._failures} times; {kept}. "
+            "Make room or mend the storage, and run the same command again"
+        )
+
+    # ------------------------------------------------------------ restoring
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of `step`, laid out as `abstract_state` says, whatever mesh wrote it."""
-        optimizer = {"step": abstract_state.step, "opt_state": abstract_state.opt_state}
-        items = self._manager.restore(
-            step,
+        failpoint("restore.begin")
+        items = self._orbax.restore(
+            self._folder / str(step),
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(optimizer),
+                optimizer=ocp.args.StandardRestore(_optimizer_item(abstract_state)),
             ),
         )
-        return TrainState(items["optimizer"]["step"], items["params"], items["optimizer"]["opt_state"])
-
-    def wait(self) -> None:
-        """Until everything started is on disk; raises what went wrong there."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
+        failpoint("restore.done")
+        return TrainState(params=items["params"], **items["optimizer"])
 
 
-def _negative_loss(metrics: dict) -> float:
-    """Orbax keeps the highest. A checkpoint without a loss (saved when told to stop) ranks below all others."""
-    return -metrics.get("eval_loss", math.inf)
+def _optimizer_item(state: TrainState) -> dict:
+    """All of a state but the weights."""
+    return {"step": state.step, "opt_state": state.opt_state, "recent": state.recent}
+
+
+def bytes_needed(state: TrainState, config: CheckpointConfig) -> int:
+    """Room for the checkpoints that are kept and the one being written. `state` may be abstract."""
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return size * (config.save_total_limit + config.keep_best + 1)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the stack that TensorStore adds."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).split("\n")[0].split(" [")[0][:200] or type(error).__name__
 
 
 def quiet_orbax() -> None:
@@ -112,10 +263,27 @@ def read_config(run: Path) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
+def read_metadata(run: Path, step: int) -> dict:
+    """What was saved beside the arrays of a finished step.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run / FOLDER / str(step) / METADATA
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
 def finished_steps(run: Path) -> list[int]:
-    """The steps whose weights lie in a run folder, in order; none where it is no run yet."""
+    """The steps of a run folder that were written to their end, in order; none where it is no run yet."""
     folders = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
-    return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and (folder / "params").is_dir())
+    return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and _is_whole(folder))
+
+
+def _is_whole(step: Path) -> bool:
+    return (step / manifest.NAME).is_file()
 
 
 def find_step(path: Path) -> tuple[Path, int]:

@@ -1,43 +1,166 @@
-"""What can go wrong in a run, and being told to stop."""
+"""Being told to stop, and noticing that nothing moves any more."""
 
+import collections
+import faulthandler
 import os
 import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
 from types import FrameType
 
-from jaxgpt.cli import RunFailed
+import jax
+
+from jaxgpt.cli import EXIT_RESUME, EXIT_WATCHDOG, Interrupted
+from jaxgpt.training.recovery import record_fault
+
+START, DATA, STEP, EVAL, SAVE = "start", "data", "step", "eval", "save"
+# Cloud machines are taken away 15 to 30 seconds after the signal. What takes longer than this to come to the end of
+# a step is given up, so that the run ends by itself and says so.
+PATIENCE_SECONDS = 6.0
+# Compiling and writing to a slow disk may take this many times faults.hang_seconds.
+SLOW = {START: 12, SAVE: 6}
 
 
-class NonFiniteLoss(RunFailed):
-    """The loss or the gradient stopped being a number; training on would only spread it."""
+class Activity:
+    """What the main thread is doing: ("data", "step", "eval", "save" or "start", step, since when)."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float, learning_rate: float, last_good: int | None):
-        kept = f"the last good checkpoint is step {last_good}" if last_good else "no checkpoint was written yet"
-        super().__init__(
-            f"step {step}: loss = {loss}, gradient norm = {grad_norm}; {kept}. Likely causes: a learning rate "
-            f"that is too high (now {learning_rate:.1e}), too short a warm-up, clipping turned off "
-            "(optimizer.max_grad_norm = 0), or weights that were already damaged when training started."
-        )
+    def __init__(self):
+        self._steps: collections.deque[float] = collections.deque(maxlen=64)
+        self._step_began = time.monotonic()
+        self.now: tuple[str, int, float] = (START, 0, time.monotonic())
+
+    def is_at(self, name: str, step: int) -> None:
+        """Say what begins now; costs a microsecond."""
+        now = time.monotonic()
+        if step != self.now[1]:
+            self._steps.append(now - self._step_began)
+            self._step_began = now
+        self.now = (name, step, now)
+
+    def usual_step_seconds(self) -> float:
+        """The median of the last steps, 0 before there are some."""
+        return statistics.median(list(self._steps)) if len(self._steps) > 3 else 0.0
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C; the loop asks `requested` after each step. A second signal exits at once."""
+    """Notes SIGTERM and Ctrl-C; the loop asks `requested` after each step. A second signal exits at once.
 
-    def __init__(self):
+    Before the first step is done there is nothing to save, and while the loop waits for data the state is whole:
+    there the main thread is interrupted where it is. Compiling and other long calls do not return to Python for a
+    while, so a thread of its own waits for the signal, too, and ends the process when the end of the step does
+    not come.
+    """
+
+    def __init__(self, activity: Activity, several_processes: bool = False):
         self.requested: str | None = None
+        self._activity = activity
+        self._several = several_processes
         self._previous: dict[int, object] = {}
+        self._patient = False
+        self._ended = False
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals: whoever started this one handles them
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait_beside, name="stop", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
+        self._ended = True
+        if not self._previous:
+            return
+        signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.close(self._writer)  # ends the thread
+
+    def is_heard(self) -> None:
+        """The loop has come to the end of its step: what follows, saving above all, takes as long as it takes."""
+        self._patient = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(128 + number)  # the shell's convention for a death by signal
         self.requested = signal.Signals(number).name
+        activity = self._activity.now[0]
+        if activity == START:
+            raise Interrupted(f"{self.requested} before the first step was done; run the same command again to go on")
         # write(2), not print: a handler may interrupt a print that holds the stream's lock.
         os.write(2, f"\n{self.requested}: saving after this step (again to stop at once)\n".encode())
+        if activity == DATA and not self._several:  # the other processes may be in the next step already
+            raise Interrupted(self.requested)
+
+    def _wait_beside(self) -> None:
+        number = None
+        while number not in (signal.SIGTERM, signal.SIGINT):
+            byte = os.read(self._reader, 1)
+            if not byte:
+                os.close(self._reader)
+                return
+            number = byte[0]
+        deadline = time.monotonic() + PATIENCE_SECONDS + 3 * self._activity.usual_step_seconds()
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+        if number == signal.SIGTERM and not (self._patient or self._ended):
+            activity, step, since = self._activity.now
+            text = (
+                f"stopped: {signal.Signals(number).name} at step {step}, in {activity} for "
+                f"{time.monotonic() - since:.0f} s; nothing of this interval is saved, run the same command again "
+                "to go on from the last checkpoint\n"
+            )
+            os.write(2, text.encode())
+            os._exit(EXIT_RESUME)
+
+
+class Watchdog:
+    """Ends the process with exit code 75 when nothing moves: the stacks of all threads and one line are left."""
+
+    def __init__(self, workdir: Path, activity: Activity, hang_seconds: float):
+        self._workdir = workdir
+        self._activity = activity
+        self._hang_seconds = hang_seconds
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._hang_seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._hang_seconds / 4)):
+            activity, step, since = self._activity.now
+            waited = time.monotonic() - since
+            limit = max(self._hang_seconds * SLOW.get(activity, 1), 10 * self._activity.usual_step_seconds())
+            if waited > limit:
+                self._bark(activity, step, waited)
+
+    def _bark(self, activity: str, step: int, waited: float) -> None:
+        what = f"no progress for {waited:.0f} s in {activity}"
+        stacks = write_stacks(self._workdir)
+        record_fault(self._workdir, step=step, process=jax.process_index(), host=socket.gethostname(), what=what)
+        text = f"failed: {what} at step {step} on {socket.gethostname()}; the stacks of all threads are in {stacks}\n"
+        os.write(2, text.encode())
+        os._exit(EXIT_WATCHDOG)
+
+
+def write_stacks(workdir: Path) -> Path:
+    """Where every thread of this process is, for whoever asks why it hung; returns the file."""
+    file = workdir / f"stacks-{jax.process_index()}.txt"
+    try:
+        with open(file, "w", encoding="utf-8") as out:
+            faulthandler.dump_traceback(out, all_threads=True)
+    except OSError:
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    return file

@@ -1,9 +1,10 @@
 """The one training loop: dispatch step n, then read the metrics of step n - 1, so the device never waits for us."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -11,16 +12,21 @@ from jax.sharding import Mesh
 
 from jaxgpt.cli import Interrupted
 from jaxgpt.config import Config
-from jaxgpt.data.pipeline import eval_batches, train_batches, windows_per_epoch
+from jaxgpt.data.pipeline import Batch, eval_batches, train_batches, windows_per_epoch
 from jaxgpt.data.rows import TokenDataset
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
+from jaxgpt.parallel.distributed import StopVote
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.faults import NonFiniteLoss, StopSignal
+from jaxgpt.training.faults import DATA, EVAL, SAVE, START, STEP, Activity, StopSignal
+from jaxgpt.training.guard import BadStep, BadSteps, all_finite
 from jaxgpt.training.metrics import MetricLog, TimeSplit, peak_flops
+from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.step import Program, TrainState
 from jaxgpt.training.trace import StepTrace
+
+EVAL_AHEAD = 4  # evaluation batches in flight: enough to keep the devices busy, few enough to stop at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,73 +42,208 @@ class Run:
     log: MetricLog
     sample: Callable[[dict], str] | None
     """Parameters -> a text that the model wrote; None turns samples off."""
+    stop: StopSignal
+    activity: Activity
 
 
-def fit(run: Run, state: TrainState, start_step: int) -> TrainState:
-    """Train from `start_step` to max_steps: metrics, evaluations, samples and checkpoints on their schedules.
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands besides its state; kept in the metadata of its checkpoints."""
+
+    step: int = 0
+    """Steps done."""
+    data_offset: int = 0
+    """Batches left out so far: step n reads the rows of n + data_offset. A rollback adds to it."""
+    bad_steps: int = 0
+    """In a row, up to this step."""
+    evaluated: bool = True
+    """False where the evaluation that was due at this step is still to be done."""
+    loss_sum: float = 0.0
+    count: float = 0.0
+    """Of the steps since the last line of metrics, so that the next line is the same whatever happened between."""
+
+
+class RolledBack(Exception):
+    """A step was bad: the run goes on from its last checkpoint, with other data."""
+
+    def __init__(self, bad_step: int):
+        self.bad_step = bad_step
+
+
+def fit(run: Run, state: TrainState, start: Position) -> TrainState:
+    """Train from `start` to max_steps: metrics, evaluations, samples and checkpoints on their schedules.
 
     Raises:
-        NonFiniteLoss: the loss or gradient norm of a step is not finite; nothing after it was saved.
+        BadStep: a loss or gradient that ends the run by faults.on_bad_step; nothing after it was saved.
         Interrupted: SIGTERM or Ctrl-C arrived; the state after the step in hand was saved.
+        StorageFailed: a checkpoint could not be written.
     """
-    config, last_step = run.config, run.config.train.max_steps
-    split = TimeSplit()
-    meter = Meter(run, split)
-    pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
-    with StopSignal() as stop, StepTrace(config.log.profile, run.workdir, start_step) as trace:
-        batches = training_batches(run, start_step)
-        for step in range(start_step + 1, last_step + 1):
-            with split("data"):
+    bad_steps = BadSteps(run.config.faults, start.bad_steps)
+    while True:
+        try:
+            return _Loop(run, state, start, bad_steps).train()
+        except RolledBack as back:
+            state = None  # its memory is needed for the restored one
+            step = run.checkpoints.latest_step()
+            earlier = position(run.checkpoints, step)
+            offset = start.data_offset + back.bad_step - step
+            start = dataclasses.replace(earlier, data_offset=offset, bad_steps=0, evaluated=True)
+            run.log.rewind(step)
+            state = run.checkpoints.restore(step, run.program.abstract_state)
+
+
+def position(checkpoints: Checkpoints, step: int | None) -> Position:
+    """Where the run stood when it wrote the checkpoint of `step`; None: at its beginning."""
+    if step is None:
+        return Position()
+    saved = checkpoints.metadata(step)
+    return Position(**{field.name: saved[field.name] for field in dataclasses.fields(Position)})
+
+
+class _Loop:
+    """From one start to the end of the run, or to the next rollback."""
+
+    def __init__(self, run: Run, state: TrainState, start: Position, bad_steps: BadSteps):
+        self._run = run
+        self._state = state
+        self._start = start
+        self._bad_steps = bad_steps
+        self._split = TimeSplit()
+        self._vote = StopVote()
+        self._meter = Meter(run, self._split, bad_steps, start)
+        self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
+
+    def train(self) -> TrainState:
+        run, config, last_step = self._run, self._run.config, self._run.config.train.max_steps
+        if not self._start.evaluated:
+            self._evaluate_late()
+        with (
+            contextlib.closing(training_batches(run, self._start)) as batches,
+            StepTrace(config.log.profile, run.workdir, self._start.step) as trace,
+        ):
+            for step in range(self._start.step + 1, last_step + 1):
+                batch = self._wait_for_data(batches, step)
+                stop = self._dispatch(step, batch, trace)
+                evaluate_now = step % config.eval.eval_steps == 0 or step == last_step
+                save_now = step % config.checkpoint.save_steps == 0 or step == last_step or run.checkpoints.poll()
+                if not (evaluate_now or save_now or stop):
+                    continue
+                self._read_pending()  # before anything is saved, so that no damaged state ever is
+                eval_loss = None
+                if evaluate_now and not (stop and step < last_step):
+                    eval_loss, stop = self._evaluate(step)
+                stop = stop and step < last_step
+                if save_now or stop:
+                    self._save(step, eval_loss, evaluated=not evaluate_now or eval_loss is not None,
+                               surely=stop or step == last_step)  # fmt: skip
+                if stop:
+                    raise self._interrupted(step)
+        return self._state
+
+    def _wait_for_data(self, batches: Iterator[Batch], step: int) -> Batch:
+        first = step == self._start.step + 1
+        self._run.activity.is_at(START if first else DATA, step)
+        try:
+            with self._split("data"):
                 batch = next(batches)
-            if trace.starts(step):
-                pending = meter.read_all(pending)
-                trace.start()
-            with split("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = run.program.train_step(state, batch)
-                if pending:
-                    meter.read(*pending)  # waits for step n - 1 while the device works on step n
-            pending = (step, metrics)
-            if step == start_step + 1:
-                meter.skip_compilation(metrics)
-            if trace.ends(step):
-                pending = meter.read_all(pending)
-                run.log.say(trace.stop())
-            run.log.advance(step)
+        except Interrupted:
+            if first:
+                raise
+            self._read_pending()
+            self._save(step - 1, None, evaluated=True, surely=True)
+            raise self._interrupted(step - 1) from None
+        if not first:
+            self._run.activity.is_at(STEP, step)
+        return batch
 
-            evaluate_now = step % config.eval.eval_steps == 0 or step == last_step
-            save_now = step % config.checkpoint.save_steps == 0 or step == last_step
-            if not (evaluate_now or save_now or stop.requested):
-                continue
-            pending = meter.read_all(pending)  # before anything is saved, so that no damaged state ever is
-            eval_loss = None
-            if evaluate_now:
-                with split("eval"):
-                    values = evaluate(run, state.params)
-                    if run.sample:
-                        values["sample"] = run.sample(state.params)
-                run.log.write(step, values)
-                eval_loss = values["eval_loss"]
-            if save_now or stop.requested:
-                with split("save"):
-                    run.checkpoints.save(step, state, checkpoint_metadata(run, step), eval_loss)
-            if stop.requested and step < last_step:
-                run.checkpoints.wait()
-                raise Interrupted(
-                    f"{stop.requested} at step {step} of {last_step}; the state is saved, "
-                    "run the same command again to go on"
-                )
-        batches.close()
-        run.checkpoints.wait()
-    return state
+    def _dispatch(self, step: int, batch: Batch, trace: StepTrace) -> bool:
+        """Start `step` and read the one before it; whether all processes have been told to stop."""
+        if trace.starts(step):
+            self._read_pending()
+            trace.start()
+        with self._split("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            self._state, metrics = self._run.program.train_step(self._state, batch)
+            stop = self._vote.poll(self._run.stop.requested is not None)
+            if self._pending:
+                self._meter.read(*self._pending)  # waits for step n - 1 while the device works on step n
+        self._pending = (step, metrics)
+        if step == self._start.step + 1:
+            self._meter.skip_compilation(metrics)
+            self._run.activity.is_at(STEP, step)
+        if trace.ends(step):
+            self._read_pending()
+            self._run.log.say(trace.stop())
+        self._run.log.advance(step)
+        return stop
+
+    def _read_pending(self) -> None:
+        """Wait for the step that was dispatched and not read yet, if there is one: nothing is pending after it."""
+        if self._pending:
+            with self._split("step"):
+                self._meter.read(*self._pending)
+            self._pending = None
+
+    def _evaluate(self, step: int) -> tuple[float | None, bool]:
+        """(validation loss, whether told to stop); no loss where that came in the middle of it."""
+        run = self._run
+        stopped = False
+
+        def stop() -> bool:
+            nonlocal stopped
+            run.activity.is_at(EVAL, step)
+            stopped = stopped or self._vote.poll(run.stop.requested is not None)
+            return stopped
+
+        with self._split("eval"):
+            values = evaluate(run, self._state.params, stop)
+            if stopped:
+                return None, True
+            if run.sample:
+                values["sample"] = run.sample(self._state.params)
+        run.log.write(step, values)
+        return values["eval_loss"], False
+
+    def _evaluate_late(self) -> None:
+        """The evaluation that a stop cut off, so that the record is that of an undisturbed run."""
+        step = self._start.step
+        eval_loss, stop = self._evaluate(step)
+        if stop:
+            raise self._interrupted(step)
+        self._save(step, eval_loss, evaluated=True, surely=False)
+
+    def _save(self, step: int, eval_loss: float | None, *, evaluated: bool, surely: bool) -> None:
+        run = self._run
+        run.activity.is_at(SAVE, step)
+        if run.stop.requested:
+            run.stop.is_heard()
+        if not all_finite(self._state):
+            raise BadStep(
+                f"step {step}: the state holds numbers that are not finite, though loss and gradient were; "
+                f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
+            )
+        here = Position(
+            step, self._start.data_offset, self._bad_steps.in_a_row, evaluated, *self._meter.since_last_line()
+        )
+        with self._split("save"):
+            metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
+            run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
+        self._bad_steps.saved(step)
+
+    def _interrupted(self, step: int) -> Interrupted:
+        signal = self._run.stop.requested or "told by another process"
+        return Interrupted(
+            f"{signal} at step {step} of {self._run.config.train.max_steps}; the state is saved, "
+            "run the same command again to go on"
+        )
 
 
-def training_batches(run: Run, start_step: int):
+def training_batches(run: Run, start: Position):
     config = run.config
     return train_batches(
         run.dataset.train,
         seed=config.train.seed,
-        start_step=start_step,
-        stop_step=config.train.max_steps,
+        start_step=start.step + start.data_offset,
+        stop_step=config.train.max_steps + start.data_offset,
         global_batch_size=config.train.global_batch_size,
         accumulation=config.train.gradient_accumulation_steps,
         block_size=config.block_size,
@@ -112,8 +253,11 @@ def training_batches(run: Run, start_step: int):
     )
 
 
-def evaluate(run: Run, params: dict) -> dict[str, float]:
-    """Mean loss over the validation tokens (nats), its perplexity, and bits per UTF-8 byte of the text."""
+def evaluate(run: Run, params: dict, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """Mean loss over the validation tokens (nats), its perplexity, and bits per UTF-8 byte of the text.
+
+    `stop` is asked before each batch; once it says yes the rest is left out, and the figures mean nothing.
+    """
     config, validation = run.config, run.dataset.validation
     per_device = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
     batches = eval_batches(
@@ -123,9 +267,17 @@ def evaluate(run: Run, params: dict) -> dict[str, float]:
         sharding=sharding.rows_sharding(run.mesh),
         max_batches=config.eval.eval_batches,
     )
-    # Dispatched one after the other; the sums are read once, and added in Python's float64.
-    sums = jax.device_get([run.program.eval_step(params, batch) for batch in batches])
-    loss = math.fsum(float(loss_sum) for loss_sum, _ in sums) / math.fsum(float(count) for _, count in sums)
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    with contextlib.closing(batches):
+        for batch in batches:
+            if stop():
+                break
+            sums.append(run.program.eval_step(params, batch))
+            if len(sums) > EVAL_AHEAD:
+                jax.block_until_ready(sums[-EVAL_AHEAD])
+    # Read once, and added in Python's float64.
+    sums = jax.device_get(sums)
+    loss = math.fsum(float(loss_sum) for loss_sum, _ in sums) / max(math.fsum(float(count) for _, count in sums), 1.0)
     tokens_per_byte = validation.num_tokens / validation.num_bytes
     return {
         "eval_loss": loss,
@@ -134,52 +286,55 @@ def evaluate(run: Run, params: dict) -> dict[str, float]:
     }
 
 
-def checkpoint_metadata(run: Run, step: int) -> dict:
+def checkpoint_metadata(dataset: TokenDataset) -> dict:
     """What a resumed run must find unchanged, and what a reader of the folder wants to know."""
     return {
-        "step": step,
-        "vocab_size": run.dataset.vocab_size,
-        "tokenizer_digest": run.dataset.tokenizer_digest,
-        "data_fingerprint": run.dataset.fingerprint,
+        "vocab_size": dataset.vocab_size,
+        "tokenizer_digest": dataset.tokenizer_digest,
+        "data_fingerprint": dataset.fingerprint,
     }
 
 
 class Meter:
     """Reads the metrics of finished steps and writes a line of them every `logging_steps`."""
 
-    def __init__(self, run: Run, split: TimeSplit):
+    def __init__(self, run: Run, split: TimeSplit, bad_steps: BadSteps, start: Position):
         config = run.config
         self._run = run
         self._split = split
+        self._bad_steps = bad_steps
         self._tokens_per_step = config.train.global_batch_size * config.block_size
         self._windows = windows_per_epoch(run.dataset.train.num_tokens, config.block_size)
         devices = run.mesh.devices.flatten()
         peak = peak_flops(devices[0].device_kind)
         flops = flops_per_token(config.model, run.dataset.vocab_size, config.block_size)
         self._mfu_of_token_rate = flops / (peak * devices.size) if peak else None
-        self._loss_sum = self._count = 0.0
+        self._loss_sum, self._count = start.loss_sum, start.count
         self._timed_steps = 0
         self._first_line: dict[str, float] = {}
         self._started = time.perf_counter()
 
+    def since_last_line(self) -> tuple[float, float]:
+        """Loss sum and count of the steps that no line tells of yet."""
+        return self._loss_sum, self._count
+
     def read(self, step: int, metrics: dict) -> None:
         """Wait for `step`, check it, and write a line if one is due. The loss is the mean since the last line."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        loss = values["loss_sum"] / max(values["count"], 1.0)
-        if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
-            last_good = self._run.checkpoints.latest_step()
-            raise NonFiniteLoss(step, loss, values["grad_norm"], values["learning_rate"], last_good)
-        self._loss_sum += values["loss_sum"]
-        self._count += values["count"]
+        if values["bad_step"]:
+            self._run.checkpoints.wait()  # the one being written may be the one to go back to
+        outcome = self._bad_steps.check(step, values, self._run.checkpoints.latest_step())
+        if outcome:
+            self._run.log.say(self._bad_steps.told)
+            record_fault(self._run.workdir, step=step, what="bad step", told=self._bad_steps.told)
+        else:
+            self._loss_sum += values["loss_sum"]
+            self._count += values["count"]
+        if outcome == "rollback":
+            raise RolledBack(step)
         self._timed_steps += 1
         if step % self._run.config.log.logging_steps == 0 or step == self._run.config.train.max_steps:
             self._write(step, values)
-
-    def read_all(self, pending: tuple[int, dict] | None) -> None:
-        """Wait for the step that was dispatched and not read yet, if there is one: nothing is pending after it."""
-        if pending:
-            with self._split("step"):
-                self.read(*pending)
 
     def skip_compilation(self, metrics: dict) -> None:
         """Leave the first step, which compiled the program, out of the times and rates that follow."""
@@ -194,13 +349,14 @@ class Meter:
         rate = self._timed_steps * self._tokens_per_step / training if training and self._timed_steps > 0 else None
         line = {
             "epoch": step * self._run.config.train.global_batch_size / self._windows,
-            "loss": self._loss_sum / max(self._count, 1.0),
+            "loss": self._loss_sum / self._count if self._count else None,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": rate,
             "mfu": rate * self._mfu_of_token_rate if rate and self._mfu_of_token_rate else None,
             "batch_hash": values["batch_hash"],
+            **({"skipped_steps": values["skipped_steps"]} if values["skipped_steps"] else {}),
             **seconds,
             **self._first_line,
         }

@@ -191,8 +191,9 @@ class MetricLog:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        _cut_after(workdir / METRICS_FILE, start_step)
-        self._file = (workdir / METRICS_FILE).open("ab")
+        self._path = workdir / METRICS_FILE
+        _cut_after(self._path, start_step)
+        self._file = self._path.open("ab")
         self._screen = (_Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
         self._views: list = [self._screen]
         if log.tensorboard:
@@ -220,6 +221,13 @@ class MetricLog:
         """Say that `step` steps are done: moves the bar. Cheap enough for every step."""
         if self._is_writer:
             self._screen.advance(step)
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`: they will be run again, with other data."""
+        if self._is_writer:
+            self._file.close()
+            _cut_after(self._path, step)
+            self._file = self._path.open("ab")
 
     def say(self, text: str) -> None:
         """Tell a person something that is no metric."""

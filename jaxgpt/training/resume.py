@@ -4,47 +4,107 @@ Everything here that can refuse does so before the run writes anything.
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxgpt.config import Config, ModelConfig, UserError, resume_conflicts
+from jaxgpt import __version__
+from jaxgpt.config import Change, Config, ModelConfig, UserError, resume_conflicts, to_json
 from jaxgpt.data.rows import TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.model import huggingface
 from jaxgpt.model.gpt2 import padded_vocab
 from jaxgpt.model.huggingface import HuggingFaceModel
-from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, finished_steps, read_config, restore_params
+from jaxgpt.parallel import distributed
+from jaxgpt.training.checkpoint import (
+    FOLDER,
+    Checkpoints,
+    find_step,
+    finished_steps,
+    read_config,
+    read_metadata,
+    restore_params,
+)
+from jaxgpt.training.recovery import break_crash_loop, check_weights, clean_leftovers, newest_whole_step
 from jaxgpt.training.step import Program, TrainState
 from jaxgpt.training.weights import HUB, stored_vocab_size
 
 logger = logging.getLogger(__name__)
 
+CHANGES = "changes.jsonl"
+"""What was set anew in the course of a run, one line a start."""
 
-def check_workdir(config: Config, workdir: Path) -> None:
+
+def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[str, Change]:
     """Refuse a folder that holds another experiment's run, or weights that cannot be resumed.
 
+    Returns:
+        The settings that differ from those of the run so far and are accepted, for `record_changes`.
+
     Raises:
-        UserError: names every setting that differs, with both values.
+        UserError: names every setting that differs and may not, with both values. With `force`, those that decide
+            what follows and not what was may differ.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file, not a folder")
     if not (workdir / "config.json").exists():
         if (workdir / FOLDER).exists():
             raise UserError(f"{workdir} holds {FOLDER}/ but no config.json, so it is no run; choose another --workdir")
-        return
+        return {}
     steps = finished_steps(workdir)
     if steps and not (workdir / FOLDER / str(steps[-1]) / "optimizer").is_dir():
         raise UserError(
             f"{workdir} holds weights without an optimizer state, so it cannot be resumed; choose another --workdir "
             f'and start from these weights with init.from_checkpoint = "{workdir}"'
         )
-    differ = resume_conflicts(read_config(workdir), config)
-    if differ:
-        listed = ", ".join(f"{name} was {old}, now {new}" for name, (old, new) in differ.items())
-        raise UserError(f"{workdir} belongs to another config: {listed}; choose another --workdir")
+    changes = resume_conflicts(read_config(workdir), config)
+    _refuse(workdir, changes, force)
+    if steps and (config.train.max_steps or steps[-1]) < steps[-1]:
+        raise UserError(
+            f"train.max_steps = {config.train.max_steps}, but the run in {workdir} has done {steps[-1]} steps; "
+            f"set it to {steps[-1]} or more"
+        )
+    return changes
+
+
+def _refuse(workdir: Path, changes: dict[str, Change], force: bool) -> None:
+    listed = {
+        kind: ", ".join(f"{name} {change}" for name, change in changes.items() if change.kind == kind)
+        for kind in ("forced", "refused")
+    }
+    if listed["refused"]:
+        also = f"; --force would accept only: {listed['forced']}" if listed["forced"] else ""
+        raise UserError(
+            f"{workdir} belongs to another experiment: {listed['refused']}; set back what differs or choose another "
+            f"--workdir{also}"
+        )
+    if listed["forced"] and not force:
+        raise UserError(
+            f"{workdir} has run with other settings: {listed['forced']}; set back what differs, choose another "
+            "--workdir, or go on with the new values with --force"
+        )
+
+
+def record_changes(workdir: Path, step: int, changes: dict[str, Change]) -> None:
+    """Add to changes.jsonl what differs from `step` on, {"step": 500, "changes": {name: [old, new]}}, and print it.
+
+    To be called before config.json is written anew, so that a crash between the two loses nothing.
+    """
+    if not changes:
+        return
+    line = {"step": step, "changes": {name: [change.old, change.new] for name, change in changes.items()}}
+    with open(workdir / CHANGES, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for name, change in changes.items():
+        if change.kind == "forced":
+            print(f"changed  {name} {change}, from step {step} on (--force)", flush=True)
 
 
 # ---------------------------------------------------------------- another model's weights
@@ -66,13 +126,13 @@ class Weights:
     """The tokenizer.path that gives the same tokenizer."""
 
 
-def weights_to_start_from(config: Config, workdir: Path) -> Weights | None:
-    """What init.from_checkpoint or init.from_huggingface names; None for a run that goes on from its own checkpoint.
+def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
+    """What init.from_checkpoint or init.from_huggingface names; None for a run that goes on from its own `step`.
 
     Raises:
         UserError: there is no such model, or it has another shape; names both numbers.
     """
-    if finished_steps(workdir):
+    if step is not None:
         return None
     if config.init.from_huggingface:
         return _huggingface_weights(config)
@@ -159,6 +219,7 @@ def read_weights(weights: Weights, vocab_size: int, target: dict) -> dict:
     rows = (padded_vocab(weights.vocab_size), wte.shape[1])
     everywhere = jax.sharding.NamedSharding(wte.sharding.mesh, jax.sharding.PartitionSpec())
     stored = {**target, "wte": jax.ShapeDtypeStruct(rows, wte.dtype, sharding=everywhere)}
+    check_weights(*weights.source)
     params = restore_params(*weights.source, stored, jax.tree.map(lambda leaf: leaf.sharding, stored))
     return {**params, "wte": place(("wte",), np.asarray(params["wte"].addressable_data(0)))}
 
@@ -166,36 +227,57 @@ def read_weights(weights: Weights, vocab_size: int, target: dict) -> dict:
 # ---------------------------------------------------------------- data and state
 
 
-def check_data(config: Config, workdir: Path, weights: Weights | None, dataset: TokenDataset) -> TokenDataset:
+def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset: TokenDataset) -> TokenDataset:
     """`dataset` with the vocabulary of the model, which may have rows for more tokens than its tokenizer knows.
 
     Raises:
         UserError: it is not what the run has read so far, or not in the language of the weights to start from.
     """
     check_tokenizer(weights, load_tokenizer(dataset.path / "tokenizer"))
-    steps = finished_steps(workdir)
-    if not steps:
+    if step is None:
         return dataclasses.replace(dataset, vocab_size=max(dataset.vocab_size, weights.vocab_size if weights else 0))
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    saved = checkpoints.metadata(steps[-1])
-    checkpoints.close()
+    saved = read_metadata(workdir, step)
     now = {"tokenizer_digest": dataset.tokenizer_digest, "data_fingerprint": dataset.fingerprint}
     for name, value in now.items():
         if saved[name] != value:
             raise UserError(
-                f"the prepared data in {dataset.path} is not what the run in {workdir} has read up to step {steps[-1]} "
+                f"the prepared data in {dataset.path} is not what the run in {workdir} has read up to step {step} "
                 f"({name} was {saved[name][:12]}, now {value[:12]}); choose another --workdir"
             )
     return dataclasses.replace(dataset, vocab_size=saved["vocab_size"])
 
 
 def initial_state(
-    program: Program, checkpoints: Checkpoints, weights: Weights | None, vocab_size: int
-) -> tuple[TrainState, int]:
-    """(state, steps done). The order of preference is this function's order."""
-    step = checkpoints.latest_step()
+    program: Program, checkpoints: Checkpoints, step: int | None, weights: Weights | None, vocab_size: int
+) -> TrainState:
+    """The state of the run's own `step`, else one around `weights`, else a fresh one."""
     if step is not None:
-        return checkpoints.restore(step, program.abstract_state), step
+        return checkpoints.restore(step, program.abstract_state)
     if weights:
-        return program.fresh_optimizer(read_weights(weights, vocab_size, program.abstract_state.params)), 0
-    return program.init(), 0
+        return program.fresh_optimizer(read_weights(weights, vocab_size, program.abstract_state.params))
+    return program.init()
+
+
+# ---------------------------------------------------------------- taking up a run
+
+
+def take_up(workdir: Path, config: Config) -> int | None:
+    """The step that the run in `workdir` goes on from: its newest checkpoint that is whole; None where there is none.
+
+    What a dead process left is removed, damaged checkpoints are moved to quarantine/. The writer does so, under the
+    run's lease, and tells the other processes.
+
+    Raises:
+        RunFailed: the run crashes again and again at one step.
+    """
+    step = None
+    if distributed.is_writer():
+        clean_leftovers(workdir)
+        step = break_crash_loop(workdir, newest_whole_step(workdir), identity(config))
+    agreed = distributed.broadcast_from_writer(-1 if step is None else step)
+    return None if agreed < 0 else agreed
+
+
+def identity(config: Config) -> str:
+    """Names the settings and the program: after a crash under other ones another attempt makes sense."""
+    return hashlib.sha256(f"{__version__} {to_json(config)}".encode()).hexdigest()[:16]

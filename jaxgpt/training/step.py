@@ -24,6 +24,7 @@ from jaxgpt.model.devices import choose_backend
 from jaxgpt.model.loss import cross_entropy
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options, initial_values_options
+from jaxgpt.training import guard
 from jaxgpt.training.optimizer import build_optimizer, schedule
 
 
@@ -33,9 +34,11 @@ class TrainState:
     """Everything that training changes. Its values after step n are a function of the seed and n alone."""
 
     step: jax.Array
-    """int32 scalar: optimizer steps done."""
+    """int32 scalar: steps done, bad ones included. It names the position in the data and the dropout masks."""
     params: dict
     opt_state: optax.OptState
+    recent: dict = dataclasses.field(default_factory=dict)
+    """Loss and gradient norm of the last good steps (guard.py); {} without a rule for spikes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +66,14 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         UserError: the mesh does not divide the model, or the attention asked for cannot run on its devices.
     """
     optimizer = build_optimizer(config.optimizer, config.train.max_steps)
+    sigma = config.faults.spike_sigma
     _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
     param_shardings = sharding.param_shardings(axes, shapes, mesh)
     moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
 
     def fresh(params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard.empty_window(sigma))
 
     def init() -> TrainState:
         key = jax.random.key(config.train.seed)
@@ -80,6 +84,7 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         everywhere,
         param_shardings,
         sharding.like_params(abstract.opt_state, moment_shardings, otherwise=everywhere),
+        jax.tree.map(lambda _: everywhere, abstract.recent),
     )
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
@@ -173,7 +178,13 @@ def mesh_gradients(losses, mesh: Mesh, param_shardings, result_shardings):
 
 
 def make_train_step(config: Config, gradients, optimizer, param_shardings, moment_shardings):
-    """The pure function (state, batch) -> (state, metrics). `gradients` is made by `mesh_gradients`."""
+    """The pure function (state, batch) -> (state, metrics). `gradients` is made by `mesh_gradients`.
+
+    A bad step (guard.py) keeps the bits of parameters and optimizer state, its counters among them. So the schedule
+    counts updates, not steps: after k skipped steps the learning rate is the one of k steps before, and a run that
+    skipped k steps ends k updates short of its schedule's end. `learning_rate` in the metrics is what the update used,
+    or would have used.
+    """
     learning_rate = schedule(config.optimizer, config.train.max_steps, config.optimizer.learning_rate)
     constrain = jax.lax.with_sharding_constraint
 
@@ -187,20 +198,33 @@ def make_train_step(config: Config, gradients, optimizer, param_shardings, momen
             # Sums first, one division: exact for micro-batches with different numbers of weighted tokens.
             grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
             grad_norm = optax.tree_utils.tree_norm(grads)
+            loss = loss_sum / jnp.maximum(count, 1.0)
+            bad, recent, window = guard.judge(loss, grad_norm, state.recent, config.faults.spike_sigma)
             # Under ZeRO-1 each device updates its part of the parameters, and then all get the whole.
-            params = constrain(state.params, moment_shardings)
-            updates, opt_state = optimizer.update(grads, state.opt_state, params)
-            params = constrain(optax.apply_updates(params, updates), param_shardings)
+            old = constrain(state.params, moment_shardings)
+            updates, opt_state = optimizer.update(grads, state.opt_state, old)
+            params = guard.unless(bad, optax.apply_updates(old, updates), old)
+            opt_state = guard.unless(bad, opt_state, state.opt_state)
+            params = constrain(params, param_shardings)
+        updates_before = updates_done(state.opt_state)
         metrics = {
             "loss_sum": loss_sum,
             "count": count,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(learning_rate(updates_before), jnp.float32),
             "batch_hash": batch_hash(batch),
+            "bad_step": bad.astype(jnp.int32),
+            "skipped_steps": state.step - updates_before + bad,  # of the whole run: the state knows, restarts or not
+            **window,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, recent), metrics
 
     return train_step
+
+
+def updates_done(opt_state: optax.OptState) -> jax.Array:
+    """int32 scalar: updates that the optimizer has made. Its parts count each by itself, and all alike."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def _accumulate(micro_loss, params, batch: Batch):

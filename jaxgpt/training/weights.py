@@ -20,11 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxgpt.config import Config, ModelConfig, TokenizerConfig, UserError, to_json
+from jaxgpt.data import manifest
 from jaxgpt.data.rows import fsync
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
-from jaxgpt.training.checkpoint import FOLDER, find_step, quiet_orbax, read_config
+from jaxgpt.training.checkpoint import FOLDER, METADATA, find_step, quiet_orbax, read_config, read_metadata
+from jaxgpt.training.recovery import check_weights
 
 # Arrays are written in pieces of the first size to files of the second. Orbax would encode whole arrays, and keep
 # them until a file of 2 GB is full: a second copy of the model (saving 355M: a peak of 1.9 against 1.1 times it).
@@ -74,6 +76,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     if is_huggingface(path):
         return _load_huggingface(huggingface.locate(str(path)), read)
     run, step = find_step(Path(path))
+    check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
     vocab_size = stored_vocab_size(run, step) or tokenizer.vocab_size
@@ -122,12 +125,7 @@ def _release_memory() -> None:
 
 def stored_vocab_size(run: Path, step: int) -> int | None:
     """The model's vocabulary as the checkpoint's metadata has it; None where it is the tokenizer's."""
-    folder = run / FOLDER / str(step) / "metadata"
-    if not folder.is_dir():
-        return None
-    quiet_orbax()
-    metadata = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder.absolute())
-    return metadata.get("vocab_size")
+    return read_metadata(run, step).get("vocab_size")
 
 
 def _load_huggingface(folder: Path, read) -> LoadedModel:
@@ -240,13 +238,14 @@ def write_run(run: Path, model: LoadedModel) -> None:
     quiet_orbax()
     (run / "config.json").write_text(to_json(model.config), encoding="utf-8")
     model.tokenizer.save(run / "tokenizer", model.config.model.n_positions)
-    metadata = {"vocab_size": model.vocab_size, "tokenizer_digest": model.tokenizer.digest}
+    metadata = {"step": 0, "vocab_size": model.vocab_size, "tokenizer_digest": model.tokenizer.digest}
     step = (run / FOLDER / "0").absolute()
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), model.params)
     args = ocp.args.PyTreeSave(model.params, save_args=how, ocdbt_target_data_file_size=FILE_BYTES)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(step / "params", args=args)
-    ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(step / "metadata", metadata)
+    (step / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    manifest.write(step)
     _release_memory()
 
 

@@ -1,0 +1,54 @@
+"""What a probe is asked and what it answers. Both travel between processes as JSON."""
+
+import dataclasses
+import json
+
+from jaxgpt.config import Config, from_json, to_json
+
+OK, WARNING, PROBLEM, NOT_APPLICABLE = STATUSES = ("ok", "warning", "problem", "not applicable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The machine and the experiment to look at."""
+
+    config: Config
+    """The experiment's settings, or the defaults where none is given."""
+    workdir: str
+    """Its run folder, as the user wrote it."""
+    is_given: bool = False
+    """Whether the user gave settings; without one there is no model whose checkpoints could be measured."""
+    expect: str | None = None
+    """tpu, gpu or cpu, where the user says what jax has to find."""
+    root: str = "/"
+    """Where /dev, /proc and /sys are read."""
+
+    def to_json(self) -> str:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps(fields | {"config": to_json(self.config)})
+
+    @staticmethod
+    def from_json(text: str) -> "Case":
+        fields = json.loads(text)
+        return Case(**fields | {"config": from_json(fields["config"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's answer, and one line that mends it where something is wrong."""
+
+    name: str
+    status: str
+    text: str
+    fix: str = ""
+    facts: dict = dataclasses.field(default_factory=dict)
+    """The numbers behind the line, for programs."""
+
+    def __post_init__(self):
+        assert self.status in STATUSES, self.status
+        assert bool(self.fix) == (self.status in (WARNING, PROBLEM)), self
+        for name in ("text", "fix"):  # what a library or the system said may have several lines
+            object.__setattr__(self, name, " ".join(getattr(self, name).split()))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))

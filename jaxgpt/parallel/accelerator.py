@@ -1,0 +1,123 @@
+"""Is there a TPU or a GPU that jax does not see? Its cheap signs, read from /dev, /sys and /proc without jax.
+
+Every function takes the `root` of these folders, so that another machine's can be read.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from jaxgpt.config import UserError
+
+# Google's chips on the PCI bus, as jax knows them (jax/_src/hardware_utils.py). The vendor alone is no sign: a
+# virtual machine's network card and disks come from Google too.
+_GOOGLE = "0x1ae0"
+_TPU_CHIPS = {
+    "0x0027": "TPU v2 or v3",
+    "0x0056": "TPU",
+    "0x005e": "TPU v4",
+    "0x0062": "TPU v5p",
+    "0x0063": "TPU v5e",
+    "0x006f": "TPU v6e",
+    "0x0076": "TPU v7x",
+    "0x0083": "TPU 8i",
+    "0x007c": "TPU 8t",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """What this machine has, whether or not jax can use it."""
+
+    kind: str
+    """tpu or gpu: the names of jax's backends."""
+    what: str
+    """In words, such as "4 x TPU v5e"."""
+    device_files: tuple[str, ...]
+    """What a program opens to use it; none where the machine has it and this container was not given it."""
+
+
+def accelerators(root: Path = Path("/")) -> list[Accelerator]:
+    """The TPUs and GPUs that this machine shows signs of: at most one entry of each kind."""
+    return [found for found in (_tpu(root), _gpu(root)) if found]
+
+
+def _tpu(root: Path) -> Accelerator | None:
+    chips = _tpu_chips(root)
+    files = _names(root, "dev/accel[0-9]*")
+    if chips:
+        files += _names(root, "dev/vfio/[0-9]*")  # other devices may be handed out through vfio too
+        return Accelerator("tpu", f"{len(chips)} x {chips[0]}", files)
+    return Accelerator("tpu", f"{len(files)} x TPU", files) if files else None
+
+
+def _tpu_chips(root: Path) -> list[str]:
+    chips = []
+    for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
+        try:
+            if vendor.read_text().strip() == _GOOGLE:
+                chips.append(_TPU_CHIPS.get(vendor.with_name("device").read_text().strip()))
+        except OSError:  # a device that is being taken away
+            continue
+    return [chip for chip in chips if chip]
+
+
+def _gpu(root: Path) -> Accelerator | None:
+    """An NVIDIA GPU whose driver runs; without its driver it is a display adapter that nobody means to train on."""
+    files = _names(root, "dev/nvidia[0-9]*")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden on purpose
+        return None
+    count = len(files) or len(list(root.glob("proc/driver/nvidia/gpus/*")))
+    return Accelerator("gpu", f"{count} x NVIDIA GPU", files) if count else None
+
+
+def _names(root: Path, pattern: str) -> tuple[str, ...]:
+    return tuple(f"/{path.relative_to(root)}" for path in sorted(root.glob(pattern)))
+
+
+def nvidia_driver(root: Path = Path("/")) -> str | None:
+    """The version of the running NVIDIA driver, such as "580.65.06"."""
+    try:
+        found = re.search(r"Module\S*\s.*?(\d+\.\d+(?:\.\d+)?)", (root / "proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def plugin_to_install(kind: str, root: Path = Path("/")) -> str | None:
+    """The package that jax lacks for this kind of accelerator, as pip names it; None where one is installed."""
+    if kind == "tpu":
+        return None if importlib.util.find_spec("libtpu") else "jax[tpu]"
+    if any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
+        return None
+    # CUDA 13 needs the driver 580 or newer, CUDA 12 the driver 525 (docs.jax.dev, "Installation").
+    driver = nvidia_driver(root)
+    return "jax[cuda12]" if driver and int(driver.split(".")[0]) < 580 else "jax[cuda13]"
+
+
+def refuse_silent_cpu(root: Path = Path("/")) -> None:
+    """Call it once jax has its devices: nobody who rents a TPU means to train on its host's CPU.
+
+    Raises:
+        UserError: the machine has a TPU or GPU, jax runs on the CPU all the same, and nobody asked it to.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" or asks_for_cpu(jax.config.jax_platforms):
+        return
+    for found in accelerators(root):
+        if not found.device_files:
+            continue
+        package = plugin_to_install(found.kind, root)
+        fix = f'pip install -U "{package}"' if package else f"jaxgpt doctor --expect {found.kind} says why"
+        raise UserError(
+            f"this machine has {found.what} ({found.device_files[0]}), but jax sees only the CPU; {fix}; or set "
+            "JAX_PLATFORMS=cpu to train on the CPU all the same"
+        )
+
+
+def asks_for_cpu(platforms: str | None) -> bool:
+    """Whether JAX_PLATFORMS, a list with commas, names the CPU."""
+    return "cpu" in (platforms or "").lower().split(",")

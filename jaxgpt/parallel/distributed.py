@@ -1,0 +1,243 @@
+"""Several processes as one run: joining, leaving, and agreeing on what all of them do next.
+
+The idea: every process first answers a roll call on the coordinator's port, so that a start that fails says who
+is missing; only then does jax join them. Nobody who fails to join goes on alone: that would be several runs in
+one folder. A single process is not touched by anything here.
+"""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt.cli import HostLost, RunFailed
+from jaxgpt.config import UserError
+from jaxgpt.parallel.peers import PeerWatch as PeerWatch  # whoever joins watches, too
+from jaxgpt.parallel.roll_call import roll_call
+
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAXGPT_COORDINATOR", "JAXGPT_NUM_PROCESSES", "JAXGPT_PROCESS_ID"
+JOIN_TIMEOUT = "JAXGPT_JOIN_TIMEOUT"
+_CONNECT_SECONDS = 60  # for jax to connect processes that have just answered the roll call
+_SHUTDOWN_SECONDS = 10  # for jax to disconnect processes that have just met at a barrier
+_LEAVE_SECONDS = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which of how many processes this one is, and where process 0 listens for the others."""
+
+    coordinator: str
+    """host:port"""
+    num_processes: int
+    process_id: int
+
+
+def join(setting: str, host_timeout_seconds: float) -> None:
+    """Make this process one of the processes that the environment speaks of; before anything touches a device.
+
+    `setting` is mesh.distributed: off never joins, auto joins where the environment says that there are several
+    processes, on insists. The signs are JAXGPT_COORDINATOR (host:port), JAXGPT_NUM_PROCESSES and
+    JAXGPT_PROCESS_ID, which `jaxgpt launch` sets, else those of a TPU pod, Slurm or Open MPI. JAXGPT_JOIN_TIMEOUT
+    says how many seconds to wait for all, 300 by default.
+
+    Raises:
+        UserError: the environment is contradictory, or mesh.distributed = "on" finds no sign of other processes.
+        HostLost: not all processes came in time; names those that are missing.
+        RunFailed: all came, but jax sees another number of processes.
+    """
+    place = place_in(os.environ, setting)
+    if place is None:
+        return
+    roll_call(place.coordinator, place.num_processes, place.process_id, _join_timeout(os.environ))
+    # jax's own handler of SIGTERM would take the place of the one that saves the state (training/faults.py).
+    jax.config.update("jax_enable_preemption_service", False)
+    host, port = place.coordinator.rsplit(":", 1)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num_processes,
+        place.process_id,
+        cluster_detection_method="deactivate",
+        initialization_timeout=_CONNECT_SECONDS,
+        coordinator_bind_address=f"{host}:{port}" if _is_loopback(host) else None,
+        # PeerWatch is quicker and says who it was; jax's own check ends the process with a stack trace of C++.
+        heartbeat_timeout_seconds=int(60 + 4 * host_timeout_seconds),
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+    )
+    if jax.process_count() != place.num_processes:
+        raise RunFailed(
+            f"{place.num_processes} processes joined, but jax sees {jax.process_count()}: these would be separate "
+            "runs in one folder; check that JAX_PLATFORMS names the same platform everywhere"
+        )
+
+
+def leave(ok: bool) -> None:
+    """Disconnect from the other processes; bounded, also when they are gone.
+
+    `ok` is true where all processes end together, finished or told to stop: then they wait for each other, so that
+    none sees the coordinator disappear. A process that fails does not wait. Does nothing for a single process.
+    """
+    if _client() is None:
+        return
+    try:
+        if ok:
+            barrier("leave", _LEAVE_SECONDS)
+        jax.distributed.shutdown()
+    except (RuntimeError, ValueError, HostLost):  # the others are gone: there is nobody to say good-bye to
+        from jax._src.distributed import global_state
+
+        global_state.client = global_state.service = None  # or jax would try again when Python ends
+
+
+# ---------------------------------------------------------------- who takes part
+
+
+def place_in(environment: Mapping[str, str], setting: str) -> Place | None:
+    """What `environment` says about this process; None where it is alone."""
+    if setting == "off":
+        return None
+    given = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if environment.get(name)]
+    if given:
+        return _explicit_place(environment, given)
+    if setting == "on" or _is_pod(environment):
+        place = _detected_place()
+        if place is not None:
+            return place
+        what = "mesh.distributed = on" if setting == "on" else "the environment speaks of several processes"
+        raise UserError(
+            f"{what}, but jax finds no cluster here; set {COORDINATOR}=HOST:PORT, {NUM_PROCESSES} and {PROCESS_ID} on "
+            "every host, use jaxgpt launch on one machine, or set mesh.distributed = off"
+        )
+    return None
+
+
+def _explicit_place(environment: Mapping[str, str], given: list[str]) -> Place | None:
+    missing = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name not in given]
+    if missing:
+        raise UserError(f"{given[0]} is set, but {' and '.join(missing)} not; set all three on every host, or none")
+    coordinator = environment[COORDINATOR]
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{COORDINATOR} = {coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476")
+    count, process = environment[NUM_PROCESSES], environment[PROCESS_ID]
+    if not count.isdigit() or not process.isdigit() or int(process) >= int(count):
+        raise UserError(
+            f"{PROCESS_ID} = {process!r} and {NUM_PROCESSES} = {count!r} must be numbers, the first below the second"
+        )
+    return Place(coordinator, int(count), int(process)) if int(count) > 1 else None
+
+
+def _is_pod(environment: Mapping[str, str]) -> bool:
+    """Whether a TPU pod, Slurm or Open MPI started several processes, this one among them."""
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    slurm_task = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment  # and not the batch script
+    counts = (
+        str(len([name for name in workers.split(",") if name.strip()])),
+        environment.get("MEGASCALE_NUM_SLICES", ""),
+        environment.get("SLURM_NTASKS", "") if slurm_task else "",
+        environment.get("OMPI_COMM_WORLD_SIZE", ""),
+    )
+    return any(count.isdigit() and int(count) > 1 for count in counts)
+
+
+def _detected_place() -> Place | None:
+    """What jax's own detection finds: the one that jax.distributed.initialize() without arguments asks."""
+    from jax._src.clusters import ClusterEnv
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 300)
+    coordinator, count, process, _ = found
+    if coordinator is None or count is None or process is None:
+        return None
+    return Place(coordinator, count, process) if count > 1 else None
+
+
+def _join_timeout(environment: Mapping[str, str]) -> float:
+    text = environment.get(JOIN_TIMEOUT) or "300"
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{JOIN_TIMEOUT} = {text!r} is not a number of seconds") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------- together
+
+
+def is_writer() -> bool:
+    """Whether this process writes what is written once: process 0 does."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str, timeout_seconds: float) -> None:
+    """Wait until all processes are here, without the devices. `name` may be used again.
+
+    Raises:
+        HostLost: not all came in time.
+    """
+    client = _client()
+    if client is None:
+        return
+    try:
+        client.wait_at_barrier(f"jaxgpt/{name}", int(timeout_seconds * 1000))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise HostLost(f"not all processes reached {name!r} within {timeout_seconds:g} s: {reason}") from None
+
+
+def broadcast_from_writer(value: int) -> int:
+    """The `value` (0 <= value < 2**62) that process 0 gave; every process has to call this."""
+    if jax.process_count() == 1:
+        return value
+    halves = np.array(divmod(value, 2**31), np.int32)  # jax has no 64-bit integers by default
+    high, low = multihost_utils.broadcast_one_to_all(halves).tolist()
+    return high * 2**31 + low
+
+
+class StopVote:
+    """Whether any process was told to stop, known to all of them at the same step, at no wait.
+
+    Every process calls `poll` once per step, in the same order with everything else that uses the devices. The
+    flags are added up by the devices behind the step that was just dispatched, and the sum of the call before is
+    read, which was ready long ago: so the answer is one step late.
+    """
+
+    def __init__(self):
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            return
+        devices = Mesh(np.array(jax.devices()), ("device",))
+        self._by_device = NamedSharding(devices, PartitionSpec("device"))
+        self._add = jax.jit(jnp.sum, out_shardings=NamedSharding(devices, PartitionSpec()))
+        self._pending = self._vote(False)
+
+    def poll(self, requested: bool) -> bool:
+        """Whether some process had passed True to the call before this one; alone, `requested` itself."""
+        if self._alone:
+            return requested
+        before, self._pending = self._pending, self._vote(requested)
+        return int(before.addressable_data(0)) > 0
+
+    def _vote(self, requested: bool) -> jax.Array:
+        flags = np.full(jax.local_device_count(), requested, np.int32)
+        return self._add(jax.make_array_from_process_local_data(self._by_device, flags))
+
+
+def _client():
+    """jax's client of the coordination service (a key-value store and barriers); None for a single process.
+
+    jax offers no public way to it; Orbax takes the same one.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state.client

@@ -1,0 +1,56 @@
+"""Named places in saving, cleaning up and resuming where a test can make this process die or fail.
+
+    JAXGPT_FAILPOINT=save.renamed:kill python -m jaxgpt.train ...      the first time it gets there
+    JAXGPT_FAILPOINT=save.arrays:full@3                                the third time
+
+What happens is real: `kill` is SIGKILL, `term` is SIGTERM, `full` raises the error of a full disk, `hang` waits for
+ever. Without the variable a failpoint is one look into the environment.
+"""
+
+import collections
+import errno
+import os
+import signal
+import time
+
+POINTS = (
+    "lease.taken",
+    "clean.begin",
+    "clean.done",
+    "verify.begin",
+    "verify.damaged",
+    "restore.begin",
+    "restore.done",
+    "save.begin",
+    "save.started",
+    "save.arrays",
+    "save.metadata",
+    "save.manifest",
+    "save.renamed",
+    "delete.renamed",
+    "delete.done",
+)
+"""In the order in which a run passes them."""
+
+_passes: collections.Counter[str] = collections.Counter()  # how often this process came by, for @N
+
+
+def failpoint(name: str) -> None:
+    """Do here what JAXGPT_FAILPOINT asks for, if it names this point."""
+    wanted = os.environ.get("JAXGPT_FAILPOINT")
+    if not wanted or not wanted.startswith(f"{name}:"):
+        return
+    action, _, number = wanted.removeprefix(f"{name}:").partition("@")
+    _passes[name] += 1
+    if _passes[name] != int(number or 1):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"(failpoint {name})")
+    elif action == "hang":
+        time.sleep(1e9)
+    else:
+        raise ValueError(f"JAXGPT_FAILPOINT={wanted}: kill, term, full or hang, not {action}")

@@ -1,0 +1,177 @@
+"""Bad steps: a loss or gradient that is no number, or a spike. What the device does about one, and what the host does.
+
+On the device (`judge`, `unless`; inside the compiled step, no word with the host): a bad step changes neither
+parameters nor optimizer state, whatever `faults.on_bad_step` says. So one program serves all three settings, a good
+step gives the same bits under each, and the state in memory is always the one after the last good step.
+
+On the host (`BadSteps`, which reads the metrics of every step one step late):
+
+- "stop" ends the run. Nothing after the bad step was saved, because all metrics are read before a save.
+- "skip" goes on; the step is counted. More than `faults.max_bad_steps` in a row would be no accident.
+- "rollback" goes on from the last verified checkpoint k < n, n being the bad step: restore k, train step k + 1 on
+  the rows that would have come after n. The rows of step s are those at position s + offset; a rollback adds n - k
+  to the offset (0 at first), which the metadata of later checkpoints keep. Everything follows from the checkpoint
+  and the seed: a run killed after a rollback meets the same bad step again, and goes back again in the same way.
+  This is PaLM's recipe (Chowdhery et al. 2022, section 5.1: restart about 100 steps before the spike, skip 200 to
+  500 batches; spikes came from data and state together, and did not return), with the distance to the checkpoint
+  as both numbers: `checkpoint.save_steps` decides how far back, and how many batches are left out at most.
+
+The rule for spikes is that of OLMo-core and Levanter: more than `faults.spike_sigma` standard deviations above the mean
+of 128 steps. Here only upwards, only with 128 good steps behind, and bad steps never enter the window: a loss that
+has moved for good is therefore told by the bound on bad steps in a row, not taken for the new normal.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.cli import RunFailed
+from jaxgpt.config import FaultsConfig
+
+WINDOW = 128  # good steps; the number of OLMo-core and Levanter
+# The least standard deviation, as a share of the mean: a window of equal values must not make rounding a spike.
+STD_FLOOR = 1e-3
+WATCHED = ("loss", "grad_norm")
+
+
+# ---------------------------------------------------------------- inside the compiled step
+
+
+def empty_window(spike_sigma: float) -> dict[str, jax.Array]:
+    """What the step remembers of good steps: float32 [WINDOW] of each watched value, and how many it has seen.
+
+    Without a rule for spikes it is {}.
+    """
+    if not spike_sigma:
+        return {}
+    return {name: jnp.zeros(WINDOW, jnp.float32) for name in WATCHED} | {"count": jnp.zeros((), jnp.int32)}
+
+
+def judge(loss: jax.Array, grad_norm: jax.Array, recent: dict, spike_sigma: float) -> tuple[jax.Array, dict, dict]:
+    """(whether the step is bad: a bool scalar, the window after it, metrics that tell a spike's size).
+
+    The metrics, there with a window only, mean something once it is full.
+    """
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    if not recent:
+        return bad, recent, {}
+    values, metrics = dict(zip(WATCHED, (loss, grad_norm), strict=True)), {}
+    size = recent["loss"].size
+    full = recent["count"] >= size
+    for name, value in values.items():
+        mean = jnp.mean(recent[name])
+        std = jnp.maximum(jnp.std(recent[name]), STD_FLOOR * jnp.abs(mean))
+        bad |= full & (value > mean + spike_sigma * std)
+        metrics |= {f"{name}_mean": mean, f"{name}_std": std}
+    place = recent["count"] % size
+    with_value = {name: recent[name].at[place].set(value) for name, value in values.items()}
+    return bad, unless(bad, with_value | {"count": recent["count"] + 1}, recent), metrics
+
+
+def unless(bad: jax.Array, new, old):
+    """The tree `new`, or the bits of `old` if the step is bad.
+
+    A select of final values: XLA makes it part of the loops that compute them, so the state still exists once, and a
+    NaN does not get through as it would through a product with 0.
+    """
+    return jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+    """Whether every number of a tree of arrays is finite: a bool scalar on the device.
+
+    For the state about to be saved. A finite loss and gradient can still make an update that overflows, which only
+    the loss of the next step would tell.
+    """
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+# ---------------------------------------------------------------- on the host
+
+
+class BadStep(RunFailed):
+    """A step whose loss or gradient is no number, or a spike, and that the run may not go on from."""
+
+
+class BadSteps:
+    """What becomes of each bad step. Every process of a run reads the same metrics, so all decide alike."""
+
+    def __init__(self, faults: FaultsConfig, in_a_row: int = 0):
+        """`in_a_row`: that of the checkpoint the run starts from, so that a restart does not begin the count anew."""
+        self._faults = faults
+        self.in_a_row = in_a_row
+        """Bad steps up to the last one read, with no good one among them; to be kept in a checkpoint's metadata."""
+        self.skipped = 0
+        """Steps of the whole run, restarts included, that left the state as it was."""
+        self.rollbacks = 0
+        """Times the run went back since the last new checkpoint."""
+        self.told = ""
+        """The last bad step in one line."""
+
+    def check(self, step: int, values: dict, last_good: int | None) -> str | None:
+        """None for a good step; "skipped" if the run goes on; "rollback" if it goes back to `last_good`, a checkpoint.
+
+        `values` are the metrics of `step` as Python numbers. `told` is then the line to print.
+
+        Raises:
+            BadStep: the run ends here, by the setting or by its bound.
+        """
+        self.skipped = values["skipped_steps"]
+        if not values["bad_step"]:
+            self.in_a_row = 0
+            return None
+        self.in_a_row += 1
+        what = f"step {step}: {describe(values, self._faults.spike_sigma)}"
+        limit, policy = self._faults.max_bad_steps, self._faults.on_bad_step
+        if policy == "skip" and self.in_a_row < limit:
+            self.told = f"{what}; the update was skipped ({self.in_a_row} in a row, {self.skipped} in all)"
+            return "skipped"
+        if policy == "rollback" and last_good is not None and self.rollbacks < limit:
+            self.in_a_row = 0
+            self.rollbacks += 1
+            self.told = (
+                f"{what}; back to the checkpoint of step {last_good}, and on with the data after step {step} "
+                f"(rollback {self.rollbacks} since the last new checkpoint)"
+            )
+            return "rollback"
+        ends = {
+            "stop": "",
+            "skip": f"; {self.in_a_row} bad steps in a row (faults.max_bad_steps = {limit})",
+            "rollback": f"; {self.rollbacks} rollbacks and no new checkpoint (faults.max_bad_steps = {limit})"
+            if self.rollbacks
+            else "; nothing to go back to",
+        }[policy]
+        raise BadStep(f"{what}{ends}; {_kept(last_good)}. {_causes(values)}")
+
+    def saved(self, step: int) -> None:
+        """A new checkpoint was written: rollbacks are counted anew."""
+        self.rollbacks = 0
+
+
+def describe(values: dict, spike_sigma: float) -> str:
+    """The loss and gradient norm of a bad step, and the rule they break."""
+    found = {"loss": values["loss_sum"] / max(values["count"], 1.0), "grad_norm": values["grad_norm"]}
+    words = {"loss": "loss", "grad_norm": "gradient norm"}
+    numbers = ", ".join(f"{words[name]} = {value:.6g}" for name, value in found.items())
+    if not all(math.isfinite(value) for value in found.values()):
+        return f"{numbers}: not finite"
+    spikes = []
+    for name, value in found.items():
+        mean, std = values[f"{name}_mean"], values[f"{name}_std"]
+        if value > mean + spike_sigma * std:
+            spikes.append(f"the {words[name]} is {(value - mean) / std:.1f} sigma above {mean:.6g}")
+    return f"{numbers}: {' and '.join(spikes)}, the mean of {WINDOW} good steps (faults.spike_sigma = {spike_sigma:g})"
+
+
+def _kept(last_good: int | None) -> str:
+    return "no checkpoint was written yet" if last_good is None else f"the last good checkpoint is step {last_good}"
+
+
+def _causes(values: dict) -> str:
+    return (
+        f"Likely causes: a learning rate that is too high (now {values['learning_rate']:.1e}), too short a warm-up, "
+        "clipping turned off (optimizer.max_grad_norm = 0), odd data at this step, or weights that were already "
+        "damaged when training started."
+    )

@@ -1,0 +1,164 @@
+"""Before a run goes on: what a dead process left is removed, and the newest checkpoint that is whole is found.
+
+A checkpoint whose files differ from its manifest is moved to quarantine/, never deleted and never read. A run that
+crashes again and again at one step goes one checkpoint back, once, and then stops.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxgpt.cli import RunFailed
+from jaxgpt.config import UserError
+from jaxgpt.data import manifest
+from jaxgpt.training.checkpoint import DELETING, FOLDER, SAVING, finished_steps, read_metadata
+from jaxgpt.training.failpoints import failpoint
+
+QUARANTINE = "quarantine"
+FAULTS_FILE = "faults.jsonl"
+CRASHES = 3  # at one step, after which the run goes one checkpoint back, and the next time stops
+
+
+def clean_leftovers(run: Path) -> None:
+    """Remove what a killed process was writing or deleting. Only for the one who holds the run's lease.
+
+    A checkpoint that lacked nothing but its name gets it.
+    """
+    failpoint("clean.begin")
+    for folder in (run / FOLDER).glob(f"{SAVING}*"):
+        named = run / FOLDER / folder.name.removeprefix(SAVING)
+        if named.name.isdigit() and not named.exists() and not manifest.problems(folder):
+            os.rename(folder, named)
+    for folder in (run / FOLDER).glob(".*"):
+        if folder.name.startswith((SAVING, DELETING)):
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in run.glob("*.tmp"):
+        file.unlink()
+    failpoint("clean.done")
+
+
+def newest_whole_step(run: Path) -> int | None:
+    """The latest step whose every file is as it was written; damaged ones are moved away on the way to it.
+
+    None where the run has no checkpoint yet.
+
+    Raises:
+        RunFailed: it had some, and none is whole.
+    """
+    failpoint("verify.begin")
+    for step in sorted(_numbered(run), reverse=True):
+        found = damage(run, step)
+        if not found:
+            return step
+        moved = quarantine(run, step)
+        failpoint("verify.damaged")
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        print(f"damaged  checkpoint {step}: {found[0]}{more}; moved to {moved}", flush=True)
+        record_fault(run, step=step, what="damaged checkpoint", problems=found[:20], moved_to=str(moved))
+    if (run / QUARANTINE).is_dir() and any((run / QUARANTINE).iterdir()):
+        raise RunFailed(
+            f"{run} has no whole checkpoint left, only damaged ones in {run / QUARANTINE}; mend one and move it back "
+            f"to {run / FOLDER}, or begin anew in another --workdir"
+        )
+    return None
+
+
+def damage(run: Path, step: int, unread: str | None = None) -> list[str]:
+    """What is wrong with the files of a checkpoint, in short texts; empty where all is well (`manifest.problems`)."""
+    folder = run / FOLDER / str(step)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    # A bar only where one would wait for it.
+    with tqdm(total=size, desc=f"verifying step {step}", unit="B", unit_scale=True, leave=False,
+              disable=None if size > 1 << 30 else True) as bar:  # fmt: skip
+        found = manifest.problems(folder, bar.update, unread=unread)
+    if found:
+        return found
+    try:
+        named = read_metadata(run, step).get("step", step)
+    except UserError as error:
+        return [str(error)]
+    return [] if named == step else [f"holds step {named}, not {step}"]
+
+
+def check_weights(run: Path, step: int) -> None:
+    """Refuse weights that are not as they were written.
+
+    Raises:
+        UserError: names a damaged file.
+    """
+    if found := damage(run, step, unread="optimizer/*"):
+        raise UserError(f"checkpoint {run / FOLDER / str(step)} is damaged: {found[0]}; use another step")
+
+
+def quarantine(run: Path, step: int) -> Path:
+    """Move a checkpoint out of the way; returns where it lies now."""
+    (run / QUARANTINE).mkdir(exist_ok=True)
+    number = sum(1 for folder in (run / QUARANTINE).iterdir() if folder.name.split(".")[0] == str(step))
+    place = run / QUARANTINE / (f"{step}.{number}" if number else str(step))
+    os.rename(run / FOLDER / str(step), place)
+    return place
+
+
+def _numbered(run: Path) -> Iterator[int]:
+    """Every folder that has a step's name, whole or not."""
+    if (run / FOLDER).is_dir():
+        yield from (int(folder.name) for folder in (run / FOLDER).iterdir() if folder.name.isdigit())
+
+
+# ---------------------------------------------------------------- the run's own record
+
+
+def record_fault(run: Path, **facts) -> None:
+    """Append one line to faults.jsonl, on disk when this returns. Not being able to is not worth a second fault."""
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n"
+    try:
+        with open(run / FAULTS_FILE, "a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        print(f"warning: {run / FAULTS_FILE} cannot be written ({error.strerror})", flush=True)
+
+
+def read_faults(run: Path) -> list[dict]:
+    """The lines of faults.jsonl; a last one that was cut off is left out."""
+    faults = []
+    if (run / FAULTS_FILE).is_file():
+        for line in (run / FAULTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                faults.append(json.loads(line))
+            except ValueError:
+                continue
+    return faults
+
+
+def break_crash_loop(run: Path, step: int | None, identity: str) -> int | None:
+    """The step to go on from: `step`, or the checkpoint before it after CRASHES crashes at one place.
+
+    `identity` names the settings and the program: under other ones an old crash proves nothing.
+
+    Raises:
+        RunFailed: it crashed as often again, or there is nothing to go back to.
+    """
+    crashes = [fault for fault in read_faults(run) if fault.get("identity") == identity]
+    since = [index for index, fault in enumerate(crashes) if fault["what"] == "went one checkpoint back"]
+    crashes_since = crashes[since[-1] + 1 :] if since else crashes
+    last = [fault["step"] for fault in crashes_since[-CRASHES:] if fault["what"] == "crash"]
+    if len(last) < CRASHES or len(set(last)) > 1:
+        return step
+    earlier = [other for other in finished_steps(run) if step is not None and other < step]
+    told = f"{run} crashed {CRASHES} times in a row at step {last[0]} ({crashes_since[-1].get('error', '?')})"
+    if since or not earlier:
+        raise RunFailed(
+            f"{told}{', also from one checkpoint earlier' if since else ''}; not tried again. Change what is wrong "
+            f"there, or delete {run / FAULTS_FILE} to try all the same"
+        )
+    moved = quarantine(run, step)
+    print(f"crashes  {told}; going one checkpoint back, to step {earlier[-1]} ({moved} is kept)", flush=True)
+    record_fault(run, step=step, what="went one checkpoint back", identity=identity, moved_to=str(moved))
+    return earlier[-1]

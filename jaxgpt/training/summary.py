@@ -1,0 +1,102 @@
+"""What a run says at its start and its end: lines for a person, summary.json and report.html for later."""
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxgpt import __version__
+from jaxgpt.config import Config
+from jaxgpt.data.rows import TokenDataset
+from jaxgpt.model.sizes import parameter_count
+from jaxgpt.training import report
+from jaxgpt.training.checkpoint import bytes_needed
+from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.step import Program, TrainState
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def warn_of_little_room(state: TrainState, config: Config, workdir: Path) -> None:
+    """Say so when the checkpoints to come will not fit on the disk. `state` may be abstract."""
+    needed, free = bytes_needed(state, config.checkpoint), shutil.disk_usage(workdir).free
+    if needed > free:
+        print(
+            f"warning  {workdir}: {free / 1e9:.1f} GB free, but the checkpoints to be kept need {needed / 1e9:.1f} GB; "
+            "make room or set a smaller checkpoint.save_total_limit",
+            flush=True,
+        )
+
+
+def print_header(
+    config: Config, dataset: TokenDataset, mesh: Mesh, program: Program, workdir: Path, step: int | None, weights
+) -> None:
+    """What is about to run, on what, and from where. `weights`: those of another model, or None."""
+    model, train = config.model, config.train
+    parameters = parameter_count(model, dataset.vocab_size)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    devices = mesh.devices.flatten()
+    print(
+        f"model    {parameters / 1e6:.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, width "
+        f"{model.n_embd}, {model.dtype}\n"
+        f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens, "
+        f"vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
+        f"devices  {devices.size} x {devices[0].device_kind} ({shape}), attention by {program.attention}\n"
+        f"batch    {train.global_batch_size} sequences of {config.block_size} tokens, "
+        f"{train.gradient_accumulation_steps} micro-batches; {train.max_steps:,} steps\n"
+        f"run      {workdir}, " + (f"resumed after step {step}" if step else "from step 0"),
+        flush=True,
+    )
+    if weights:
+        new = dataset.vocab_size - weights.vocab_size
+        rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
+        print(f"weights  {weights.setting}{rows}", flush=True)
+
+
+def write_report(run, status: str, seconds: float) -> None:
+    """summary.json and report.html: what ran, on what, and how it ended."""
+    config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+    summary = {
+        "status": status,
+        "seconds": round(seconds, 1),
+        "parameters": parameter_count(config.model, dataset.vocab_size),
+        "tokens_per_step": config.train.global_batch_size * config.block_size,
+        "device": devices[0].device_kind,
+        "devices": int(devices.size),
+        "mesh": dict(run.mesh.shape),
+        "data": {
+            "path": str(dataset.path),
+            "fingerprint": dataset.fingerprint,
+            "training_tokens": dataset.train.num_tokens,
+            "validation_tokens": dataset.validation.num_tokens,
+            "vocabulary": dataset.vocab_size,
+        },
+        "versions": {
+            "jaxgpt": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+    }
+    write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2))
+    if (run.workdir / "metrics.jsonl").exists():  # a run that failed in its first step has none
+        report.write_report(run.workdir)
+
+
+def print_footer(workdir: Path, best_step: int | None) -> None:
+    last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
+    print(
+        f"\nvalidation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
+        f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best_step})\n"
+        f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} (for transformers)\n"
+        f"report      {workdir / 'report.html'}\n"
+        f'sample      python -m jaxgpt.sample --checkpoint {workdir} --prompt "..."'
+    )
