@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from jaxgpt import __version__
+from jaxgpt import __version__, cli
 
 VERBS = {
     "doctor": "can this machine do the job? one line and one fix for each thing that is wrong",
@@ -20,7 +20,10 @@ VERBS = {
 def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
-        return importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
+        code = importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
+        if verb == "train":
+            cli.leave(code)
+        return code
     if verb == "--version":
         print(__version__)
         return 0

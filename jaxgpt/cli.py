@@ -5,10 +5,13 @@ A config file holds sections of settings; `base = "other.toml"` names a file who
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import json
+import os
 import sys
 import tomllib
 import types
@@ -20,6 +23,8 @@ from pydantic import ValidationError
 
 from jaxgpt.config import Config, UserError
 
+# What a disk or a mounted bucket says when it is full, broken or no longer writable.
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG = 0, 1, 2, 42, 74, 75
 
 
@@ -41,8 +46,11 @@ class HostLost(RunFailed):
     exit_code = EXIT_WATCHDOG
 
 
-class Interrupted(Exception):
-    """The run was told to stop and has saved its state: run the same command again. Exit code 42."""
+class Interrupted(BaseException):
+    """The run was told to stop and has saved its state: run the same command again. Exit code 42.
+
+    Not an Exception, as KeyboardInterrupt is none: a signal raises it anywhere, and no library may swallow it.
+    """
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]):
@@ -61,14 +69,27 @@ def command(main: Callable[[Sequence[str] | None], int | None]):
         except RunFailed as error:
             print(f"failed: {error}", file=sys.stderr)
             return error.exit_code
-        except KeyboardInterrupt:  # outside of training, which saves first and then raises Interrupted
-            print("stopped: Ctrl-C", file=sys.stderr)
-            return EXIT_FAILED
         except BrokenPipeError:  # the reader of our output left (`| head`): not our failure
             sys.stderr.close()
             return EXIT_DONE
+        except OSError as error:
+            if error.errno not in STORAGE_ERRNOS:
+                raise
+            print(f"failed: {error.filename or 'storage'}: {error.strerror}", file=sys.stderr)
+            return EXIT_STORAGE
+        except KeyboardInterrupt:  # outside of training, which saves first and then raises Interrupted
+            print("stopped: Ctrl-C", file=sys.stderr)
+            return EXIT_FAILED
 
     return run
+
+
+def leave(code: int) -> typing.NoReturn:
+    """End the process now. A thread that hangs in a read would keep Python from ending, or crash it on its way out."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the reader of our output left
+            stream.flush()
+    os._exit(code)
 
 
 def sections() -> dict[str, type]:

@@ -109,7 +109,7 @@ class Drill:
 
     def _plan(self) -> Iterator[str]:
         """Failpoints, and "" for a random instant, in a mixed order."""
-        from jaxgpt.training.failpoints import POINTS
+        from jaxgpt.failpoints import POINTS
 
         kills = [""] * self._arguments.kills + [point for point in POINTS for _ in range(self._arguments.points)]
         self._random.shuffle(kills)

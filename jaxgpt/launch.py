@@ -6,6 +6,7 @@ launcher (SIGTERM, Ctrl-C) goes to all. It exits as the first process that faile
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = [word for word in arguments.verb if word != "--"] if arguments.verb[:1] == ["--"] else arguments.verb
     if not verb or verb[0] not in JOINING_VERBS:
         given = f"not {verb[0]!r}" if verb else "and there is nothing after --"
-        raise UserError(f"launch runs {' or '.join(JOINING_VERBS)}, {given}; for example: launch --local-procs 2 -- train")
+        raise UserError(
+            f"launch runs {' or '.join(JOINING_VERBS)}, {given}; for example: launch --local-procs 2 -- train"
+        )
     environments = local_environments(arguments.local_procs, arguments.devices_per_proc)
     return run_together([sys.executable, "-m", "jaxgpt", *verb], environments, arguments.grace)
 
@@ -66,7 +69,8 @@ def run_together(command: Sequence[str], environments: Sequence[dict[str, str]],
     A death by signal s counts as 128 + s. Once one has failed, the others have `grace_seconds` to end.
     """
     processes = [_start(command, environment) for environment in environments]
-    readers = [threading.Thread(target=_relay, args=(n, p), daemon=True) for n, p in enumerate(processes)]
+    writing = threading.Lock()
+    readers = [threading.Thread(target=_relay, args=(n, p, writing), daemon=True) for n, p in enumerate(processes)]
     for reader in readers:
         reader.start()
     handlers = {number: signal.signal(number, _forward_to(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -97,13 +101,13 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
     )
 
 
-def _relay(number: int, process: subprocess.Popen) -> None:
-    """Each line in one write, so that lines of different processes never mix."""
+def _relay(number: int, process: subprocess.Popen, writing: threading.Lock) -> None:
+    """Each line whole, so that lines of different processes never mix."""
     for line in process.stdout:
-        try:
-            os.write(1, f"[{number}] ".encode() + line.removesuffix(b"\n") + b"\n")
-        except OSError:  # the reader of our output left (`| head`); the processes must not block on theirs
-            pass
+        # Where the reader of our output left (`| head`), we read on: the processes must not block on theirs.
+        with writing, contextlib.suppress(OSError):
+            sys.stdout.buffer.write(f"[{number}] ".encode() + line.removesuffix(b"\n") + b"\n")
+            sys.stdout.buffer.flush()
 
 
 def _forward_to(processes: Sequence[subprocess.Popen]):

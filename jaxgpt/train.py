@@ -7,7 +7,6 @@ weights as a folder that Hugging Face's transformers reads.
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
         ended_well = False
         try:
             inputs = checked_inputs(config, workdir, force, held)
-            with crashes_recorded(inputs, workdir, activity):
+            with crashes_recorded(config, workdir, activity):
                 run(inputs, workdir, stop, activity, held)
             ended_well = True
         except cli.Interrupted:
@@ -183,19 +182,25 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
                 checkpoints.close()
                 best_step = checkpoints.best_step()
                 if is_writer:
-                    summary.write_report(whole, status, time.time() - started)
+                    write_report(whole, status, time.time() - started)
         export(whole, state.params, is_writer)
     if is_writer:
         summary.print_footer(workdir, best_step)
 
 
-@contextlib.contextmanager
-def crashes_recorded(inputs: Inputs, workdir: Path, activity) -> Iterator[None]:
-    """Leave a line about an exception that is nobody's decision: three at one step and the run goes back.
+def write_report(run, status: str, seconds: float) -> None:
+    """summary.json and report.html; a disk without room for them is no reason to hide how the run ended."""
+    from jaxgpt.training import summary
 
-    Raises:
-        StorageFailed: in the place of the error of a disk that is full or gone.
-    """
+    try:
+        summary.write_report(run, status, seconds)
+    except OSError as error:
+        print(f"warning  no report: {error.filename or run.workdir}: {error.strerror}", flush=True)
+
+
+@contextlib.contextmanager
+def crashes_recorded(config: Config, workdir: Path, activity) -> Iterator[None]:
+    """Leave a line about an exception that is nobody's decision: three at one step and the run goes back."""
     from jaxgpt.training.recovery import record_fault
     from jaxgpt.training.resume import identity
 
@@ -204,9 +209,11 @@ def crashes_recorded(inputs: Inputs, workdir: Path, activity) -> Iterator[None]:
     except (UserError, cli.StorageFailed, cli.HostLost):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in cli.STORAGE_ERRNOS:
+            raise
         facts = {
             "step": activity.now[1],
-            "identity": identity(inputs.config),
+            "identity": identity(config),
             "error": f"{type(error).__name__}: {error}",
         }
         record_fault(workdir, what="crash", **{**facts, "error": facts["error"][:500]})
@@ -309,4 +316,4 @@ def export(run, params: dict, is_writer: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxgpt.data.rows import TokenStream, check_window
+from jaxgpt.failpoints import failpoint
 
 AHEAD = 2  # batches sent to the devices before the step asks: the transfer overlaps the step
 
@@ -106,6 +107,7 @@ def train_batches(
         raise ValueError(f"accumulation {accumulation} does not divide batch {global_batch_size}")
 
     def read(step: int, rows: np.ndarray) -> Batch:
+        failpoint("data.read")
         return train_rows(
             stream,
             seed=seed,

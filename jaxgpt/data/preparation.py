@@ -57,7 +57,7 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Path:
     """
     settings = config.tokenizer
     tokenizer = tokenizer or given_tokenizer(config)
-    final = _place(config, tokenizer)
+    final = place_of(config, tokenizer)
     if final.exists():
         dataset = open_dataset(final, verify="sizes")  # whoever goes on to read the tokens verifies them
         _check_settings(dataset, _settings(config, tokenizer))
@@ -176,7 +176,7 @@ def _check_settings(dataset: TokenDataset, settings: dict[str, object]) -> None:
             )
 
 
-def _place(config: Config, tokenizer: Tokenizer | None) -> Path:
+def place_of(config: Config, tokenizer: Tokenizer | None) -> Path:
     """Where the dataset of these settings and this state of the source lies."""
     facts = [FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,7 @@ def run_folder(case: Case) -> Iterator[Finding]:
     if place and checkpoints.is_dir() and not os.access(checkpoints, os.W_OK | os.X_OK):
         fix = f"sudo chown -R $USER {checkpoints}, or {other}"
         finding = Finding("run folder", PROBLEM, f"{checkpoints} belongs to another user", fix, place.facts)
-    elif place and finding.status == OK:
+    elif place:
         finding = _in_use(case, finding)
     yield finding
     if place is None:
@@ -98,7 +98,7 @@ def data(case: Case) -> Iterator[Finding]:
     from jaxgpt.data import preparation, rows
 
     try:
-        path = preparation._place(config, preparation.given_tokenizer(config))
+        path = preparation.place_of(config, preparation.given_tokenizer(config))
         dataset = rows.open_dataset(path, verify="sizes") if path.exists() else None
     except UserError as error:
         fix = "correct [data] or [tokenizer] in the config; a damaged folder: delete it and run jaxgpt prepare"

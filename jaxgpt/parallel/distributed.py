@@ -5,6 +5,7 @@ is missing; only then does jax join them. Nobody who fails to join goes on alone
 one folder. A single process is not touched by anything here.
 """
 
+import ctypes
 import dataclasses
 import os
 import socket
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.cli import HostLost, RunFailed
 from jaxgpt.config import UserError
+from jaxgpt.parallel.peers import HOST_OF_0, hold_aborts
 from jaxgpt.parallel.peers import PeerWatch as PeerWatch  # whoever joins watches, too
 from jaxgpt.parallel.roll_call import roll_call
 
@@ -25,7 +27,7 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAXGPT_COORDINATOR", "JAXGPT_NUM_PROCE
 JOIN_TIMEOUT = "JAXGPT_JOIN_TIMEOUT"
 _CONNECT_SECONDS = 60  # for jax to connect processes that have just answered the roll call
 _SHUTDOWN_SECONDS = 10  # for jax to disconnect processes that have just met at a barrier
-_LEAVE_SECONDS = 300.0
+_LEAVE_SECONDS = 30.0  # for those who have left their PeerWatch together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,8 @@ def join(setting: str, host_timeout_seconds: float) -> None:
         heartbeat_timeout_seconds=int(60 + 4 * host_timeout_seconds),
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
+    if place.process_id == 0:
+        _client().key_value_set(HOST_OF_0, socket.gethostname())
     if jax.process_count() != place.num_processes:
         raise RunFailed(
             f"{place.num_processes} processes joined, but jax sees {jax.process_count()}: these would be separate "
@@ -84,14 +88,28 @@ def leave(ok: bool) -> None:
     """
     if _client() is None:
         return
-    try:
-        if ok:
+    if ok:
+        try:
             barrier("leave", _LEAVE_SECONDS)
-        jax.distributed.shutdown()
-    except (RuntimeError, ValueError, HostLost):  # the others are gone: there is nobody to say good-bye to
-        from jax._src.distributed import global_state
+            jax.distributed.shutdown()
+            return
+        except (RuntimeError, ValueError, HostLost):  # the others are gone: there is nobody to say good-bye to
+            pass
+    _abandon()
 
-        global_state.client = global_state.service = None  # or jax would try again when Python ends
+
+def _abandon() -> None:
+    """Leave the connection as it is until the process ends.
+
+    jax would close it when Python ends: wait for the others, not find them, and abort with an exit code that says
+    nothing. So it shall neither know it nor destroy it.
+    """
+    from jax._src.distributed import global_state
+
+    hold_aborts()
+    for connection in (global_state.client, global_state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    global_state.client = global_state.service = None
 
 
 # ---------------------------------------------------------------- who takes part

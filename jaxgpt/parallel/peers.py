@@ -6,6 +6,7 @@ the store itself does not answer, that says that process 0 is the dead one. The 
 the main thread of a survivor sits in a collective that never ends.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import faulthandler
@@ -25,6 +26,8 @@ from jaxgpt.cli import EXIT_WATCHDOG, Interrupted
 RECORD = "faults.jsonl"
 _INTERVAL = 0.5  # seconds between two signs of life
 _FAILED_SECONDS = 5.0  # for the others to fail for the same reason, before one that failed ends them
+_END_MILLISECONDS = 3_600_000  # for process 0 to write what it writes at the end
+HOST_OF_0 = "jaxgpt/host"  # written when all join, so that it is known however early process 0 dies
 _FOLDER = "jaxgpt/peers/"
 _VERDICT = "jaxgpt/verdict"
 ALIVE, DONE, FAILED = "alive", "done", "failed"
@@ -56,9 +59,6 @@ class Peers:
         self._last: dict[int, Sign] = {}
         self._silent: dict[int, float] = {}
         self._failed: dict[int, float] = {}
-
-    def host(self, process: int) -> str:
-        return self._last[process].host if process in self._last else "an unknown host"
 
     def judge(self, signs: dict[int, Sign], seconds: float) -> Verdict | None:
         """`signs` by process after `seconds` more; a process that said nothing yet, or left, is not judged."""
@@ -101,6 +101,7 @@ class PeerWatch:
 
         self._client, self._coordinator = global_state.client, global_state.coordinator_address
         self._me, self._host = jax.process_index(), socket.gethostname()
+        self._host_of_0 = self._client.blocking_key_value_get(HOST_OF_0, 60_000)
         self._beat()
         self._abort = _AbortHandler(self._coordinator_is_gone)
         for work in (self._keep_beating, self._watch_the_store):
@@ -112,17 +113,21 @@ class PeerWatch:
         if not self._threads:
             return
         if _is_broken_collective(error):
-            # The thread that beats will find out who is gone, and end this process; longer than it can take, we
+            # The thread that beats will find out who is gone, and end this process; longer than that can take, we
             # do not wait: then the error was another one.
-            time.sleep(self._timeout + 4 * _INTERVAL)
+            time.sleep(max(self._timeout, _FAILED_SECONDS) + 10 * _INTERVAL)
         good = error is None or isinstance(error, Interrupted)
-        self._state = DONE if good else f"{FAILED}: {type(error).__name__}"
+        if good:
+            self._wait_for_the_others()
+        self._state = DONE if good else f"{FAILED}: {type(error).__name__}: {error}"[:300]
         self._closing.set()
         for thread in self._threads:
             thread.join(2 * self._timeout)
-        if not good and self._me == 0:
-            self._outlast_the_others()
         self._abort.remove()
+        if not good:
+            hold_aborts()
+            if self._me == 0:
+                self._outlast_the_others()
 
     # ------------------------------------------------------------ the threads
 
@@ -155,6 +160,11 @@ class PeerWatch:
             before, answered = now, self._answered
             if silent > self._timeout + 2 * _INTERVAL:  # process 0's own verdict goes first
                 self._end(self._store_lost(f"does not answer for {silent:.0f} s"))
+
+    def _wait_for_the_others(self) -> None:
+        """Process 0 may have much to write at the end. While we wait for it, the threads still look after it."""
+        with contextlib.suppress(RuntimeError, ValueError):  # somebody is lost: the threads will say who
+            self._client.wait_at_barrier("jaxgpt/end", _END_MILLISECONDS)
 
     def _outlast_the_others(self) -> None:
         """They learn from the store of process 0 that it failed: it must not go before they have, or failed too."""
@@ -191,7 +201,7 @@ class PeerWatch:
     # ------------------------------------------------------------ the end
 
     def _store_lost(self, what: str) -> Verdict:
-        return Verdict(0, self._peers.host(0), what)
+        return Verdict(0, self._host_of_0, what)
 
     def _coordinator_is_gone(self) -> bool:
         """Asked when jax is about to abort the process, which it does the moment that its coordinator is gone."""
@@ -263,3 +273,13 @@ class _AbortHandler:
 
     def remove(self) -> None:
         self._libc.signal(signal.SIGABRT, self._before)
+
+
+def hold_aborts() -> None:
+    """From now on abort() makes its thread sleep: a process that ends with an error of its own keeps its exit code.
+
+    Otherwise jax would abort it as soon as another process, which fails for the same reason, is a little quicker.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))

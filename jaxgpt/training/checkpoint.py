@@ -22,11 +22,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt.cli import StorageFailed
+from jaxgpt.cli import STORAGE_ERRNOS, StorageFailed
 from jaxgpt.config import CheckpointConfig, Config, UserError, from_json
 from jaxgpt.data import manifest
 from jaxgpt.data.rows import fsync
-from jaxgpt.training.failpoints import failpoint
+from jaxgpt.failpoints import failpoint
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -240,9 +240,12 @@ def bytes_needed(state: TrainState, config: CheckpointConfig) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the stack that TensorStore adds."""
+    """The first line of an error, without the paths and stacks that TensorStore adds where the cause is a known one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    for number in STORAGE_ERRNOS:
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
     return str(error).split("\n")[0].split(" [")[0][:200] or type(error).__name__
 
 

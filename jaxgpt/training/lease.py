@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from jaxgpt.config import UserError
-from jaxgpt.training.failpoints import failpoint
+from jaxgpt.failpoints import failpoint
 
 FILE = "lease.json"
 BEAT_SECONDS = 3.0

@@ -14,6 +14,7 @@ from jaxgpt.cli import Interrupted
 from jaxgpt.config import Config
 from jaxgpt.data.pipeline import Batch, eval_batches, train_batches, windows_per_epoch
 from jaxgpt.data.rows import TokenDataset
+from jaxgpt.failpoints import failpoint
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.distributed import StopVote
@@ -270,6 +271,7 @@ def evaluate(run: Run, params: dict, stop: Callable[[], bool] = lambda: False) -
     sums: list[tuple[jax.Array, jax.Array]] = []
     with contextlib.closing(batches):
         for batch in batches:
+            failpoint("evaluate")
             if stop():
                 break
             sums.append(run.program.eval_step(params, batch))

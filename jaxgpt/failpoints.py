@@ -1,4 +1,4 @@
-"""Named places in saving, cleaning up and resuming where a test can make this process die or fail.
+"""Named places in reading, saving, cleaning up and resuming where a test can make this process die or fail.
 
     JAXGPT_FAILPOINT=save.renamed:kill python -m jaxgpt.train ...      the first time it gets there
     JAXGPT_FAILPOINT=save.arrays:full@3                                the third time
@@ -21,6 +21,8 @@ POINTS = (
     "verify.damaged",
     "restore.begin",
     "restore.done",
+    "data.read",
+    "evaluate",
     "save.begin",
     "save.started",
     "save.arrays",

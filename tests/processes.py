@@ -1,0 +1,116 @@
+"""Several real processes that join over the loopback interface, each with CPU devices of its own.
+
+Run as a program, this file is what they run: the loop of a training without the training, so that it starts in
+two seconds: join, watch, vote, step. `python tests/processes.py FOLDER [fault of this process]`.
+"""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxgpt import cli
+from jaxgpt.launch import local_environments
+
+HOST_TIMEOUT = 2.0
+STOP_AT, FAIL_AT = 5, 5
+
+
+@cli.command
+def main(argv=None) -> None:
+    from jaxgpt.parallel import distributed
+
+    folder, fault = Path(sys.argv[1]), sys.argv[2]
+    distributed.join("auto", HOST_TIMEOUT)
+    import jax
+
+    ended_well, process = False, jax.process_index()
+    try:
+        with distributed.PeerWatch(folder / "run", HOST_TIMEOUT) as watch:
+            vote = distributed.StopVote()
+            told = distributed.broadcast_from_writer(2**40 + 1 if process == 0 else 0)
+            print(f"process {process} of {jax.process_count()} was told {told}", flush=True)
+            for step in range(3000):
+                watch.step = step
+                if step == 3:
+                    (folder / f"runs-{process}").touch()
+                if step == FAIL_AT and fault == "fails":
+                    raise cli.StorageFailed("the disk is full")
+                if vote.poll(step == STOP_AT and fault == "stops"):
+                    print(f"stopped at {step}", flush=True)
+                    break
+                time.sleep(0.02)
+        ended_well = True
+    finally:
+        distributed.leave(ended_well)
+
+
+@dataclasses.dataclass
+class Processes:
+    """Started processes, what they write, and how they end."""
+
+    started: list[subprocess.Popen]
+    folder: Path
+
+    def wait_until_they_run(self) -> None:
+        wait_for(lambda: all((self.folder / f"runs-{n}").exists() for n in range(len(self.started))))
+
+    def code(self, process: int, seconds: float = 40) -> int:
+        return self.started[process].wait(seconds)
+
+    def output(self, process: int) -> str:
+        return (self.folder / f"output-{process}").read_text()
+
+
+@contextlib.contextmanager
+def started(folder: Path, commands: list[list], environments: list[dict[str, str]]) -> Iterator[Processes]:
+    """Python with each process's words, in its environment; output to `folder`; those left at the end are killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    running = []
+    try:
+        for number, (words, environment) in enumerate(zip(commands, environments, strict=True)):
+            with open(folder / f"output-{number}", "w") as output:
+                command = [sys.executable, *map(str, words)]
+                running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        yield Processes(running, folder)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def joined(folder: Path, count: int, faults: dict[int, str] | None = None):
+    """`count` processes of this file; `faults`: what goes wrong in which of them."""
+    commands = [[__file__, folder, (faults or {}).get(number, "")] for number in range(count)]
+    return started(folder, commands, environments(count))
+
+
+def environments(count: int, devices_each: int = 1) -> list[dict[str, str]]:
+    """As launch sets them, and compiled as the tests compile."""
+    return [
+        place | {"XLA_FLAGS": place["XLA_FLAGS"] + " --xla_backend_optimization_level=0"}
+        for place in local_environments(count, devices_each)
+    ]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

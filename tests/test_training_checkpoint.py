@@ -1,0 +1,272 @@
+"""Checkpoints: complete or not there, verified before use, and what storage that fails does to them."""
+
+import dataclasses
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG, batch, program
+
+from jaxgpt.cli import RunFailed, StorageFailed
+from jaxgpt.config import CheckpointConfig, UserError
+from jaxgpt.data import manifest
+from jaxgpt.training import checkpoint, recovery
+from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, finished_steps
+from jaxgpt.training.recovery import QUARANTINE, clean_leftovers, damage, newest_whole_step, read_faults
+from jaxgpt.training.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return program()
+
+
+@pytest.fixture(scope="module")
+def saved(compiled, tmp_path_factory) -> Path:
+    """A run folder with the checkpoints of steps 1 and 2."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    checkpoints, state = Checkpoints(run, CheckpointConfig()), compiled.init()
+    for step in (1, 2):
+        state, _ = compiled.train_step(state, batch(step))
+        checkpoints.save(step, state, {"vocab_size": 65}, float(step), surely=True)
+    checkpoints.close()
+    return run
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def files(run: Path, step: int) -> list[Path]:
+    folder = run / FOLDER / str(step)
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def bits(state) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_a_checkpoint_that_nothing_happened_to_is_whole(run):
+    assert damage(run, 2) == []
+    assert newest_whole_step(run) == 2
+
+
+@pytest.mark.parametrize("what", ["truncate", "flip", "delete", "empty"])
+def test_damage_to_any_file_is_found_the_checkpoint_moved_and_the_one_before_it_used(run, saved, what, capsys):
+    for file in files(run, 2):
+        path = run / FOLDER / "2" / file
+        whole = path.read_bytes()
+        if what in ("truncate", "flip", "empty") and not whole:
+            continue  # an empty file has nothing to lose
+        if what == "delete":
+            path.unlink()
+        elif what == "flip":
+            middle = len(whole) // 2
+            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        else:
+            path.write_bytes(b"" if what == "empty" else whole[:-1])
+        assert newest_whole_step(run) == 1, file
+        said = capsys.readouterr().out
+        assert "damaged  checkpoint 2" in said and str(run / QUARANTINE / "2") in said
+        assert read_faults(run)[-1]["what"] == "damaged checkpoint"
+        shutil.rmtree(run / QUARANTINE)
+        shutil.copytree(saved / FOLDER / "2", run / FOLDER / "2")
+
+
+def test_files_swapped_between_checkpoints_are_found(run):
+    here, there = run / FOLDER / "2", run / FOLDER / "1"
+    for file in (METADATA, manifest.NAME):
+        mine, other = (here / file).read_bytes(), (there / file).read_bytes()
+        (here / file).write_bytes(other)
+        assert damage(run, 2), file
+        (here / file).write_bytes(mine)
+    assert damage(run, 2) == []
+
+
+def test_a_whole_checkpoint_under_another_steps_name_is_found(run):
+    shutil.rmtree(run / FOLDER / "2")
+    shutil.copytree(run / FOLDER / "1", run / FOLDER / "2")
+    assert damage(run, 2) == ["holds step 1, not 2"]
+
+
+def test_a_file_that_nobody_wrote_is_found(run):
+    (run / FOLDER / "2" / "params" / "d" / "0123").write_bytes(b"")
+    assert damage(run, 2) == ["params/d/0123: not listed (extra)"]
+
+
+def flips(run: Path, number: int, seed: int):
+    """Flip one random bit of the arrays' files after another, the one before being undone."""
+    rng = np.random.default_rng(seed)
+    payload = [path for path in files(run, 2) if "d" in path.parts]
+    for _ in range(number):
+        path = run / FOLDER / "2" / payload[rng.integers(len(payload))]
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        yield path
+        path.write_bytes(whole)
+
+
+def test_every_flipped_bit_of_the_arrays_is_found(run):
+    found = [bool(damage(run, 2)) for _ in flips(run, 40, seed=0)]
+    assert all(found) and len(found) == 40
+
+
+@pytest.mark.chaos
+def test_200_flipped_bits_are_found_and_orbax_alone_loads_some_of_them(run, compiled, capsys):
+    silent = loud = 0
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    whole = bits(checkpoints.restore(2, compiled.abstract_state))
+    for _ in flips(run, 200, seed=1):
+        assert damage(run, 2)
+        try:
+            silent += bits(checkpoints.restore(2, compiled.abstract_state)) != whole
+        except (ValueError, OSError, RuntimeError):
+            loud += 1
+    checkpoints.close()
+    with capsys.disabled():
+        print(f"\n200 bits flipped: all found here; Orbax alone loaded {silent} changed, refused {loud}")
+    assert silent > 0  # else the digests would be superfluous
+
+
+def test_a_run_with_only_damaged_checkpoints_is_not_begun_anew_over_them(run):
+    for step in (1, 2):
+        (run / FOLDER / str(step) / manifest.NAME).unlink()
+    with pytest.raises(RunFailed, match="no whole checkpoint left"):
+        newest_whole_step(run)
+    assert sorted(path.name for path in (run / QUARANTINE).iterdir()) == ["1", "2"]
+    with pytest.raises(RunFailed, match="no whole checkpoint left"):
+        newest_whole_step(run)
+
+
+def test_a_sampler_refuses_damaged_weights_and_does_not_read_the_moments(run):
+    (run / "config.json").write_text("{}")
+    optimizer = next(path for path in files(run, 2) if path.parts[0] == "optimizer")
+    (run / FOLDER / "2" / optimizer).write_bytes(b"other")
+    recovery.check_weights(run, 2)
+    weights = next(path for path in files(run, 2) if path.parts[:2] == ("params", "d"))
+    (run / FOLDER / "2" / weights).write_bytes(b"other")
+    with pytest.raises(UserError, match="is damaged: params/d/"):
+        load_model(run)
+
+
+# ---------------------------------------------------------------- leftovers
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_a_checkpoint_without_its_name_gets_it(run):
+    (run / FOLDER / "2").rename(run / FOLDER / f"{SAVING}2")
+    (run / FOLDER / f"{SAVING}3" / "params").mkdir(parents=True)
+    (run / FOLDER / f"{SAVING}4.orbax-checkpoint-tmp").mkdir()
+    (run / FOLDER / ".deleting-1").mkdir()
+    (run / "metrics.jsonl.tmp").write_text("")
+    clean_leftovers(run)
+    assert sorted(path.name for path in (run / FOLDER).iterdir()) == ["1", "2"]
+    assert not list(run.glob("*.tmp"))
+    assert damage(run, 2) == []
+
+
+def test_an_older_checkpoint_goes_only_after_the_new_one_is_there(run, compiled, monkeypatch):
+    present = []
+
+    def look(name):
+        if name in ("save.manifest", "save.renamed", "delete.renamed"):
+            present.append((name, finished_steps(run)))
+
+    monkeypatch.setattr(checkpoint, "failpoint", look)
+    checkpoints = Checkpoints(run, CheckpointConfig(save_total_limit=1, keep_best=False))
+    checkpoints.save(3, compiled.init(), {}, None, surely=True)
+    checkpoints.close()
+    assert present[:2] == [("save.manifest", [1, 2]), ("save.renamed", [1, 2, 3])]
+    assert finished_steps(run) == [3]
+
+
+def test_a_step_saved_again_takes_the_place_of_the_older_one(run, compiled):
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    checkpoints.save(2, compiled.init(), {"vocab_size": 66}, 0.5, surely=True)
+    assert checkpoints.metadata(2)["vocab_size"] == 66
+    assert damage(run, 2) == []
+    assert checkpoints.best_step() == 2
+    checkpoints.close()
+
+
+# ---------------------------------------------------------------- storage that fails
+
+
+@pytest.mark.parametrize("point", ["save.begin", "save.arrays", "save.metadata", "save.manifest"])
+def test_a_save_that_fails_once_is_tried_again(run, compiled, monkeypatch, point, capsys):
+    monkeypatch.setattr(checkpoint, "RETRY_AFTER", (0.01, 0.01, 0.01))
+    failures = iter([True, True])
+
+    def full(name):
+        if name == point and next(failures, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "failpoint", full)
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    checkpoints.save(3, compiled.init(), {}, None, surely=True)
+    checkpoints.close()
+    assert finished_steps(run) == [1, 2, 3]
+    assert capsys.readouterr().out.count("No space left on device") == 2
+
+
+def test_storage_that_keeps_failing_ends_the_run_and_leaves_the_checkpoints(run, compiled, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_AFTER", (0.01, 0.01, 0.01))
+
+    def full(name):
+        if name == "save.manifest":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "failpoint", full)
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    with pytest.raises(StorageFailed, match=r"Input/output error.*tried 4 times; steps \[1, 2\] are as they were"):
+        checkpoints.save(3, compiled.init(), {}, None, surely=True)
+    checkpoints.close()
+    assert newest_whole_step(run) == 2
+
+
+def test_a_background_save_that_fails_is_noticed_at_the_next_step(run, compiled, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_AFTER", (0.05,))
+    failures = iter([True])
+
+    def full(name):
+        if name == "save.arrays" and next(failures, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "failpoint", full)
+    checkpoints, state = Checkpoints(run, CheckpointConfig()), compiled.init()
+    checkpoints.save(3, state, {}, None)
+    polled = 0
+    while not checkpoints.poll():
+        polled += 1
+    assert polled > 0  # it does not wait, and does not say yes before it is time
+    checkpoints.save(4, state, {}, None, surely=True)
+    checkpoints.close()
+    assert finished_steps(run) == [1, 2, 4]
+
+
+# ---------------------------------------------------------------- contents
+
+
+def test_what_is_restored_is_what_was_saved_to_the_last_bit(compiled, tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, CheckpointConfig()), compiled.init()
+    for step in range(3):
+        state, _ = compiled.train_step(state, batch(step))
+    checkpoints.save(3, state, {}, None, surely=True)
+    assert bits(checkpoints.restore(3, compiled.abstract_state)) == bits(state)
+    checkpoints.close()
+
+
+def test_room_for_the_checkpoints_counts_those_kept_and_the_one_being_written(compiled):
+    state = compiled.init()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    config = dataclasses.replace(CONFIG.checkpoint, save_total_limit=3, keep_best=True)
+    assert checkpoint.bytes_needed(compiled.abstract_state, config) == 5 * size
