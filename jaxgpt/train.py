@@ -157,6 +157,8 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
         resume.record_changes(workdir, step or 0, inputs.changes)
         start_run_folder(workdir, config, dataset)
     checkpoints = Checkpoints(workdir, config.checkpoint, is_writer)
+    if is_writer:
+        checkpoints.delete_old()
     start = position(checkpoints, step)
     watchdog = Watchdog(workdir, activity, config.faults.hang_seconds)
     peers = PeerWatch(workdir, config.faults.host_timeout_seconds)

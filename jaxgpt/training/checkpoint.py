@@ -158,9 +158,13 @@ class Checkpoints:
         os.rename(staging, self._folder / str(step))
         fsync(self._folder)
         failpoint("save.renamed")
+        self.delete_old()
+        return step
+
+    def delete_old(self) -> None:
+        """Delete the checkpoints that are no longer to be kept. A killed process may have left one too many."""
         for old in set(self.steps()) - self._kept():
             self._delete(old)
-        return step
 
     def _kept(self) -> set[int]:
         kept = set(self.steps()[-self._config.save_total_limit :])
