@@ -23,7 +23,7 @@ from jaxgpt.data.preparation import prepare
 from jaxgpt.data.rows import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.train import resolve_steps, train
-from jaxgpt.training.loop import Run, training_batches
+from jaxgpt.training.loop import Position, Run, training_batches
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import build_program, resolve_batch
 
@@ -59,7 +59,8 @@ def bare_seconds(config) -> float:
     config = resolve_steps(resolve_batch(config, 1), windows_per_epoch(dataset.train.num_tokens, config.block_size))
     program = build_program(config, dataset.vocab_size, mesh)
     state = program.init()
-    batches = training_batches(Run(config, Path(), mesh, dataset, program, None, None, None), 0)
+    nothing = dict.fromkeys(("checkpoints", "log", "sample", "stop", "activity"))
+    batches = training_batches(Run(config, Path(), mesh, dataset, program, **nothing), Position())
     held = [next(batches) for _ in range(50)]
     batches.close()
     times, previous = [], None

@@ -112,14 +112,13 @@ class Start:
 def start(config: Config, workdir: Path) -> Start:
     mesh = build_mesh(config.mesh)
     config = resolve_batch(config, batch_shards(mesh))
-    weights = resume.weights_to_start_from(config, workdir)
-    dataset = resume.check_data(config, workdir, weights, open_dataset(prepare(config)))
+    weights = resume.weights_to_start_from(config, None)
+    dataset = resume.check_data(workdir, None, weights, open_dataset(prepare(config)))
     program = build_program(config, dataset.vocab_size, mesh)
     checkpoints = resume.Checkpoints(workdir, config.checkpoint)
-    state, step = resume.initial_state(program, checkpoints, weights, dataset.vocab_size)
+    state = resume.initial_state(program, checkpoints, None, weights, dataset.vocab_size)
     checkpoints.close()
-    assert step == 0
-    run = loop.Run(config, workdir, mesh, dataset, program, checkpoints, log=None, sample=None)
+    run = loop.Run(config, workdir, mesh, dataset, program, checkpoints, None, None, None, None)
     return Start(run, state, weights, dataset.vocab_size)
 
 

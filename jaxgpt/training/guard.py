@@ -1,6 +1,6 @@
 """Bad steps: a loss or gradient that is no number, or a spike. What the device does about one, and what the host does.
 
-On the device (`judge`, `unless`; inside the compiled step, no word with the host): a bad step changes neither
+On the device (`judge`, `update_unless`, `unless`; inside the compiled step, no word with the host): a bad step changes neither
 parameters nor optimizer state, whatever `faults.on_bad_step` says. So one program serves all three settings, a good
 step gives the same bits under each, and the state in memory is always the one after the last good step.
 
@@ -25,6 +25,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.extend.core import Literal
 
 from jaxgpt.cli import RunFailed
 from jaxgpt.config import FaultsConfig
@@ -70,12 +72,33 @@ def judge(loss: jax.Array, grad_norm: jax.Array, recent: dict, spike_sigma: floa
 
 
 def unless(bad: jax.Array, new, old):
-    """The tree `new`, or the bits of `old` if the step is bad.
-
-    A select of final values: XLA makes it part of the loops that compute them, so the state still exists once, and a
-    NaN does not get through as it would through a product with 0.
-    """
+    """The tree `new`, or the bits of `old` if the step is bad: a select, which stops the NaN that 0 x NaN lets through."""
     return jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
+
+
+def update_unless(bad: jax.Array, optimizer: optax.GradientTransformation, grads, opt_state, params):
+    """`optimizer.update(grads, opt_state, params)` whose new state is `opt_state`, to the bit, if the step is bad.
+
+    The updates mean nothing then. Every leaf of the state is selected where it is computed, so that what follows from
+    it is computed from what is kept. Selected afterwards, the moments are needed twice, new for the updates and
+    selected for the result, and a CPU copies the old ones for that: 1.1 times the parameters' bytes more than without
+    a guard, against none. (lax.cond: 2.0 times. TPUs copy in neither form.)
+    """
+    closed, (updates, _) = jax.make_jaxpr(optimizer.update, return_shape=True)(grads, opt_state, params)
+    jaxpr, count = closed.jaxpr, len(jax.tree.leaves(updates))
+    old = {id(var): leaf for var, leaf in zip(jaxpr.outvars[count:], jax.tree.leaves(opt_state), strict=True)}
+    inputs = jax.tree.leaves((grads, opt_state, params))
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
+    read = lambda var: var.val if isinstance(var, Literal) else known[var]
+    for equation in jaxpr.eqns:
+        results = equation.primitive.bind(*map(read, equation.invars), **equation.params)
+        results = results if equation.primitive.multiple_results else [results]
+        for var, value in zip(equation.outvars, results, strict=True):
+            known[var] = jnp.where(bad, old[id(var)], value) if id(var) in old else value
+    leaves = [read(var) for var in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(updates), leaves[:count]), jax.tree.unflatten(
+        jax.tree.structure(opt_state), leaves[count:]
+    )
 
 
 @jax.jit

@@ -202,10 +202,9 @@ def make_train_step(config: Config, gradients, optimizer, param_shardings, momen
             bad, recent, window = guard.judge(loss, grad_norm, state.recent, config.faults.spike_sigma)
             # Under ZeRO-1 each device updates its part of the parameters, and then all get the whole.
             old = constrain(state.params, moment_shardings)
-            updates, opt_state = optimizer.update(grads, state.opt_state, old)
+            updates, opt_state = guard.update_unless(bad, optimizer, grads, state.opt_state, old)
             params = guard.unless(bad, optax.apply_updates(old, updates), old)
-            opt_state = guard.unless(bad, opt_state, state.opt_state)
-            params = constrain(params, param_shardings)
+            params = constrain(constrain(params, moment_shardings), param_shardings)  # select first, then gather
         updates_before = updates_done(state.opt_state)
         metrics = {
             "loss_sum": loss_sum,
