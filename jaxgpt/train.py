@@ -38,6 +38,7 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
 
     keep_freed_memory()  # before jax starts its threads
     from jaxgpt.parallel import distributed
+    from jaxgpt.parallel.peers import PeerWatch
     from jaxgpt.training.faults import Activity, StopSignal
 
     activity = Activity()
@@ -46,9 +47,10 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
         stop = held.enter_context(StopSignal(activity))
         ended_well = False
         try:
-            inputs = checked_inputs(config, workdir, force, held)
-            with crashes_recorded(config, workdir, activity):
-                run(inputs, workdir, stop, activity, held)
+            with PeerWatch(workdir, config.faults.host_timeout_seconds, lambda: activity.now[1]):
+                inputs = checked_inputs(config, workdir, force, held)
+                with crashes_recorded(config, workdir, activity):
+                    run(inputs, workdir, stop, activity, held)
             ended_well = True
         except cli.Interrupted:
             ended_well = True
@@ -138,7 +140,6 @@ def prepared(config: Config, tokenizer) -> Path:
 def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStack) -> None:
     """From checked inputs to a finished run: the state, the loop, the report, and the weights for everyone."""
     from jaxgpt.parallel import distributed
-    from jaxgpt.parallel.peers import PeerWatch
     from jaxgpt.planning.local import out_of_memory_explained
     from jaxgpt.training import resume, summary
     from jaxgpt.training.checkpoint import Checkpoints
@@ -161,12 +162,11 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
         checkpoints.delete_old()
     start = position(checkpoints, step)
     watchdog = Watchdog(workdir, activity, config.faults.hang_seconds)
-    peers = PeerWatch(workdir, config.faults.host_timeout_seconds)
-    with watchdog, peers, out_of_memory_explained(config, dataset.vocab_size, inputs.mesh):
+    with watchdog, out_of_memory_explained(config, dataset.vocab_size, inputs.mesh):
         # 5. The state: this run's latest checkpoint, else the weights that init names, else fresh ones.
         state = resume.initial_state(program, checkpoints, step, inputs.weights, dataset.vocab_size)
-        summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
         if is_writer:
+            summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
             summary.warn_of_little_room(program.abstract_state, config, workdir)
 
         # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.

@@ -28,9 +28,11 @@ def main(argv=None) -> None:
     distributed.join("auto", HOST_TIMEOUT)
     import jax
 
+    from jaxgpt.parallel.peers import PeerWatch
+
     ended_well, process = False, jax.process_index()
     try:
-        with distributed.PeerWatch(folder / "run", HOST_TIMEOUT) as watch:
+        with PeerWatch(folder / "run", HOST_TIMEOUT) as watch:
             vote = distributed.StopVote()
             told = distributed.broadcast_from_writer(2**40 + 1 if process == 0 else 0)
             print(f"process {process} of {jax.process_count()} was told {told}", flush=True)
@@ -57,7 +59,17 @@ class Processes:
     folder: Path
 
     def wait_until_they_run(self) -> None:
-        wait_for(lambda: all((self.folder / f"runs-{n}").exists() for n in range(len(self.started))))
+        self.wait_for(lambda: all((self.folder / f"runs-{n}").exists() for n in range(len(self.started))))
+
+    def wait_for(self, condition) -> None:
+        """Until `condition()`, while all of them live."""
+
+        def holds() -> bool:
+            ended = [number for number, process in enumerate(self.started) if process.poll() is not None]
+            assert not ended, "\n".join(self.output(number) for number in ended)
+            return condition()
+
+        wait_for(holds, 120)
 
     def code(self, process: int, seconds: float = 40) -> int:
         return self.started[process].wait(seconds)

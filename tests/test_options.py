@@ -1,8 +1,10 @@
 """Each setting changes something: flip it alone, and what a user would look at differs."""
 
+import contextlib
 import functools
 import importlib.util
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -24,6 +26,7 @@ from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
 from jaxgpt.train import resolve_steps, train
 from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.guard import BadStep, BadSteps
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.optimizer import build_optimizer
 from jaxgpt.training.step import build_program, resolve_batch
@@ -133,6 +136,16 @@ def kept_checkpoints(config: Config) -> list:
         return steps
 
 
+def bad_steps(config: Config) -> list:
+    """What becomes of one bad step after the other, until the run ends."""
+    steps, outcomes = BadSteps(config.faults), []
+    values = {"loss_sum": math.nan, "count": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "bad_step": 1}
+    with contextlib.suppress(BadStep):
+        while True:
+            outcomes.append(steps.check(len(outcomes), values | {"skipped_steps": len(outcomes)}, None))
+    return outcomes
+
+
 @functools.cache
 def run(config: Config) -> dict:
     """A whole run: what it logged and when, which files it left."""
@@ -206,6 +219,9 @@ OPTIONS = {
     "checkpoint.save_steps": (4, run, {}),
     "checkpoint.save_total_limit": (3, kept_checkpoints, {}),
     "checkpoint.keep_best": (False, kept_checkpoints, {}),
+    "faults.on_bad_step": ("skip", bad_steps, {}),
+    "faults.spike_sigma": (6.0, program, {}),
+    "faults.max_bad_steps": (3, bad_steps, {"faults.on_bad_step": "skip"}),
     "faults.host_timeout_seconds": (3.0, None, {}),
     "eval.eval_steps": (1, run, {}),
     "eval.eval_batches": (1, run, {}),

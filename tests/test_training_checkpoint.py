@@ -12,7 +12,7 @@ import pytest
 from tiny import CONFIG, batch, program
 
 from jaxgpt.cli import RunFailed, StorageFailed
-from jaxgpt.config import CheckpointConfig, UserError
+from jaxgpt.config import CheckpointConfig, FaultsConfig, UserError
 from jaxgpt.data import manifest
 from jaxgpt.training import checkpoint, recovery
 from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, finished_steps
@@ -270,3 +270,18 @@ def test_room_for_the_checkpoints_counts_those_kept_and_the_one_being_written(co
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     config = dataclasses.replace(CONFIG.checkpoint, save_total_limit=3, keep_best=True)
     assert checkpoint.bytes_needed(compiled.abstract_state, config) == 5 * size
+
+
+def test_a_rule_for_spikes_may_come_and_go_in_the_course_of_a_run(tmp_path):
+    plain, ruled = (program(dataclasses.replace(CONFIG, faults=FaultsConfig(spike_sigma=sigma))) for sigma in (0, 6))
+    checkpoints, state = Checkpoints(tmp_path, CheckpointConfig()), plain.init()
+    state, _ = plain.train_step(state, batch(0))
+    checkpoints.save(1, state, {}, None, surely=True)
+    with_window = checkpoints.restore(1, ruled.abstract_state)
+    assert int(with_window.recent["count"]) == 0
+    with_window, _ = ruled.train_step(with_window, batch(1))
+    checkpoints.save(2, with_window, {}, None, surely=True)
+    assert bits(checkpoints.restore(2, ruled.abstract_state)) == bits(with_window)
+    without = checkpoints.restore(2, plain.abstract_state)
+    assert without.recent == {} and bits(without.params) == bits(with_window.params)
+    checkpoints.close()

@@ -37,6 +37,12 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def loss_gradients(dlogits_RV: jax.Array, hidden_RD: jax.Array, wte_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of the tied head's two inputs, (R, D) in the type of the activations and (V, D) in float32."""
+    dhidden_RD = jnp.einsum("RV,VD->RD", dlogits_RV, wte_VD)
+    return dhidden_RD, jnp.einsum("RV,RD->VD", dlogits_RV, hidden_RD, preferred_element_type=jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     attend: Callable = attend
@@ -52,6 +58,8 @@ class Backend:
     linear_apart: Callable | None = None
     """`linear` for queries, keys and values one by one, so that their results lie apart, as a kernel wants them; None
     takes one matmul for all three."""
+    loss_gradients: Callable = loss_gradients
+    """(dlogits_RV, hidden_RD, wte_VD), all of one type -> (dhidden_RD, dwte_VD in float32), R rows = tokens"""
     loss_rows: int | None = None
     """Tokens whose logits exist at once in training (see loss.py); None: all."""
 

@@ -72,6 +72,13 @@ def _linear_backward(kept, g_BTO):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def loss_gradients(dlogits_RV: jax.Array, hidden_RD: jax.Array, wte_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As backend.loss_gradients. Behind the border, or XLA computes the softmax anew inside both products."""
+    dlogits_RV = lax.optimization_barrier(dlogits_RV)
+    dhidden_RD = _product(dlogits_RV, wte_VD, (1, 0)).astype(hidden_RD.dtype)
+    return dhidden_RD, _kernel_gradient(dlogits_RV, hidden_RD)
+
+
 # ---------------------------------------------------------------- what stands between the products
 
 
@@ -229,4 +236,12 @@ def _dropped(x_BNQS, factors, chunk: int):
     return x_BNQS if factors is None else x_BNQS * factors[chunk].astype(x_BNQS.dtype)
 
 
-CPU = Backend(attend=attend, linear=linear, layer_norm=layer_norm, gelu=gelu, residual=residual, linear_apart=linear)
+CPU = Backend(
+    attend=attend,
+    linear=linear,
+    layer_norm=layer_norm,
+    gelu=gelu,
+    residual=residual,
+    linear_apart=linear,
+    loss_gradients=loss_gradients,
+)

@@ -5,9 +5,12 @@ Axes in names: B batch, T position, R rows (B x T) of a chunk, D width, V vocabu
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from jaxgpt.model.backend import loss_gradients
 
 # The fast sum of exponentials is shifted by the target's logit, so it overflows once a loss nears 88 nats, the
 # logarithm of the largest float32. Up to this loss it is used, above it the shift is the largest logit.
@@ -21,18 +24,20 @@ def cross_entropy(
     weights_BT: jax.Array,
     vocab_size: int,
     chunk_rows: int | None = None,
+    gradients: Callable = loss_gradients,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood in nats and the summed weights, both float32 scalars.
 
     `wte_VD` is the padded embedding; entries at and after `vocab_size` get no probability. Differentiated, it computes
-    its gradients in the forward pass, `chunk_rows` tokens at a time (None: all at once), and keeps no logits.
+    its gradients in the forward pass, `chunk_rows` tokens at a time (None: all at once), and keeps no logits;
+    `gradients` is a backend's `loss_gradients`.
     """
     width = hidden_BTD.shape[-1]
     tokens = math.prod(targets_BT.shape)
     chunks = _chunks(tokens, chunk_rows)
     in_chunks = lambda x, *shape: x.reshape(chunks, tokens // chunks, *shape)
     loss_sum = _summed_loss(
-        vocab_size, in_chunks(hidden_BTD, width), wte_VD, in_chunks(targets_BT), in_chunks(weights_BT)
+        vocab_size, gradients, in_chunks(hidden_BTD, width), wte_VD, in_chunks(targets_BT), in_chunks(weights_BT)
     )
     return loss_sum, jnp.sum(weights_BT)
 
@@ -68,8 +73,8 @@ def _over_chunks(chunk, start, *arrays):
     return jax.lax.scan(add, start, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed_loss(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights_CR):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed_loss(vocab_size: int, gradients: Callable, hidden_CRD, wte_VD, targets_CR, weights_CR):
     def chunk(hidden_RD, targets_R, weights_R):
         logits_RV = _logits(hidden_RD, wte_VD, vocab_size)
         target_R = jnp.sum(jnp.where(_is_target(logits_RV, targets_R), logits_RV, 0.0), axis=-1)
@@ -78,7 +83,7 @@ def _summed_loss(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights_CR):
     return _over_chunks(chunk, jnp.zeros(()), hidden_CRD, targets_CR, weights_CR)[0]
 
 
-def _loss_and_gradients(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights_CR):
+def _loss_and_gradients(vocab_size: int, gradients: Callable, hidden_CRD, wte_VD, targets_CR, weights_CR):
     """The loss, and as what the backward pass keeps, its gradients: it is a scalar, so they only need scaling."""
     dtype = hidden_CRD.dtype
 
@@ -91,8 +96,7 @@ def _loss_and_gradients(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights
         kept_RV = logits_RV.astype(dtype).astype(jnp.float32)
         share_RV = jnp.exp(jnp.minimum(kept_RV - logsumexp_R[:, None], 0.0))
         dlogits_RV = ((share_RV - is_target_RV) * weights_R[:, None]).astype(dtype)
-        dhidden_RD = jnp.einsum("RV,VD->RD", dlogits_RV, wte_VD.astype(dtype))
-        dwte_VD = jnp.einsum("RV,RD->VD", dlogits_RV, hidden_RD, preferred_element_type=jnp.float32)
+        dhidden_RD, dwte_VD = gradients(dlogits_RV, hidden_RD, wte_VD.astype(dtype))
         return (jnp.sum((logsumexp_R - target_R) * weights_R), dwte_VD), dhidden_RD
 
     start = (jnp.zeros(()), jnp.zeros(wte_VD.shape, jnp.float32))
@@ -100,7 +104,7 @@ def _loss_and_gradients(vocab_size: int, hidden_CRD, wte_VD, targets_CR, weights
     return loss_sum, (dhidden_CRD, dwte_VD.astype(wte_VD.dtype))
 
 
-def _scale_gradients(vocab_size: int, kept, dloss):
+def _scale_gradients(vocab_size: int, gradients: Callable, kept, dloss):
     dhidden_CRD, dwte_VD = kept
     return dhidden_CRD * dloss.astype(dhidden_CRD.dtype), dwte_VD * dloss.astype(dwte_VD.dtype), None, None
 

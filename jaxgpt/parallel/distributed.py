@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.cli import HostLost, RunFailed
 from jaxgpt.config import UserError
 from jaxgpt.parallel.peers import HOST_OF_0, hold_aborts
-from jaxgpt.parallel.peers import PeerWatch as PeerWatch  # whoever joins watches, too
 from jaxgpt.parallel.roll_call import roll_call
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAXGPT_COORDINATOR", "JAXGPT_NUM_PROCESSES", "JAXGPT_PROCESS_ID"

@@ -81,11 +81,11 @@ class Peers:
 class PeerWatch:
     """Context manager around a run of several processes: while it is open, a lost peer ends this process (75).
 
-    Set `step` as the run goes on; the record tells it. One process: no threads, nothing happens.
+    `step` tells where the run is, for the record. One process: no threads, nothing happens.
     """
 
-    def __init__(self, workdir: Path, timeout_seconds: float):
-        self.step = 0
+    def __init__(self, workdir: Path, timeout_seconds: float, step: Callable[[], int] = lambda: 0):
+        self._step = step
         self._workdir, self._timeout = workdir, timeout_seconds
         self._peers = Peers(timeout_seconds)
         self._state, self._count = ALIVE, 0
@@ -214,7 +214,7 @@ class PeerWatch:
         """Say, record and exit. Not an exception: the main thread sits in a collective, and hears none."""
         self._ending.acquire()  # never released: one thread ends the process
         line = (
-            f"process {verdict.process} on {verdict.host} {verdict.what}; process {self._me} ends at step {self.step}, "
+            f"process {verdict.process} on {verdict.host} {verdict.what}; process {self._me} ends at step {self._step()}, "
             "run the same command again to go on"
         )
         os.write(2, f"failed: {line}\n".encode())
@@ -226,7 +226,7 @@ class PeerWatch:
     def _write_record(self, verdict: Verdict) -> None:
         record = {
             "time": round(time.time(), 3),
-            "step": self.step,
+            "step": self._step(),
             **dataclasses.asdict(verdict),
             "reported_by": self._me,
         }

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -47,8 +48,8 @@ class Checkpoints:
         self._folder = (workdir / FOLDER).absolute()
         self._config = config
         self._is_writer = is_writer
-        items = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()}
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ("params", "optimizer", "recent")}
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._failures = 0  # in a row
@@ -132,13 +133,8 @@ class Checkpoints:
         self._retry_at = math.inf
         self._folder.mkdir(parents=True, exist_ok=True)
         staging = self._folder / f"{SAVING}{step}"
-        self._orbax.save(
-            staging,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(_optimizer_item(state))
-            ),
-            force=True,
-        )
+        items = {item: ocp.args.StandardSave(value) for item, value in _items(state).items()}
+        self._orbax.save(staging, args=ocp.args.Composite(**items), force=True)
         failpoint("save.started")
         self._saving = self._background.submit(self._finish, step, staging, metadata)
 
@@ -221,20 +217,29 @@ class Checkpoints:
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of `step`, laid out as `abstract_state` says, whatever mesh wrote it."""
         failpoint("restore.begin")
-        items = self._orbax.restore(
-            self._folder / str(step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(_optimizer_item(abstract_state)),
-            ),
-        )
+        folder = self._folder / str(step)
+        wanted = {item: value for item, value in _items(abstract_state).items() if (folder / item).is_dir()}
+        items = {item: ocp.args.StandardRestore(value) for item, value in wanted.items()}
+        restored = self._orbax.restore(folder, args=ocp.args.Composite(**items))
         failpoint("restore.done")
-        return TrainState(params=items["params"], **items["optimizer"])
+        # Without a rule for spikes so far there is no window yet.
+        recent = restored["recent"] if "recent" in wanted else _zeros(abstract_state.recent)
+        return TrainState(params=restored["params"], recent=recent, **restored["optimizer"])
 
 
-def _optimizer_item(state: TrainState) -> dict:
-    """All of a state but the weights."""
-    return {"step": state.step, "opt_state": state.opt_state, "recent": state.recent}
+def _items(state: TrainState) -> dict[str, dict]:
+    """What lies apart on disk. `state` may be abstract."""
+    items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    return items | {"recent": state.recent} if state.recent else items
+
+
+def _zeros(abstract: dict) -> dict:
+    if not abstract:
+        return {}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=shardings
+    )()
 
 
 def bytes_needed(state: TrainState, config: CheckpointConfig) -> int:

@@ -1,8 +1,8 @@
 """Bad steps: a loss or gradient that is no number, or a spike. What the device does about one, and what the host does.
 
-On the device (`judge`, `update_unless`, `unless`; inside the compiled step, no word with the host): a bad step changes neither
-parameters nor optimizer state, whatever `faults.on_bad_step` says. So one program serves all three settings, a good
-step gives the same bits under each, and the state in memory is always the one after the last good step.
+On the device (`judge`, `update_unless`, `unless`; inside the compiled step, no word with the host): a bad step changes
+neither parameters nor optimizer state, whatever `faults.on_bad_step` says. So one program serves all three settings, a
+good step gives the same bits under each, and the state in memory is always the one after the last good step.
 
 On the host (`BadSteps`, which reads the metrics of every step one step late):
 
@@ -72,7 +72,7 @@ def judge(loss: jax.Array, grad_norm: jax.Array, recent: dict, spike_sigma: floa
 
 
 def unless(bad: jax.Array, new, old):
-    """The tree `new`, or the bits of `old` if the step is bad: a select, which stops the NaN that 0 x NaN lets through."""
+    """The tree `new`, or the bits of `old` if the step is bad. A select: a product with 0 would let a NaN through."""
     return jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
 
 

@@ -132,8 +132,9 @@ def summed_loss(
     )
     with jax.named_scope("loss"):
         return cross_entropy(
-            hidden_BTD, outer["wte"], batch.targets_BT, batch.weights_BT, vocab_size, backend.loss_rows
-        )
+            hidden_BTD, outer["wte"], batch.targets_BT, batch.weights_BT, vocab_size, backend.loss_rows,
+            backend.loss_gradients,
+        )  # fmt: skip
 
 
 def mesh_losses(losses, mesh: Mesh, param_shardings):
