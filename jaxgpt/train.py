@@ -44,7 +44,7 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
     activity = Activity()
     with contextlib.ExitStack() as held:
         distributed.join(config.mesh.distributed, config.faults.host_timeout_seconds)
-        stop = held.enter_context(StopSignal(activity))
+        stop = held.enter_context(StopSignal(activity, distributed.is_alone()))
         ended_well = False
         try:
             with PeerWatch(workdir, config.faults.host_timeout_seconds, lambda: activity.now[1]):

@@ -191,6 +191,11 @@ def _is_loopback(host: str) -> bool:
 # ---------------------------------------------------------------- together
 
 
+def is_alone() -> bool:
+    """Whether this process is the whole run. Starts no device."""
+    return _client() is None
+
+
 def is_writer() -> bool:
     """Whether this process writes what is written once: process 0 does."""
     return jax.process_index() == 0

@@ -95,10 +95,10 @@ class PeerWatch:
         self._abort: _AbortHandler | None = None
 
     def __enter__(self) -> "PeerWatch":
-        if jax.process_count() == 1:
-            return self
         from jax._src.distributed import global_state  # no public way; Orbax takes the same one
 
+        if global_state.client is None:  # asked for the number of processes, jax would start the devices
+            return self
         self._client, self._coordinator = global_state.client, global_state.coordinator_address
         self._me, self._host = jax.process_index(), socket.gethostname()
         self._host_of_0 = self._client.blocking_key_value_get(HOST_OF_0, 60_000)
@@ -214,8 +214,8 @@ class PeerWatch:
         """Say, record and exit. Not an exception: the main thread sits in a collective, and hears none."""
         self._ending.acquire()  # never released: one thread ends the process
         line = (
-            f"process {verdict.process} on {verdict.host} {verdict.what}; process {self._me} ends at step {self._step()}, "
-            "run the same command again to go on"
+            f"process {verdict.process} on {verdict.host} {verdict.what}; process {self._me} ends at step "
+            f"{self._step()}, run the same command again to go on"
         )
         os.write(2, f"failed: {line}\n".encode())
         writing = threading.Thread(target=self._write_record, args=(verdict,), daemon=True)

@@ -55,10 +55,10 @@ class StopSignal:
     not come.
     """
 
-    def __init__(self, activity: Activity, several_processes: bool = False):
+    def __init__(self, activity: Activity, is_alone: bool = True):
         self.requested: str | None = None
         self._activity = activity
-        self._several = several_processes
+        self._is_alone = is_alone
         self._previous: dict[int, object] = {}
         self._patient = False
         self._ended = False
@@ -92,11 +92,12 @@ class StopSignal:
             os._exit(128 + number)  # the shell's convention for a death by signal
         self.requested = signal.Signals(number).name
         activity = self._activity.now[0]
-        if activity == START:
+        # With several processes the others may be in the step already: all have to stop at the same one.
+        if activity == START and self._is_alone:
             raise Interrupted(f"{self.requested} before the first step was done; run the same command again to go on")
         # write(2), not print: a handler may interrupt a print that holds the stream's lock.
         os.write(2, f"\n{self.requested}: saving after this step (again to stop at once)\n".encode())
-        if activity == DATA and not self._several:  # the other processes may be in the next step already
+        if activity == DATA and self._is_alone:
             raise Interrupted(self.requested)
 
     def _wait_beside(self) -> None:

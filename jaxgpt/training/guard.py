@@ -18,7 +18,9 @@ On the host (`BadSteps`, which reads the metrics of every step one step late):
 
 The rule for spikes is that of OLMo-core and Levanter: more than `faults.spike_sigma` standard deviations above the mean
 of 128 steps. Here only upwards, only with 128 good steps behind, and bad steps never enter the window: a loss that
-has moved for good is therefore told by the bound on bad steps in a row, not taken for the new normal.
+has moved for good is therefore told by the bound on bad steps in a row, not taken for the new normal. How often clean
+steps break it depends on the batch: at 6 sigma a tiny model had no such step in 30,000 of 1,024 tokens each, and 10 in
+30,000 of 128 tokens, whose gradient norm has a long tail.
 """
 
 import math
