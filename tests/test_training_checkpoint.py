@@ -12,7 +12,7 @@ import pytest
 from tiny import CONFIG, batch, program
 
 from jaxgpt.cli import RunFailed, StorageFailed
-from jaxgpt.config import CheckpointConfig, FaultsConfig, UserError
+from jaxgpt.config import CheckpointConfig, FaultsConfig, MeshConfig, UserError
 from jaxgpt.data import manifest
 from jaxgpt.training import checkpoint, recovery
 from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, finished_steps
@@ -284,4 +284,17 @@ def test_a_rule_for_spikes_may_come_and_go_in_the_course_of_a_run(tmp_path):
     assert bits(checkpoints.restore(2, ruled.abstract_state)) == bits(with_window)
     without = checkpoints.restore(2, plain.abstract_state)
     assert without.recent == {} and bits(without.params) == bits(with_window.params)
+    checkpoints.close()
+
+
+MESHES = [MeshConfig(data=1), MeshConfig(data=2), MeshConfig(data=4), MeshConfig(data=8),
+          MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_state_is_restored_on_any_mesh_to_the_last_bit(saved, compiled, mesh):
+    checkpoints = Checkpoints(saved, CheckpointConfig())
+    there = checkpoints.restore(2, program(mesh=mesh).abstract_state)
+    assert bits(there) == bits(checkpoints.restore(2, compiled.abstract_state))
+    assert len(jax.tree.leaves(there.params)[0].devices()) == mesh.data * mesh.fsdp * mesh.tensor
     checkpoints.close()

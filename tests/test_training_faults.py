@@ -92,14 +92,19 @@ def undisturbed(folder) -> Path:
 # ---------------------------------------------------------------- SIGTERM, wherever the run is
 
 
-@pytest.mark.parametrize("point", ["lease.taken:term", "data.read:term@11", "evaluate:term@6", "save.begin:term",
-                                   "save.arrays:term", "save.renamed:term"])  # fmt: skip
+POINTS = ["lease.taken:term", "data.read:term@11", "evaluate:term@6", "save.arrays:term"]
+MORE_POINTS = ["restore.done:term", "save.begin:term", "save.manifest:term", "save.renamed:term", "delete.renamed:term"]
+
+
+@pytest.mark.parametrize("point", [*POINTS, *(pytest.param(point, marks=pytest.mark.chaos) for point in MORE_POINTS)])
 def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happened(folder, undisturbed, point):
     workdir = folder / point.replace(":", "-")
+    if point.startswith("restore"):  # there has to be something to restore
+        assert finish(start(folder, workdir, failpoint="save.renamed:kill"))[0] == -signal.SIGKILL
     code, output = finish(start(folder, workdir, failpoint=point))
     assert code == 42, output
     assert "run the same command again" in output
-    if point != "lease.taken:term":
+    if not point.startswith(("lease", "restore")):
         assert max(line["step"] for line in read_metrics(workdir)) in finished_steps(workdir)  # nothing is lost
     code, output = finish(start(folder, workdir))
     assert code == 0, output
