@@ -250,3 +250,58 @@ def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(
     (workdir / "faults.jsonl").unlink()  # what the message says
     train.train(config, workdir)
     assert json.loads((workdir / "summary.json").read_text())["status"] == "finished"
+
+
+# ---------------------------------------------------------------- bad steps
+
+
+@pytest.fixture
+def bad_data(monkeypatch):
+    """The batch at position 6 of the data, that of step 7, makes the loss a NaN."""
+    from jaxgpt.data import pipeline
+
+    whole = pipeline.train_rows
+
+    def train_rows(stream, *, step, **how):
+        batch = whole(stream, step=step, **how)
+        return batch._replace(weights_BT=batch.weights_BT * np.float32("nan")) if step == 6 else batch
+
+    monkeypatch.setattr(pipeline, "train_rows", train_rows)
+
+
+def hashes(workdir: Path) -> list[int]:
+    return [line["batch_hash"] for line in read_metrics(workdir) if "batch_hash" in line]
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after_the_bad_step(folder, bad_data, capsys):
+    settings = {"faults.on_bad_step": "rollback", "optimizer.lr_scheduler_type": "constant"}
+    workdir = folder / "rollback"
+    train.train(cli.load_config(folder / "config.toml", settings), workdir)
+    assert "step 7: loss = nan" in capsys.readouterr().out
+    assert [fault["what"] for fault in read_faults(workdir)] == ["bad step"]
+    # What an undisturbed run reads: 15 batches; of these, 5, 6 and 7 are left out.
+    longer = cli.load_config(folder / "config.toml", settings | {"train.max_steps": "15", "eval.eval_steps": "4"})
+    undisturbed = hashes_of_the_data(folder, longer)
+    assert hashes(workdir) == undisturbed[:4] + undisturbed[7:15]
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(workdir) if "loss" in line)
+
+
+def hashes_of_the_data(folder: Path, config) -> list[int]:
+    """The hash of each batch that a run of `config` reads when no step is bad."""
+    workdir = folder / "undisturbed-15"
+    from jaxgpt.training import guard
+
+    with pytest.MonkeyPatch.context() as patch:  # a NaN changes the weights, not the tokens: the hash is the same
+        patch.setattr(guard.BadSteps, "check", lambda *_: None)
+        train.train(config, workdir)
+    return hashes(workdir)
+
+
+def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, bad_data, capsys):
+    workdir = folder / "skip"
+    train.train(cli.load_config(folder / "config.toml", {"faults.on_bad_step": "skip"}), workdir)
+    lines = {line["step"]: line for line in read_metrics(workdir) if "batch_hash" in line}
+    assert list(lines) == list(range(1, 13))
+    assert lines[7]["loss"] is None and "skipped_steps" not in lines[6]
+    assert lines[12]["skipped_steps"] == 1 and np.isfinite(lines[12]["loss"])
+    assert "the update was skipped" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from jaxgpt.training.faults import DATA, EVAL, SAVE, START, STEP, Activity, Stop
 from jaxgpt.training.guard import BadStep, BadSteps, all_finite
 from jaxgpt.training.metrics import MetricLog, TimeSplit, peak_flops
 from jaxgpt.training.recovery import record_fault
+from jaxgpt.training.resume import newest_step
 from jaxgpt.training.step import Program, TrainState
 from jaxgpt.training.trace import StepTrace
 
@@ -85,7 +86,7 @@ def fit(run: Run, state: TrainState, start: Position) -> TrainState:
             return _Loop(run, state, start, bad_steps).train()
         except RolledBack as back:
             state = None  # its memory is needed for the restored one
-            step = run.checkpoints.latest_step()
+            step = newest_step(run.workdir)
             earlier = position(run.checkpoints, step)
             offset = start.data_offset + back.bad_step - step
             start = dataclasses.replace(earlier, data_offset=offset, bad_steps=0, evaluated=True)

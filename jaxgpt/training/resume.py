@@ -274,6 +274,15 @@ def take_up(workdir: Path, config: Config) -> int | None:
     if distributed.is_writer():
         clean_leftovers(workdir)
         step = break_crash_loop(workdir, newest_whole_step(workdir), identity(config))
+    return _told_by_the_writer(step)
+
+
+def newest_step(workdir: Path) -> int | None:
+    """The newest whole checkpoint of a run that is going on, for it to go back to."""
+    return _told_by_the_writer(newest_whole_step(workdir) if distributed.is_writer() else None)
+
+
+def _told_by_the_writer(step: int | None) -> int | None:
     agreed = distributed.broadcast_from_writer(-1 if step is None else step)
     return None if agreed < 0 else agreed
 
