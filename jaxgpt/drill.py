@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = arguments.workdir or Path("drills") / Path(arguments.config).stem
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} holds something; choose another --workdir, or remove it")
+    devices = [int(number) for number in arguments.devices.split(",") if number]
+    batch = config.train.global_batch_size
+    if devices and (batch is None or any(batch % number for number in devices)):
+        raise UserError(f"--devices {arguments.devices}: set train.global_batch_size to a multiple of each")
     report = Drill(arguments, config, workdir).run()
     print(table(report))
     if arguments.json:
@@ -122,12 +126,7 @@ class Drill:
             devices = self._devices[self._starts % len(self._devices)] if name == "disturbed" else self._devices[0]
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-            batch = self._config.train.global_batch_size
-            if batch is None or batch % devices:
-                raise UserError(
-                    f"--devices {self._arguments.devices}: set train.global_batch_size to a multiple of each"
-                )
-            settings["train.per_device_train_batch_size"] = str(batch // devices)
+            settings["train.per_device_train_batch_size"] = str(self._config.train.global_batch_size // devices)
         self._starts += 1
         command = [sys.executable, "-m", "jaxgpt.train", "--config", self._arguments.config]
         command += ["--workdir", str(self._workdir / name)]
