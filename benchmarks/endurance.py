@@ -34,6 +34,8 @@ def command(workdir: Path, steps: int, *options: str) -> list[str]:
 def look(pid: int) -> dict[str, float]:
     """Resident memory in MB, open files and threads of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
+    if "VmRSS" not in status:
+        raise ProcessLookupError(f"process {pid} has ended")
     find = lambda name: int(re.search(rf"{name}:\s+(\d+)", status)[1])
     return {"mb": find("VmRSS") / 1024, "threads": find("Threads"), "files": len(os.listdir(f"/proc/{pid}/fd"))}
 

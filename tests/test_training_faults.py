@@ -92,7 +92,8 @@ def undisturbed(folder) -> Path:
 # ---------------------------------------------------------------- SIGTERM, wherever the run is
 
 
-POINTS = ["lease.taken:term", "data.read:term@11", "evaluate:term@6", "save.arrays:term"]
+# the twelve-step run evaluates 4 batches at steps 4, 8 and 12: 6 is in the middle, 10 in the last evaluation
+POINTS = ["lease.taken:term", "data.read:term@11", "evaluate:term@6", "evaluate:term@10", "save.arrays:term"]
 MORE_POINTS = ["restore.done:term", "save.begin:term", "save.manifest:term", "save.renamed:term", "delete.renamed:term"]
 
 

@@ -85,13 +85,13 @@ def fit(run: Run, state: TrainState, start: Position) -> TrainState:
         try:
             return _Loop(run, state, start, bad_steps).train()
         except RolledBack as back:
-            state = None  # its memory is needed for the restored one
-            step = newest_step(run.workdir)
-            earlier = position(run.checkpoints, step)
-            offset = start.data_offset + back.bad_step - step
-            start = dataclasses.replace(earlier, data_offset=offset, bad_steps=0, evaluated=True)
-            run.log.rewind(step)
-            state = run.checkpoints.restore(step, run.program.abstract_state)
+            bad_step = back.bad_step
+        state = None  # its memory, free once the exception is gone, is needed for the restored one
+        step = newest_step(run.workdir)
+        offset = start.data_offset + bad_step - step
+        start = dataclasses.replace(position(run.checkpoints, step), data_offset=offset, bad_steps=0, evaluated=True)
+        run.log.rewind(step)
+        state = run.checkpoints.restore(step, run.program.abstract_state)
 
 
 def position(checkpoints: Checkpoints, step: int | None) -> Position:
@@ -114,6 +114,7 @@ class _Loop:
         self._vote = StopVote()
         self._meter = Meter(run, self._split, bad_steps, start)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
+        self._saved = start.step
 
     def train(self) -> TrainState:
         run, config, last_step = self._run, self._run.config, self._run.config.train.max_steps
@@ -132,12 +133,12 @@ class _Loop:
                     continue
                 self._read_pending()  # before anything is saved, so that no damaged state ever is
                 eval_loss = None
-                if evaluate_now and not (stop and step < last_step):
+                if evaluate_now and not stop:
                     eval_loss, stop = self._evaluate(step)
-                stop = stop and step < last_step
+                evaluated = not evaluate_now or eval_loss is not None
+                stop = stop and not (step == last_step and evaluated)  # then it is done, and ends by itself
                 if save_now or stop:
-                    self._save(step, eval_loss, evaluated=not evaluate_now or eval_loss is not None,
-                               surely=stop or step == last_step)  # fmt: skip
+                    self._save(step, eval_loss, evaluated=evaluated, surely=stop or step == last_step)
                 if stop:
                     raise self._interrupted(step)
         return self._state
@@ -152,7 +153,9 @@ class _Loop:
             if first:
                 raise
             self._read_pending()
-            self._save(step - 1, None, evaluated=True, surely=True)
+            if self._saved != step - 1:
+                self._save(step - 1, None, evaluated=True, surely=True)
+            self._run.checkpoints.wait()
             raise self._interrupted(step - 1) from None
         if not first:
             self._run.activity.is_at(STEP, step)
@@ -211,7 +214,7 @@ class _Loop:
         eval_loss, stop = self._evaluate(step)
         if stop:
             raise self._interrupted(step)
-        self._save(step, eval_loss, evaluated=True, surely=False)
+        self._save(step, eval_loss, evaluated=True, surely=step == self._run.config.train.max_steps)
 
     def _save(self, step: int, eval_loss: float | None, *, evaluated: bool, surely: bool) -> None:
         run = self._run
@@ -230,6 +233,7 @@ class _Loop:
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
         self._bad_steps.saved(step)
+        self._saved = step
 
     def _interrupted(self, step: int) -> Interrupted:
         signal = self._run.stop.requested or "told by another process"
