@@ -41,6 +41,10 @@ def test_cycles_are_summed_by_source_operation():
     assert cost.by_operation == {"jit(step)/dot": 120, "c": 3}
 
 
+def test_what_the_compiler_has_no_estimate_for_adds_nothing():
+    assert cost_of(run("a", 100), run("b", 2**63 - 1)).cycles == 100
+
+
 def test_a_loop_counts_as_often_as_it_runs_also_within_another_and_a_call_counts():
     others = (
         computation("cond5", "  %bound = s32[]{:T(128)} constant(5)", "  ROOT %lt = pred[] compare(%i, %bound)")

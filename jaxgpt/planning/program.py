@@ -13,6 +13,7 @@ from collections import Counter
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63 - 1  # what the compiler writes where it has no estimate (SparseCore gathers on v6e)
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]\w*?\d+\w*)\[([\d,]*)\]")
 _KERNEL_BODY = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
@@ -167,7 +168,7 @@ class _Reader:
     def _run(self, instruction: _Instruction, times: int) -> tuple[list, float]:
         match = _CYCLES.search(instruction.rest)
         cycles = float(match[1]) if match else 0.0
-        if not cycles:
+        if not cycles or int(match[1]) == _UNKNOWN:
             return [], 0.0
         self.by_operation[instruction.operation] += times * cycles
         return [("run", cycles)], cycles
