@@ -107,7 +107,7 @@ def test_a_bad_step_keeps_every_bit_and_a_good_one_gives_those_of_a_step_without
 ):
     monkeypatch.setattr(guard, "WINDOW", 4)
     config = with_optimizer(optimizer)
-    ours = guarded(config, MESHES[mesh], spike_sigma=50.0)
+    ours = guarded(config, MESHES[mesh], spike_sigma=10.0)
     our_step = compiled(ours)
     without_guard(monkeypatch)
     free = guarded(config, MESHES[mesh])
@@ -192,18 +192,15 @@ def test_a_thousand_clean_steps_of_training_raise_no_alarm():
     assert bad == 0
 
 
-# (rows of 16 tokens, learning rate): alarms allowed in 5,000 steps. The bounds were set after these had been counted,
-# for the three seeds: 0 0 0, 0 1 0, 1 1 0, 4 4 0. Each was a gradient norm, far above the others and gone at the next
-# step or soon; the larger the batch, the shorter that tail.
-ALARMS = {(64, 1e-3): 0, (64, 1e-2): 1, (8, 1e-3): 2, (8, 1e-2): 5}
+# (rows of 16 tokens, learning rate): alarms allowed in 5,000 steps. The last is of a training that is unstable, with
+# norms up to 27 sigma above the others'; counted for three seeds: 4 4 0. Its bound is for the record, and proves nothing.
+ALARMS = {(64, 1e-3): 0, (64, 1e-2): 0, (8, 1e-3): 0, (8, 1e-2): 5}
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("rows", "learning_rate"), ALARMS)
-def test_five_thousand_clean_steps_raise_no_alarm_or_few_where_batches_are_tiny_or_steps_large(
-    rows, learning_rate, seed
-):
+def test_five_thousand_clean_steps_raise_no_alarm_or_few_where_training_is_unstable(rows, learning_rate, seed):
     bad, fell = clean(seed, learning_rate, 5000, rows)
     assert fell > 1.5
     assert bad <= ALARMS[rows, learning_rate]
@@ -225,8 +222,8 @@ def test_a_spike_is_found_at_its_step_and_only_once_the_window_is_full(tampered)
     spike = metrics[149]
     assert spike["loss_mean"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert spike["loss_std"] == pytest.approx(np.std(losses), rel=1e-3)
-    assert spike["grad_norm_mean"] == pytest.approx(np.mean(norms), rel=1e-5)
-    assert spike["grad_norm"] > spike["grad_norm_mean"] + 6 * spike["grad_norm_std"]
+    assert spike["log_grad_norm_mean"] == pytest.approx(np.mean(np.log(norms)), rel=1e-4)
+    assert np.log(spike["grad_norm"]) > spike["log_grad_norm_mean"] + 6 * spike["log_grad_norm_std"]
     assert "the gradient norm is" in guard.describe(spike, 6.0) and "the loss is" not in guard.describe(spike, 6.0)
     assert "the loss is" in guard.describe(metrics[159], 6.0)
     assert guard.describe(metrics[160], 6.0) == "loss = nan, gradient norm = nan: not finite"
@@ -235,14 +232,14 @@ def test_a_spike_is_found_at_its_step_and_only_once_the_window_is_full(tampered)
 
 def window_of(values) -> dict:
     values = jnp.asarray(values, jnp.float32)
-    return {"loss": values, "grad_norm": values, "count": jnp.asarray(values.size, jnp.int32)}
+    return {"loss": values, "grad_norm": jnp.exp(values), "count": jnp.asarray(values.size, jnp.int32)}
 
 
 @pytest.mark.parametrize(
     ("window", "value", "bad"),
     [
-        (np.full(128, 2.0), 2.0 * (1 + 5.9e-3), False),  # equal values: the least deviation is 0.1 % of the mean
-        (np.full(128, 2.0), 2.0 * (1 + 6.1e-3), True),
+        (np.full(128, 1.0), 1 + 5.9e-3, False),  # equal values: the least deviation is 0.1 % of the value
+        (np.full(128, 1.0), 1 + 6.1e-3, True),
         (np.arange(128) % 2, 0.5 + 5.9 * 0.5, False),  # mean 0.5, deviation 0.5
         (np.arange(128) % 2, 0.5 + 6.1 * 0.5, True),
         (np.arange(128) % 2, -100.0, False),  # downwards is no spike
@@ -250,17 +247,18 @@ def window_of(values) -> dict:
     ],
 )
 def test_a_spike_is_sigma_deviations_above_the_mean_of_the_window(window, value, bad):
+    """`value` and `window`: losses, or logarithms of gradient norms."""
     usual, value = jnp.asarray(np.mean(window), jnp.float32), jnp.asarray(value, jnp.float32)
     for loss, norm in ((value, usual), (usual, value)):
-        found, after, _ = guard.judge(loss, norm, window_of(window), 6.0)
+        found, after, _ = guard.judge(loss, jnp.exp(norm), window_of(window), 6.0)
         assert found == bad
         assert int(after["count"]) == 128 + (not bad)
         assert (after["loss"][0] == loss) == (not bad or loss == window[0])
     short = window_of(window) | {"count": jnp.asarray(127)}
-    assert not guard.judge(value, usual, short, 6.0)[0]
+    assert not guard.judge(value, jnp.exp(usual), short, 6.0)[0]
 
 
-@pytest.mark.parametrize("sigma", [0.0, 50.0])
+@pytest.mark.parametrize("sigma", [0.0, 10.0])
 def test_the_window_survives_a_checkpoint_and_the_run_goes_on_bit_for_bit(sigma, tampered, tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "WINDOW", 6)
     built = guarded(spike_sigma=sigma, on_bad_step="skip")
