@@ -193,7 +193,7 @@ def test_a_thousand_clean_steps_of_training_raise_no_alarm():
 
 
 # (rows of 16 tokens, learning rate): alarms allowed in 5,000 steps. The last is of a training that is unstable, with
-# norms up to 27 sigma above the others'; counted for three seeds: 4 4 0. Its bound is for the record, and proves nothing.
+# norms up to 27 sigma above the others'; counted for three seeds: 4 4 0. Its bound is for the record, no more.
 ALARMS = {(64, 1e-3): 0, (64, 1e-2): 0, (8, 1e-3): 0, (8, 1e-2): 5}
 
 
