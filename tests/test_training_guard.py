@@ -301,8 +301,8 @@ def test_a_state_that_overflowed_is_told_from_a_finite_one():
 
 def read(bad: bool = False, skipped: int = 0, loss: float = 3.0, norm: float = 1.0) -> dict:
     return {"loss_sum": 10 * loss, "count": 10.0, "grad_norm": norm, "learning_rate": 1e-3, "bad_step": int(bad),
-            "skipped_steps": skipped, "loss_mean": 3.0, "loss_std": 0.1, "grad_norm_mean": 1.0,
-            "grad_norm_std": 0.1}  # fmt: skip
+            "skipped_steps": skipped, "loss_mean": 3.0, "loss_std": 0.1, "log_grad_norm_mean": 0.0,
+            "log_grad_norm_std": 0.1}  # fmt: skip
 
 
 not_a_number = functools.partial(read, True, loss=math.nan)
@@ -319,7 +319,9 @@ def test_stop_ends_the_run_with_all_there_is_to_know_in_one_line():
     with pytest.raises(BadStep) as error:
         steps.check(20, read(True, norm=2.0), 10)
     line = str(error.value)
-    assert line.startswith("step 20: loss = 3, gradient norm = 2: the gradient norm is 10.0 sigma above 1, the mean of")
+    assert line.startswith(
+        "step 20: loss = 3, gradient norm = 2: the gradient norm is 6.9 sigma (of its logarithm) above 1, the mean of"
+    )
     assert "faults.spike_sigma = 6" in line and "the last good checkpoint is step 10" in line and "\n" not in line
 
 
