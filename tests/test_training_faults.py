@@ -133,7 +133,7 @@ def test_sigterm_while_the_first_step_compiles_ends_the_process_at_once(folder):
     assert not finished_steps(folder / "compiles")
 
 
-@pytest.mark.chaos  # 1 of 8 runs saved its state and then did not end: Grain's close() waits for the reader that hangs
+@pytest.mark.chaos  # before StopSignal.is_saved 1 of 8 did not end: Grain's close() waits for the hung reader
 def test_a_data_reader_that_hangs_is_no_hindrance_to_sigterm(folder, undisturbed):
     workdir = folder / "stalled"
     process = start(folder, workdir, failpoint="data.read:hang@11")

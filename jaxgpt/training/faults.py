@@ -87,6 +87,10 @@ class StopSignal:
         """The loop has come to the end of its step: what follows, saving above all, takes as long as it takes."""
         self._patient = True
 
+    def is_saved(self) -> None:
+        """The state is on disk: what follows is bounded again, such as closing a data reader that hangs."""
+        self._patient = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(128 + number)  # the shell's convention for a death by signal
@@ -109,14 +113,15 @@ class StopSignal:
                 return
             number = byte[0]
         deadline = time.monotonic() + PATIENCE_SECONDS + 3 * self._activity.usual_step_seconds()
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self._ended:
             time.sleep(0.1)
-        if number == signal.SIGTERM and not (self._patient or self._ended):
+            if self._patient:
+                deadline = time.monotonic() + PATIENCE_SECONDS
+        if number == signal.SIGTERM and not self._ended:
             activity, step, since = self._activity.now
             text = (
                 f"stopped: {signal.Signals(number).name} at step {step}, in {activity} for "
-                f"{time.monotonic() - since:.0f} s; nothing of this interval is saved, run the same command again "
-                "to go on from the last checkpoint\n"
+                f"{time.monotonic() - since:.0f} s; run the same command again to go on from the last checkpoint\n"
             )
             os.write(2, text.encode())
             os._exit(EXIT_RESUME)

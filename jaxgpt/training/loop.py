@@ -234,6 +234,8 @@ class _Loop:
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
         self._bad_steps.saved(step)
         self._saved = step
+        if surely:
+            run.stop.is_saved()
 
     def _interrupted(self, step: int) -> Interrupted:
         signal = self._run.stop.requested or "told by another process"
