@@ -18,7 +18,6 @@ import numpy as np
 from train_step import machine
 
 from jaxgpt import cli
-from jaxgpt.data.pipeline import windows_per_epoch
 from jaxgpt.data.preparation import prepare
 from jaxgpt.data.rows import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
@@ -56,7 +55,7 @@ def bare_seconds(config) -> float:
     """The same jitted step on the same batches, dispatched back to back, each awaited as the loop awaits it."""
     mesh = build_mesh(config.mesh, jax.devices()[:1])
     dataset = open_dataset(prepare(config))
-    config = resolve_steps(resolve_batch(config, 1), windows_per_epoch(dataset.train.num_tokens, config.block_size))
+    config = resolve_steps(resolve_batch(config, 1), dataset.train.rows_per_epoch(config.block_size))
     program = build_program(config, dataset.vocab_size, mesh)
     state = program.init()
     nothing = dict.fromkeys(("checkpoints", "log", "sample", "stop", "activity"))

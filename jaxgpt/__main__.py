@@ -11,6 +11,7 @@ VERBS = {
     "plan": "what fits a TPU slice, how fast, at what price: asked of the TPU compiler, without a TPU",
     "train": "pretrain, continue or fine-tune",
     "sample": "text from a prompt",
+    "replay": "the texts of one step's batch, each with its loss, and a skip list",
     "convert": "Hugging Face folder to run folder, and back",
     "drill": "kill a run again and again, and show that nothing is lost",
     "launch": "several processes on this machine, as a pod's hosts would be",

@@ -175,7 +175,7 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
         name, field = key.split(".")
         if value == "none" and type(None) in typing.get_args(known[key].type):
             value = None
-        elif isinstance(value, str) and typing.get_origin(known[key].type) is tuple:
+        elif isinstance(value, str) and _takes_list(known[key].type, value):
             value = _read_list(value)
         nested.setdefault(name, {})[field] = value
     try:
@@ -187,6 +187,13 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
         raise UserError(
             f"{origin[key]}: {key} = {first['input']!r}, but it must be {describe_type(known[key].type)}"
         ) from None
+
+
+def _takes_list(annotation, text: str) -> bool:
+    """Whether the text of a command line stands for a list; where text is allowed besides, a list is JSON."""
+    if typing.get_origin(annotation) is tuple:
+        return True
+    return any(typing.get_origin(arg) is tuple for arg in typing.get_args(annotation)) and text.lstrip().startswith("[")
 
 
 def _read_list(text: str) -> list | str:
@@ -229,6 +236,8 @@ def describe_type(annotation) -> str:
         bounds = [f"{sign} {getattr(m, key)}" for m in limits for key, sign in _SIGNS if hasattr(m, key)]
         patterns = [f"matching {m.pattern}" for m in limits if hasattr(m, "pattern")]
         return " ".join([describe_type(args[0]), *patterns, " and ".join(bounds)]).strip()
+    if dataclasses.is_dataclass(annotation):
+        return "tables of " + ", ".join(field.name for field in dataclasses.fields(annotation))
     return {type(None): "none", bool: "true or false", str: "text"}.get(annotation, annotation.__name__)
 
 

@@ -6,7 +6,7 @@ Reading TOML files and the command line is `cli.py`'s work.
 """
 
 import dataclasses
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -64,14 +64,37 @@ class TokenizerConfig:
     """Tokens added to the vocabulary, one id each, that ordinary text never becomes (roles of a chat)."""
 
 
+Source = Annotated[str, Field(pattern=r"^(stdlib|text|html|jsonl|parquet|support|sgd|tfds:.+|huggingface:.+)$")]
+
+
+@section
+class SourceConfig:
+    """One part of a mixture."""
+
+    source: Source
+    path: str | None = None
+    text_field: str = "text"
+    weight: PositiveFloat = 1.0
+    """Share of the text that comes from it, beside the weights of the others."""
+
+
 @section
 class DataConfig:
-    source: Annotated[str, Field(pattern=r"^(stdlib|text|jsonl|tfds:.+)$")] = "stdlib"
-    """Where documents come from: stdlib (this Python's own library), text, jsonl, or tfds:NAME."""
+    source: Source | tuple[SourceConfig, ...] = "stdlib"
+    """Where documents come from: stdlib (this Python's own library), text, html, jsonl, parquet, tfds:NAME,
+    huggingface:NAME, support (made-up customer service dialogues), sgd (Schema-Guided Dialogue), or a list of them,
+    each a table of source, path, text_field and weight."""
     path: str | None = None
-    """File or folder for text and jsonl; the TFDS data_dir for tfds:NAME."""
+    """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
     text_field: str = "text"
-    """Field that holds the document, for jsonl and tfds."""
+    """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
+    format: Literal["text", "chat"] = "text"
+    """text: documents, every token is learned; chat: conversations, of which only the answers are learned."""
+    on_bad_record: Literal["refuse", "skip"] = "refuse"
+    """A record that cannot be used (broken JSON, a missing role, not UTF-8) ends the preparation, or is left out and
+    counted in the report."""
+    max_record_bytes: PositiveInt = 50_000_000
+    """A longer JSON line or HTML page is a bad record; a text file comes in parts of at most 8 MB, or of this."""
     max_bytes: PositiveInt | None = None
     """Stop reading the source after this many bytes of UTF-8; none reads it all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -86,6 +109,74 @@ class DataConfig:
     """Batches kept ready ahead of the step."""
     verify: Literal["digests", "sizes"] = "digests"
     """Check of the prepared data at each start: every byte (about a second a GB), or the sizes of the shards."""
+    num_proc: PositiveInt | None = None
+    """Processes that clean and tokenize; none means one a core."""
+    skip_list: str | None = None
+    """File of training rows that weigh nothing, one number a line, as `jaxgpt replay` writes it."""
+
+
+@section
+class CleaningConfig:
+    """What happens to each document before it is tokenized, in this order; by default nothing."""
+
+    html: bool = False
+    """Take the text out of HTML."""
+    fix_encoding: bool = False
+    """Repair text that was decoded wrongly (mojibake)."""
+    unicode: Literal["keep", "NFC", "NFKC"] = "keep"
+    """Unicode normalisation; NFKC also turns full-width letters into plain ones."""
+    control_characters: bool = False
+    """Remove control characters other than line breaks and tabs, and invisible ones."""
+    emoji: Literal["keep", "strip"] = "keep"
+    """Emoji."""
+    urls: Literal["keep", "mask"] = "keep"
+    """mask writes <url> in place of web addresses."""
+    emails: Literal["keep", "mask"] = "keep"
+    """mask writes <email> in place of e-mail addresses."""
+    whitespace: bool = False
+    """Collapse runs of spaces and blank lines, and strip the ends of lines."""
+    min_chars: NonNegativeInt = 0
+    """Drop documents of fewer characters."""
+    max_chars: PositiveInt | None = None
+    """Drop documents of more characters."""
+    max_symbol_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Drop documents with a larger share of characters that are neither letters, digits nor whitespace; 1 is off."""
+    language: str = ""
+    """Drop documents in other languages than these codes, commas between (en,zh); empty is off."""
+    drop_duplicates: bool = False
+    """Drop documents that were there before, letter for letter."""
+    near_duplicates: Fraction = 0.0
+    """Drop documents whose estimated Jaccard similarity with an earlier one is at least this (0.8); 0 is off."""
+
+
+@section
+class ChatConfig:
+    """Conversations, where data.format = chat."""
+
+    system: str = ""
+    """System message of conversations that have none; empty for none."""
+    packing: bool = True
+    """Put several conversations into one row, none of which sees another; false pads each to a row of its own."""
+
+
+@section
+class AugmentationConfig:
+    """Changed copies of training conversations; user turns are changed, answers never."""
+
+    copies: NonNegativeInt = 0
+    """Changed copies of each training conversation; 0 turns augmentation off."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of all changes."""
+    shuffle_sentences: Fraction = 0.0
+    """Chance that the sentences of a user turn change places."""
+    synonyms: str | None = None
+    """File of words that may replace each other, one group a line, commas between."""
+    synonym_rate: Fraction = 0.0
+    """Chance of a word of the synonyms file to be replaced."""
+    typo_rate: Fraction = 0.0
+    """Chance of a letter to be mistyped."""
+    drop_turns: Fraction = 0.0
+    """Chance of a pair of turns before the last one to be left out."""
 
 
 @section
@@ -184,9 +275,11 @@ class EvalConfig:
     per_device_eval_batch_size: PositiveInt | None = None
     """Sequences on each device during evaluation; none means per_device_train_batch_size."""
     sample_prompt: str = ""
-    """Prompt continued at each evaluation; empty starts from the end-of-text token."""
+    """Prompt continued at each evaluation; empty starts from the end-of-text token. (A chat model: chat_prompts.)"""
     sample_tokens: NonNegativeInt = 100
-    """Tokens sampled at each evaluation; 0 turns it off."""
+    """Tokens sampled at each evaluation, the most of an answer; 0 turns it off."""
+    chat_prompts: NonNegativeInt = 16
+    """Validation conversations answered at each evaluation of a chat model, to see which answers stop; 0: none."""
 
 
 @section
@@ -216,6 +309,9 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    cleaning: CleaningConfig = dataclasses.field(default_factory=CleaningConfig)
+    chat: ChatConfig = dataclasses.field(default_factory=ChatConfig)
+    augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -226,9 +322,9 @@ class Config:
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
     def __post_init__(self):
-        _check_shapes(self)
-        _check_schedule(self)
-        _check_names(self)
+        from jaxgpt.checks import check  # which needs the types of this file
+
+        check(self)
 
     @property
     def block_size(self) -> int:
@@ -236,60 +332,11 @@ class Config:
         return self.data.block_size or self.model.n_positions
 
 
-def _check_shapes(config: Config) -> None:
-    model, mesh = config.model, config.mesh
-    if model.n_embd % model.n_head:
-        raise UserError(f"model.n_head = {model.n_head} does not divide model.n_embd = {model.n_embd}")
-    if model.n_head % mesh.tensor:
-        raise UserError(f"mesh.tensor = {mesh.tensor} does not divide model.n_head = {model.n_head}")
-    if config.block_size > model.n_positions:
-        raise UserError(f"data.block_size = {config.block_size} is longer than model.n_positions = {model.n_positions}")
-    if mesh.data == 0:
-        raise UserError("mesh.data = 0: give a number of devices, or -1 for all that are left")
-    if config.data.source in ("text", "jsonl") and not config.data.path:
-        raise UserError(f'data.source = "{config.data.source}" needs data.path, a file or a folder')
-    if config.tokenizer.type == "folder" and not config.tokenizer.path:
-        raise UserError('tokenizer.type = "folder" needs tokenizer.path, a Hugging Face tokenizer folder')
-
-
-def _check_schedule(config: Config) -> None:
-    save, evaluate, steps = config.checkpoint.save_steps, config.eval.eval_steps, config.train.max_steps
-    if config.checkpoint.keep_best and save % evaluate:
-        raise UserError(
-            f"checkpoint.save_steps = {save} is not a multiple of eval.eval_steps = {evaluate}, "
-            "so the best checkpoint cannot be known; change one or set checkpoint.keep_best = false"
-        )
-    if steps and config.optimizer.warmup_steps > steps:
-        raise UserError(
-            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.max_steps = {steps}"
-        )
-    if config.log.profile:
-        first, last = (int(step) for step in config.log.profile.split(":"))
-        if last < first:
-            raise UserError(f"log.profile = {config.log.profile} ends before it begins; give first:last, such as 10:13")
-        if steps and last > steps:
-            raise UserError(f"log.profile = {config.log.profile} goes beyond the last step, train.max_steps = {steps}")
-    if steps and config.optimizer.lr_scheduler_type == "warmup_stable_decay":
-        decay = round(config.optimizer.decay_rate * steps)
-        if config.optimizer.warmup_steps + decay > steps:
-            raise UserError(
-                f"optimizer.warmup_steps = {config.optimizer.warmup_steps} and the {decay} steps of "
-                f"optimizer.decay_rate are more than train.max_steps = {steps}"
-            )
-
-
-def _check_names(config: Config) -> None:
-    init, tokens = config.init, config.tokenizer.special_tokens
-    if init.from_checkpoint and init.from_huggingface:
-        raise UserError(
-            f"init.from_checkpoint = {init.from_checkpoint} and init.from_huggingface = {init.from_huggingface} "
-            "are both set, but a run starts from one of them; leave the other out"
-        )
-    if "" in tokens:
-        raise UserError("tokenizer.special_tokens holds an empty text; leave it out")
-    for token in tokens:
-        if tokens.count(token) > 1:
-            raise UserError(f"tokenizer.special_tokens names {token!r} {tokens.count(token)} times; name it once")
+def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
+    """The parts of the mixture; a single source is a mixture of one."""
+    if isinstance(data.source, str):
+        return (SourceConfig(source=data.source, path=data.path, text_field=data.text_field),)
+    return data.source
 
 
 def to_json(config: Config) -> str:
@@ -314,74 +361,4 @@ def flatten(config: Config) -> dict[str, object]:
     """{"model.n_layer": 12, ...}: every setting under its dotted name."""
     return {
         f"{name}.{key}": value for name, fields in dataclasses.asdict(config).items() for key, value in fields.items()
-    }
-
-
-# May a setting change between two starts of one run? Each stands here once, by itself or with its section.
-# fmt: off
-ON_RESUME: dict[str, tuple[str, ...]] = {
-    # Where and how it runs and is watched, not what it computes.
-    "free": (
-        "mesh", "checkpoint", "faults", "eval", "log",
-        "model.scan_layers", "model.remat", "model.attention",  # the same sums, rounded in another order
-        "tokenizer.path", "data.path",  # may be moved: their contents are compared by digest
-        "data.prepared_dir", "data.num_threads", "data.prefetch_batches", "data.verify",
-        "train.per_device_train_batch_size", "train.gradient_accumulation_steps",  # they share out the same rows
-        "train.num_train_epochs",  # becomes max_steps, and is compared there
-        "train.compilation_cache_dir",
-    ),
-    # Changes what follows and not what was: `train --force` accepts it.
-    "forced": (
-        "model.dropout", "model.dtype",
-        "optimizer.learning_rate", "optimizer.muon_learning_rate", "optimizer.lr_scheduler_type",
-        "optimizer.warmup_steps", "optimizer.min_lr_rate", "optimizer.decay_rate", "optimizer.weight_decay",
-        "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon", "optimizer.max_grad_norm",
-        "train.max_steps",  # the schedule is stretched over it; free where it is not (ENDLESS)
-    ),
-    # Another experiment.
-    "refused": (
-        "model.n_layer", "model.n_head", "model.n_embd", "model.n_positions",
-        "tokenizer.type", "tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens",
-        "data.source", "data.text_field", "data.max_bytes",
-        "data.validation_fraction",  # it would train on documents that were held out
-        # Row r of step s is window s * global_batch_size + r, of block_size tokens. Another value would repeat
-        # windows or skip them from the first step on, and the tokens of the steps before would be counted wrong.
-        "data.block_size", "train.global_batch_size",
-        "optimizer.name", "optimizer.adam_mu_dtype",  # they decide what the stored state of the optimizer is
-        "train.seed",  # the order of the data, too
-        "init",
-    ),
-}
-# fmt: on
-ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not know max_steps
-
-# None in a config that a user wrote, a number once devices and data are known.
-RESOLVED = ("data.block_size", "train.global_batch_size", "train.max_steps")
-
-
-class Change(NamedTuple):
-    """A setting with another value than the run had so far."""
-
-    old: object
-    new: object
-    kind: str
-    """A key of ON_RESUME."""
-
-    def __str__(self) -> str:
-        return f"was {self.old}, now {self.new}"
-
-
-def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
-    """The settings in which `new` differs from the resolved `old`: {name: Change}.
-
-    `new` may be unresolved; what it leaves open is no difference yet.
-    """
-    before, after = flatten(old), flatten(new)
-    kinds = {entry: kind for kind, entries in ON_RESUME.items() for entry in entries}
-    if {old.optimizer.lr_scheduler_type, new.optimizer.lr_scheduler_type} <= set(ENDLESS):
-        kinds["train.max_steps"] = "free"
-    return {
-        name: Change(before[name], after[name], kinds.get(name) or kinds[name.split(".")[0]])
-        for name in before
-        if before[name] != after[name] and not (name in RESOLVED and after[name] is None)
     }

@@ -1,7 +1,8 @@
-"""Named places in reading, saving, cleaning up and resuming where a test can make this process die or fail.
+"""Named places in preparing, reading, saving, cleaning up and resuming where a test can make this process die or fail.
 
     JAXGPT_FAILPOINT=save.renamed:kill python -m jaxgpt.train ...      the first time it gets there
     JAXGPT_FAILPOINT=save.arrays:full@3                                the third time
+    JAXGPT_FAILPOINT=save.begin:term,data.read:hang@7                  both
 
 What happens is real: `kill` is SIGKILL, `term` is SIGTERM, `full` raises the error of a full disk, `hang` waits for
 ever. Without the variable a failpoint is one look into the environment.
@@ -14,6 +15,11 @@ import signal
 import time
 
 POINTS = (
+    "prepare.read",
+    "prepare.clean",
+    "prepare.decided",
+    "prepare.tokenize",
+    "prepare.write",
     "lease.taken",
     "clean.begin",
     "clean.done",
@@ -39,13 +45,15 @@ _passes: collections.Counter[str] = collections.Counter()  # how often this proc
 
 def failpoint(name: str) -> None:
     """Do here what JAXGPT_FAILPOINT asks for, if it names this point."""
-    wanted = os.environ.get("JAXGPT_FAILPOINT")
-    if not wanted or not wanted.startswith(f"{name}:"):
-        return
-    action, _, number = wanted.removeprefix(f"{name}:").partition("@")
-    _passes[name] += 1
-    if _passes[name] != int(number or 1):
-        return
+    for wanted in os.environ.get("JAXGPT_FAILPOINT", "").split(","):
+        if wanted.startswith(f"{name}:"):
+            _passes[name] += 1
+            action, _, number = wanted.removeprefix(f"{name}:").partition("@")
+            if _passes[name] == int(number or 1):
+                _do(action, name)
+
+
+def _do(action: str, name: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "term":
@@ -55,4 +63,4 @@ def failpoint(name: str) -> None:
     elif action == "hang":
         time.sleep(1e9)
     else:
-        raise ValueError(f"JAXGPT_FAILPOINT={wanted}: kill, term, full or hang, not {action}")
+        raise ValueError(f"JAXGPT_FAILPOINT={name}:{action}: kill, term, full or hang, not {action}")

@@ -145,12 +145,13 @@ def vocabulary(config: Config) -> int:
     from jaxgpt.model.sizes import GPT2_VOCAB
 
     tokenizer = config.tokenizer
+    added = len(tokenizer.special_tokens) + (2 if config.data.format == "chat" else 0)  # the two tokens of a turn
     if tokenizer.type == "bpe":
-        return tokenizer.vocab_size + len(tokenizer.special_tokens)
+        return tokenizer.vocab_size + added
     if tokenizer.type == "char":
         return 128  # the embedding is padded to a multiple of 128 anyway
     if tokenizer.path == "hf:gpt2":
-        return GPT2_VOCAB + len(tokenizer.special_tokens)
+        return GPT2_VOCAB + added
     if tokenizer.path.startswith("hf:"):
         raise UserError(f"tokenizer.path = {tokenizer.path} is on the hub; say how many tokens it has: --vocab-size N")
     return given_tokenizer(config).vocab_size

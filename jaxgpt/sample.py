@@ -2,22 +2,24 @@
 
 Texts go to stdout, each with its prompt and a ruled line between two; what was loaded, how long it took and
 what went wrong go to stderr. On a terminal, without --prompt and --prompt-file, it asks for one text after another.
+
+With --chat the model answers messages instead, and stops by itself: one of --prompt, each of --prompt-file by itself,
+or else a whole conversation from the terminal or from a pipe, one message a line (/reset, /system TEXT and /quit).
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import json
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
 from jaxgpt.config import UserError
+from jaxgpt.inference.prompts import Prompt, check_unicode, ctrl_c, read_prompts, typed_lines
 
 RULE = "-" * 80
 RULES = (
@@ -30,13 +32,6 @@ RULES = (
     ("repetition_penalty", 1.0, "above 1 makes tokens that were there already less likely; 1 is off"),
     ("seed", 0, "the same seed gives the same text"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    text: str
-    where: str
-    """Where the user wrote it, for messages."""
 
 
 @cli.command
@@ -59,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = SamplingOptions(**settings)  # a bad value is told before anything is read
 
     rows = options.num_return_sequences * min(len(prompts) if prompts else 1, arguments.batch_size)
-    writer = Writer(*_load(arguments.checkpoint, arguments.weights, rows), options, arguments)
+    kind = ChatWriter if arguments.chat else Writer
+    writer = kind(*_load(arguments.checkpoint, arguments.weights, rows), options, arguments)
     if prompts is None:
         writer.converse()
     else:
@@ -85,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
         help='one prompt a line; in a .jsonl file, objects with "prompt", which may hold line breaks',
     )
     prompt.add_argument("--interactive", action="store_true", help="ask for prompts, and show each text as it is made")
+    flags.add_argument("--chat", action="store_true", help="answer messages, with a model fine-tuned on conversations")
+    flags.add_argument(
+        "--system", metavar="TEXT", help="with --chat, the system message [chat.system of the run; empty for none]"
+    )
     flags.add_argument("--batch-size", metavar="N", type=int, default=8, help="prompts at a time [%(default)s]")
     flags.add_argument(
         "--jsonl",
@@ -136,74 +136,33 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt] | None:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size = {arguments.batch_size}, but it must be at least 1")
     for text in arguments.stop:
-        _check_unicode(text, "--stop")
+        check_unicode(text, "--stop")
+    check_unicode(arguments.system or "", "--system")
+    if arguments.system is not None and not arguments.chat:
+        raise UserError("--system is for conversations; give --chat with it")
+    if arguments.truncate and arguments.chat:
+        raise UserError("--truncate: with --chat the oldest turns fall out by themselves; leave it out")
     if arguments.prompt_file is not None:
         return read_prompts(arguments.prompt_file)
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
-    if arguments.interactive or (arguments.prompt is None and is_terminal):
+    if arguments.interactive or (arguments.prompt is None and (is_terminal or arguments.chat)):
         if sys.stdin is None:
             raise UserError("--interactive: there is no standard input to read prompts from")
-        if arguments.jsonl:
+        if arguments.chat and arguments.num_return_sequences > 1:
+            raise UserError("--num-return-sequences: a conversation goes on from one answer; give --prompt with it")
+        if arguments.jsonl and not arguments.chat:
             raise UserError("--jsonl is for programs: give --prompt or --prompt-file with it")
         return None
     prompt = arguments.prompt or ""
-    _check_unicode(prompt, "--prompt")
+    check_unicode(prompt, "--prompt")
     return [Prompt(prompt, "--prompt")]
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a text file, one a line, or of a .jsonl file.
-
-    Raises:
-        UserError: the file cannot be read, or a line is empty, not UTF-8 or not such an object; names the line.
-    """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"--prompt-file {path}: {error.strerror}") from None
-    if not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise UserError(f"{path}: no prompt in it; write one a line")
-    is_json = path.suffix in (".jsonl", ".json")
-    return [_read_line(line.removesuffix(b"\r"), f"{path}, line {i}", is_json) for i, line in enumerate(lines, 1)]
-
-
-def _read_line(line: bytes, where: str, is_json: bool) -> Prompt:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
-        raise UserError(f"{where}: not UTF-8 ({bad}); save the file as UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{where}: an empty line; remove it (a .jsonl file may hold an empty prompt)")
-    if not is_json:
-        return Prompt(text, where)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise UserError(f'{where}: it must be an object with a text "prompt", such as {{"prompt": "Once"}}')
-    _check_unicode(content["prompt"], where)
-    return Prompt(content["prompt"], where)
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        # Python reads the byte 0x80 + n that is not UTF-8 as the lone surrogate U+DC80 + n.
-        bad = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
-        raise UserError(f"{where}: not valid Unicode ({bad} at position {error.start + 1})") from None
 
 
 # ---------------------------------------------------------------- what the model makes of it
 
 
 def _load(checkpoint: str, weights: str | None, rows: int):
-    """(decoder, tokenizer); the weights as they were loaded are not kept."""
+    """(decoder, tokenizer, system message of the run); the weights as they were loaded are not kept."""
     from jaxgpt.inference.decode import build_decoder
     from jaxgpt.model.sizes import parameter_count
     from jaxgpt.parallel.compiler import use_compilation_cache
@@ -215,13 +174,16 @@ def _load(checkpoint: str, weights: str | None, rows: int):
     step = f", step {model.step:,}" if model.step else ""
     parameters = parameter_count(config, model.vocab_size) / 1e6
     print(f"{checkpoint}{step}, {parameters:.1f}M parameters, {weights or config.dtype}", file=sys.stderr)
-    return build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, weights, rows), tokenizer
+    decoder = build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, weights, rows)
+    return decoder, tokenizer, model.config.chat.system
 
 
 class Writer:
     """Continues prompts and prints what comes out."""
 
-    def __init__(self, decoder, tokenizer, options, arguments: argparse.Namespace):
+    repeats_prompt = True
+
+    def __init__(self, decoder, tokenizer, system: str, options, arguments: argparse.Namespace):
         self._decoder, self._tokenizer, self._options = decoder, tokenizer, options
         self._arguments = arguments
         self._is_first = True
@@ -229,21 +191,17 @@ class Writer:
 
     def write(self, prompts: Sequence[Prompt]) -> None:
         """The texts of all prompts, a batch at a time. Every prompt is checked before the first is continued."""
-        from jaxgpt.inference.text import complete
-
         ids = [self._encode(prompt) for prompt in prompts]
         if (
             len(prompts) == self._options.num_return_sequences == 1
             and sys.stdout.isatty()
             and not self._arguments.jsonl
         ):
-            self._show(prompts[0].text, ids[0])
+            self._show(prompts[0].text if self.repeats_prompt else "", ids[0])
             return
         size = self._arguments.batch_size
         for start in range(0, len(prompts), size):
-            began = time.perf_counter()
-            batch = complete(self._decoder, self._tokenizer, ids[start : start + size], self._options)
-            self._count(batch, began)
+            batch = self._complete(ids[start : start + size])
             for prompt, completions in zip(prompts[start : start + size], batch, strict=True):
                 self._print(prompt.text, completions)
 
@@ -251,14 +209,14 @@ class Writer:
         """Ask for a prompt, show its continuation while it is made, and so on until Ctrl-D or /quit."""
         if sys.stdin.isatty():
             print("Type the beginning of a text. Ctrl-C stops the answer, Ctrl-D or /quit ends.", file=sys.stderr)
-        for line in _typed_lines():
+        for line in typed_lines():
             try:
-                _check_unicode(line, "the prompt")
+                check_unicode(line, "the prompt")
                 ids = self._encode(Prompt(line, "the prompt"))
             except UserError as error:  # the next one may be better
                 print(f"error: {error}", file=sys.stderr)
                 continue
-            with _ctrl_c() as asked_to_stop:
+            with ctrl_c() as asked_to_stop:
                 self._show("", ids, asked_to_stop)
 
     def print_speed(self) -> None:
@@ -278,7 +236,15 @@ class Writer:
             print(f"{prompt.where}: cut to the last {len(kept):,} of its {len(ids):,} tokens", file=sys.stderr)
         return kept
 
-    def _show(self, beginning: str, ids: list[int], asked_to_stop: threading.Event | None = None) -> None:
+    def _complete(self, ids: list[list[int]]):
+        from jaxgpt.inference.text import complete
+
+        began = time.perf_counter()
+        batch = complete(self._decoder, self._tokenizer, ids, self._options)
+        self._count(batch, began)
+        return batch
+
+    def _show(self, beginning: str, ids: list[int], asked_to_stop: threading.Event | None = None) -> list:
         """Print `beginning` and the text as it grows; several continuations are printed when all are made."""
         from jaxgpt.inference.text import TextGeneration
 
@@ -298,6 +264,7 @@ class Writer:
         else:
             self._is_first = True
             self._print(beginning, completions)
+        return completions
 
     def _count(self, batch, began: float) -> None:
         self._seconds += time.perf_counter() - began
@@ -318,7 +285,7 @@ class Writer:
             if not self._is_first:
                 print(RULE)
             self._is_first = False
-            print(prompt + completion.text, flush=True)
+            print((prompt if self.repeats_prompt else "") + completion.text, flush=True)
             self._print_logprobs(completion)
 
     def _print_logprobs(self, completion) -> None:
@@ -328,43 +295,66 @@ class Writer:
                 print(f"{logprob:10.4f}  {self._tokenizer.decode([token])!r}")
 
 
-def _typed_lines() -> Iterator[str]:
-    """What the user types, line by line, without empty lines."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if is_terminal:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 - with it, `input` has the arrow keys and a history
-    while True:
+class ChatWriter(Writer):
+    """Answers messages and prints the answers."""
+
+    repeats_prompt = False
+
+    def __init__(self, decoder, tokenizer, system: str, options, arguments: argparse.Namespace):
+        from jaxgpt.inference.chat import ChatPrompts
+
+        self._prompts = ChatPrompts(tokenizer, decoder.config.n_positions, arguments.checkpoint)
+        self._system = system if arguments.system is None else arguments.system
+        stop = (*options.stop_token_ids, self._prompts.end_of_turn)
+        super().__init__(decoder, tokenizer, system, dataclasses.replace(options, stop_token_ids=stop), arguments)
+
+    def converse(self) -> None:
+        """Answer one line after another, each after all that was said, until the input ends or /quit."""
+        from jaxgpt.inference.chat import ChatSession
+
+        if sys.stdin.isatty():
+            print("Ctrl-C stops an answer; /reset forgets, /system TEXT instructs, /quit ends.", file=sys.stderr)
+        session = ChatSession(self._prompts, self._system)
+        for line in typed_lines():
+            if _obeyed(line, session):
+                continue
+            try:
+                check_unicode(line, "the message")
+                prompt = session.ask(line, self._options.max_new_tokens)
+            except UserError as error:  # the next one may be better
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            if prompt.dropped:
+                print(f"(the context is full: the oldest {prompt.dropped} turns were left out)", file=sys.stderr)
+            if self._arguments.jsonl:
+                [[answer]] = self._complete([prompt.ids])
+                self._print(line, [answer])
+            else:
+                with ctrl_c() as asked_to_stop:
+                    [answer] = self._show("", prompt.ids, asked_to_stop)
+            session.answered(line, answer.text)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        from jaxgpt.inference.chat import ChatSession
+
         try:
-            line = input("> " if is_terminal else "")
-        except EOFError:
-            if is_terminal:
-                print()
-            return
-        except KeyboardInterrupt:  # forget the line, as a shell does
-            print()
-            continue
-        if line.strip() == "/quit":
-            return
-        if line:
-            yield line
+            return ChatSession(self._prompts, self._system).ask(prompt.text, self._options.max_new_tokens).ids
+        except UserError as error:
+            raise UserError(f"{prompt.where}: {error}") from None
 
 
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """Within it, Ctrl-C sets the event, which nothing is lost by; a second one is a KeyboardInterrupt as usual."""
-    asked = threading.Event()
-
-    def on_signal(number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _obeyed(line: str, session) -> bool:
+    """Whether the line was a command of a conversation; it has been carried out. Any other line is a message."""
+    command, _, text = line.strip().partition(" ")
+    if command == "/reset" and not text:
+        session.reset()
+    elif command == "/system":
+        session.reset()
+        session.system = text.strip()
+    else:
+        return False
+    print("(a new conversation)", file=sys.stderr)
+    return True
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ weights as a folder that Hugging Face's transformers reads.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,15 +40,16 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
     keep_freed_memory()  # before jax starts its threads
     from jaxgpt.parallel import distributed
     from jaxgpt.parallel.peers import PeerWatch
-    from jaxgpt.training.faults import Activity, StopSignal
+    from jaxgpt.training.faults import Activity, StopSignal, record_lost_host
 
     activity = Activity()
+    record = functools.partial(record_lost_host, workdir)
     with contextlib.ExitStack() as held:
         distributed.join(config.mesh.distributed, config.faults.host_timeout_seconds)
         stop = held.enter_context(StopSignal(activity, distributed.is_alone()))
         ended_well = False
         try:
-            with PeerWatch(workdir, config.faults.host_timeout_seconds, lambda: activity.now[1]):
+            with PeerWatch(config.faults.host_timeout_seconds, lambda: activity.now[1], record):
                 inputs = checked_inputs(config, workdir, force, held)
                 with crashes_recorded(config, workdir, activity):
                     run(inputs, workdir, stop, activity, held)
@@ -67,21 +69,26 @@ class Inputs:
     """Resolved: batch, block size and number of steps are numbers."""
     changes: dict
     """Settings with other values than the run had so far."""
+    skip: frozenset[int]
+    """Training rows that weigh nothing."""
     mesh: object
     dataset: object
     weights: object
     """Another model's, to start from; None for a run that goes on, or starts from scratch."""
     step: int | None
     """The checkpoint to go on from."""
-    sample: Callable[[dict], str] | None
+    sample: Callable[[dict], dict] | None
+    show_lint: Callable[[], None] | None
+    """Prints what there is to know about conversations before they are learned; None for text, or for a run that
+    goes on."""
     program: object
 
 
 def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.ExitStack) -> Inputs:
     """Find what is wrong with the input. A run that is there is taken into `held`, and nothing else is written."""
-    from jaxgpt.data.pipeline import windows_per_epoch
     from jaxgpt.data.preparation import given_tokenizer
     from jaxgpt.data.rows import open_dataset
+    from jaxgpt.data.skipping import read_skip_list
     from jaxgpt.model.huggingface import locate
     from jaxgpt.parallel import distributed
     from jaxgpt.parallel.accelerator import refuse_silent_cpu
@@ -92,6 +99,7 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
     from jaxgpt.training.step import build_program
 
     # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
+    skip = read_skip_list(config.data.skip_list)
     resume.check_workdir(config, workdir, force)
     step = None
     if (workdir / "config.json").is_file():
@@ -113,15 +121,15 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
         prepared(config, tokenizer), verify=config.data.verify if distributed.is_writer() else "sizes"
     )
     config = resolve_batch_on(mesh, config, workdir, max(dataset.vocab_size, weights.vocab_size if weights else 0))
-    config = resolve_steps(config, windows_per_epoch(dataset.train.num_tokens, config.block_size))
+    config = resolve_steps(config, dataset.train.rows_per_epoch(config.block_size))
     changes = resume.check_workdir(config, workdir, force)
     dataset = resume.check_data(workdir, step, weights, dataset)
 
     # 4. The program, laid on the mesh.
     sample = sampler(config, dataset)
-    return Inputs(
-        config, changes, mesh, dataset, weights, step, sample, build_program(config, dataset.vocab_size, mesh)
-    )
+    show_lint = linted(dataset) if step is None else None
+    program = build_program(config, dataset.vocab_size, mesh)
+    return Inputs(config, changes, skip, mesh, dataset, weights, step, sample, show_lint, program)
 
 
 def prepared(config: Config, tokenizer) -> Path:
@@ -168,11 +176,14 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
         if is_writer:
             summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
             summary.warn_of_little_room(program.abstract_state, config, workdir)
+            if inputs.show_lint:
+                inputs.show_lint()
 
         # 6. The loop, and the report of how it went, however it ended; of a finished run the weights for everyone.
         started, status = time.time(), "failed"
         with MetricLog(workdir, config.log, config.train.max_steps, start.step, is_writer) as log:
-            whole = Run(config, workdir, inputs.mesh, dataset, program, checkpoints, log, inputs.sample, stop, activity)
+            parts = (config, workdir, inputs.mesh, dataset, program, checkpoints, log)
+            whole = Run(*parts, inputs.sample, stop, activity, inputs.skip)
             try:
                 state = fit(whole, state, start)
                 status = "finished"
@@ -268,32 +279,34 @@ def start_run_folder(workdir: Path, config: Config, dataset) -> None:
     load_tokenizer(dataset.path / "tokenizer").save(workdir / "tokenizer", config.model.n_positions)
 
 
+def linted(dataset) -> Callable[[], None] | None:
+    """A function that prints what the lint says of the conversations of a chat dataset; None for text.
+
+    Raises:
+        UserError: they cannot be learned from as they are.
+    """
+    if dataset.format == "text":
+        return None
+    from jaxgpt.data import lint
+    from jaxgpt.data.tokenizer import load_tokenizer
+
+    found = lint.check(dataset, load_tokenizer(dataset.path / "tokenizer"))
+    return lambda: print(lint.show(found), flush=True)
+
+
 def sampler(config: Config, dataset):
-    """A function that has the model continue eval.sample_prompt, or None when samples are off."""
+    """A function that has the model write something at each evaluation, or None when samples are off."""
     if not config.eval.sample_tokens:
         return None
     from jaxgpt.data.tokenizer import load_tokenizer
-    from jaxgpt.inference.decode import build_decoder, generate
-    from jaxgpt.inference.sampling import SamplingOptions
+    from jaxgpt.inference.answers import answering, continuing
 
     tokenizer = load_tokenizer(dataset.path / "tokenizer")
-    prompt = tokenizer.encode(config.eval.sample_prompt)
-    room = config.model.n_positions - max(len(prompt), 1)
-    if room < 1:
-        raise UserError(
-            f"eval.sample_prompt has {len(prompt)} tokens, which leaves no room in model.n_positions = "
-            f"{config.model.n_positions}; shorten it, or set eval.sample_tokens = 0"
-        )
-    options = SamplingOptions(
-        max_new_tokens=min(config.eval.sample_tokens, room), temperature=0.8, top_k=50, seed=config.train.seed
-    )
-
-    def sample(params) -> str:
-        decoder = build_decoder(config.model, dataset.vocab_size, params, tokenizer.end_of_text)
-        [[continuation]] = generate(decoder, [prompt], options)
-        return config.eval.sample_prompt + tokenizer.decode(continuation.tokens)
-
-    return sample
+    if dataset.format == "text":
+        return continuing(config, dataset.vocab_size, tokenizer)
+    if not config.eval.chat_prompts:
+        return None
+    return answering(config, dataset.vocab_size, tokenizer, dataset.validation)
 
 
 def export(run, params: dict, is_writer: bool) -> None:

@@ -6,6 +6,7 @@ two seconds: join, watch, vote, step. `python tests/processes.py FOLDER [fault o
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -29,11 +30,12 @@ def main(argv=None) -> None:
     import jax
 
     from jaxgpt.parallel.peers import PeerWatch
+    from jaxgpt.training.faults import record_lost_host
 
     ended_well, process = False, jax.process_index()
     try:
         reached = [0]
-        with PeerWatch(folder / "run", HOST_TIMEOUT, lambda: reached[0]):
+        with PeerWatch(HOST_TIMEOUT, lambda: reached[0], functools.partial(record_lost_host, folder / "run")):
             vote = distributed.StopVote()
             told = distributed.broadcast_from_writer(2**40 + 1 if process == 0 else 0)
             print(f"process {process} of {jax.process_count()} was told {told}", flush=True)

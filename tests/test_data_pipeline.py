@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UserError
-from jaxgpt.data.pipeline import Batch, _local_rows, eval_batches, train_batches, train_rows, windows_per_epoch
-from jaxgpt.data.rows import RECORD_TOKENS, TokenStream
+from jaxgpt.data.pipeline import _local_rows, eval_batches, train_batches, train_rows
+from jaxgpt.data.rows import RECORD_TOKENS, Batch, TokenStream
 
 
 def stream_of(size: int) -> TokenStream:
@@ -59,7 +59,7 @@ def steps(stream, start: int, stop: int, accumulation: int = 1, place=None, batc
 @pytest.mark.parametrize(("size", "block_size"), [(50, 5), (53, 5), (6, 5), (9, 8), (4099, 64), (2, 1)])
 def test_every_token_is_a_target_exactly_once_in_every_epoch(size, block_size):
     stream = stream_of(size)
-    count = windows_per_epoch(size, block_size)
+    count = stream.rows_per_epoch(block_size)
     for epoch in range(3):
         batch = windows(stream, block_size, epoch * count, count)
         targets = batch.targets_BT[batch.weights_BT == 1]
@@ -100,7 +100,7 @@ STARTS = [48, 78, 8, 18, 88, 38, 28, 58, 68, 98, 50, 10, 70, 0, 40, 80, 90, 60, 
 
 
 def test_a_batch_may_lie_in_two_epochs():
-    stream, count = stream_of(53), windows_per_epoch(53, 5)
+    stream, count = stream_of(53), 11
     rows = [windows(stream, 5, first, 1).tokens_BT[0] for first in range(2 * count)]
     (_, second) = steps(stream, 0, 2, batch=8, seed=0)
     assert count == 11
@@ -185,15 +185,13 @@ def test_closing_early_ends_the_threads_and_lets_python_exit():
 
 
 def test_an_error_while_reading_reaches_the_caller():
-    class Broken:
-        num_tokens = 100
-
+    class Broken(TokenStream):
         def read(self, start, length):
             raise OSError("the disk is gone")
 
     before = threading.active_count()
     with pytest.raises(OSError, match="the disk is gone"):
-        steps(Broken(), 0, 3)
+        steps(Broken([], 100, 100, 1, "uint16"), 0, 3)
     assert threading.active_count() <= before + 2
 
 

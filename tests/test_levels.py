@@ -12,7 +12,7 @@ from jaxgpt.__main__ import VERBS
 
 PACKAGE = Path(jaxgpt.__file__).parent
 LEVELS = {
-    **dict.fromkeys(["config", "cli", "failpoints"], 0),
+    **dict.fromkeys(["config", "checks", "cli", "failpoints"], 0),
     **dict.fromkeys(["model", "parallel", "data"], 1),
     **dict.fromkeys(["training", "inference"], 2),
     **dict.fromkeys(["evaluation", "serving", "planning", "diagnosis"], 3),

@@ -18,9 +18,14 @@ from tiny import VOCAB, batch
 
 from jaxgpt import cli
 from jaxgpt.config import Config, UserError
+from jaxgpt.data import chat
+from jaxgpt.data.augmentation import Augmenter
+from jaxgpt.data.cleaning import Cleaner
+from jaxgpt.data.duplicates import find_repeats, signature
 from jaxgpt.data.pipeline import train_batches
 from jaxgpt.data.preparation import prepare
 from jaxgpt.data.rows import open_dataset
+from jaxgpt.data.sources import documents
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
@@ -59,6 +64,10 @@ def folder(tmp_path_factory) -> Path:
     for number, text in enumerate(texts):
         (folder / "texts" / f"{number}.txt").write_text(text)
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t, "title": t[:20]}) + "\n" for t in texts))
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (folder / "mixed.jsonl").write_text(json.dumps({"text": "x", "messages": turns}) + '\n{"text": 1}\n')
+    (folder / "words.csv").write_text("one, first\ntwo, second\n")
+    (folder / "others.csv").write_text("one, single\ntwo, both\n")
     (folder / "other.txt").write_text("seven eight nine ten " * 50)
     return folder
 
@@ -157,6 +166,43 @@ def run(config: Config) -> dict:
         return {"lines": lines, "saved": saved, "files": sorted(path.name for path in workdir.iterdir())}
 
 
+def read(config: Config) -> list | str:
+    """The documents of the source, or why there are none."""
+    try:
+        return list(documents(config.data))
+    except UserError as error:
+        return str(error)
+
+
+def cleaned(config: Config) -> list:
+    """What becomes of dirty texts."""
+    clean = [Cleaner(config.cleaning)(text) for text in DIRTY]
+    signatures = np.array([np.frombuffer(signature(text, config.cleaning), np.uint8) for text in DIRTY])
+    return [clean, find_repeats(signatures, np.zeros(len(DIRTY), bool), config.cleaning).of.tolist()]
+
+
+def encoded(config: Config) -> list[int]:
+    tokenizer = chat.with_chat_tokens(train_bpe([CONVERSATION], 257))
+    return [part.tokens.tolist() for part in chat.ChatEncoder(tokenizer, config.chat, 1000).encode(CONVERSATION)]
+
+
+def copies(config: Config) -> list[str]:
+    return Augmenter(config.augmentation).copies(CONVERSATION, 7)
+
+
+CONVERSATION = chat.conversation(
+    {"messages": [{"role": role, "content": "One two. Three four."} for role in ("user", "assistant") * 2]}, "here"
+)
+MIXED = {"data.source": "jsonl", "data.path": "{folder}/mixed.jsonl", "data.on_bad_record": "skip"}
+LONG = "A text of some length, which is there twice but for its end, where one of the two goes on a little"
+DIRTY = ["<p>one</p>", "caf\u00c3\u00a9 e\u0301", "a\x00b  c", "\U0001f642", "https://a.b c@d.ef", "!", "!"]
+DIRTY += ["Bonjour, mon ami !", LONG, LONG + " more"]
+CHANGED = {
+    "data.format": "chat",
+    "augmentation.copies": 2,
+    "augmentation.typo_rate": 0.2,
+    "augmentation.synonyms": "{folder}/words.csv",
+}
 # setting: (another value, what differs, settings that both sides need besides BASE)
 OPTIONS = {
     "model.n_layer": (2, program, {}),
@@ -180,6 +226,9 @@ OPTIONS = {
     "data.source": ("jsonl", prepared, {"data.path": "{folder}/texts.jsonl"}),
     "data.path": ("{folder}/other.txt", prepared, {}),
     "data.text_field": ("title", prepared, {"data.source": "jsonl", "data.path": "{folder}/texts.jsonl"}),
+    "data.format": ("chat", read, MIXED),
+    "data.on_bad_record": ("refuse", read, MIXED),
+    "data.max_record_bytes": (10, read, MIXED),
     "data.max_bytes": (4000, prepared, {}),
     "data.validation_fraction": (0.5, prepared, {}),
     "data.prepared_dir": ("{folder}/elsewhere", prepared, {}),
@@ -187,6 +236,31 @@ OPTIONS = {
     "data.num_threads": (3, None, {}),
     "data.prefetch_batches": (9, None, {}),
     "data.verify": ("sizes", None, {}),
+    "data.num_proc": (2, None, {}),
+    "data.skip_list": ("{folder}/skip.txt", None, {}),
+    "cleaning.html": (True, cleaned, {}),
+    "cleaning.fix_encoding": (True, cleaned, {}),
+    "cleaning.unicode": ("NFC", cleaned, {}),
+    "cleaning.control_characters": (True, cleaned, {}),
+    "cleaning.emoji": ("strip", cleaned, {}),
+    "cleaning.urls": ("mask", cleaned, {}),
+    "cleaning.emails": ("mask", cleaned, {}),
+    "cleaning.whitespace": (True, cleaned, {}),
+    "cleaning.min_chars": (2, cleaned, {}),
+    "cleaning.max_chars": (9, cleaned, {}),
+    "cleaning.max_symbol_ratio": (0.5, cleaned, {}),
+    "cleaning.language": ("en", cleaned, {}),
+    "cleaning.drop_duplicates": (True, cleaned, {}),
+    "cleaning.near_duplicates": (0.8, cleaned, {}),
+    "chat.system": ("Be kind.", encoded, {}),
+    "chat.packing": (False, None, {}),
+    "augmentation.copies": (3, copies, CHANGED),
+    "augmentation.seed": (1, copies, CHANGED),
+    "augmentation.shuffle_sentences": (0.9, copies, CHANGED),
+    "augmentation.synonyms": ("{folder}/others.csv", copies, CHANGED | {"augmentation.synonym_rate": 0.9}),
+    "augmentation.synonym_rate": (0.9, copies, CHANGED),
+    "augmentation.typo_rate": (0.5, copies, CHANGED),
+    "augmentation.drop_turns": (0.9, copies, CHANGED),
     "optimizer.name": ("muon", optimized, {}),
     "optimizer.learning_rate": (1e-3, optimized, {}),
     "optimizer.muon_learning_rate": (0.1, optimized, {"optimizer.name": "muon"}),
@@ -229,6 +303,7 @@ OPTIONS = {
     "eval.per_device_eval_batch_size": (2, run, {}),
     "eval.sample_prompt": ("one", run, {}),
     "eval.sample_tokens": (0, run, {}),
+    "eval.chat_prompts": (0, None, {}),
     "log.logging_steps": (1, run, {}),
     "log.tensorboard": (False, run, {}),
     "log.wandb_project": ("x", None, {}),
@@ -241,9 +316,13 @@ ELSEWHERE = {
     "train.compilation_cache_dir": "test_parallel_compiler.py",
     "data.num_threads": "test_threads_and_prefetch_reach_grain",
     "data.prefetch_batches": "test_threads_and_prefetch_reach_grain",
+    "chat.packing": "test_data_packing.test_every_conversation_is_there_once_whole_with_its_mask_and_its_document",
+    "data.num_proc": "test_data_preparation.test_the_setting_says_how_many_processes_work",
+    "data.skip_list": "test_replay.test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them",
     "data.verify": "test_training_resume.test_a_flipped_bit_in_the_data_stops_a_start_before_anything_is_compiled",
     "mesh.data": "test_mesh_data_is_checked_against_the_devices",
     "mesh.distributed": "test_parallel_distributed.test_the_setting_decides_whether_a_pod_is_joined",
+    "eval.chat_prompts": "test_replay.test_a_model_that_learned_to_stop_is_told_from_one_that_did_not",
     "faults.hang_seconds": "test_training_faults.test_a_data_reader_that_hangs_ends_the_run_with_75",
     "faults.host_timeout_seconds": "test_parallel_distributed.test_a_lost_process_ends_the_others_and_is_named",
     "log.wandb_project": "test_wandb_is_asked_for",

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: plan)")
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig, TrainConfig, UserError
+from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, UserError
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.planning.compile import compile_step
 from jaxgpt.planning.local import largest_batch
@@ -48,6 +48,19 @@ def test_the_data_parallel_step_fits_is_donated_and_gathers_new_parameters_only(
     }
     # the same again is read, not compiled: to the last byte the same record
     assert compiled(slice_name, cache)[0] == step
+
+
+def test_a_step_on_packed_conversations_has_the_attention_kernels_and_segments_beside_the_tokens():
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    where = parse_slice("v5e:2x4")
+    config = resolve_batch(Config(model=MODEL, mesh=mesh, train=TrainConfig(per_device_train_batch_size=2)), 4)
+    step = compile_step(dataclasses.replace(config, data=DataConfig(format="chat")), VOCAB, where)
+    assert step.fits
+    assert step.memory["batch"] >= 4 * 4 * 2 * MODEL.n_positions  # tokens, targets, weights, segments of two rows
+    assert {kernel.name: kernel.calls for kernel in read_program(step.hlo).kernels} == {
+        "attention_forward": MODEL.n_layer,
+        "attention_backward": MODEL.n_layer,
+    }
 
 
 def test_the_fsdp_step_gathers_the_weights_in_bfloat16_and_nothing_else(cache):

@@ -1,5 +1,6 @@
 """`python -m jaxgpt.prepare`: exit codes, the report, and what it never imports."""
 
+import json
 import subprocess
 import sys
 
@@ -33,6 +34,38 @@ def test_it_reports_documents_tokens_and_the_place_and_then_finds_it(config, tmp
 def test_a_users_mistake_is_one_line_and_exit_code_2(config, tmp_path, capsys):
     assert main(["--config", str(config), "--data.path", str(tmp_path / "gone.txt")]) == 2
     assert capsys.readouterr().err == f"error: data.path = {tmp_path}/gone.txt: no such file or folder\n"
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_the_report_is_written_as_json_with_what_the_machine_can_feed(config, tmp_path, capsys):
+    words = ["--config", str(config), "--tpu", "v5e-1", "--train.global_batch_size", "8", "--train.max_steps", "10"]
+    words += ["--optimizer.warmup_steps", "1"]
+    assert main([*words, "--json", str(tmp_path / "first.json")]) == 0
+    out = capsys.readouterr().out
+    assert "v5e-1 is estimated to train" in out
+    assert "epochs" in out
+    report = json.loads((tmp_path / "first.json").read_text())
+    (place,) = (tmp_path / "prepared").iterdir()
+    assert report == json.loads((place / "report.json").read_text())
+    (need,) = report["host"]["slices"]
+    assert need["slice"] == "v5e-1"
+    assert report["host"]["tokens_per_second"] > 1000
+    assert report["epochs"]["epochs"] == round(10 * 8 / report["epochs"]["rows"], 3)
+    assert main([*words, "--json", str(tmp_path / "second.json")]) == 0
+    again = json.loads((tmp_path / "second.json").read_text())
+    assert again["splits"] == report["splits"]
+    assert "found, nothing to do" in capsys.readouterr().out
+
+
+def test_options_for_beam_without_it_are_refused(config, capsys):
+    assert main(["--config", str(config), "--", "--runner", "FlinkRunner"]) == 2
+    assert "add --runner beam" in capsys.readouterr().err
+
+
+def test_beam_that_is_not_installed_is_a_users_mistake(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    assert main(["--config", str(config), "--runner", "beam"]) == 2
+    assert capsys.readouterr().err == "error: --runner beam needs Apache Beam: pip install 'jaxgpt[beam]'\n"
     assert not (tmp_path / "prepared").exists()
 
 

@@ -12,12 +12,14 @@ import pytest
 from tiny import RUN
 
 from jaxgpt import cli, train
-from jaxgpt.config import ENDLESS, ON_RESUME, Config, OptimizerConfig, TrainConfig, UserError, to_json
+from jaxgpt.config import Config, OptimizerConfig, TrainConfig, UserError, to_json
 from jaxgpt.data import manifest
 from jaxgpt.data.preparation import prepare
-from jaxgpt.data.rows import SPLITS, DatasetWriter, open_dataset
+from jaxgpt.data.rows import SPLITS, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from jaxgpt.data.writer import DatasetWriter
 from jaxgpt.training import resume, step
+from jaxgpt.training.changes import ENDLESS, ON_RESUME
 from jaxgpt.training.optimizer import build_optimizer, schedule
 from jaxgpt.training.resume import CHANGES, check_workdir, record_changes
 

@@ -13,7 +13,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +38,11 @@ def write(folder: Path) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = [digest for digest, _ in pool.map(lambda name: _digest(folder / name, sync=True), names)]
     lines = [_line(digest, name) for digest, name in zip(digests, names, strict=True)]
+    _replace(folder, lines)
+
+
+def _replace(folder: Path, lines: Iterable[bytes]) -> None:
+    """Write the manifest; it and the names in the folder are on disk afterwards."""
     with open(folder / _TEMPORARY, "wb") as file:
         file.writelines(lines)
         file.flush()
@@ -48,6 +53,17 @@ def write(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def add(folder: Path, names: Sequence[str]) -> None:
+    """Record files that were written after the manifest, without reading the others again.
+
+    Raises:
+        OSError: as `write`.
+    """
+    lines = (folder / NAME).read_bytes().splitlines(keepends=True)
+    lines += [_line(_digest(folder / name, sync=True)[0], name) for name in names]
+    _replace(folder, lines)
 
 
 def problems(folder: Path, progress: Callable[[int], object] | None = None, *, unread: str | None = None) -> list[str]:

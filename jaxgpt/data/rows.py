@@ -1,39 +1,81 @@
-"""Prepared data on disk: token streams as a TFDS dataset in ArrayRecord form, written and read without TensorFlow.
+"""Prepared data on disk: a TFDS dataset in ArrayRecord form, read without TensorFlow. writer.py writes it.
 
-The idea: a split is one stream of tokens, each document preceded by the end-of-text token, stored in records
-of RECORD_TOKENS tokens (the last may be shorter), so token i lies in record i // RECORD_TOKENS and any span can
-be read. A folder is either complete or not there: it is written beside its place and renamed at the end.
+A dataset of format "text" holds, a split, one stream of tokens, each document preceded by the end-of-text token, in
+records of RECORD_TOKENS tokens (the last may be shorter): token i lies in record i // RECORD_TOKENS and any span can
+be read. One of format "chat" holds rows of block_size positions, each with one conversation or several. A folder is
+either complete or not there: it is written beside its place and renamed at the end.
 
     {folder}/  dataset_info.json features.json metadata.json jaxgpt_tokens-{split}.array_record-*  tokenizer/
                manifest.sha256, written last: the digest of every other file
 """
 
-import contextlib
 import dataclasses
-import errno
 import json
-import os
-import shutil
-import socket
-import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from jaxgpt.config import UserError
 from jaxgpt.data import manifest
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import jax
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 RECORD_TOKENS = 2048  # 40 us to read; a window of 1024 touches one or two records
-SHARD_RECORDS = 65_536  # 256 MB of uint16
-_SHARDS = "*.array_record-*"
+SHARDS = "*.array_record-*"
 _CACHE_BYTES = 256 << 20
 _LONG = 1_000_000_000  # bytes that take about a second to verify: more of them get a progress bar
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; all arrays have the same shape [..., T]."""
+
+    tokens_BT: "np.ndarray | jax.Array"
+    """int32 inputs."""
+    targets_BT: "np.ndarray | jax.Array"
+    """int32, the token that follows each input."""
+    weights_BT: "np.ndarray | jax.Array"
+    """float32, 1 where the target counts and 0 where it does not."""
+    segments_BT: "np.ndarray | jax.Array | None" = None
+    """int32 number of the conversation at each position, 0 for padding; None: one segment a row."""
+
+
+class Split(Protocol):
+    """What training and evaluation ask of a split, whatever is in it. Threads may read at the same time."""
+
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    """Bytes in UTF-8 of the text that is learned."""
+    targets_per_byte: float
+    """Tokens that are learned a byte of that text: turns a loss a token into one a byte."""
+
+    def facts(self) -> dict[str, int]:
+        """What else there is to know about it, for a report."""
+
+    def check(self, block_size: int) -> None:
+        """Raise UserError where no training row of `block_size` positions can be read."""
+
+    def rows_per_epoch(self, block_size: int) -> int:
+        """Rows in one pass over the split."""
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        """Rows that hold each target that can be one once, in the order of the documents."""
+
+    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
+        """Rows of epochs in numpy, [len(places), T]. A place is (number in its epoch, 64 random bits of the epoch)."""
+
+    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        """Rows to evaluate, in numpy; what lies at and after `rows_to_evaluate` weighs nothing."""
+
+
+# ---------------------------------------------------------------- text
 
 
 def check_window(num_tokens: int, block_size: int) -> None:
@@ -45,23 +87,61 @@ def check_window(num_tokens: int, block_size: int) -> None:
         )
 
 
-# ---------------------------------------------------------------- reading
-
-
 class TokenStream:
-    """One split: `num_tokens` tokens in a circle. Threads may read at the same time."""
+    """A split of text: `num_tokens` tokens in a circle. Threads may read at the same time.
+
+    Epoch e starts at a pseudo-random place o_e and cuts the circle into W = ceil(N / T) windows; window k holds the T
+    targets that follow position o_e + kT:
+
+        stream      ... t0 t1 t2 t3 t4 t5 t6 t7 t8 ...          T = 4, o_e at t1
+        tokens            [t1 t2 t3 t4][t5 t6 t7 t8]
+        targets              [t2 t3 t4 t5][t6 t7 t8 ...
+
+    The last window goes past the end of the circle; what it would repeat weighs 0, so each token is a target exactly
+    once in an epoch.
+    """
 
     def __init__(self, records, num_tokens: int, num_bytes: int, num_documents: int, dtype: str):
         """`records[i]["tokens"]` is the i-th record, as `tfds.data_source` gives it."""
         self.num_tokens = num_tokens
         self.num_bytes = num_bytes
-        """Bytes of the documents in UTF-8."""
         self.num_documents = num_documents
         self._records = records
         # A split that fits is kept in memory as it is read: 64-token windows then cost 3 us, not 40.
         fits = num_tokens * np.dtype(dtype).itemsize <= _CACHE_BYTES
         self._cache = np.empty(num_tokens, dtype) if fits else None
         self._cached = np.zeros(len(records), bool)
+
+    @property
+    def targets_per_byte(self) -> float:
+        return self.num_tokens / self.num_bytes
+
+    def facts(self) -> dict[str, int]:
+        return {}
+
+    def check(self, block_size: int) -> None:
+        check_window(self.num_tokens, block_size)
+
+    def rows_per_epoch(self, block_size: int) -> int:
+        return -(-self.num_tokens // block_size)
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        """Windows that do not overlap: every token but the first is a target once, as the first has none before it."""
+        return -(-(self.num_tokens - 1) // block_size)
+
+    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
+        spans, starts = [], []
+        for window, draw in places:
+            start = block_size * window
+            spans.append(self.read(draw % self.num_tokens + start, block_size + 1))
+            starts.append(start)
+        positions_BT = np.array(starts, np.int64).reshape(-1, 1) + np.arange(block_size)
+        return _windows(spans, block_size, positions_BT < self.num_tokens)
+
+    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        spans = [self.read(window * block_size, block_size + 1) for window in numbers]
+        targets_BT = np.array(numbers, np.int64).reshape(-1, 1) * block_size + np.arange(1, block_size + 1)
+        return _windows(spans, block_size, targets_BT < self.num_tokens)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start, start + 1, ... of the circle (indices modulo num_tokens), int32 [length]."""
@@ -92,20 +172,149 @@ class TokenStream:
         return kept
 
 
+def _windows(spans: list[np.ndarray], block_size: int, counts_BT: np.ndarray) -> Batch:
+    spans_BT = np.array(spans, np.int32).reshape(-1, block_size + 1)
+    return Batch(spans_BT[:, :-1], spans_BT[:, 1:], counts_BT.astype(np.float32))
+
+
+# ---------------------------------------------------------------- conversations
+
+
+class PackedRow(NamedTuple):
+    """One row of T positions as it lies on disk."""
+
+    tokens: np.ndarray
+    """[T]; end-of-text where there is padding."""
+    supervised: np.ndarray
+    """bool [T]: the tokens to be learned, an assistant's."""
+    segments: np.ndarray
+    """[T]: 0 for padding, else 1, 2, ...: the conversations, one after the other."""
+    documents: np.ndarray
+    """int64: of segment s, documents[s - 1] is the number of its conversation in the source."""
+
+    def conversations(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(number of the document, its tokens, which of them are supervised) of each conversation."""
+        found = []
+        for segment, document in enumerate(self.documents.tolist(), start=1):
+            there = self.segments == segment
+            found.append((document, self.tokens[there], self.supervised[there]))
+        return found
+
+
+class PackedRows:
+    """A split of conversations: rows of `block_size` positions, each row once an epoch."""
+
+    def __init__(
+        self,
+        records,
+        dtype: str,
+        block_size: int,
+        num_rows: int,
+        num_conversations: int,
+        num_supervised: int,
+        num_tokens: int,
+        num_bytes: int,
+        num_documents: int,
+    ):
+        """`records[i]` is the i-th row, as `tfds.data_source` gives it: a dict of the fields of PackedRow."""
+        self.block_size = block_size
+        self.num_rows = num_rows
+        self.num_conversations = num_conversations
+        """Packed ones; a long document is several."""
+        self.num_supervised = num_supervised
+        self.num_tokens = num_tokens
+        """Without padding."""
+        self.num_bytes = num_bytes
+        """Of the supervised tokens."""
+        self.num_documents = num_documents
+        self._records = records
+        parts = {"tokens": dtype, "supervised": np.uint8, "segments": np.uint16}
+        fits = num_rows * block_size * sum(np.dtype(kind).itemsize for kind in parts.values()) <= _CACHE_BYTES
+        self._cache = {name: np.empty((num_rows, block_size), kind) for name, kind in parts.items()} if fits else None
+        self._cached = np.zeros(num_rows, bool)
+
+    @property
+    def targets_per_byte(self) -> float:
+        return self.num_supervised / max(self.num_bytes, 1)
+
+    def facts(self) -> dict[str, int]:
+        return {"rows": self.num_rows, "conversations": self.num_conversations, "learned_tokens": self.num_supervised}
+
+    def check(self, block_size: int) -> None:
+        if block_size != self.block_size:
+            raise UserError(
+                f"the conversations are packed into rows of {self.block_size} tokens, but data.block_size = "
+                f"{block_size}; set it back, or prepare again"
+            )
+        if not self.num_supervised:
+            raise UserError(
+                "the training split has no conversation with an answer that could be learned; give more conversations "
+                "or a smaller data.validation_fraction"
+            )
+
+    def rows_per_epoch(self, block_size: int) -> int:
+        self.check(block_size)
+        return self.num_rows
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        return self.num_rows
+
+    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
+        return self._batch([number for number, _ in places])
+
+    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        batch = self._batch([number % self.num_rows for number in numbers])
+        batch.weights_BT[np.array(numbers) >= self.num_rows] = 0.0
+        return batch
+
+    def row(self, number: int) -> PackedRow:
+        """Row `number` (0 <= number < num_rows) with the numbers of its documents."""
+        record = self._records[number]
+        return PackedRow(record["tokens"], record["supervised"].astype(bool), record["segments"], record["documents"])
+
+    def _batch(self, numbers: list[int]) -> Batch:
+        shape = (len(numbers), self.block_size)
+        tokens_BT, segments_BT = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        targets_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for place, number in enumerate(numbers):
+            row = self._read(number)
+            tokens_BT[place], segments_BT[place] = row["tokens"], row["segments"]
+            weights_BT[place, :-1] = row["supervised"][1:]
+        targets_BT[:, :-1] = tokens_BT[:, 1:]
+        # The first token of a conversation follows from nothing, whatever stands before it in the row.
+        weights_BT[:, :-1] *= segments_BT[:, 1:] == segments_BT[:, :-1]
+        return Batch(tokens_BT, targets_BT, weights_BT, segments_BT)
+
+    def _read(self, number: int) -> dict[str, np.ndarray]:
+        if self._cache is None:
+            return self._records[number]
+        if not self._cached[number]:  # two threads may both fill it, with the same row
+            record = self._records[number]
+            for name, kept in self._cache.items():
+                kept[number] = record[name]
+            self._cached[number] = True
+        return {name: kept[number] for name, kept in self._cache.items()}
+
+
+# ---------------------------------------------------------------- datasets
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenDataset:
     """A prepared dataset: what it was made with, and its two splits."""
 
     path: Path
+    format: Literal["text", "chat"]
     vocab_size: int
     end_of_text: int
     tokenizer_digest: str
     fingerprint: str
     """SHA-256 over the documents."""
     settings: dict[str, object]
-    """Those of [data] and [tokenizer] that decided what is in it."""
-    train: TokenStream
-    validation: TokenStream
+    """Those that decided what is in it."""
+    train: Split
+    """A TokenStream or PackedRows, as `format` says."""
+    validation: Split
 
 
 def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digests") -> TokenDataset:
@@ -125,7 +334,7 @@ def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digest
             f"{path}: holds no {manifest.NAME}, so a version of jaxgpt before format {FORMAT_VERSION} prepared it, or "
             f"it was deleted; delete {path} and prepare again"
         )
-    _refuse_damage(path, manifest.problems(path, unread=_SHARDS))
+    _refuse_damage(path, manifest.problems(path, unread=SHARDS))
     about = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
     if about.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -150,11 +359,13 @@ def _open_verified(path: Path, about: dict) -> TokenDataset:
             f"delete {path} and prepare again"
         )
     sources = tfds.builder_from_directory(path).as_data_source()
-    streams = {
-        split: TokenStream(sources[split], dtype=about["token_dtype"], **about["splits"][split]) for split in SPLITS
+    is_chat = about.get("format", "text") == "chat"
+    kind, extra = (PackedRows, {"block_size": about["block_size"]}) if is_chat else (TokenStream, {})
+    splits = {
+        split: kind(sources[split], dtype=about["token_dtype"], **extra, **about["splits"][split]) for split in SPLITS
     }
     facts = {name: about[name] for name in ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint", "settings")}
-    return TokenDataset(path=path, **facts, **streams)
+    return TokenDataset(path=path, format="chat" if is_chat else "text", **facts, **splits)
 
 
 def _verify(path: Path, size: int) -> None:
@@ -171,128 +382,3 @@ def _refuse_damage(path: Path, problems: list[str]) -> None:
     extra = all(problem.endswith("(extra)") for problem in problems)
     fix = "remove it" if extra else f"delete {path} and prepare again"
     raise UserError(f"{path}/{problems[0]}{more}; {fix}")
-
-
-# ---------------------------------------------------------------- writing
-
-
-class DatasetWriter:
-    """Writes a prepared dataset document by document; memory holds a few thousand records at most."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
-        """Start an empty dataset in the existing `folder`, the tokenizer saved in it."""
-        import tensorflow_datasets as tfds
-
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._dtype = np.dtype("uint16" if tokenizer.vocab_size < 65_536 else "uint32")
-        tokens = tfds.features.Tensor(shape=(None,), dtype=self._dtype, encoding="bytes")
-        identity = tfds.core.DatasetIdentity(
-            name="jaxgpt_tokens",
-            version=tfds.core.Version(f"{FORMAT_VERSION}.0.0"),
-            data_dir=str(folder),
-            module_name="jaxgpt.data.rows",
-        )
-        self._info = tfds.core.DatasetInfo(
-            builder=identity,
-            description="A stream of token ids: end-of-text before each document, cut into records.",
-            features=tfds.features.FeaturesDict({"tokens": tokens}),
-            metadata=tfds.core.MetadataDict(),
-        )
-        self._writer = tfds.core.SequentialWriter(self._info, SHARD_RECORDS, file_format="array_record")
-        self._writer.initialize_splits(list(SPLITS))
-        self._pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        counted = ("num_tokens", "num_bytes", "num_documents")
-        self.counts: dict[str, dict[str, int]] = {split: dict.fromkeys(counted, 0) for split in SPLITS}
-        """{"train": {"num_tokens", "num_bytes", "num_documents"}, "validation": ...} written so far."""
-        tokenizer.save(folder / "tokenizer")
-
-    def add(self, split: str, tokens: np.ndarray, num_bytes: int, starts_document: bool) -> None:
-        """Append the next part of a document, which came from `num_bytes` of UTF-8."""
-        if starts_document:
-            self._pending[split].append(np.array([self._tokenizer.end_of_text], np.int32))
-        self._pending[split].append(tokens)
-        counts = self.counts[split]
-        counts["num_tokens"] += len(tokens) + starts_document
-        counts["num_bytes"] += num_bytes
-        counts["num_documents"] += starts_document
-
-    def flush(self, last: bool = False) -> None:
-        """Write the full records, and with `last` the one that is not full."""
-        for split, parts in self._pending.items():
-            tokens = np.concatenate(parts).astype(self._dtype) if parts else np.empty(0, self._dtype)
-            end = len(tokens) if last else len(tokens) // RECORD_TOKENS * RECORD_TOKENS
-            records = [{"tokens": tokens[i : i + RECORD_TOKENS]} for i in range(0, end, RECORD_TOKENS)]
-            if records:
-                self._writer.add_examples({split: records})
-            parts[:] = [tokens[end:]]
-
-    def finish(self, about: dict[str, object]) -> None:
-        """Close the files, write the metadata, `about` added, and the manifest; now the dataset can be opened.
-
-        `about` holds the "fingerprint" and the "settings" of TokenDataset.
-        """
-        self.flush(last=True)
-        self._writer.close_all()
-        shards = sorted(self._folder.glob(_SHARDS))
-        self._info.metadata.update(
-            about,
-            format_version=FORMAT_VERSION,
-            vocab_size=self._tokenizer.vocab_size,
-            end_of_text=self._tokenizer.end_of_text,
-            tokenizer_digest=self._tokenizer.digest,
-            token_dtype=self._dtype.name,
-            splits=self.counts,
-            file_bytes={shard.name: shard.stat().st_size for shard in shards},
-        )
-        self._info.write_to_directory(str(self._folder))
-        manifest.write(self._folder)
-
-
-@contextlib.contextmanager
-def finished_together(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place when the block ends well, and else disappears.
-
-    Two processes may make the same folder at once: the first to end wins and the other's work is dropped.
-    What a killed process left is removed by the next one on the same host.
-    """
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"data.prepared_dir = {final.parent}: cannot be made ({error.strerror})") from None
-    host = socket.gethostname()
-    for leftover in final.parent.glob(f".*.{host}.*.partial"):
-        pid = int(leftover.name.split(".")[-3])
-        if pid == os.getpid() or not _is_alive(pid):  # a restarted container gets the same pid again
-            shutil.rmtree(leftover, ignore_errors=True)
-    folder = final.parent / f".{final.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
-    folder.mkdir()
-    try:
-        yield folder
-        for file in [*folder.rglob("*"), folder]:
-            fsync(file)
-        try:
-            os.rename(folder, final)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        fsync(final.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH  # another error: it is alive, and another user's
-    return True
-
-
-def fsync(path: Path) -> None:
-    """Have the kernel write a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

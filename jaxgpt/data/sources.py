@@ -1,299 +1,229 @@
-"""Where documents come from: this Python's own library, text files, JSON lines, TFDS datasets.
+"""Where documents come from: files, public catalogs, made-up dialogues, or a weighted mixture of them.
 
 The idea: a source is read front to back, as often as needed, always in the same order, and never held whole;
 `source_key` says cheaply whether it is still the same without reading it.
 """
 
+import dataclasses
 import hashlib
-import json
-import os
 import platform
-import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from jaxgpt.config import DataConfig, UserError
+from jaxgpt.config import DataConfig, SourceConfig, UserError, sources_of
+from jaxgpt.data import files
+from jaxgpt.data.catalogs import HUGGINGFACE, TFDS, catalog_facts, catalog_splits
+from jaxgpt.data.records import BadRecord, BadRecords, Document, Record
 
-SUFFIXES = {"stdlib": (".py", ".txt"), "text": (".txt", ".md", ".py"), "jsonl": (".jsonl",)}
-
-# Parts of the library that are not source a person would write or read: tests, character tables and generated
-# files (which differ between machines besides), other people's packages.
-# fmt: off
-_NOT_STDLIB = frozenset([
-    "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip",
-    "site-packages", "dist-packages", "lib-dynload", "__pycache__", "__phello__",
-])
-# fmt: on
-_NOT_STDLIB_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "__hello__")
+_CHAT_ONLY = ("support", "sgd")
+_TEXT_ONLY = ("stdlib", "text", "html")
 
 
-class Document(NamedTuple):
-    text: str
-    split: Literal["train", "validation"] | None = None
-    """The split that the source gives it; None where the source has no splits."""
+@dataclasses.dataclass
+class Reading:
+    """What `documents` leaves behind for a report, a number for each part of the mixture."""
+
+    num_documents: list[int] = dataclasses.field(default_factory=list)
+    num_bytes: list[int] = dataclasses.field(default_factory=list)
+    """UTF-8 handed on."""
+    ended_by: int | None = None
+    """The part that was used up when it was its turn, which ends a mixture; None where data.max_bytes did, or where
+    there is one part only."""
 
 
-def documents(data: DataConfig) -> Iterator[Document]:
+def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading | None = None) -> Iterator[Document]:
     """The documents of `data`, blank ones left out, up to `data.max_bytes` of UTF-8.
 
-    A file of text is one document, so is a line of JSON and an example of TFDS. Under `max_bytes` a TFDS
-    validation split comes first and gets the share `validation_fraction`; the last document is cut between
-    two characters.
+    A file of text is one document (a long one in parts), so is a page, a line of JSON and a row of a table. Under
+    `max_bytes` a validation split of a catalog comes first and gets the share `validation_fraction`; the last
+    document is cut between two characters, the last conversation is left out if it is too long.
+
+    In a mixture the next document comes from the part that has given the fewest bytes for its weight; the mixture ends
+    when that part is used up, as going on would be another mixture.
 
     Raises:
         UserError: the source is missing, empty or broken; names the file and the line or byte.
     """
-    if data.source.startswith("tfds:"):
-        source = _tfds_documents(data)
-    elif data.source == "jsonl":
-        source = _jsonl_documents(data)
-    else:
-        source = (Document(_read_text(file)) for _, file in _files(data))
-    count = 0
-    for document in _limited(source, data.max_bytes):
-        count += 1
+    bad = BadRecords(data.on_bad_record) if bad is None else bad
+    reading = Reading() if reading is None else reading
+    parts = sources_of(data)
+    _check_format(data)
+    reading.num_documents, reading.num_bytes, reading.ended_by = [0] * len(parts), [0] * len(parts), None
+    total = sum(part.weight for part in parts)
+    readers = [_nonempty(data, number, bad, part.weight / total) for number, part in enumerate(parts)]
+    source = readers[0] if len(parts) == 1 else _mixed(readers, [part.weight for part in parts], reading)
+    for document in _limited(source, data.max_bytes, data.format == "chat"):
+        reading.num_documents[document.part] += not document.continues
+        reading.num_bytes[document.part] += len(document.text.encode())
         yield document
-    if not count:
+    if not any(reading.num_documents):
         raise UserError(f"{describe(data)}: no text in it; the corpus is empty")
 
 
 def describe(data: DataConfig) -> str:
     """The source in a user's words, for messages."""
-    return f'data.source = "{data.source}"' + (f", data.path = {data.path}" if data.path else "")
+    parts = sources_of(data)
+    if len(parts) == 1:
+        return _described(parts[0], "data.source")
+    return " and ".join(_described(part, f"data.source[{number}]") for number, part in enumerate(parts))
 
 
 def short_name(data: DataConfig) -> str:
-    """A name for folders: "stdlib", the stem of a file or folder, or "tfds-NAME"."""
-    name = Path(data.path).resolve().stem if data.source in ("text", "jsonl") else data.source
-    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or data.source
+    """A name for folders: "stdlib", the stem of a file or folder, "tfds-NAME"; all of them for a mixture."""
+    names = [_short_name(part) for part in sources_of(data)]
+    return "-".join(names)[:60].strip("-")
 
 
 def source_key(data: DataConfig) -> str:
     """A digest that changes when the source probably has: file names, sizes and times, or Python's version.
 
     Raises:
-        UserError: the source is missing.
+        UserError: the source is missing, or cannot be of data.format.
     """
-    if data.source.startswith("tfds:"):
-        root = _tfds_folder(data)
-        if not _tfds_on_disk(data):
-            _tfds_builder(data)  # downloads it, so that the key is that of later calls
-        files = [(str(file.relative_to(root)), file) for file in _tfds_on_disk(data)]
-        facts = [str(root.resolve())]
-    elif data.source == "stdlib":  # no times: the same on every machine of one version
-        facts = [platform.python_implementation(), platform.python_version()]
-        facts += [f"{name} {file.stat().st_size}" for name, file in _files(data)]
-        files = []
-    else:
-        files = _files(data)
-        facts = [str(Path(data.path).resolve())]
-    for name, file in files:
-        stat = file.stat()
-        facts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+    _check_format(data)
+    facts = []
+    for part in sources_of(data):
+        lines, found = _facts(part)
+        facts += lines
+        for name, file in found:
+            stat = file.stat()
+            facts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _limited(source: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
+def _facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
+    """Lines that tell the state of a source, and the files whose sizes and times do."""
+    if part.source.startswith((TFDS, HUGGINGFACE)):
+        return catalog_facts(part)
+    if part.source == "stdlib":  # no times: the same on every machine of one version
+        sizes = [f"{name} {file.stat().st_size}" for name, file in files.source_files(part)]
+        return [platform.python_implementation(), platform.python_version(), *sizes], []
+    if part.source == "support":  # what it gives is decided by the code alone
+        from jaxgpt.data import dialogues, support
+
+        return [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (dialogues, support)], []
+    return [str(Path(part.path).resolve())], files.source_files(part)
+
+
+def _described(part: SourceConfig, name: str) -> str:
+    return f'{name} = "{part.source}"' + (f", data.path = {part.path}" if part.path else "")
+
+
+def _short_name(part: SourceConfig) -> str:
+    name = Path(part.path).resolve().stem if part.source in files.SUFFIXES and part.path else part.source
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or part.source
+
+
+def _check_format(data: DataConfig) -> None:
+    for part in sources_of(data):
+        if data.format == "chat" and part.source in _TEXT_ONLY:
+            raise UserError(f'data.source = "{part.source}" holds no conversations: set data.format = "text"')
+        if data.format == "text" and part.source in _CHAT_ONLY:
+            raise UserError(f'data.source = "{part.source}" holds conversations: set data.format = "chat"')
+
+
+# ---------------------------------------------------------------- reading one part
+
+
+def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
+    """The documents of one part of the mixture, of which there must be one; `share` of the text is to come from it."""
+    part = sources_of(data)[number]
+    found = False
+    for document in _documents(data, part, bad, data.max_bytes and max(1, int(data.max_bytes * share))):
+        found = True
+        yield document if number == 0 else document._replace(part=number)
+    if not found:
+        raise UserError(f"{_described(part, 'data.source')}: no text in it; the corpus is empty")
+
+
+def _documents(data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes: int | None) -> Iterator[Document]:
+    limit = data.max_record_bytes
+    if part.source in ("stdlib", "text"):
+        yield from files.text_documents(part, bad, limit)
+    elif part.source == "html":
+        yield from files.html_documents(part, bad, limit)
+    elif part.source.startswith((TFDS, HUGGINGFACE)):
+        for split, records in catalog_splits(part, bad, part.text_field if data.format == "text" else None):
+            share = max_bytes and max(1, int(max_bytes * data.validation_fraction)) if split == "validation" else None
+            yield from _limited(_texts(records, data, part, bad), share, data.format == "chat")
+    else:
+        yield from _texts(_records(data, part, bad), data, part, bad)
+
+
+def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[Record]:
+    if part.source == "jsonl":
+        return files.jsonl_records(part, bad, data.max_record_bytes)
+    if part.source == "parquet":
+        return files.parquet_records(part, bad, [part.text_field] if data.format == "text" else None)
+    if part.source == "sgd":
+        return files.sgd_dialogues(part, bad)
+    from jaxgpt.data.dialogues import support_records
+
+    return (Record(f"support, conversation {n}", record) for n, record in enumerate(support_records()))
+
+
+def _texts(records: Iterable[Record], data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[Document]:
+    """The text of each record; what has none is given to `bad`.
+
+    Raises:
+        UserError: the first record has no such field, which is then a wrong setting rather than a bad record.
+    """
+    from jaxgpt.data.chat import conversation
+
+    for number, record in enumerate(records):
+        try:
+            if data.format == "chat":
+                yield Document(conversation(record.value, record.where), record.split, where=record.where)
+                continue
+            text = files.text_of(record, part.text_field)
+        except BadRecord as error:
+            if number == 0 and data.format == "text" and part.text_field not in record.value:
+                raise UserError(str(error)) from None
+            bad.add(error)
+            continue
+        if text.strip():
+            yield Document(text, record.split)
+        else:
+            bad.empty(record.where)
+
+
+# ---------------------------------------------------------------- several parts, and a limit
+
+
+def _mixed(readers: Sequence[Iterator[Document]], weights: Sequence[float], reading: Reading) -> Iterator[Document]:
+    """Whole documents in turn, so that the bytes of each part follow its weight as closely as they can."""
+    heads = [next(reader) for reader in readers]
+    given = [0.0] * len(readers)  # bytes for a weight of 1
+    while True:
+        turn = given.index(min(given))
+        if heads[turn] is None:
+            reading.ended_by = turn
+            return
+        whole = True
+        while whole or (heads[turn] is not None and heads[turn].continues):
+            document, whole = heads[turn], False
+            given[turn] += len(document.text.encode()) / weights[turn]
+            yield document
+            heads[turn] = next(readers[turn], None)
+
+
+def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> Iterator[Document]:
+    """The documents up to `max_bytes`; the last one is cut, or left out where they must be `whole`."""
     left = max_bytes
     for document in source:
-        if not document.text.strip():
-            continue
-        if left is not None:
-            text = _cut(document.text, left)
-            left -= len(text.encode())
-            if text:
-                yield document._replace(text=text)
-            if left <= 0 or len(text) < len(document.text):
-                return
-        else:
+        if left is None:
             yield document
+            continue
+        text = _cut(document.text, left)
+        if len(text) < len(document.text) and whole:
+            return
+        left -= len(text.encode())
+        if text:
+            yield document._replace(text=text)
+        if left <= 0 or len(text) < len(document.text):
+            return
 
 
 def _cut(text: str, max_bytes: int) -> str:
     """The beginning of `text` that fits into `max_bytes` of UTF-8."""
     return text.encode()[:max_bytes].decode(errors="ignore")
-
-
-# ---------------------------------------------------------------- files
-
-
-def _files(data: DataConfig) -> list[tuple[str, Path]]:
-    """(relative path, file) of the source's files, sorted by relative path."""
-    stdlib = data.source == "stdlib"
-    root = Path(sysconfig.get_paths()["stdlib"] if stdlib else data.path)
-    if not root.exists():
-        raise UserError(f"data.path = {root}: no such file or folder")
-    if root.is_file():
-        return [(root.name, root)]
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not _left_out(name, stdlib)]
-        for name in names:
-            if name.endswith(SUFFIXES[data.source]) and not _left_out(name, stdlib):
-                file = Path(folder, name)
-                found.append((file.relative_to(root).as_posix(), file))
-    if not found:
-        raise UserError(f"data.path = {root}: no {', '.join(SUFFIXES[data.source])} file in this folder")
-    return sorted(found)
-
-
-def _left_out(name: str, stdlib: bool) -> bool:
-    if stdlib:
-        return name in _NOT_STDLIB or name.startswith(_NOT_STDLIB_PREFIXES)
-    return name.startswith(".")  # hidden: .git, editors' files
-
-
-def _read_text(file: Path) -> str:
-    return _decode(_read_bytes(file), file).removeprefix("\ufeff")  # a byte order mark is no text
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except PermissionError:
-        raise UserError(f"{file}: no permission to read it") from None
-
-
-def _decode(content: bytes, file: Path) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not UTF-8 at byte {error.start} (0x{content[error.start]:02x}); convert it, for example "
-            f"with: iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _jsonl_documents(data: DataConfig) -> Iterator[Document]:
-    for _, file in _files(data):
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Document(_jsonl_text(line, f"{file}:{number}", data.text_field))
-
-
-def _jsonl_text(line: bytes, where: str, field: str) -> str:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}; each line must be an object with a text")
-    if field not in record:
-        raise UserError(f'{where}: no field "{field}"; it has {", ".join(record) or "no field"}: set data.text_field')
-    return _checked(record[field], where, field)
-
-
-def _checked(value: object, where: str, field: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f'{where}: field "{field}" is not text but {type(value).__name__}; set data.text_field')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f'{where}: field "{field}" holds half a character (U+{ord(value[error.start]):04X}) '
-            f"at position {error.start}, which is not Unicode text"
-        ) from None
-    return value
-
-
-# ---------------------------------------------------------------- TFDS
-
-
-def _tfds_documents(data: DataConfig) -> Iterator[Document]:
-    builder = _tfds_builder(data)
-    names = list(builder.info.splits)
-    held_out = next((name for name in ("validation", "test") if name in names), None)
-    train = "train" if "train" in names else None
-    if train is None and held_out is None:
-        raise UserError(f"{data.source}: no split train, validation or test, only {', '.join(names)}")
-    if train is None:
-        return _tfds_split(builder, held_out, None, data)
-    if held_out is None:
-        return _tfds_split(builder, train, None, data)
-    share = data.max_bytes and max(1, int(data.max_bytes * data.validation_fraction))
-    return _joined(
-        _limited(_tfds_split(builder, held_out, "validation", data), share),
-        _tfds_split(builder, train, "train", data),
-    )
-
-
-def _joined(*sources: Iterable[Document]) -> Iterator[Document]:
-    for source in sources:
-        yield from source
-
-
-def _tfds_split(builder, name: str, split: str | None, data: DataConfig) -> Iterator[Document]:
-    features = builder.info.features
-    if data.text_field not in features:
-        raise UserError(
-            f'{data.source}: no feature "{data.text_field}"; it has {", ".join(features)}: set data.text_field'
-        )
-    for number, example in enumerate(builder.as_data_source(split=name)):
-        where = f"{data.source}, split {name}, example {number}"
-        value = example[data.text_field]
-        try:
-            value = value.decode() if isinstance(value, bytes) else value
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
-        yield Document(_checked(value, where, data.text_field), split)
-
-
-def _tfds_name(data: DataConfig) -> str:
-    return data.source.removeprefix("tfds:")
-
-
-def _tfds_folder(data: DataConfig) -> Path:
-    """The data_dir: data.path, or TFDS's own default."""
-    if data.path:
-        return Path(data.path)
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def _tfds_on_disk(data: DataConfig) -> list[Path]:
-    """The dataset_info.json of every version of the dataset in the data_dir."""
-    pattern = f"{_tfds_name(data).replace(':', '/')}/**/dataset_info.json"
-    return [file for file in sorted(_tfds_folder(data).glob(pattern)) if "incomplete" not in file.parent.name]
-
-
-def _tfds_builder(data: DataConfig):
-    """The dataset on disk in ArrayRecord form, or the one that TFDS downloads and writes in that form."""
-    import tensorflow_datasets as tfds
-
-    name, folder = _tfds_name(data), _tfds_folder(data)
-    array_record = tfds.core.FileFormat.ARRAY_RECORD
-    found = [file.parent for file in _tfds_on_disk(data)]
-    on_disk = [tfds.builder_from_directory(path) for path in found]
-    usable = [builder for builder in on_disk if builder.info.file_format == array_record]
-    if usable:
-        return max(usable, key=lambda builder: tfds.core.Version(builder.version))
-    if on_disk:
-        raise UserError(
-            f"{found[0]}: stored as {on_disk[0].info.file_format.value}, which cannot be read without "
-            f"TensorFlow; where TensorFlow is installed, run: tfds build {name} --file_format=array_record"
-        )
-    return _tfds_download(name, folder, array_record)
-
-
-def _tfds_download(name: str, folder: Path, file_format):
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=folder, file_format=file_format)
-        builder.download_and_prepare(file_format=file_format)
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"tfds:{name}: TFDS knows no dataset of this name, and {folder} holds none; see "
-            "https://www.tensorflow.org/datasets/catalog/overview"
-        ) from None
-    except (ImportError, OSError) as error:  # those of `requests` are OSErrors
-        request = getattr(error, "request", None)
-        reason = f"no answer from {request.url}" if request else f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(
-            f"tfds:{name}: cannot be downloaded and prepared here ({reason}); prepare it on another machine "
-            f"with: tfds build {name} --file_format=array_record, and set data.path to its data_dir"
-        ) from None
-    return builder

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import UserError
+from jaxgpt.data.chat import END_OF_TURN, START_OF_TURN, TEMPLATE
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
@@ -37,6 +38,9 @@ class Tokenizer:
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json_text)
         self.backend.encode_special_tokens = True
         self._end_of_text = end_of_text
+        special = {token: number for token, (number, is_special) in _added_tokens(self.backend).items() if is_special}
+        self.end_of_turn: int | None = special.get(END_OF_TURN) if START_OF_TURN in special else None
+        """The token that ends an answer; None for a tokenizer without the tokens of a chat."""
         self.end_of_text: int = self.backend.token_to_id(end_of_text)
         self.vocab_size: int = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self._characters = _characters(content, end_of_text)
@@ -55,6 +59,13 @@ class Tokenizer:
         """
         self._check_characters(text)
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_from(self, text: str, start: int) -> tuple[list[int], int]:
+        """`encode`, and how many of the ids come before character `start` of the text."""
+        self._check_characters(text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        before = next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding.ids))
+        return encoding.ids, before
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for many texts on all cores; int32 arrays."""
@@ -108,7 +119,11 @@ class Tokenizer:
         return same_end and theirs.items() <= ours.items() and _rules(self.backend) == _rules(other.backend)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
+        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads.
+
+        With the tokens of a chat also its template: chat_template.jinja, and in the settings for readers that do
+        not know this file.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(self._json, encoding="utf-8")
@@ -120,6 +135,9 @@ class Tokenizer:
         }
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
+        if self.end_of_turn is not None:
+            settings["chat_template"] = TEMPLATE
+            (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.config import UserError
+from jaxgpt.config import UserError, sources_of
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.diagnosis.folders import check_folder
 from jaxgpt.diagnosis.host import in_words
@@ -91,7 +91,8 @@ def data(case: Case) -> Iterator[Finding]:
         yield finding
         return
     config = case.config
-    if config.data.source.startswith("tfds:") or (config.tokenizer.path or "").startswith("hf:"):
+    is_remote = any(part.source.startswith(("tfds:", "huggingface:")) for part in sources_of(config.data))
+    if is_remote or (config.tokenizer.path or "").startswith("hf:"):
         text = f"{place.text}; not looked for: even asking where it lies would download its source"
         yield Finding("prepared data", OK, text, facts=place.facts)
         return

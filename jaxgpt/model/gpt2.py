@@ -166,11 +166,13 @@ class GPT2(nnx.Module):
     def hidden(self, tokens_BT, *, segments_BT=None, dropout_key=None, gather_block=lambda x: x, backend=PLAIN):
         """The last LayerNorm's output (B, T, D). A dropout key turns dropout on; `backend` says how to compute.
 
+        With `segments_BT` each segment is read as if it were alone: positions count anew, and nothing sees another.
         `gather_block` is called inside each layer with that layer's parameters, and returns those to use:
         where they are split over devices, this is the place to bring them together (and again in the
         backward pass, under remat).
         """
-        x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
+        x_BTD = self.embed(tokens_BT, positions_BT)
         if dropout_key is not None:
             x_BTD = dropout(x_BTD, self.config.dropout, jax.random.fold_in(dropout_key, self.config.n_layer))
         return self.ln_f(self._layers(x_BTD, segments_BT, dropout_key, gather_block, backend), backend)
@@ -210,6 +212,13 @@ class GPT2(nnx.Module):
         for index, block in enumerate(_unstack(stacked, self.config.n_layer)):
             x_BTD = layer(x_BTD, block, index)
         return x_BTD
+
+
+def _positions(segments_BT: jax.Array) -> jax.Array:
+    """Positions that start from 0 in each run of equal segments, (B, T)."""
+    position_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1])[None], segments_BT.shape)
+    starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return position_BT - jax.lax.cummax(jnp.where(starts_BT, position_BT, 0), axis=1)
 
 
 def _unstack(stacked: dict, layers: int) -> list[dict]:

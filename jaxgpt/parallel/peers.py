@@ -9,7 +9,6 @@ the main thread of a survivor sits in a collective that never ends.
 import contextlib
 import ctypes
 import dataclasses
-import faulthandler
 import json
 import os
 import signal
@@ -17,13 +16,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
 from jaxgpt.cli import EXIT_WATCHDOG, Interrupted
 
-RECORD = "faults.jsonl"
 _INTERVAL = 0.5  # seconds between two signs of life
 _FAILED_SECONDS = 5.0  # for the others to fail for the same reason, before one that failed ends them
 _END_MILLISECONDS = 3_600_000  # for process 0 to write what it writes at the end
@@ -81,12 +78,13 @@ class Peers:
 class PeerWatch:
     """Context manager around a run of several processes: while it is open, a lost peer ends this process (75).
 
-    `step` tells where the run is, for the record. One process: no threads, nothing happens.
+    `step` tells where the run is. `record` leaves on disk who was lost, given the step and {"process", "host", "what",
+    "reported_by"}. One process: no threads, nothing happens.
     """
 
-    def __init__(self, workdir: Path, timeout_seconds: float, step: Callable[[], int] = lambda: 0):
-        self._step = step
-        self._workdir, self._timeout = workdir, timeout_seconds
+    def __init__(self, timeout_seconds: float, step: Callable[[], int], record: Callable[[int, dict], None]):
+        self._step, self._record = step, record
+        self._timeout = timeout_seconds
         self._peers = Peers(timeout_seconds)
         self._state, self._count = ALIVE, 0
         self._closing, self._ending = threading.Event(), threading.Lock()
@@ -218,23 +216,11 @@ class PeerWatch:
             f"{self._step()}, run the same command again to go on"
         )
         os.write(2, f"failed: {line}\n".encode())
-        writing = threading.Thread(target=self._write_record, args=(verdict,), daemon=True)
+        facts = dataclasses.asdict(verdict) | {"reported_by": self._me}
+        writing = threading.Thread(target=self._record, args=(self._step(), facts), daemon=True)
         writing.start()
         writing.join(5)  # the disk may be what died
         os._exit(EXIT_WATCHDOG)
-
-    def _write_record(self, verdict: Verdict) -> None:
-        record = {
-            "time": round(time.time(), 3),
-            "step": self._step(),
-            **dataclasses.asdict(verdict),
-            "reported_by": self._me,
-        }
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        with open(self._workdir / RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        with open(self._workdir / f"stacks-{self._me}.txt", "w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _is_broken_collective(error: BaseException | None) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.data.pipeline import Batch
+from jaxgpt.data.rows import Batch
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options
 from jaxgpt.parallel.mesh import build_mesh
@@ -86,7 +86,8 @@ def lower_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Program, ja
     accumulation = config.train.gradient_accumulation_steps
     shape = (accumulation, config.train.global_batch_size // accumulation, config.block_size)
     array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding.micro_batches_sharding(mesh))
-    batch = Batch(array(dtype=jnp.int32), array(dtype=jnp.int32), array(dtype=jnp.float32))
+    segments = array(dtype=jnp.int32) if config.data.format == "chat" else None
+    batch = Batch(array(dtype=jnp.int32), array(dtype=jnp.int32), array(dtype=jnp.float32), segments)
     return program, program.train_step.lower(program.abstract_state, batch)
 
 

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxgpt.cli import STORAGE_ERRNOS, StorageFailed
 from jaxgpt.config import CheckpointConfig, Config, UserError, from_json
 from jaxgpt.data import manifest
-from jaxgpt.data.rows import fsync
+from jaxgpt.data.writer import fsync
 from jaxgpt.failpoints import failpoint
 from jaxgpt.training.step import TrainState
 

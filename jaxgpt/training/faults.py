@@ -21,6 +21,8 @@ START, DATA, STEP, EVAL, SAVE = "start", "data", "step", "eval", "save"
 # Cloud machines are taken away 15 to 30 seconds after the signal. What takes longer than this to come to the end of
 # a step is given up, so that the run ends by itself and says so.
 PATIENCE_SECONDS = 6.0
+STALL_SECONDS = 1.0
+"""Data usually comes in milliseconds: after the signal, a longer wait for it is cut short."""
 # Compiling and writing to a slow disk may take this many times faults.hang_seconds.
 SLOW = {START: 12, SAVE: 6}
 
@@ -49,10 +51,11 @@ class Activity:
 class StopSignal:
     """Notes SIGTERM and Ctrl-C; the loop asks `requested` after each step. A second signal exits at once.
 
-    Before the first step is done there is nothing to save, and while the loop waits for data the state is whole:
-    there the main thread is interrupted where it is. Compiling and other long calls do not return to Python for a
-    while, so a thread of its own waits for the signal, too, and ends the process when the end of the step does
-    not come.
+    Before the first step is done there is nothing to save: there the main thread is interrupted where it is. A thread
+    of its own waits for the signal, too. It interrupts the main thread where that waits for data that does not come:
+    there the state is whole. (Not anywhere in the reading of a batch: an exception between the taking of a lock and
+    the block that releases it leaves it taken.) Compiling and other long calls do not return to Python for a while, so
+    that thread ends the process when the end of the step does not come.
     """
 
     def __init__(self, activity: Activity, is_alone: bool = True):
@@ -61,6 +64,7 @@ class StopSignal:
         self._is_alone = is_alone
         self._previous: dict[int, object] = {}
         self._patient = False
+        self._stalled = False
         self._ended = False
 
     def __enter__(self) -> "StopSignal":
@@ -88,21 +92,27 @@ class StopSignal:
         self._patient = True
 
     def is_saved(self) -> None:
-        """The state is on disk: what follows is bounded again, such as closing a data reader that hangs."""
+        """It took what it took: what follows is bounded again, the next step or closing a data reader that hangs."""
         self._patient = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._stalled:  # sent by our own thread
+            self._stalled = False
+            if self._waits_for_data():
+                raise Interrupted(self.requested)
+            return
         if self.requested:
             os._exit(128 + number)  # the shell's convention for a death by signal
         self.requested = signal.Signals(number).name
-        activity = self._activity.now[0]
         # With several processes the others may be in the step already: all have to stop at the same one.
-        if activity == START and self._is_alone:
+        if self._activity.now[0] == START and self._is_alone:
             raise Interrupted(f"{self.requested} before the first step was done; run the same command again to go on")
         # write(2), not print: a handler may interrupt a print that holds the stream's lock.
         os.write(2, f"\n{self.requested}: saving after this step (again to stop at once)\n".encode())
-        if activity == DATA and self._is_alone:
-            raise Interrupted(self.requested)
+
+    def _waits_for_data(self) -> bool:
+        activity, _, since = self._activity.now
+        return activity == DATA and time.monotonic() - since > STALL_SECONDS
 
     def _wait_beside(self) -> None:
         number = None
@@ -117,6 +127,9 @@ class StopSignal:
             time.sleep(0.1)
             if self._patient:
                 deadline = time.monotonic() + PATIENCE_SECONDS
+            if self._is_alone and not self._stalled and self._waits_for_data():
+                self._stalled = True
+                signal.pthread_kill(threading.main_thread().ident, number)  # wakes it from its wait
         if number == signal.SIGTERM and not self._ended:
             activity, step, since = self._activity.now
             text = (
@@ -159,6 +172,12 @@ class Watchdog:
         text = f"failed: {what} at step {step} on {socket.gethostname()}; the stacks of all threads are in {stacks}\n"
         os.write(2, text.encode())
         os._exit(EXIT_WATCHDOG)
+
+
+def record_lost_host(workdir: Path, step: int, facts: dict) -> None:
+    """What a process leaves behind that ends because of another one's death (parallel/peers.py finds it out)."""
+    record_fault(workdir, step=step, **facts)
+    write_stacks(workdir)
 
 
 def write_stacks(workdir: Path) -> Path:

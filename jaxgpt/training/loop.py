@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from jaxgpt.cli import Interrupted
 from jaxgpt.config import Config
-from jaxgpt.data.pipeline import Batch, eval_batches, train_batches, windows_per_epoch
-from jaxgpt.data.rows import TokenDataset
+from jaxgpt.data.pipeline import eval_batches, train_batches
+from jaxgpt.data.rows import Batch, TokenDataset
 from jaxgpt.failpoints import failpoint
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
@@ -42,10 +42,12 @@ class Run:
     program: Program
     checkpoints: Checkpoints
     log: MetricLog
-    sample: Callable[[dict], str] | None
-    """Parameters -> a text that the model wrote; None turns samples off."""
+    sample: Callable[[dict], dict[str, str | float]] | None
+    """Parameters -> metrics, such as "sample", a text that the model wrote; None turns samples off."""
     stop: StopSignal
     activity: Activity
+    skip: frozenset[int] = frozenset()
+    """Training rows that weigh nothing (data.skip_list)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +154,7 @@ class _Loop:
         except Interrupted:
             if first:
                 raise
+            self._run.activity.is_at(SAVE, step - 1)  # no longer waiting for data: not to be interrupted again
             self._read_pending()
             if self._saved != step - 1:
                 self._save(step - 1, None, evaluated=True, surely=True)
@@ -204,7 +207,7 @@ class _Loop:
             if stopped:
                 return None, True
             if run.sample:
-                values["sample"] = run.sample(self._state.params)
+                values |= run.sample(self._state.params)
         run.log.write(step, values)
         return values["eval_loss"], False
 
@@ -234,8 +237,7 @@ class _Loop:
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
         self._bad_steps.saved(step)
         self._saved = step
-        if surely:
-            run.stop.is_saved()
+        run.stop.is_saved()
 
     def _interrupted(self, step: int) -> Interrupted:
         signal = self._run.stop.requested or "told by another process"
@@ -258,11 +260,12 @@ def training_batches(run: Run, start: Position):
         sharding=sharding.micro_batches_sharding(run.mesh),
         num_threads=config.data.num_threads,
         prefetch_batches=config.data.prefetch_batches,
+        skip=run.skip,
     )
 
 
 def evaluate(run: Run, params: dict, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Mean loss over the validation tokens (nats), its perplexity, and bits per UTF-8 byte of the text.
+    """Mean loss over the validation targets (nats), its perplexity, and bits per UTF-8 byte of their text.
 
     `stop` is asked before each batch; once it says yes the rest is left out, and the figures mean nothing.
     """
@@ -287,11 +290,10 @@ def evaluate(run: Run, params: dict, stop: Callable[[], bool] = lambda: False) -
     # Read once, and added in Python's float64.
     sums = jax.device_get(sums)
     loss = math.fsum(float(loss_sum) for loss_sum, _ in sums) / max(math.fsum(float(count) for _, count in sums), 1.0)
-    tokens_per_byte = validation.num_tokens / validation.num_bytes
     return {
         "eval_loss": loss,
         "eval_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows a float64
-        "eval_bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        "eval_bits_per_byte": loss / math.log(2) * validation.targets_per_byte,
     }
 
 
@@ -301,6 +303,7 @@ def checkpoint_metadata(dataset: TokenDataset) -> dict:
         "vocab_size": dataset.vocab_size,
         "tokenizer_digest": dataset.tokenizer_digest,
         "data_fingerprint": dataset.fingerprint,
+        "data_path": str(dataset.path.absolute()),
     }
 
 
@@ -313,7 +316,7 @@ class Meter:
         self._split = split
         self._bad_steps = bad_steps
         self._tokens_per_step = config.train.global_batch_size * config.block_size
-        self._windows = windows_per_epoch(run.dataset.train.num_tokens, config.block_size)
+        self._rows_per_epoch = run.dataset.train.rows_per_epoch(config.block_size)
         devices = run.mesh.devices.flatten()
         peak = peak_flops(devices[0].device_kind)
         flops = flops_per_token(config.model, run.dataset.vocab_size, config.block_size)
@@ -357,7 +360,7 @@ class Meter:
         training = seconds["seconds_data"] + seconds["seconds_step"]
         rate = self._timed_steps * self._tokens_per_step / training if training and self._timed_steps > 0 else None
         line = {
-            "epoch": step * self._run.config.train.global_batch_size / self._windows,
+            "epoch": step * self._run.config.train.global_batch_size / self._rows_per_epoch,
             "loss": self._loss_sum / self._count if self._count else None,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],

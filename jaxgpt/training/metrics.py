@@ -268,6 +268,7 @@ _FORMATS = (
     ("eval_loss", "eval_loss {:.4f}"),
     ("eval_perplexity", "perplexity {:,.2f}"),
     ("eval_bits_per_byte", "bits/byte {:.4f}"),
+    ("eval_stop_rate", "answers that stop {:.0%}"),
 )
 
 

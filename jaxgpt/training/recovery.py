@@ -117,6 +117,7 @@ def record_fault(run: Path, **facts) -> None:
     """Append one line to faults.jsonl, on disk when this returns. Not being able to is not worth a second fault."""
     line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n"
     try:
+        run.mkdir(parents=True, exist_ok=True)
         with open(run / FAULTS_FILE, "a", encoding="utf-8") as file:
             file.write(line)
             file.flush()

@@ -66,7 +66,7 @@ def _read_json(path: Path) -> dict:
 def _columns(records: list[dict]) -> dict[str, np.ndarray]:
     """Every numeric metric as one array over the lines, nan where a line does not know it."""
     keys = ["step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"]
-    keys += ["mfu", "eval_loss", "eval_perplexity", "eval_bits_per_byte"]
+    keys += ["mfu", "eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_stop_rate"]
     keys += [f"seconds_{name}" for name in ("total", *ACTIVITIES)]
     return {key: np.array([record.get(key) for record in records], float) for key in keys}
 
@@ -141,6 +141,8 @@ def _headline(columns: dict) -> list[tuple[str, str, str]]:
     for key, name in (("eval_perplexity", "perplexity"), ("eval_bits_per_byte", "bits per byte")):
         if key in last:
             found.append((name, f"{last[key]:,.4g}", "validation"))
+    if "eval_stop_rate" in last:
+        found.append(("answers that stop", f"{last['eval_stop_rate']:.0%}", "by themselves, to validation prompts"))
     if "tokens" in last:
         epochs = f"{last['epoch']:.2f} epochs" if "epoch" in last else ""
         found.append(("tokens seen", _big(last["tokens"]), epochs))

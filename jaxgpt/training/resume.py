@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from jaxgpt import __version__
-from jaxgpt.config import Change, Config, ModelConfig, UserError, resume_conflicts, to_json
+from jaxgpt.config import Config, ModelConfig, UserError, to_json
 from jaxgpt.data.rows import TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.model import huggingface
 from jaxgpt.model.gpt2 import padded_vocab
 from jaxgpt.model.huggingface import HuggingFaceModel
 from jaxgpt.parallel import distributed
+from jaxgpt.training.changes import Change, resume_conflicts
 from jaxgpt.training.checkpoint import (
     FOLDER,
     Checkpoints,

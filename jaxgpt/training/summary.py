@@ -47,8 +47,8 @@ def print_header(
     print(
         f"model    {parameters / 1e6:.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, width "
         f"{model.n_embd}, {model.dtype}\n"
-        f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens, "
-        f"vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
+        f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens"
+        f"{_learned(dataset)}, vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
         f"devices  {devices.size} x {devices[0].device_kind} ({shape}), attention by {program.attention}\n"
         f"batch    {train.global_batch_size} sequences of {config.block_size} tokens, "
         f"{train.gradient_accumulation_steps} micro-batches; {train.max_steps:,} steps\n"
@@ -59,6 +59,12 @@ def print_header(
         new = dataset.vocab_size - weights.vocab_size
         rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
         print(f"weights  {weights.setting}{rows}", flush=True)
+
+
+def _learned(dataset: TokenDataset) -> str:
+    """How many of the tokens are learned, where that is not all of them."""
+    facts = dataset.train.facts()
+    return f" ({facts['learned_tokens']:,} learned, in {facts['rows']:,} rows)" if "rows" in facts else ""
 
 
 def write_report(run, status: str, seconds: float) -> None:
@@ -78,6 +84,7 @@ def write_report(run, status: str, seconds: float) -> None:
             "fingerprint": dataset.fingerprint,
             "training_tokens": dataset.train.num_tokens,
             "validation_tokens": dataset.validation.num_tokens,
+            **dataset.train.facts(),
             "vocabulary": dataset.vocab_size,
         },
         "versions": {
@@ -93,10 +100,15 @@ def write_report(run, status: str, seconds: float) -> None:
 
 def print_footer(workdir: Path, best_step: int | None) -> None:
     last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
+    stopping, how = "", '--prompt "..."'
+    if "eval_stop_rate" in last:
+        how = "--chat"
+        stopping = f"answers that end by themselves: {last['eval_stop_rate']:.0%} of those to validation prompts\n"
     print(
         f"\nvalidation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
         f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best_step})\n"
+        f"{stopping}"
         f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} (for transformers)\n"
         f"report      {workdir / 'report.html'}\n"
-        f'sample      python -m jaxgpt.sample --checkpoint {workdir} --prompt "..."'
+        f"sample      python -m jaxgpt.sample --checkpoint {workdir} {how}"
     )

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 
 from jaxgpt.config import Config, ModelConfig, TokenizerConfig, UserError, to_json
 from jaxgpt.data import manifest
-from jaxgpt.data.rows import fsync
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.writer import fsync
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
 from jaxgpt.training.checkpoint import FOLDER, METADATA, find_step, quiet_orbax, read_config, read_metadata
@@ -221,6 +221,15 @@ def write_huggingface(folder: Path, config: ModelConfig, vocab_size: int, params
     huggingface.write_model(folder, config, vocab_size, params, tokenizer.end_of_text, **write_options)
     if write_options.get("is_writer", True):
         tokenizer.save(folder, config.n_positions)
+        if tokenizer.end_of_turn is not None:
+            _stop_at_end_of_turn(folder / "generation_config.json", tokenizer)
+
+
+def _stop_at_end_of_turn(file: Path, tokenizer: Tokenizer) -> None:
+    """Have transformers' `generate` end an answer of a chat model where we do: at the end of the turn."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["eos_token_id"] = [tokenizer.end_of_turn, tokenizer.end_of_text]
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_as_run(run: Path, model: LoadedModel) -> None:

@@ -1,0 +1,241 @@
+"""Conversations: the formats they are read in, the template they are written in, and which tokens are learned.
+
+The idea: a conversation is one canonical JSON text, a list of {"role", "content"}, from the moment it is read; here
+alone it becomes tokens. Each turn is "<|im_start|>ROLE\nCONTENT<|im_end|>\n" (ChatML), CONTENT without whitespace
+at its ends. Learned are an assistant's CONTENT and the <|im_end|> after it, which is how a model learns to stop:
+
+    <|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n Good day <|im_end|> \n
+                                                                       ^^^^^^^^ ^^^^^^^^^^
+
+`TEMPLATE` is the same for Hugging Face's `apply_chat_template`, which gives the same ids and the same mask. One
+thing differs: in what a user wrote, the letters "<|im_end|>" are only text here, and the token there (unless it is
+called with sanitize_control_tokens = True): a user must not be able to end the own turn and begin an assistant's.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxgpt.config import ChatConfig
+from jaxgpt.data.records import BadRecord
+
+if TYPE_CHECKING:  # tokenizer.py writes this file's template beside a tokenizer
+    from jaxgpt.data.tokenizer import Tokenizer
+
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant")
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] | trim + '<|im_end|>' }}"
+    "{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+_FORMATS = '"messages", "conversations", or "prompt" and "response"'
+
+
+# ---------------------------------------------------------------- reading
+
+
+def conversation(record: object, where: str) -> str:
+    """The canonical JSON of one record: [{"role": ..., "content": ...}, ...], contents without whitespace at the ends.
+
+    The record's keys tell its format: {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from",
+    "value"}]}, or a pair {"prompt", "response"}, {"prompt", "completion"}, {"question", "answer"}; a "system" text
+    beside the last two kinds is the system message.
+
+    Raises:
+        BadRecord: it is none of these, or no conversation that can be learned from (see `check_messages`).
+    """
+    if not isinstance(record, Mapping):
+        raise BadRecord(where, f"not an object with {_FORMATS}")
+    messages = _messages(record, where)
+    check_messages(messages, where)
+    return to_text(messages)
+
+
+def to_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """Canonical JSON of messages."""
+    plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    return json.dumps(plain, ensure_ascii=False)
+
+
+def check_messages(messages: Sequence[Mapping[str, object]], where: str) -> None:
+    """A system message or none, then user and assistant in turns, the assistant last; no content is blank.
+
+    Raises:
+        BadRecord: it is not so.
+    """
+    for number, message in enumerate(messages, 1):
+        _check_content(message["content"], f"{where}, turn {number}")
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        place = 1 + roles.index("system", 1)
+        raise BadRecord(where, f"a system turn after the first: turn {place}; there may be one, before all others")
+    turns = [role for role in roles if role != "system"]
+    if "assistant" not in turns:
+        raise BadRecord(where, "no assistant turn, so nothing to learn")
+    for number, role in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            place = 1 + number + len(roles) - len(turns)
+            raise BadRecord(where, f"roles do not alternate: turn {place} is the {role}'s, not the {expected}'s")
+    if turns[-1] == "user":
+        raise BadRecord(where, "ends in a user turn, which no answer follows; drop it")
+
+
+def _messages(record: Mapping, where: str) -> list[dict[str, object]]:
+    if "messages" in record:
+        return [
+            {"role": _role(turn, "role", dict(zip(ROLES, ROLES)), place), "content": turn.get("content")}
+            for turn, place in _turns(record, "messages", where)
+        ]
+    system = [] if record.get("system") in (None, "") else [{"role": "system", "content": record["system"]}]
+    if "conversations" in record:
+        return system + [
+            {"role": _role(turn, "from", _SHAREGPT, place), "content": turn.get("value")}
+            for turn, place in _turns(record, "conversations", where)
+        ]
+    for question, answer in _PAIRS:
+        if question in record and answer in record:
+            user, assistant = (
+                {"role": "user", "content": record[question]},
+                {"role": "assistant", "content": record[answer]},
+            )
+            return [*system, user, assistant]
+    keys = ", ".join(map(str, record)) or "nothing"
+    raise BadRecord(where, f"unknown format: it has {keys[:80]}, but a conversation has {_FORMATS}")
+
+
+def _turns(record: Mapping, key: str, where: str) -> list[tuple[Mapping, str]]:
+    turns = record[key]
+    if isinstance(turns, str | Mapping) or not hasattr(turns, "__len__") or len(turns) == 0:
+        raise BadRecord(where, f'no turns: "{key}" is not a list of them')
+    places = [(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
+    for turn, place in places:
+        if not isinstance(turn, Mapping):
+            raise BadRecord(place, "not an object")
+    return places
+
+
+def _role(turn: Mapping, key: str, roles: Mapping[str, str], where: str) -> str:
+    if key not in turn:
+        raise BadRecord(where, f'no role: "{key}" is missing; it is one of {", ".join(roles)}')
+    role = turn[key]
+    if not isinstance(role, str) or role not in roles:
+        raise BadRecord(where, f'unknown role: "{key}" is {str(role)[:40]!r}, but it must be one of {", ".join(roles)}')
+    return roles[role]
+
+
+def _check_content(content: object, where: str) -> None:
+    if not isinstance(content, str):
+        raise BadRecord(where, f"its content is {'missing' if content is None else 'no text'}")
+    if not content.strip():
+        raise BadRecord(where, "its content is blank")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(where, f"not valid Unicode: lone surrogate U+{ord(content[error.start]):04X}") from None
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def with_chat_tokens(tokenizer: "Tokenizer") -> "Tokenizer":
+    """The tokenizer with the two tokens of a turn; itself where it has them already."""
+    return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+
+
+def with_system(messages: Sequence[Mapping[str, str]], system: str) -> list[Mapping[str, str]]:
+    """The messages, with `system` before them where they have no system message of their own."""
+    has_one = bool(messages) and messages[0]["role"] == "system"
+    return list(messages) if has_one or not system.strip() else [{"role": "system", "content": system}, *messages]
+
+
+def plain_texts(text: str, settings: ChatConfig) -> list[str]:
+    """What a tokenizer for conversations is trained on: each turn of a canonical conversation without its tokens."""
+    messages = with_system(json.loads(text), settings.system)
+    return [f"{message['role']}\n{message['content'].strip()}" for message in messages]
+
+
+class Encoded(NamedTuple):
+    """A conversation, or a part of one, as tokens."""
+
+    tokens: np.ndarray
+    """int32 [n]"""
+    supervised: np.ndarray
+    """bool [n]: the token is learned, as one of an answer or the <|im_end|> after it."""
+    num_bytes: int
+    """UTF-8 bytes of its answers: the text that the supervised tokens spell."""
+
+
+class ChatEncoder:
+    """Turns canonical conversations into tokens."""
+
+    def __init__(self, tokenizer: "Tokenizer", settings: ChatConfig, block_size: int):
+        """`tokenizer` has the chat tokens; no conversation becomes longer than `block_size` tokens."""
+        self._tokenizer, self._system, self._block_size = tokenizer, settings.system, block_size
+        self._start, self._end = (tokenizer.backend.token_to_id(token) for token in (START_OF_TURN, END_OF_TURN))
+        assert None not in (self._start, self._end), "call with_chat_tokens first"
+        self._line_break = tokenizer.encode("\n")
+
+    def encode(self, text: str, where: str = "a conversation") -> list[Encoded]:
+        """The parts of a conversation: one where it fits the block, else as few as hold it, cut between two turns.
+
+        Each part begins with the system message, if there is one, and a user turn, and ends with a whole answer; so
+        nothing is lost, and what comes before a cut is not seen after it.
+
+        Raises:
+            BadRecord: one question and its answer do not fit the block by themselves.
+        """
+        messages = with_system(json.loads(text), self._system)
+        check_messages(messages, where)
+        turns = [self._turn(message) for message in messages]
+        head, pairs = turns[: len(turns) % 2], turns[len(turns) % 2 :]
+        room = self._block_size - sum(len(turn.tokens) for turn in head)
+        parts, size = [], room + 1
+        for number in range(0, len(pairs), 2):
+            pair = pairs[number : number + 2]
+            length = len(pair[0].tokens) + len(pair[1].tokens)
+            if length > room:
+                beside = f" beside a system message of {self._block_size - room}" if head else ""
+                turn = 1 + len(head) + number
+                reason = f"a question and its answer are {length} tokens{beside}, data.block_size = {self._block_size}"
+                raise BadRecord(f"{where}, turns {turn} and {turn + 1}", f"longer than a block: {reason}")
+            if size + length > room:
+                parts.append(list(head))
+                size = 0
+            parts[-1] += pair
+            size += length
+        return [_join(part) for part in parts]
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation that ends in a user turn, and the beginning of the answer to it."""
+        turns = [self._turn(message) for message in with_system(messages, self._system)]
+        tokens = [int(token) for turn in turns for token in turn.tokens]
+        return [*tokens, self._start, *self._tokenizer.encode("assistant\n")]
+
+    def _turn(self, message: Mapping[str, str]) -> Encoded:
+        role, content = message["role"], message["content"].strip()
+        ids, first = self._tokenizer.encode_from(f"{role}\n{content}", len(role) + 1)
+        tokens = np.array([self._start, *ids, self._end, *self._line_break], np.int32)
+        supervised = np.zeros(len(tokens), bool)
+        if role != "assistant":
+            return Encoded(tokens, supervised, 0)
+        supervised[1 + first : 2 + len(ids)] = True
+        return Encoded(tokens, supervised, len(content.encode()))
+
+
+def _join(turns: Sequence[Encoded]) -> Encoded:
+    tokens, supervised, sizes = zip(*turns)
+    return Encoded(np.concatenate(tokens), np.concatenate(supervised), sum(sizes))

@@ -1,0 +1,93 @@
+"""What a model says while it is trained: a text that it goes on with, or its answers to validation conversations.
+
+Both kinds are a function of the parameters that returns metrics: "sample", a text to look at, and for a chat model
+"eval_stop_rate", the share of answers that end by themselves.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.rows import PackedRows
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.sampling import SamplingOptions
+
+Sampler = Callable[[dict], dict[str, str | float]]
+"""Parameters -> metrics."""
+
+
+def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler:
+    """A sampler that has the model go on with eval.sample_prompt.
+
+    Raises:
+        UserError: the prompt leaves no room for a new token.
+    """
+    prompt = tokenizer.encode(config.eval.sample_prompt)
+    room = config.model.n_positions - max(len(prompt), 1)
+    if room < 1:
+        raise UserError(
+            f"eval.sample_prompt has {len(prompt)} tokens, which leaves no room in model.n_positions = "
+            f"{config.model.n_positions}; shorten it, or set eval.sample_tokens = 0"
+        )
+    options = SamplingOptions(
+        max_new_tokens=min(config.eval.sample_tokens, room), temperature=0.8, top_k=50, seed=config.train.seed
+    )
+
+    def sample(params) -> dict:
+        decoder = build_decoder(config.model, vocab_size, params, tokenizer.end_of_text)
+        [[continuation]] = generate(decoder, [prompt], options)
+        return {"sample": config.eval.sample_prompt + tokenizer.decode(continuation.tokens)}
+
+    return sample
+
+
+def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation: PackedRows) -> Sampler | None:
+    """A sampler that has the model answer eval.chat_prompts validation conversations, each its likeliest answer.
+
+    None where no conversation leaves room for an answer of eval.sample_tokens tokens.
+    """
+    new = min(config.eval.sample_tokens, config.model.n_positions // 2)
+    prompts = prompts_of(validation, config.eval.chat_prompts, config.model.n_positions - new)
+    if not prompts:
+        return None
+    options = SamplingOptions(max_new_tokens=new, temperature=0.0, stop_token_ids=(tokenizer.end_of_turn,))
+
+    def sample(params) -> dict:
+        # Without an end-of-text token, since that is not how an answer ends.
+        decoder = build_decoder(config.model, vocab_size, params, None, rows=len(prompts))
+        answers = [answer for [answer] in generate(decoder, prompts, options)]
+        stopped = sum(answer.finish_reason == "stop" for answer in answers)
+        shown = tokenizer.decode([*prompts[0], *answers[0].tokens])
+        return {"eval_stop_rate": stopped / len(answers), "sample": shown}
+
+    return sample
+
+
+def prompts_of(rows: PackedRows, count: int, longest: int) -> list[list[int]]:
+    """Of `count` conversations, taken evenly from the rows, all that comes before an answer.
+
+    It is the last answer whose prompt has at most `longest` tokens; fewer prompts where there are no more such.
+    """
+    steps = max(min(count, rows.num_rows), 1)
+    numbers = [step * rows.num_rows // steps for step in range(steps)] if rows.num_rows else []
+    waiting = [_prompts(rows, number, longest) for number in numbers]
+    found: list[list[int]] = []
+    while waiting and len(found) < count:  # one of each row, then another one of each
+        for prompts in list(waiting):
+            prompt = next(prompts, None)
+            if prompt is None:
+                waiting.remove(prompts)
+            elif len(found) < count:
+                found.append(prompt)
+    return found
+
+
+def _prompts(rows: PackedRows, number: int, longest: int) -> Iterator[list[int]]:
+    """The prompt of each conversation of a row that has one."""
+    for _, tokens, supervised in rows.row(number).conversations():
+        starts = 1 + np.flatnonzero(supervised[1:] & ~supervised[:-1])
+        starts = starts[starts <= longest]
+        if len(starts):
+            yield tokens[: starts[-1]].tolist()

@@ -1,0 +1,91 @@
+"""A conversation with a model: what was said so far, and the prompt made of as much of it as fits.
+
+The idea: a prompt is whole turns or nothing. Where the context is full, the oldest question and answer fall out
+together, and the system message stays; so the model never reads half a turn, as it never did in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxgpt.config import ChatConfig, UserError
+from jaxgpt.data.chat import END_OF_TURN, ChatEncoder
+from jaxgpt.data.tokenizer import Tokenizer
+
+
+class ChatPrompt(NamedTuple):
+    ids: list[int]
+    dropped: int
+    """Oldest turns that did not fit."""
+
+
+class ChatPrompts:
+    """Makes prompts of conversations for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, n_positions: int, where: str):
+        """
+        Raises:
+            UserError: the tokenizer has no chat tokens; `where` is the model's name in the message.
+        """
+        if tokenizer.end_of_turn is None:
+            raise UserError(
+                f"{where}: no chat model, as its tokenizer has no {END_OF_TURN}; fine-tune it with "
+                'data.format = "chat" (configs/support_chat.toml), or continue plain texts'
+            )
+        self.end_of_turn: int = tokenizer.end_of_turn
+        self._encoder = ChatEncoder(tokenizer, ChatConfig(), n_positions)
+        self._n_positions = n_positions
+
+    def fit(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int) -> ChatPrompt:
+        """The tokens of a conversation that ends in a user turn, without its oldest turns where it is too long.
+
+        Raises:
+            UserError: system message and last turn alone leave no room for `max_new_tokens`.
+        """
+        head = [message for message in messages[:1] if message["role"] == "system"]
+        turns = list(messages[len(head) :])
+        room, dropped = self._n_positions - max_new_tokens, 0
+        while len(ids := self._encoder.prompt([*head, *turns[dropped:]])) > room:
+            if len(turns) - dropped <= 2:
+                beside = " with the system message" if head else ""
+                raise UserError(
+                    f"the message{beside} takes {len(ids)} tokens, with {max_new_tokens} new ones more than "
+                    f"the model's n_positions = {self._n_positions}; shorten it, or ask for fewer new tokens"
+                )
+            dropped += 2
+        return ChatPrompt(ids, dropped)
+
+
+class ChatSession:
+    """One conversation: messages as they come, each answered before the next."""
+
+    def __init__(self, prompts: ChatPrompts, system: str = ""):
+        self.system = system
+        self._prompts = prompts
+        self._turns: list[dict[str, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        head = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        return head + self._turns
+
+    def ask(self, message: str, max_new_tokens: int) -> ChatPrompt:
+        """The prompt for the answer to `message`; it becomes part of the conversation with `answered`.
+
+        Raises:
+            UserError: it does not fit (see `ChatPrompts.fit`), or is blank.
+        """
+        if not message.strip():
+            raise UserError("the message is blank; write something")
+        asked = [*self.messages, {"role": "user", "content": message}]
+        prompt = self._prompts.fit(asked, max_new_tokens)
+        self._turns = self._turns[prompt.dropped :]
+        return prompt
+
+    def answered(self, message: str, answer: str) -> None:
+        """Keep a message with its answer; one that was stopped before its first word leaves no trace."""
+        if answer.strip():
+            self._turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self._turns = []
