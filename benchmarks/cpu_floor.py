@@ -3,10 +3,10 @@
     pip install -e '.[parity]'
     python benchmarks/cpu_floor.py --shape 124M --dtype float32
 
-The matmuls of the step (forward, both gradients, the tied head's too) are timed one by one, by XLA and by torch, the
-operands in the order that serves each best. Their sum by the faster of the two is the floor: a step that did nothing
-else would take that long. What the peer of `train_step.py` takes, over the floor, is the largest ratio that any
-program on this machine could show. Times are medians of wall-clock seconds, for a machine with nothing else to do.
+The matmuls of the step (forward, both gradients, the tied head's too) are timed one by one, by XLA and by torch. Their
+sum by the faster of the two is the floor: a step that did nothing else would take that long. What the peer of
+`train_step.py` takes, over the floor, is the largest ratio that any program on this machine could show. Times are
+medians of wall-clock seconds, for a machine with nothing else to do.
 """
 
 import argparse
@@ -44,24 +44,30 @@ def median_seconds(call, least: float = 1.0) -> float:
     return statistics.median(times)
 
 
+WEIGHTS = "ri,ro->io"  # the form of a weight's gradient
+
+
 def products(rows: int, inputs: int, outputs: int):
     """The three products of a linear layer, as (name, left shape, right shape, einsum)."""
     yield "forward", (rows, inputs), (inputs, outputs), "ri,io->ro"
     yield "input's gradient", (rows, outputs), (inputs, outputs), "ro,io->ri"
-    yield "weight's gradient", (rows, inputs), (rows, outputs), "ri,ro->io"
+    yield "weight's gradient", (rows, inputs), (rows, outputs), WEIGHTS
 
 
 def xla_seconds(left: tuple, right: tuple, form: str, dtype: str) -> float:
-    """The faster of the product and of its mirror image, whose result lies transposed."""
+    """The product, of a weight's gradient the faster of the plain one and of the form that the package uses."""
     import jax
     import jax.numpy as jnp
 
+    from jaxgpt.model.cpu import kernel_gradient
+
     a, b = (jnp.asarray(np.random.default_rng(i).standard_normal(s), dtype) for i, s in enumerate((left, right)))
-    operands, result = form.split("->")
-    mirrored = f"{operands}->{result[::-1]}"
+    kinds = [lambda a, b: jnp.einsum(form, a, b, preferred_element_type=jnp.float32)]
+    if form == WEIGHTS:
+        kinds.append(kernel_gradient)
     times = []
-    for einsum in (form, mirrored):
-        product = jax.jit(lambda a, b, einsum=einsum: jnp.einsum(einsum, a, b, preferred_element_type=jnp.float32))
+    for kind in kinds:
+        product = jax.jit(kind)
         times.append(median_seconds(lambda product=product: product(a, b).block_until_ready()))
     return min(times)
 
@@ -73,7 +79,7 @@ def torch_seconds(left: tuple, right: tuple, form: str, dtype: str) -> float:
     a, b = (torch.randn(s, dtype=kind) for s in (left, right))
     if form == "ro,io->ri":
         b = b.T
-    if form == "ri,ro->io":
+    if form == WEIGHTS:
         a = a.T
     return median_seconds(lambda: torch.mm(a, b))
 

@@ -292,7 +292,7 @@ def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
     assert dataset.train.num_documents + dataset.validation.num_documents == len(records) - 1
     (told,) = report["bad_records"].values()
     assert told["count"] == 1
-    assert "conversation 3" in told["where"][0]
+    assert "chat.jsonl:3, turns 1 and 2" in told["where"][0]
 
 
 # ---------------------------------------------------------------- which settings make another dataset

@@ -39,7 +39,7 @@ def _transposed(x: jax.Array) -> jax.Array:
     return jnp.flip(jnp.flip(x, -2).swapaxes(-1, -2), -1)
 
 
-def _kernel_gradient(x_MI: jax.Array, g_MO: jax.Array) -> jax.Array:
+def kernel_gradient(x_MI: jax.Array, g_MO: jax.Array) -> jax.Array:
     """x^T g in float32, (I, O)."""
     if x_MI.dtype == jnp.bfloat16:
         if x_MI.shape[1] <= g_MO.shape[1]:
@@ -66,7 +66,7 @@ def _linear_backward(kept, g_BTO):
     x_BTI, kernel_IO = kept
     x_MI, g_MO = lax.collapse(x_BTI, 0, 2), lax.collapse(g_BTO, 0, 2)
     x_gradient = _product(g_MO, kernel_IO, (1, 1)).astype(x_BTI.dtype).reshape(x_BTI.shape)
-    return x_gradient, _kernel_gradient(x_MI, g_MO), g_MO.astype(jnp.float32).sum(0)
+    return x_gradient, kernel_gradient(x_MI, g_MO), g_MO.astype(jnp.float32).sum(0)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -76,7 +76,7 @@ def loss_gradients(dlogits_RV: jax.Array, hidden_RD: jax.Array, wte_VD: jax.Arra
     """As backend.loss_gradients. Behind the border, or XLA computes the softmax anew inside both products."""
     dlogits_RV = lax.optimization_barrier(dlogits_RV)
     dhidden_RD = _product(dlogits_RV, wte_VD, (1, 0)).astype(hidden_RD.dtype)
-    return dhidden_RD, _kernel_gradient(dlogits_RV, hidden_RD)
+    return dhidden_RD, kernel_gradient(dlogits_RV, hidden_RD)
 
 
 # ---------------------------------------------------------------- what stands between the products
