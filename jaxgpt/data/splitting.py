@@ -58,16 +58,18 @@ class _Table:
 def decide(work: WorkFolder, stage: str, num_chunks: int, validation_fraction: float, cleaning: CleaningConfig) -> Plan:
     """Find duplicates among the rows that `stage` left, and give the others their splits.
 
-    A validation split of a source is kept. Of the other sources' documents the last `validation_fraction` of the
-    characters is held out where there is a single one; of several each is whose draw falls below that share, and at
-    least one lands on either side. A draw depends on nothing but the document's number and text.
+    What is held out is drawn among the rows that are left, so that its share is as asked for. A validation split of a
+    source is kept: of two rows that are alike the one in it stays. Of the other sources' documents the last
+    `validation_fraction` of the characters is held out where there is a single one; of several each is whose draw falls
+    below that share, and at least one lands on either side. A draw depends on nothing but the document's number and
+    text.
     """
     table = _read_table(work, stage, num_chunks)
     drawn = ~np.isin(table.parts, np.unique(table.parts[table.given == SPLIT_CODES["validation"]]))
-    held_out = _held_out(table, drawn, np.ones(len(drawn), bool), validation_fraction)
-    repeats = _repeats(work, stage, table, held_out, cleaning)
+    given = table.given == SPLIT_CODES["validation"]
+    repeats = _repeats(work, stage, table, given, cleaning)
     kept = repeats.of < 0
-    overlap = int((~kept & ~held_out & held_out[repeats.of]).sum())
+    overlap = int((~kept & ~given & given[repeats.of]).sum())
     held_out = _held_out(table, drawn, kept, validation_fraction)
     codes = np.where(kept, np.where(held_out, VALIDATION, TRAIN), DROPPED).astype(np.uint8)
     border = 0
