@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from jaxgpt import cli
 from jaxgpt.config import Config, UserError
 
 _LONGEST = 2000  # characters of a text on the screen
-_GREEN, _PLAIN = "\033[32m", "\033[0m"
 
 
 @dataclasses.dataclass
@@ -83,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = replay(run, arguments.step, arguments.weights_step, arguments.data)
     if arguments.json:
         arguments.json.write_text(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False), encoding="utf-8")
-    _say(report(found, config, arguments.rows, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    _say(report(found, config, arguments.rows))
     if arguments.skip or arguments.skip_above is not None:
         _say(_skip(run, newest, config, found, arguments))
 
@@ -193,6 +191,7 @@ def _rows(config: Config, dataset, model, batch, numbers: range, skip: frozenset
     import numpy as np
     from tqdm import tqdm
 
+    from jaxgpt.data.marking import pieces
     from jaxgpt.data.pipeline import place_of_row
 
     losses, rows = _token_losses(config, model), []
@@ -210,7 +209,7 @@ def _rows(config: Config, dataset, model, batch, numbers: range, skip: frozenset
             all_tokens = np.append(tokens_T[there], targets_T[-1:]) if segments is None else tokens_T[there]
             learned = np.append(False, weights_T[there] > 0)[: len(all_tokens)]  # a target is the token after it
             mean, count = _mean(loss_T[there], weights_T[there])
-            texts.append(Text(document, mean, count, _pieces(model.tokenizer, all_tokens, learned)))
+            texts.append(Text(document, mean, count, pieces(all_tokens, learned, model.tokenizer)))
         mean, count = _mean(loss_T, weights_T)
         rows.append(Row(number, mean, count, number in skip, texts))
     return rows
@@ -250,22 +249,13 @@ def _mean(losses, weights) -> tuple[float | None, int]:
     return (math.fsum(losses.tolist()) / count if count else None), count
 
 
-def _pieces(tokenizer, tokens, learned) -> list[tuple[str, bool]]:
-    import numpy as np
-
-    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
-    return [
-        (tokenizer.decode(tokens[begin:end]), bool(learned[begin]))
-        for begin, end in zip(borders, borders[1:])
-        if end > begin
-    ]
-
-
 # ---------------------------------------------------------------- for a person
 
 
-def report(found: Replay, config: Config, most: int, colour: bool) -> str:
+def report(found: Replay, config: Config, most: int, colour: bool | None = None) -> str:
     """The rows for a screen. In conversations the learned text is green, or stands between [[ and ]]."""
+    from jaxgpt.data.marking import marked, marks
+
     loss = "none" if found.loss is None else f"{found.loss:.4f}"
     lines = [
         f"step {found.step} of {config.train.max_steps}: {len(found.rows)} rows of {config.block_size} tokens, batch "
@@ -274,14 +264,13 @@ def report(found: Replay, config: Config, most: int, colour: bool) -> str:
     ]
     if found.weights_step > found.step:
         lines.append(f"note: no checkpoint is as old as step {found.step}; these weights have learned from it")
-    begin, end = (_GREEN, _PLAIN) if colour else ("[[", "]]")
     for row in found.rows[:most]:
         facts = f"row {row.row}, loss {_number(row.loss)}, {row.learned_tokens} tokens learned"
         lines.append(f"\n=== {facts}{', in the skip list' if row.skipped else ''}")
         for text in row.texts:
             if text.document is not None:
                 lines.append(f"--- conversation {text.document + 1}, loss {_number(text.loss)}")
-            lines.append(_shown(text, *(("", "") if text.document is None else (begin, end))))
+            lines.append(marked(text.pieces, ("", "") if text.document is None else marks(colour), _LONGEST))
     if len(found.rows) > most:
         lines.append(f"\n({len(found.rows) - most} more rows: --rows {len(found.rows)}, or --json FILE)")
     return "\n".join(lines)
@@ -300,18 +289,6 @@ def _hash_line(found: Replay) -> str:
 
 def _number(loss: float | None) -> str:
     return "none" if loss is None else f"{loss:.4f}"
-
-
-def _shown(text: Text, begin: str, end: str) -> str:
-    shown, left = "", _LONGEST
-    for piece, is_learned in text.pieces:
-        # A terminal would obey control characters of the data.
-        safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in piece[:left])
-        shown += f"{begin}{safe}{end}" if is_learned else safe
-        left -= len(piece)
-        if left <= 0:
-            return f"{shown} ..."
-    return shown
 
 
 def _say(text: str) -> None:

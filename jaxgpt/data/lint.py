@@ -7,21 +7,18 @@ shows it in a second.
 
 import collections
 import dataclasses
-import itertools
-import os
-import sys
 
 import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data.chat import END_OF_TURN, START_OF_TURN
+from jaxgpt.data.marking import BRACKETS, marked, marks, pieces
 from jaxgpt.data.rows import PackedRows, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer
 
 MOST_ROWS = 5000  # two seconds; of more, as many that lie evenly spread
 _EXAMPLES = 3
 _LONGEST = 1500  # characters of an example
-_COLOUR, _PLAIN = "\033[32m", "\033[0m"
 
 
 @dataclasses.dataclass
@@ -68,16 +65,16 @@ def check(dataset: TokenDataset, tokenizer: Tokenizer) -> Lint:
     lint = Lint(rows.num_rows, len(numbers))
     start = tokenizer.backend.token_to_id(START_OF_TURN)
     shown = {numbers[len(numbers) * place // _EXAMPLES] for place in range(_EXAMPLES)} if numbers else set()
-    pieces: collections.Counter[int] = collections.Counter()
+    counts: collections.Counter[int] = collections.Counter()
     for number in numbers:
         for place, (document, tokens, supervised) in enumerate(rows.row(number).conversations()):
             _check_ends(tokens, supervised, tokenizer.end_of_turn, f"{dataset.path}: conversation {document + 1}")
-            pieces[document] += 1
+            counts[document] += 1
             _count(lint, tokens, supervised, start, tokenizer)
             if place == 0 and number in shown:
-                lint.examples.append(Example(document, _pieces(tokens, supervised, tokenizer)))
-    lint.num_documents = len(pieces)
-    lint.num_in_parts = sum(count > 1 for count in pieces.values())
+                lint.examples.append(Example(document, pieces(tokens, supervised, tokenizer)))
+    lint.num_documents = len(counts)
+    lint.num_in_parts = sum(count > 1 for count in counts.values())
     return lint
 
 
@@ -86,13 +83,11 @@ def show(lint: Lint, colour: bool | None = None) -> str:
 
     The learned text is green where there is colour, and stands between [[ and ]] where not.
     """
-    if colour is None:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    begin, end = (_COLOUR, _PLAIN) if colour else ("[[", "]]")
-    marks = "green" if colour else "[[marked]]"
-    lines = [f"conversations as they are learned (what is learned is {marks}):"]
+    between = marks(colour)
+    how = "[[marked]]" if between == BRACKETS else "green"
+    lines = [f"conversations as they are learned (what is learned is {how}):"]
     for example in lint.examples:
-        lines += [f"--- conversation {example.document + 1}", _marked(example, begin, end)]
+        lines += [f"--- conversation {example.document + 1}", marked(example.pieces, between, _LONGEST)]
     share = lint.num_supervised / max(lint.num_tokens, 1)
     looked = "all" if lint.rows_read == lint.num_rows else f"{lint.rows_read:,} of {lint.num_rows:,}"
     parts = f"{lint.num_conversations:,} pieces of {lint.num_documents:,} conversations"
@@ -128,23 +123,3 @@ def _count(lint: Lint, tokens: np.ndarray, supervised: np.ndarray, start: int, t
         if len(turn) < 16:  # a longer one is not empty, and need not be decoded
             content = tokenizer.decode(turn).partition("\n")[2].removesuffix("\n").removesuffix(END_OF_TURN)
             lint.empty_turns += not content.strip()
-
-
-def _pieces(tokens: np.ndarray, supervised: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    borders = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(tokens)]
-    spans = itertools.pairwise(borders)
-    return [(tokenizer.decode(tokens[first:last]), bool(supervised[first])) for first, last in spans]
-
-
-def _marked(example: Example, begin: str, end: str) -> str:
-    text, left = "", _LONGEST
-    for piece, is_learned in example.pieces:
-        # A terminal would obey control characters of the data.
-        safe = "".join(
-            c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in piece[:left]
-        )
-        text += f"{begin}{safe}{end}" if is_learned else safe
-        left -= len(piece)
-        if left <= 0:
-            return f"{text} ..."
-    return text.rstrip("\n")
