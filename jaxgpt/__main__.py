@@ -10,6 +10,7 @@ VERBS = {
     "prepare": "text -> cleaned, tokenized dataset",
     "plan": "what fits a TPU slice, how fast, at what price: asked of the TPU compiler, without a TPU",
     "train": "pretrain, continue or fine-tune",
+    "evaluate": "loss, perplexity and bits per byte of a text",
     "sample": "text from a prompt",
     "replay": "the texts of one step's batch, each with its loss, and a skip list",
     "convert": "Hugging Face folder to run folder, and back",

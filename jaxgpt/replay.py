@@ -102,12 +102,13 @@ def replay(run: Path, step: int, weights_step: int | None = None, data: Path | N
     from jaxgpt.data.pipeline import train_rows
     from jaxgpt.data.skipping import read_skip_list
     from jaxgpt.training.checkpoint import FOLDER, read_config
+    from jaxgpt.training.resume import dataset_read_by
     from jaxgpt.training.step import batch_hash
     from jaxgpt.training.weights import load_model
 
     config = read_config(run)
     weights_step = _weights_step(run, config, step, weights_step)
-    dataset = _dataset(run, weights_step, data)
+    dataset = dataset_read_by(run, weights_step, data)
     skip = read_skip_list(config.data.skip_list)
     logged, size = _logged_hash(run, step), config.train.global_batch_size
     how = {"seed": config.train.seed, "global_batch_size": size, "block_size": config.block_size}
@@ -142,27 +143,6 @@ def _weights_step(run: Path, config: Config, step: int, wanted: int | None) -> i
     if wanted is not None and wanted not in steps:
         raise UserError(f"--weights-step {wanted}: {run} holds the checkpoints of steps {steps}")
     return wanted if wanted is not None else max((s for s in steps if s <= step), default=steps[0])
-
-
-def _dataset(run: Path, weights_step: int, folder: Path | None):
-    """The prepared data that the run has read.
-
-    Raises:
-        UserError: it is not there, or is other data.
-    """
-    from jaxgpt.data.rows import open_dataset
-    from jaxgpt.training.checkpoint import read_metadata
-
-    saved = read_metadata(run, weights_step)
-    folder = folder or saved.get("data_path")
-    if folder is None:
-        raise UserError(f"{run}: its checkpoints do not say where the prepared data lies; name it with --data DIR")
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: the data of the run is not there; prepare it again, or name it with --data DIR")
-    dataset = open_dataset(folder, verify="sizes")  # the batch's hash tells whether it is the same
-    if (dataset.fingerprint, dataset.tokenizer_digest) != (saved["data_fingerprint"], saved["tokenizer_digest"]):
-        raise UserError(f"{folder}: is not the data that the run in {run} has read; name that with --data DIR")
-    return dataset
 
 
 def _offsets(run: Path, step: int) -> list[int]:

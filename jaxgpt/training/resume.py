@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxgpt import __version__
 from jaxgpt.config import Config, ModelConfig, UserError, to_json
-from jaxgpt.data.rows import TokenDataset
+from jaxgpt.data.rows import TokenDataset, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.model import huggingface
 from jaxgpt.model.gpt2 import padded_vocab
@@ -246,6 +246,24 @@ def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset
                 f"({name} was {saved[name][:12]}, now {value[:12]}); choose another --workdir"
             )
     return dataclasses.replace(dataset, vocab_size=saved["vocab_size"])
+
+
+def dataset_read_by(run: Path, step: int, folder: Path | None = None) -> TokenDataset:
+    """The prepared data that the run had read up to `step`; `folder`, where it is no longer where it was.
+
+    Raises:
+        UserError: it is not there, or is other data.
+    """
+    saved = read_metadata(run, step)
+    folder = folder or saved.get("data_path")
+    if folder is None:
+        raise UserError(f"{run}: its checkpoints do not say where the prepared data lies; name it with --data DIR")
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: the data of the run is not there; prepare it again, or name it with --data DIR")
+    dataset = open_dataset(folder, verify="sizes")
+    if (dataset.fingerprint, dataset.tokenizer_digest) != (saved["data_fingerprint"], saved["tokenizer_digest"]):
+        raise UserError(f"{folder}: is not the data that the run in {run} has read; name that with --data DIR")
+    return dataset
 
 
 def initial_state(

@@ -67,8 +67,7 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     """
     optimizer = build_optimizer(config.optimizer, config.train.max_steps)
     sigma = config.faults.spike_sigma
-    _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
-    param_shardings = sharding.param_shardings(axes, shapes, mesh)
+    shapes, param_shardings, losses, attention = _laid_out(config, vocab_size, mesh)
     moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
 
@@ -87,10 +86,6 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         jax.tree.map(lambda _: everywhere, abstract.recent),
     )
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
-    backend = dataclasses.replace(backend, attend=sharding.over_heads(backend.attend, mesh))
-    gather = sharding.gather_over_fsdp(param_shardings, mesh, config.model.dtype)
-    losses = functools.partial(summed_loss, config, vocab_size, gather, backend=backend)
     gradients = mesh_gradients(losses, mesh, param_shardings, moment_shardings)
     train_step = make_train_step(config, gradients, optimizer, param_shardings, moment_shardings)
     devices = list(mesh.devices.flat)
@@ -103,17 +98,42 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
             donate_argnums=0,
             compiler_options=compiler_options(devices),
         ),
-        eval_step=jax.jit(
-            mesh_losses(losses, mesh, param_shardings),
-            in_shardings=(param_shardings, sharding.rows_sharding(mesh)),
-            out_shardings=everywhere,
-        ),
+        eval_step=_jitted_losses(losses, mesh, param_shardings),
         abstract_state=jax.tree.map(with_sharding, abstract, state_shardings),
         # The state takes over the given parameters' memory.
         fresh_optimizer=jax.jit(
             fresh, in_shardings=(param_shardings,), out_shardings=state_shardings, donate_argnums=0
         ),
         attention=attention,
+    )
+
+
+def build_eval_step(config: Config, vocab_size: int, mesh: Mesh):
+    """(`Program.eval_step`, the shardings of the parameters): for a model that is not trained here.
+
+    Raises:
+        UserError: as `build_program`.
+    """
+    _, param_shardings, losses, _ = _laid_out(config, vocab_size, mesh)
+    return _jitted_losses(losses, mesh, param_shardings), param_shardings
+
+
+def _laid_out(config: Config, vocab_size: int, mesh: Mesh):
+    """(shapes and shardings of the parameters, the losses of one device's rows, how attention is computed)."""
+    _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
+    param_shardings = sharding.param_shardings(axes, shapes, mesh)
+    backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
+    backend = dataclasses.replace(backend, attend=sharding.over_heads(backend.attend, mesh))
+    gather = sharding.gather_over_fsdp(param_shardings, mesh, config.model.dtype)
+    losses = functools.partial(summed_loss, config, vocab_size, gather, backend=backend)
+    return shapes, param_shardings, losses, attention
+
+
+def _jitted_losses(losses, mesh: Mesh, param_shardings):
+    return jax.jit(
+        mesh_losses(losses, mesh, param_shardings),
+        in_shardings=(param_shardings, sharding.rows_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
     )
 
 

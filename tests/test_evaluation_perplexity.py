@@ -1,0 +1,152 @@
+"""Loss of a text: every token once, with its context, the same on any mesh and in any batch, and as torch has it."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG, MODEL, RUN, VOCAB
+
+from jaxgpt import evaluate, train
+from jaxgpt.config import MeshConfig
+from jaxgpt.evaluation.perplexity import score, text_batches, text_of, windows
+from jaxgpt.model import gpt2
+from jaxgpt.model.huggingface import write_model
+from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.parallel.sharding import rows_sharding
+from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.step import build_eval_step
+
+BLOCK = MODEL.n_positions
+TOKENS = np.random.default_rng(0).integers(1, VOCAB, 150).tolist()
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return gpt2.init_params(MODEL, VOCAB, jax.random.key(0))
+
+
+def scored(params, tokens, stride: int, rows: int = 4, devices: int = 1):
+    mesh = build_mesh(MeshConfig(), jax.devices()[:devices])
+    eval_step, shardings = build_eval_step(CONFIG, VOCAB, mesh)
+    placed = jax.device_put(params, shardings)
+    batches = text_batches([text_of(tokens, 1000, 0)], BLOCK, stride, rows)
+    return score(lambda batch: eval_step(placed, batch), batches, rows_sharding(mesh), 1000)
+
+
+@pytest.mark.parametrize("stride", [1, 7, BLOCK])
+@pytest.mark.parametrize("length", [2, BLOCK, BLOCK + 1, BLOCK + 2, 150])
+def test_each_target_is_scored_once_with_the_context_that_the_stride_promises(length, stride):
+    found = []
+    for begin, first, end in windows(length, BLOCK, stride):
+        assert 0 < end - begin - 1 <= BLOCK
+        for target in range(first, end):
+            assert target - begin >= min(target, BLOCK - stride + 1)
+            found.append(target)
+    assert found == list(range(1, length))
+
+
+@pytest.mark.parametrize("stride", [5, BLOCK])
+def test_the_loss_is_that_of_the_windows_read_one_by_one(params, stride):
+    network, sequence, total = gpt2.bind(MODEL, VOCAB, params), [0, *TOKENS], 0.0
+    for begin, first, end in windows(len(sequence), BLOCK, stride):
+        logits = np.asarray(network(np.array([sequence[begin : end - 1]]))[0], np.float64)
+        for target in range(first, end):
+            row = logits[target - begin - 1]
+            total -= row[sequence[target]] - np.log(np.exp(row).sum())
+    found = scored(params, TOKENS, stride)
+    assert found.count == len(TOKENS)
+    assert found.loss_sum == pytest.approx(total, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(total / len(TOKENS)), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(total / math.log(2) / 1000, rel=1e-5)
+
+
+def test_mesh_and_batch_change_nothing(params):
+    plain = scored(params, TOKENS, 5)
+    for rows, devices in ((1, 1), (16, 1), (8, 8), (6, 2)):
+        other = scored(params, TOKENS, 5, rows, devices)
+        assert other.count == plain.count
+        assert other.loss_sum == pytest.approx(plain.loss_sum, rel=1e-6)
+
+
+def test_perplexity_is_that_of_a_plain_torch_loop_with_the_same_stride(params, tmp_path):
+    torch = pytest.importorskip("torch")  # .ci/run installs it for the default Python
+    from transformers import GPT2LMHeadModel
+
+    write_model(tmp_path, MODEL, VOCAB, params, None)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    sequence, stride, total = torch.tensor([0, *TOKENS]), 9, 0.0
+    first = 1
+    for begin in range(0, len(sequence), stride):
+        end = min(begin + 1 + BLOCK, len(sequence))
+        with torch.no_grad():
+            logits = model(sequence[None, begin : end - 1]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits, sequence[begin + 1 : end], reduction="none")
+        total += losses[first - begin - 1 :].double().sum().item()
+        first = end
+        if end == len(sequence):
+            break
+    assert scored(params, TOKENS, stride).perplexity == pytest.approx(math.exp(total / len(TOKENS)), rel=1e-4)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 600)
+    (folder / "text.txt").write_text(" ".join(words))
+    settings = "warmup_steps = 1\n[train]\nmax_steps = 3\nper_device_train_batch_size = 1\n[eval]\nsample_tokens = 0\n"
+    (folder / "config.toml").write_text(RUN.format(folder=folder) + settings)
+    assert train.main(["--config", str(folder / "config.toml"), "--workdir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def figures(tmp_path, *words: str) -> dict:
+    assert evaluate.main([*words, "--json", str(tmp_path / "found.json")]) == 0
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+def test_with_windows_that_do_not_overlap_it_is_the_validation_loss_of_the_training(run, tmp_path, capsys):
+    found = figures(tmp_path, "--checkpoint", str(run), "--stride", str(BLOCK))
+    last = [line for line in read_metrics(run) if "eval_loss" in line][-1]
+    [validation] = found["texts"]
+    assert validation["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+    assert found["stride"] == found["window"] == BLOCK
+    assert "windows of 32 tokens that move on by 32" in capsys.readouterr().out
+
+
+def test_texts_are_scored_alike_from_the_run_and_from_its_export_and_add_up(run, tmp_path):
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for file, text in zip(files, ("the cat sat on a mat " * 5, "a mat")):
+        file.write_text(text)
+    found, exported = (
+        figures(tmp_path, "--checkpoint", str(where), "--text", *map(str, files)) for where in (run, run / "hf")
+    )
+    one, two, both = found["texts"]
+    assert both["tokens"] == one["tokens"] + two["tokens"] == 105 + 5
+    assert both["loss"] * both["tokens"] == pytest.approx(one["loss"] * one["tokens"] + two["loss"] * two["tokens"])
+    assert [text["loss"] for text in exported["texts"]] == pytest.approx([text["loss"] for text in found["texts"]])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--stride", "33"], "--stride 33: a window has 32 tokens, so 1 to 32"),
+        (["--stride", "0"], "--stride 0"),
+        (["--batch-size", "0"], "at least one window"),
+        (["--text", "{folder}/nothing.txt"], "nothing.txt: No such file"),
+        (["--text", "{folder}/empty.txt"], "empty, so there is nothing to score"),
+        (["--text", "{folder}/latin.txt"], "not UTF-8 at byte 1"),
+        (["--checkpoint", "{run}/hf"], "has no validation data of its own"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(run, tmp_path, words, complaint, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"a\xe9b")
+    words = [word.format(folder=tmp_path, run=run) for word in words]
+    assert evaluate.main(["--checkpoint", str(run), *words]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert complaint in line
