@@ -1,7 +1,9 @@
-"""How well a model predicts text: `python -m jaxgpt.evaluate --checkpoint runs/quickstart --text a.txt b.txt`.
+"""How good is a model? `python -m jaxgpt.evaluate --checkpoint runs/quickstart --text a.txt --task piqa=piqa.jsonl`.
 
-Prints loss, perplexity and bits per byte of each text, or without --text of the validation split that the run was
-trained beside. Windows overlap, so that every token has context; the stride is part of the number.
+--text: loss, perplexity and bits per byte of each file; windows overlap, so that every token has context, and the
+stride is part of the number. --task NAME=FILE: questions with given answers, without examples before them, in the
+benchmark's own JSONL format (lambada, hellaswag, piqa, winogrande, arc, openbookqa, blimp, cbt) or one's own
+("choices": {"context": "...", "choices": ["...", "..."], "answer": 0}). With neither, the validation split of the run.
 """
 
 import argparse
@@ -19,21 +21,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", metavar="WHERE", required=True, help="run, step, Hugging Face folder, hf:NAME")
     parser.add_argument("--text", metavar="FILE", nargs="+", type=Path, default=[], help="UTF-8 files, one text each")
+    parser.add_argument("--task", metavar="NAME=FILE", nargs="+", default=[], help="questions with given answers")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the run's prepared data, where it has been moved")
     parser.add_argument(
         "--stride", metavar="N", type=int, help="tokens that a window moves on by [half of the model's block]"
     )
-    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="windows on each device [%(default)s]")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="rows on each device [%(default)s]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute type [the model's]")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, too")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: at least one window at a time")
     contents = [(str(file), _read(file)) for file in arguments.text]
-    found = evaluate(arguments, contents)
+    found = evaluate(arguments, contents, _read_tasks(arguments.task))
     print(report(found))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_tasks(words: Sequence[str]) -> list:
+    """The tasks, before anything is loaded."""
+    if not words:
+        return []
+    from jaxgpt.evaluation.tasks import read_task
+
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"--task {word}: write the task and its file as NAME=FILE")
+    return [read_task(name, Path(file)) for name, _, file in (word.partition("=") for word in words)]
 
 
 def _read(file: Path) -> str:
@@ -48,8 +63,8 @@ def _read(file: Path) -> str:
     return text
 
 
-def evaluate(arguments: argparse.Namespace, contents: Sequence[tuple[str, str]]) -> dict:
-    """Figures of each text, of all together, and how they were made, ready for JSON.
+def evaluate(arguments: argparse.Namespace, contents: Sequence[tuple[str, str]], tasks: Sequence = ()) -> dict:
+    """Figures of each text, of all together, of each task, and how they were made, ready for JSON.
 
     Raises:
         UserError: there is nothing to score, or the stride does not fit the model.
@@ -73,10 +88,12 @@ def evaluate(arguments: argparse.Namespace, contents: Sequence[tuple[str, str]])
     use_compilation_cache(config.train.compilation_cache_dir)
     mesh = build_mesh(MeshConfig())
     rows = arguments.batch_size * batch_shards(mesh)
-    parts = _parts(arguments, contents, model, block_size, stride, rows)
-    eval_step, shardings = build_eval_step(config, model.vocab_size, mesh)
-    params = jax.device_put(model.params, shardings)
-    scores = _scores(parts, lambda batch: eval_step(params, batch), rows_sharding(mesh))
+    scores = []
+    if contents or not tasks:
+        parts = _parts(arguments, contents, model, block_size, stride, rows)
+        eval_step, shardings = build_eval_step(config, model.vocab_size, mesh)
+        params = jax.device_put(model.params, shardings)
+        scores = _scores(parts, lambda batch: eval_step(params, batch), rows_sharding(mesh))
     return {
         "checkpoint": str(arguments.checkpoint),
         "step": model.step,
@@ -85,6 +102,7 @@ def evaluate(arguments: argparse.Namespace, contents: Sequence[tuple[str, str]])
         "stride": stride,
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "texts": scores,
+        "tasks": _answers(tasks, config, model, mesh, arguments.batch_size),
     }
 
 
@@ -144,13 +162,53 @@ def _scores(parts: list, losses, sharding) -> list[dict]:
     ]
 
 
+def _answers(tasks: Sequence, config, model, mesh, rows_per_device: int) -> list[dict]:
+    if not tasks:
+        return []
+    from tqdm import tqdm
+
+    from jaxgpt.evaluation.scoring import Scorer, encode_pair
+    from jaxgpt.evaluation.tasks import results
+
+    scorer = Scorer(config, model.vocab_size, model.params, mesh, rows_per_device)
+    found = []
+    for task in tasks:
+        requests = [encode_pair(model.tokenizer, *pair) for question in task.questions for pair in question.pairs]
+        with tqdm(total=len(requests), desc=task.name, unit="choice", disable=None, leave=False) as bar:
+            found.append(results(task, scorer(requests, bar.update)))
+    return found
+
+
 def report(found: dict) -> str:
-    """The figures as a table."""
+    """The figures as tables."""
     step = f", step {found['step']:,}" if found["step"] else ""
+    head = f"{found['checkpoint']}{step}, {found['dtype']} on {found['devices']}"
+    parts = [head]
+    if found["texts"]:
+        parts.append(_texts_table(found))
+    if found["tasks"]:
+        parts.append(_tasks_table(found["tasks"]))
+    return "\n".join(parts)
+
+
+def _tasks_table(tasks: Sequence[dict]) -> str:
+    lines = [f"{'task (no examples)':<20}  {'questions':>9}  {'metric':<10}  {'value':>8}  {'error':>7}"]
+    for task in tasks:
+        for metric in ("acc", "acc_norm", "perplexity"):
+            if metric in task:
+                error = task.get(f"{metric}_stderr")
+                told = f"{error:>7.4f}" if error is not None else f"{'':>7}"
+                value = f"{task[metric]:>8.4f}"
+                lines.append(f"{task['task']:<20}  {task['questions']:>9,}  {metric:<10}  {value}  {told}".rstrip())
+        if task["cut"]:
+            lines.append(f"  {task['cut']:,} contexts were longer than the model reads and lost their beginning")
+    return "\n".join(lines)
+
+
+def _texts_table(found: dict) -> str:
     width = max(len("text"), *(len(each["name"]) for each in found["texts"]))
     lines = [
-        f"{found['checkpoint']}{step}, {found['dtype']} on {found['devices']}; windows of {found['window']:,} tokens "
-        f"that move on by {found['stride']:,}",
+        f"windows of {found['window']:,} tokens that move on by {found['stride']:,}",
         f"{'text':<{width}}  {'tokens':>12}  {'bytes':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}",
     ]
     for each in found["texts"]:

@@ -150,3 +150,18 @@ def test_what_cannot_be_scored_is_one_line(run, tmp_path, words, complaint, caps
     assert evaluate.main(["--checkpoint", str(run), *words]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert complaint in line
+
+
+def test_a_task_of_ones_own_is_answered_beside_a_text(run, tmp_path, capsys):
+    file, text = tmp_path / "own.jsonl", tmp_path / "text.txt"
+    records = [{"context": "the cat sat on a", "choices": ["mat", "the"], "answer": n % 2} for n in range(4)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text.write_text("a mat")
+    found = figures(tmp_path, "--checkpoint", str(run), "--task", f"choices={file}", "--text", str(text))
+    [task] = found["tasks"]
+    assert (task["questions"], task["acc"], task["cut"]) == (4, 0.5, 0)
+    assert len(found["texts"]) == 1
+    out = capsys.readouterr().out
+    assert "choices" in out and "acc_norm" in out
+    assert evaluate.main(["--checkpoint", str(run), "--task", "choices"]) == 2
+    assert "NAME=FILE" in capsys.readouterr().err

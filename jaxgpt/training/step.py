@@ -67,7 +67,8 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     """
     optimizer = build_optimizer(config.optimizer, config.train.max_steps)
     sigma = config.faults.spike_sigma
-    shapes, param_shardings, losses, attention = _laid_out(config, vocab_size, mesh)
+    laid = lay_out(config, vocab_size, mesh)
+    shapes, param_shardings = laid.shapes, laid.param_shardings
     moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
 
@@ -86,6 +87,7 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         jax.tree.map(lambda _: everywhere, abstract.recent),
     )
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    losses = functools.partial(summed_loss, config, vocab_size, laid.gather, backend=laid.backend)
     gradients = mesh_gradients(losses, mesh, param_shardings, moment_shardings)
     train_step = make_train_step(config, gradients, optimizer, param_shardings, moment_shardings)
     devices = list(mesh.devices.flat)
@@ -104,7 +106,7 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
         fresh_optimizer=jax.jit(
             fresh, in_shardings=(param_shardings,), out_shardings=state_shardings, donate_argnums=0
         ),
-        attention=attention,
+        attention=laid.attention,
     )
 
 
@@ -114,19 +116,34 @@ def build_eval_step(config: Config, vocab_size: int, mesh: Mesh):
     Raises:
         UserError: as `build_program`.
     """
-    _, param_shardings, losses, _ = _laid_out(config, vocab_size, mesh)
-    return _jitted_losses(losses, mesh, param_shardings), param_shardings
+    laid = lay_out(config, vocab_size, mesh)
+    losses = functools.partial(summed_loss, config, vocab_size, laid.gather, backend=laid.backend)
+    return _jitted_losses(losses, mesh, laid.param_shardings), laid.param_shardings
 
 
-def _laid_out(config: Config, vocab_size: int, mesh: Mesh):
-    """(shapes and shardings of the parameters, the losses of one device's rows, how attention is computed)."""
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model lies on a mesh, and how its operations are computed there."""
+
+    shapes: dict
+    param_shardings: dict
+    backend: Backend
+    gather: Callable
+    """Turns parameters that are split over fsdp into whole ones, inside a device's own program."""
+    attention: str
+
+
+def lay_out(config: Config, vocab_size: int, mesh: Mesh) -> Layout:
+    """
+    Raises:
+        UserError: the mesh does not divide the model, or the attention asked for cannot run on its devices.
+    """
     _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
     param_shardings = sharding.param_shardings(axes, shapes, mesh)
     backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
     backend = dataclasses.replace(backend, attend=sharding.over_heads(backend.attend, mesh))
     gather = sharding.gather_over_fsdp(param_shardings, mesh, config.model.dtype)
-    losses = functools.partial(summed_loss, config, vocab_size, gather, backend=backend)
-    return shapes, param_shardings, losses, attention
+    return Layout(shapes, param_shardings, backend, gather, attention)
 
 
 def _jitted_losses(losses, mesh: Mesh, param_shardings):

@@ -1,0 +1,78 @@
+"""Log-probabilities of given tokens: those of the plain network, whatever is beside a request and on any mesh."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG, MODEL, VOCAB
+
+from jaxgpt.config import MeshConfig
+from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.evaluation.scoring import Request, Scorer, encode_pair
+from jaxgpt.model import gpt2
+from jaxgpt.parallel.mesh import build_mesh
+
+BLOCK = MODEL.n_positions
+SIZES = [(1, 1), (1, 31), (5, 2), (20, 12), (31, 1), (9, 9), (2, 17), (40, 5), (3, 60), (7, 1)]
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    params = gpt2.init_params(MODEL, VOCAB, jax.random.key(0))
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # predictions that are worth comparing
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    draw = np.random.default_rng(0)
+    return [Request(*(draw.integers(0, VOCAB, size).tolist() for size in sizes)) for sizes in SIZES]
+
+
+def scorer(params, devices: int = 1, rows: int = 4) -> Scorer:
+    return Scorer(CONFIG, VOCAB, params, build_mesh(MeshConfig(), jax.devices()[:devices]), rows)
+
+
+def plain(params, request: Request) -> tuple[float, bool]:
+    """By the whole network's logits, one request at a time."""
+    tokens = [*request.context, *request.target][-BLOCK - 1 :]
+    padded = np.zeros((1, BLOCK), np.int32)  # one shape; what comes after is not seen
+    padded[0, : len(tokens) - 1] = tokens[:-1]
+    logits = np.asarray(gpt2.bind(MODEL, VOCAB, params)(padded)[0, : len(tokens) - 1], np.float64)
+    count = min(len(request.target), len(tokens) - 1)
+    rows, target = logits[-count:], tokens[-count:]
+    chosen = rows[np.arange(count), target] - np.log(np.exp(rows).sum(axis=1))
+    return chosen.sum(), bool((rows.argmax(axis=1) == target).all())
+
+
+def test_a_score_is_that_of_the_plain_network_and_says_what_was_cut(params, requests):
+    for request, (context, target), score in zip(requests, SIZES, scorer(params)(requests), strict=True):
+        logprob, is_greedy = plain(params, request)
+        assert score.logprob == pytest.approx(logprob, rel=1e-5)
+        assert score.is_greedy == is_greedy
+        assert score.cut == max(context + target - 1 - BLOCK, 0)
+
+
+def test_what_the_model_would_write_is_greedy_and_another_token_is_not(params):
+    network, tokens = gpt2.bind(MODEL, VOCAB, params), [3, 1, 4]
+    for _ in range(4):
+        tokens.append(int(network(np.array([tokens]))[0, -1].argmax()))
+    other = [*tokens[:-1], (tokens[-1] + 1) % VOCAB]
+    found = scorer(params)([Request(tokens[:3], tokens[3:]), Request(other[:3], other[3:])])
+    assert [score.is_greedy for score in found] == [True, False]
+
+
+def test_mesh_batch_and_neighbours_change_nothing(params, requests):
+    expected = [score.logprob for score in scorer(params)(requests)]
+    for devices, rows in ((8, 1), (2, 3)):
+        found = scorer(params, devices, rows)(requests)
+        assert [score.logprob for score in found] == pytest.approx(expected, rel=1e-6)
+    alone = [scorer(params)([request])[0].logprob for request in requests[:3]]
+    assert alone == pytest.approx(expected[:3], rel=1e-6)
+
+
+def test_white_space_between_context_and_target_belongs_to_the_target():
+    tokenizer = train_bpe(["the cat sat on the mat " * 20], 300)
+    assert encode_pair(tokenizer, "the cat ", "sat") == encode_pair(tokenizer, "the cat", " sat")
+    context, target = encode_pair(tokenizer, "the cat", " sat")
+    assert tokenizer.decode(target) == " sat"
+    assert [*context, *target] == tokenizer.encode("the cat sat")
+    assert encode_pair(tokenizer, "", "the") == ([tokenizer.end_of_text], tokenizer.encode("the"))
