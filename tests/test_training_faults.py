@@ -94,7 +94,8 @@ def undisturbed(folder) -> Path:
 
 # the twelve-step run evaluates 4 batches at steps 4, 8 and 12: 6 is in the middle, 10 in the last evaluation
 POINTS = ["lease.taken:term", "data.read:term@11", "evaluate:term@6", "evaluate:term@10", "save.arrays:term"]
-MORE_POINTS = ["restore.done:term", "save.begin:term", "save.manifest:term", "save.renamed:term", "delete.renamed:term"]
+# Not delete.renamed: twelve steps are done before a checkpoint is deleted, and the run is finished then.
+MORE_POINTS = ["restore.done:term", "save.begin:term", "save.manifest:term", "save.renamed:term"]
 
 
 @pytest.mark.parametrize("point", [*POINTS, *(pytest.param(point, marks=pytest.mark.chaos) for point in MORE_POINTS)])
