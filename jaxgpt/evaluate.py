@@ -15,6 +15,8 @@ from pathlib import Path
 from jaxgpt import cli
 from jaxgpt.config import UserError
 
+ANSWERS = "validation answers"
+
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,24 +119,27 @@ def _parts(arguments, contents, model, block_size: int, stride: int, rows: int) 
     if contents:
         encoded = [(name, model.tokenizer.encode(content), len(content.encode())) for name, content in contents]
         return [part(name, text_of(tokens, size, model.tokenizer.end_of_text)) for name, tokens, size in encoded]
-    validation = _validation(arguments)
-    if hasattr(validation, "read"):
+    dataset = _dataset(arguments)
+    validation = dataset.validation
+    if dataset.format == "text":
         return [part("validation", Text(validation.read, validation.num_tokens, validation.num_bytes))]
+    if arguments.stride is not None:
+        raise UserError("--stride: conversations are scored whole, each by itself; leave it out")
     count = -(-validation.rows_to_evaluate(block_size) // rows)
     numbers = (range(batch * rows, (batch + 1) * rows) for batch in range(count))
     batches = (validation.evaluation_rows(list(batch), block_size) for batch in numbers)
-    return [("validation answers", batches, count, validation.num_bytes)]
+    return [(ANSWERS, batches, count, validation.num_bytes)]
 
 
-def _validation(arguments):
-    """The validation split of the data that the run has read."""
+def _dataset(arguments):
+    """The data that the run has read."""
     from jaxgpt.training.checkpoint import find_step
     from jaxgpt.training.resume import dataset_read_by
     from jaxgpt.training.weights import is_huggingface
 
     if is_huggingface(arguments.checkpoint):
         raise UserError(f"{arguments.checkpoint} has no validation data of its own; name texts with --text FILE ...")
-    return dataset_read_by(*find_step(Path(arguments.checkpoint)), arguments.data).validation
+    return dataset_read_by(*find_step(Path(arguments.checkpoint)), arguments.data)
 
 
 def _scores(parts: list, losses, sharding) -> list[dict]:
@@ -207,8 +212,11 @@ def _tasks_table(tasks: Sequence[dict]) -> str:
 
 def _texts_table(found: dict) -> str:
     width = max(len("text"), *(len(each["name"]) for each in found["texts"]))
+    how = f"windows of {found['window']:,} tokens that move on by {found['stride']:,}"
+    if found["texts"][0]["name"] == ANSWERS:
+        how = f"conversations of up to {found['window']:,} tokens, of which the answers are scored"
     lines = [
-        f"windows of {found['window']:,} tokens that move on by {found['stride']:,}",
+        how,
         f"{'text':<{width}}  {'tokens':>12}  {'bytes':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}",
     ]
     for each in found["texts"]:

@@ -14,12 +14,10 @@ import os
 import signal
 import time
 
+PREPARING = ("prepare.read", "prepare.clean", "prepare.decided", "prepare.tokenize", "prepare.write")
+"""In the order in which a preparation passes them; a run whose data is prepared passes none."""
+
 POINTS = (
-    "prepare.read",
-    "prepare.clean",
-    "prepare.decided",
-    "prepare.tokenize",
-    "prepare.write",
     "lease.taken",
     "clean.begin",
     "clean.done",

@@ -1,13 +1,16 @@
 """The drill survives kills, and would not hide a run that differs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from test_training_faults import CONFIG, ENVIRONMENT
 
+import jaxgpt
 from jaxgpt import drill
+from jaxgpt.failpoints import POINTS, PREPARING
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,13 @@ def test_a_folder_that_holds_something_is_left_alone(folder, capsys):
     (folder / "mine" / "thesis.txt").write_text("")
     assert drill.main(["--config", str(folder / "config.toml"), "--workdir", str(folder / "mine")]) == 2
     assert "holds something" in capsys.readouterr().err
+
+
+def test_every_named_point_is_in_the_list_of_those_who_pass_it():
+    package = Path(jaxgpt.__file__).parent
+    used = {
+        name for file in package.rglob("*.py") for name in re.findall(r'failpoint\("([a-z.]+)"\)', file.read_text())
+    }
+    assert used == {*POINTS, *PREPARING}
+    # The drill waits for its kill: a point that a run with prepared data never passes would keep it waiting for ever.
+    assert {name for name in used if name.startswith("prepare.")} == set(PREPARING)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -165,3 +166,15 @@ def test_a_task_of_ones_own_is_answered_beside_a_text(run, tmp_path, capsys):
     assert "choices" in out and "acc_norm" in out
     assert evaluate.main(["--checkpoint", str(run), "--task", "choices"]) == 2
     assert "NAME=FILE" in capsys.readouterr().err
+
+
+def test_the_compute_type_is_the_one_asked_for_and_moved_data_is_found_where_one_says(run, tmp_path):
+    plain = figures(tmp_path, "--checkpoint", str(run))
+    coarse = figures(tmp_path, "--checkpoint", str(run), "--dtype", "bfloat16")
+    assert (plain["dtype"], coarse["dtype"]) == ("float32", "bfloat16")
+    assert coarse["texts"][0]["loss"] != plain["texts"][0]["loss"]
+    assert coarse["texts"][0]["loss"] == pytest.approx(plain["texts"][0]["loss"], rel=0.02)
+    [prepared] = (run.parent / "prepared").iterdir()
+    shutil.copytree(prepared, tmp_path / "moved")
+    assert figures(tmp_path, "--checkpoint", str(run), "--data", str(tmp_path / "moved"))["texts"] == plain["texts"]
+    assert evaluate.main(["--checkpoint", str(run), "--data", str(tmp_path / "nowhere")]) == 2
