@@ -21,10 +21,10 @@ from jaxgpt import cli
 from jaxgpt.data.preparation import prepare
 from jaxgpt.data.rows import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
-from jaxgpt.train import resolve_steps, train
+from jaxgpt.train import train
 from jaxgpt.training.loop import Position, Run, training_batches
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.step import build_program, resolve_batch
+from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
 
 STEPS = 2000
 SETTINGS = {

@@ -96,7 +96,7 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
     from jaxgpt.parallel.mesh import build_mesh
     from jaxgpt.training import resume
     from jaxgpt.training.lease import Lease
-    from jaxgpt.training.step import build_program
+    from jaxgpt.training.step import build_program, resolve_steps
 
     # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
     skip = read_skip_list(config.data.skip_list)
@@ -256,18 +256,6 @@ def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None
     size = largest_batch(config, vocab_size, mesh)
     print(f"batch    per_device_train_batch_size = auto: {size}, of {sizes[0]} to {sizes[-1]}", flush=True)
     return resolve_batch(with_settings(config, train_per_device_train_batch_size=size), shards)
-
-
-def resolve_steps(config: Config, windows: int) -> Config:
-    """`config` with block_size and max_steps filled in: num_train_epochs passes over `windows` windows."""
-    steps = config.train.max_steps
-    if steps is None:
-        steps = max(round(config.train.num_train_epochs * windows / config.train.global_batch_size), 1)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, block_size=config.block_size),
-        train=dataclasses.replace(config.train, max_steps=steps),
-    )
 
 
 def start_run_folder(workdir: Path, config: Config, dataset) -> None:

@@ -29,12 +29,12 @@ from jaxgpt.data.sources import documents
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
-from jaxgpt.train import resolve_steps, train
+from jaxgpt.train import train
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.guard import BadStep, BadSteps
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.optimizer import build_optimizer
-from jaxgpt.training.step import build_program, resolve_batch
+from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
 
 BASE = {
     "model.n_layer": 1,

@@ -324,3 +324,15 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
         )
     resolved = dataclasses.replace(train, gradient_accumulation_steps=total // rows, global_batch_size=total)
     return dataclasses.replace(config, train=resolved)
+
+
+def resolve_steps(config: Config, windows: int) -> Config:
+    """`config` with block_size and max_steps filled in: num_train_epochs passes over `windows` windows."""
+    steps = config.train.max_steps
+    if steps is None:
+        steps = max(round(config.train.num_train_epochs * windows / config.train.global_batch_size), 1)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, block_size=config.block_size),
+        train=dataclasses.replace(config.train, max_steps=steps),
+    )
