@@ -20,7 +20,7 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from jaxgpt.data.writer import DatasetWriter
 from jaxgpt.training import resume, step
 from jaxgpt.training.changes import ENDLESS, ON_RESUME
-from jaxgpt.training.optimizer import build_optimizer, schedule
+from jaxgpt.training.optimizer import arguments, build_optimizer, schedule
 from jaxgpt.training.resume import CHANGES, check_workdir, record_changes
 
 OLD = Config(optimizer=OptimizerConfig(learning_rate=0.01), train=TrainConfig(max_steps=500, global_batch_size=8))
@@ -128,7 +128,8 @@ OTHER = {
 def test_an_optimizer_setting_may_be_forced_exactly_when_the_stored_state_still_fits(name):
     def state(settings: dict) -> list:
         params = {"blocks": {"mlp": {"c_fc": {"kernel": jnp.ones((1, 3, 5)), "bias": jnp.ones((1, 5))}}}}
-        optimizer = build_optimizer(OptimizerConfig(**settings), 500)
+        config = OptimizerConfig(**settings)
+        optimizer = build_optimizer(config, 500, arguments(Config(optimizer=config)))
         leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
         return [(path, leaf.shape, leaf.dtype) for path, leaf in leaves]
 
@@ -143,7 +144,8 @@ def test_an_optimizer_setting_may_be_forced_exactly_when_the_stored_state_still_
 def test_the_schedules_called_endless_are_those_that_do_not_know_the_last_step():
     for shape in ("constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"):
         config = OptimizerConfig(lr_scheduler_type=shape, warmup_steps=10)
-        rates = [[float(schedule(config, steps, 1.0)(n)) for n in range(0, 100, 9)] for steps in (100, 200)]
+        given = arguments(Config(optimizer=config))
+        rates = [[float(schedule(config, steps, 1.0, given)(n)) for n in range(0, 100, 9)] for steps in (100, 200)]
         assert (rates[0] == rates[1]) == (shape in ENDLESS), shape
 
 

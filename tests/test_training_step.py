@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import CONFIG, VOCAB, batch, losses, program, train
 
-from jaxgpt.config import MeshConfig, OptimizerConfig, TrainConfig, UserError
+from jaxgpt.config import Config, MeshConfig, OptimizerConfig, TrainConfig, UserError
 from jaxgpt.parallel.mesh import build_mesh
-from jaxgpt.training.optimizer import decay_mask, muon_dimensions, schedule
+from jaxgpt.training.optimizer import arguments, decay_mask, muon_dimensions, schedule
 from jaxgpt.training.step import build_program, resolve_batch
 
 MESHES = [
@@ -144,7 +144,7 @@ def test_clipping_limits_the_update_and_reports_the_norm_before_it():
 )
 def test_schedules_warm_up_and_end_where_they_should(shape, middle, last):
     config = OptimizerConfig(lr_scheduler_type=shape, warmup_steps=10, min_lr_rate=0.1, decay_rate=0.2)
-    rate = schedule(config, max_steps=110, peak=1.0)
+    rate = schedule(config, 110, 1.0, arguments(Config(optimizer=config)))
     assert float(rate(0)) == pytest.approx(1 / 11)
     assert float(rate(4)) == pytest.approx(5 / 11)
     assert float(rate(10)) == pytest.approx(1.0)

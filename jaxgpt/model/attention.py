@@ -28,7 +28,7 @@ def attend(
     v_BSNH: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of each query over the keys at or before it (S = T). Returns (B, T, N, H) in q's type.
@@ -83,9 +83,9 @@ def _put(cached_ASH: jax.Array, new_BTNH: jax.Array, length_B: jax.Array) -> jax
     )
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate); no key, no dropout."""
-    if key is None or rate == 0.0:
+    if key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    return jnp.where(keep, (x / (1.0 - rate)).astype(x.dtype), jnp.zeros((), x.dtype))

@@ -155,13 +155,13 @@ def attend(
     v_BSNH: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention as in attention.py, a chunk of queries at a time, each with the keys up to its end."""
     rows, length, heads, _ = q_BTNH.shape
     factors = None
-    if dropout_key is not None and dropout_rate:
+    if dropout_key is not None:
         factors = tuple(
             dropout(jnp.ones((rows, heads, end - start, end)), dropout_rate, jax.random.fold_in(dropout_key, start))
             for start, end in _chunks(length)

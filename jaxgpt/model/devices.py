@@ -13,7 +13,7 @@ from jaxgpt.model.tpu import TPU
 
 def cudnn_attend(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, dropout_rate=0.0, dropout_key=None):
     """`attention.attend` by NVIDIA's cuDNN, which drops no weights out here."""
-    if dropout_key is not None and dropout_rate:
+    if dropout_key is not None:
         raise ValueError("cuDNN attention is called without dropout")
     mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask, is_causal=True, implementation="cudnn")

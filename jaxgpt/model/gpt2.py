@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.attention import KVCache, attend_cached, dropout
+from jaxgpt.model.attention import KVCache, attend_cached
+from jaxgpt.model.attention import dropout as drop_out
 from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.packed import PackedMatrix, pack
 
@@ -26,6 +27,7 @@ VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 wo
 #   biases                                    0
 #   LayerNorm gains                           1
 INIT_STD = 0.02
+NO_DROPOUT = (0.0, None)  # (rate, key): a key turns dropout on
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -95,10 +97,10 @@ class Attention(nnx.Module):
         layers, residual_std = config.n_layer, INIT_STD * (2 * config.n_layer) ** -0.5
         self.c_attn = Linear("BTD,DCNH->BTCNH", layers, sizes, AXES, INIT_STD, rngs)  # C: query, key, value
         self.c_proj = Linear("BTNH,NHD->BTD", layers, sizes, AXES, residual_std, rngs)
-        self.dropout = config.dropout
 
-    def __call__(self, x_BTD, segments_BT, cached, dropout_key, backend):
+    def __call__(self, x_BTD, segments_BT, cached, dropout, backend):
         """`cached` is None, or this layer's (keys_ASH, values_ASH, length_B) to which one token a row is added.
+        `dropout` is (rate, key).
 
         Returns the output, and the keys and values: of these tokens (B, T, N, H), or the updated cached ones.
         """
@@ -107,7 +109,7 @@ class Attention(nnx.Module):
             out_BTNH, *cached = attend_cached(q_BTNH, k_BTNH, v_BTNH, *cached)
             return self.c_proj(out_BTNH), cached
         out_BTNH = backend.attend(
-            q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT, dropout_rate=self.dropout, dropout_key=dropout_key
+            q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT, dropout_rate=dropout[0], dropout_key=dropout[1]
         )
         return self.c_proj(out_BTNH, backend), (k_BTNH, v_BTNH)
 
@@ -132,16 +134,16 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs)
         self.ln_2 = LayerNorm(shape, axes)
         self.mlp = MLP(config, rngs)
-        self.dropout = config.dropout
 
-    def __call__(self, x_BTD, segments_BT=None, cached=None, dropout_key=None, backend: Backend = PLAIN):
-        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    def __call__(self, x_BTD, segments_BT=None, cached=None, dropout=NO_DROPOUT, backend: Backend = PLAIN):
+        rate, key = dropout
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         with jax.named_scope("attention"):
-            attention_BTD, cached = self.attn(self.ln_1(x_BTD, backend), segments_BT, cached, keys[0], backend)
-        x_BTD = backend.residual(x_BTD + dropout(attention_BTD, self.dropout, keys[1]))
+            attention_BTD, cached = self.attn(self.ln_1(x_BTD, backend), segments_BT, cached, (rate, keys[0]), backend)
+        x_BTD = backend.residual(x_BTD + drop_out(attention_BTD, rate, keys[1]))
         with jax.named_scope("mlp"):
             mlp_BTD = self.mlp(self.ln_2(x_BTD, backend), backend)
-        return backend.residual(x_BTD + dropout(mlp_BTD, self.dropout, keys[2])), cached
+        return backend.residual(x_BTD + drop_out(mlp_BTD, rate, keys[2])), cached
 
 
 class GPT2(nnx.Module):
@@ -163,8 +165,8 @@ class GPT2(nnx.Module):
         """Logits (B, T, vocab_size) in float32."""
         return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
-    def hidden(self, tokens_BT, *, segments_BT=None, dropout_key=None, gather_block=lambda x: x, backend=PLAIN):
-        """The last LayerNorm's output (B, T, D). A dropout key turns dropout on; `backend` says how to compute.
+    def hidden(self, tokens_BT, *, segments_BT=None, dropout=NO_DROPOUT, gather_block=lambda x: x, backend=PLAIN):
+        """The last LayerNorm's output (B, T, D). `dropout` is (rate, key); `backend` says how to compute.
 
         With `segments_BT` each segment is read as if it were alone: positions count anew, and nothing sees another.
         `gather_block` is called inside each layer with that layer's parameters, and returns those to use:
@@ -173,9 +175,10 @@ class GPT2(nnx.Module):
         """
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
-        if dropout_key is not None:
-            x_BTD = dropout(x_BTD, self.config.dropout, jax.random.fold_in(dropout_key, self.config.n_layer))
-        return self.ln_f(self._layers(x_BTD, segments_BT, dropout_key, gather_block, backend), backend)
+        rate, key = dropout
+        if key is not None:
+            x_BTD = drop_out(x_BTD, rate, jax.random.fold_in(key, self.config.n_layer))
+        return self.ln_f(self._layers(x_BTD, segments_BT, dropout, gather_block, backend), backend)
 
     def embed(self, tokens_BT, positions_BT):
         """The sum of the embeddings, rounded once, to the compute type."""
@@ -198,18 +201,19 @@ class GPT2(nnx.Module):
         graph, state = nnx.split(self.blocks)
         return graph, nnx.to_pure_dict(state)
 
-    def _layers(self, x_BTD, segments_BT, dropout_key, gather_block, backend):
+    def _layers(self, x_BTD, segments_BT, dropout, gather_block, backend):
+        (rate, key), layers = dropout, self.config.n_layer
         graph, stacked = self._stacked_blocks()
 
         def layer(x_BTD, block, index):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout_key=key, backend=backend)[0]
+            here = None if key is None else jax.random.fold_in(key, index)
+            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout=(rate, here), backend=backend)[0]
 
         layer = _remat(layer, self.config)
         if self.config.scan_layers:
-            indices_L = jnp.arange(self.config.n_layer)
+            indices_L = jnp.arange(layers)
             return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, indices_L))[0]
-        for index, block in enumerate(_unstack(stacked, self.config.n_layer)):
+        for index, block in enumerate(_unstack(stacked, layers)):
             x_BTD = layer(x_BTD, block, index)
         return x_BTD
 

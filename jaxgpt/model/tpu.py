@@ -13,7 +13,7 @@ from jaxgpt.model.flash import flash_attention
 
 def attend(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, dropout_rate=0.0, dropout_key=None):
     """`attention.attend` by the kernel, which drops no weights out."""
-    if dropout_key is not None and dropout_rate:
+    if dropout_key is not None:
         raise ValueError("the attention kernel has no dropout")
     return flash_attention(q_BTNH, k_BSNH, v_BSNH, segments_BT)
 

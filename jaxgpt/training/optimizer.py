@@ -1,13 +1,14 @@
 """Learning-rate schedules and optimizers, put together from Optax."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxgpt.config import OptimizerConfig
+from jaxgpt.config import Config, OptimizerConfig
 
 # Matrices and embeddings are decayed, biases and LayerNorms are not (the mask of nanoGPT and of GPT-3).
 DECAYED = ("kernel", "wte", "wpe")
@@ -22,40 +23,69 @@ MUON_MATRICES = {
 }
 
 
-def schedule(config: OptimizerConfig, max_steps: int, peak: float) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of step n (from 0): a linear warm-up, then the chosen shape down to min_lr_rate x peak."""
-    warmup, rest = config.warmup_steps, max(max_steps - config.warmup_steps, 1)
-    floor = config.min_lr_rate * peak
+class Arguments(NamedTuple):
+    """The settings that a compiled step can take as arguments, so that trials with other values share it (trials.py).
+
+    Numbers, which the compiler then knows, or traced scalars.
+    """
+
+    learning_rate: float | jax.Array
+    muon_learning_rate: float | jax.Array
+    weight_decay: float | jax.Array
+    warmup_steps: int | jax.Array
+    min_lr_rate: float | jax.Array
+    adam_beta1: float | jax.Array
+    adam_beta2: float | jax.Array
+    adam_epsilon: float | jax.Array
+    dropout: float | jax.Array
+    seed: int | jax.Array
+
+
+def arguments(config: Config) -> Arguments:
+    """Those of `config`."""
+    optimizer = config.optimizer
+    named = {name: getattr(optimizer, name) for name in Arguments._fields if hasattr(optimizer, name)}
+    return Arguments(**named, dropout=config.model.dropout, seed=config.train.seed)
+
+
+def schedule(config: OptimizerConfig, max_steps: int, peak, given: Arguments) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of step n (from 0): a linear warm-up, then the chosen shape down to min_lr_rate x peak.
+
+    Optax's shapes are taken over a length of 1 and asked at the part that is done, because Optax wants to know a length
+    before the program runs, and the warm-up may be an argument of the program.
+    """
+    warmup = given.warmup_steps
+    rest = jnp.maximum(max_steps - warmup, 1)
+    floor = given.min_lr_rate * peak
     decay = max(round(config.decay_rate * max_steps), 1)
+    line, cosine = optax.linear_schedule(peak, floor, 1), optax.cosine_decay_schedule(peak, 1, alpha=given.min_lr_rate)
     after = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, floor, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_rate),
+        "linear": lambda n: line(n / rest),
+        "cosine": lambda n: cosine(n / rest),
         # Vaswani et al. 2017, section 5.3, scaled so that the curve leaves the warm-up at its peak.
-        "inverse_sqrt": lambda n: peak * jax.lax.rsqrt(1.0 + jnp.maximum(n, 0) / max(warmup, 1)),
+        "inverse_sqrt": lambda n: peak * jax.lax.rsqrt(1.0 + jnp.maximum(n, 0) / jnp.maximum(warmup, 1)),
         # Hu et al. 2024 (MiniCPM), section 4: hold the peak, decay over the last part.
-        "warmup_stable_decay": optax.linear_schedule(peak, floor, decay, transition_begin=rest - decay),
+        "warmup_stable_decay": lambda n: line((n - (rest - decay)) / decay),
     }[config.lr_scheduler_type]
-    if not warmup:
-        return after
     # Step 0 already moves: the warm-up counts 1 / (w + 1), 2 / (w + 1), ...
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, after], [warmup])
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, 1)
+    return optax.join_schedules([lambda n: rise(n / jnp.maximum(warmup, 1)), after], [warmup])
 
 
-def build_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, max_steps: int, given: Arguments) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) or Muon (Jordan 2024)."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    learning_rate = schedule(config, max_steps, config.learning_rate)
+    learning_rate = schedule(config, max_steps, given.learning_rate, given)
     if config.name == "adamw":
         return optax.chain(
             clip,
             optax.adamw(
                 learning_rate,
-                b1=config.adam_beta1,
-                b2=config.adam_beta2,
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
+                b1=given.adam_beta1,
+                b2=given.adam_beta2,
+                eps=given.adam_epsilon,
+                weight_decay=given.weight_decay,
                 mask=decay_mask,
                 mu_dtype=config.adam_mu_dtype,
             ),
@@ -63,11 +93,11 @@ def build_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTr
     return optax.chain(
         clip,
         optax.contrib.muon(
-            schedule(config, max_steps, config.muon_learning_rate),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            adam_b1=config.adam_beta1,
-            adam_b2=config.adam_beta2,
+            schedule(config, max_steps, given.muon_learning_rate, given),
+            eps=given.adam_epsilon,
+            weight_decay=given.weight_decay,
+            adam_b1=given.adam_beta1,
+            adam_b2=given.adam_beta2,
             adam_learning_rate=learning_rate,
             muon_weight_dimension_numbers=muon_dimensions,
             mu_dtype=config.adam_mu_dtype,

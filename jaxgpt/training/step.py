@@ -25,7 +25,7 @@ from jaxgpt.model.loss import cross_entropy
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options, initial_values_options
 from jaxgpt.training import guard
-from jaxgpt.training.optimizer import build_optimizer, schedule
+from jaxgpt.training.optimizer import Arguments, arguments, build_optimizer, schedule
 
 
 @jax.tree_util.register_dataclass
@@ -65,21 +65,63 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     Raises:
         UserError: the mesh does not divide the model, or the attention asked for cannot run on its devices.
     """
-    optimizer = build_optimizer(config.optimizer, config.train.max_steps)
+    parts = build_functions(config, vocab_size, mesh)
+    given, devices = arguments(config), list(mesh.devices.flat)
+    states, everywhere = parts.state_shardings, sharding.replicated(mesh)
+    return Program(
+        init=jax.jit(
+            functools.partial(parts.init, given), out_shardings=states, compiler_options=initial_values_options(devices)
+        ),
+        train_step=jax.jit(
+            functools.partial(parts.train_step, given),
+            in_shardings=(states, sharding.micro_batches_sharding(mesh)),
+            out_shardings=(states, everywhere),
+            donate_argnums=0,
+            compiler_options=compiler_options(devices),
+        ),
+        eval_step=_jitted_losses(parts.losses, mesh, states.params),
+        abstract_state=parts.abstract_state,
+        # The state takes over the given parameters' memory.
+        fresh_optimizer=jax.jit(parts.fresh, in_shardings=(states.params,), out_shardings=states, donate_argnums=0),
+        attention=parts.attention,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """What a program is made of before it is compiled. The settings that may be its arguments come first."""
+
+    init: Callable[[Arguments], TrainState]
+    train_step: Callable[[Arguments, TrainState, Batch], tuple[TrainState, dict]]
+    fresh: Callable[[dict], TrainState]
+    """A state at step 0 around given parameters."""
+    losses: Callable
+    """(params, batch of (B, T), dropout) -> (summed loss in nats, summed weights) of a device's own rows."""
+    abstract_state: TrainState
+    state_shardings: TrainState
+    attention: str
+
+
+def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
+    """The functions of the experiment `config` on `mesh`.
+
+    Raises:
+        UserError: as `build_program`.
+    """
     sigma = config.faults.spike_sigma
     laid = lay_out(config, vocab_size, mesh)
     shapes, param_shardings = laid.shapes, laid.param_shardings
     moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
+    optimizer = build_optimizer(config.optimizer, config.train.max_steps, arguments(config))
 
     def fresh(params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard.empty_window(sigma))
 
-    def init() -> TrainState:
-        key = jax.random.key(config.train.seed)
-        return fresh(gpt2.init_params(config.model, vocab_size, key))
+    def init(given: Arguments) -> TrainState:
+        return fresh(gpt2.init_params(config.model, vocab_size, jax.random.key(given.seed)))
 
-    abstract = jax.eval_shape(init)
+    abstract = jax.eval_shape(functools.partial(init, arguments(config)))
     state_shardings = TrainState(
         everywhere,
         param_shardings,
@@ -89,24 +131,16 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     losses = functools.partial(summed_loss, config, vocab_size, laid.gather, backend=laid.backend)
     gradients = mesh_gradients(losses, mesh, param_shardings, moment_shardings)
-    train_step = make_train_step(config, gradients, optimizer, param_shardings, moment_shardings)
-    devices = list(mesh.devices.flat)
-    return Program(
-        init=jax.jit(init, out_shardings=state_shardings, compiler_options=initial_values_options(devices)),
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(state_shardings, sharding.micro_batches_sharding(mesh)),
-            out_shardings=(state_shardings, everywhere),
-            donate_argnums=0,
-            compiler_options=compiler_options(devices),
-        ),
-        eval_step=_jitted_losses(losses, mesh, param_shardings),
-        abstract_state=jax.tree.map(with_sharding, abstract, state_shardings),
-        # The state takes over the given parameters' memory.
-        fresh_optimizer=jax.jit(
-            fresh, in_shardings=(param_shardings,), out_shardings=state_shardings, donate_argnums=0
-        ),
-        attention=laid.attention,
+    # One device has nothing to share out, whichever it is: trials (trials.py) run the same function on many.
+    constrain = jax.lax.with_sharding_constraint if mesh.size > 1 else lambda tree, shardings: tree
+    return Functions(
+        init,
+        make_train_step(config, gradients, constrain, param_shardings, moment_shardings),
+        fresh,
+        losses,
+        jax.tree.map(with_sharding, abstract, state_shardings),
+        state_shardings,
+        laid.attention,
     )
 
 
@@ -155,15 +189,15 @@ def _jitted_losses(losses, mesh: Mesh, param_shardings):
 
 
 def summed_loss(
-    config: Config, vocab_size: int, gather, params, batch: Batch, dropout_key=None, backend: Backend = PLAIN
+    config: Config, vocab_size: int, gather, params, batch: Batch, dropout=gpt2.NO_DROPOUT, backend: Backend = PLAIN
 ):
-    """(summed loss in nats, summed weights) of a batch of (B, T)."""
+    """(summed loss in nats, summed weights) of a batch of (B, T). `dropout` is (rate, key)."""
     outer = gather({name: value for name, value in params.items() if name != "blocks"})
     model = gpt2.bind(config.model, vocab_size, {**outer, "blocks": params["blocks"]})
     hidden_BTD = model.hidden(
         batch.tokens_BT,
         segments_BT=batch.segments_BT,
-        dropout_key=dropout_key,
+        dropout=dropout,
         gather_block=lambda block: gather({"blocks": block})["blocks"],
         backend=backend,
     )
@@ -187,19 +221,20 @@ def mesh_losses(losses, mesh: Mesh, param_shardings):
 
 
 def mesh_gradients(losses, mesh: Mesh, param_shardings, result_shardings):
-    """(params, batch of (A, B, T), dropout key or None) -> (loss sum, weight sum, gradients of the loss sum).
+    """(params, batch of (A, B, T), dropout (rate, key)) -> (loss sum, weight sum, gradients of the loss sum).
 
     Each device adds up its micro-batches by itself; what all devices found is summed once, at the end.
     """
 
     axes = sharding.summed_axes(mesh)
 
-    def device_gradients(params, batch: Batch, key):
+    def device_gradients(params, batch: Batch, dropout):
+        rate, key = dropout
         if key is not None and axes:  # other rows, other masks
             key = jax.random.fold_in(key, jax.lax.axis_index(axes))
 
         def micro_loss(params, micro: Batch, index):
-            return losses(params, micro, None if key is None else jax.random.fold_in(key, index))
+            return losses(params, micro, (rate, None if key is None else jax.random.fold_in(key, index)))
 
         loss_sum, count, grads = _accumulate(micro_loss, params, batch)
         with jax.named_scope("sum_gradients"):
@@ -215,23 +250,23 @@ def mesh_gradients(losses, mesh: Mesh, param_shardings, result_shardings):
     )
 
 
-def make_train_step(config: Config, gradients, optimizer, param_shardings, moment_shardings):
-    """The pure function (state, batch) -> (state, metrics). `gradients` is made by `mesh_gradients`.
+def make_train_step(config: Config, gradients, constrain, param_shardings, moment_shardings):
+    """The pure function (arguments, state, batch) -> (state, metrics). `gradients` is made by `mesh_gradients`.
 
     A bad step (guard.py) keeps the bits of parameters and optimizer state, its counters among them. So the schedule
     counts updates, not steps: after k skipped steps the learning rate is the one of k steps before, and a run that
     skipped k steps ends k updates short of its schedule's end. `learning_rate` in the metrics is what the update used,
     or would have used.
     """
-    learning_rate = schedule(config.optimizer, config.train.max_steps, config.optimizer.learning_rate)
-    constrain = jax.lax.with_sharding_constraint
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        key = None
+    def train_step(given: Arguments, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        optimizer = build_optimizer(config.optimizer, config.train.max_steps, given)
+        learning_rate = schedule(config.optimizer, config.train.max_steps, given.learning_rate, given)
+        dropout = gpt2.NO_DROPOUT
         if config.model.dropout:
             # A function of seed and step alone, so a resumed run draws the same masks.
-            key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        loss_sum, count, grads = gradients(state.params, batch, key)
+            dropout = (given.dropout, jax.random.fold_in(jax.random.key(given.seed), state.step))
+        loss_sum, count, grads = gradients(state.params, batch, dropout)
         with jax.named_scope("optimizer"):
             # Sums first, one division: exact for micro-batches with different numbers of weighted tokens.
             grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
