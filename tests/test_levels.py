@@ -15,7 +15,7 @@ LEVELS = {
     **dict.fromkeys(["config", "checks", "cli", "failpoints"], 0),
     **dict.fromkeys(["model", "parallel", "data"], 1),
     **dict.fromkeys(["training", "inference"], 2),
-    **dict.fromkeys(["evaluation", "serving", "planning", "diagnosis"], 3),
+    **dict.fromkeys(["evaluation", "serving", "planning", "diagnosis", "tuning"], 3),
     **dict.fromkeys(VERBS, 4),
     "__main__": 5,
     "__init__": 5,

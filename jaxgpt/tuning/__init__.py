@@ -1,0 +1,1 @@
+"""Which settings are best? Trials of an experiment, searched, recorded and compared."""
