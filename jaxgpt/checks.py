@@ -49,6 +49,11 @@ def _check_schedule(config: Config) -> None:
             f"checkpoint.save_steps = {save} is not a multiple of eval.eval_steps = {evaluate}, "
             "so the best checkpoint cannot be known; change one or set checkpoint.keep_best = false"
         )
+    if config.eval.early_stopping_patience and not config.checkpoint.keep_best:
+        raise UserError(
+            f"eval.early_stopping_patience = {config.eval.early_stopping_patience} needs checkpoint.keep_best = true, "
+            "since the run ends with its best checkpoint; set it, or leave the patience out"
+        )
     if steps and config.optimizer.warmup_steps > steps:
         raise UserError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.max_steps = {steps}"

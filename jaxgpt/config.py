@@ -280,6 +280,13 @@ class EvalConfig:
     """Tokens sampled at each evaluation, the most of an answer; 0 turns it off."""
     chat_prompts: NonNegativeInt = 16
     """Validation conversations answered at each evaluation of a chat model, to see which answers stop; 0: none."""
+    tasks: tuple[str, ...] = ()
+    """Questions scored at each evaluation, written as for `evaluate --task`; metrics eval_NAME_acc and so on."""
+    early_stopping_patience: PositiveInt | None = None
+    """Evaluations in a row without a better validation loss after which the run ends, and hf/ gets the best checkpoint;
+    none: never. The learning rate stays as it is for all of max_steps. Needs checkpoint.keep_best."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """For early stopping a loss is better if it is lower than the best before it by more than this, in nats."""
 
 
 @section

@@ -23,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser():
     flags = cli.parser("convert", __doc__)
     flags.add_argument(
-        "--from", dest="source", metavar="MODEL", required=True, help="run, step or Hugging Face folder, or hf:NAME"
+        "--from",
+        dest="source",
+        metavar="MODEL",
+        required=True,
+        help="run, RUN@best, step or Hugging Face folder, or hf:NAME",
     )
     flags.add_argument("--to", metavar="DIR", type=Path, required=True, help="the new folder")
     flags.add_argument(

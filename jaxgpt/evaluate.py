@@ -3,10 +3,14 @@
 --text: loss, perplexity and bits per byte of each file; windows overlap, so that every token has context, and the
 stride is part of the number. --task NAME=FILE: questions with given answers, without examples before them, in the
 benchmark's own JSONL format (lambada, hellaswag, piqa, winogrande, arc, openbookqa, blimp, cbt) or one's own
-("choices": {"context": "...", "choices": ["...", "..."], "answer": 0}). With neither, the validation split of the run.
+("choices": {"context": "...", "choices": ["...", "..."], "answer": 0}), and wikitext=wiki.test.raw. NAME alone or
+NAME=tfds:DATASET takes them from TFDS. --harness: any task of lm-evaluation-harness. --generate: is what the model
+writes varied, and does it end? With none of these, the validation split of the run. docs/evaluation.md tells what
+each number is.
 """
 
 import argparse
+import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -15,15 +19,35 @@ from pathlib import Path
 from jaxgpt import cli
 from jaxgpt.config import UserError
 
-ANSWERS = "validation answers"
+NEW_TOKENS = 100
+OF_THE_RUN = Path()  # --generate without a FILE
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    contents = [(str(file), _read(file)) for file in arguments.text]
+    found = evaluate(arguments, contents, _read_tasks(arguments), _read_prompts(arguments.generate))
+    from jaxgpt.evaluation.table import report
+
+    print(report(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _record(arguments.checkpoint, found)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("evaluate", __doc__)
-    parser.add_argument("--checkpoint", metavar="WHERE", required=True, help="run, step, Hugging Face folder, hf:NAME")
+    parser.add_argument(
+        "--checkpoint", metavar="WHERE", required=True, help="run, RUN@best, step, Hugging Face folder, hf:NAME"
+    )
     parser.add_argument("--text", metavar="FILE", nargs="+", type=Path, default=[], help="UTF-8 files, one text each")
-    parser.add_argument("--task", metavar="NAME=FILE", nargs="+", default=[], help="questions with given answers")
+    parser.add_argument("--task", metavar="NAME[=FILE]", nargs="+", default=[], help="questions with given answers")
+    parser.add_argument("--tfds-data-dir", metavar="DIR", type=Path, help="where TFDS's datasets lie [TFDS's own]")
+    parser.add_argument("--harness", metavar="NAME", nargs="+", default=[], help="tasks of lm-evaluation-harness")
+    parser.add_argument("--harness-include", metavar="DIR", type=Path, help="more tasks for --harness, as YAML files")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each task")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the run's prepared data, where it has been moved")
     parser.add_argument(
         "--stride", metavar="N", type=int, help="tokens that a window moves on by [half of the model's block]"
@@ -31,26 +55,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="rows on each device [%(default)s]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute type [the model's]")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, too")
-    arguments = parser.parse_args(argv)
+    writing = parser.add_argument_group("what the model writes")
+    writing.add_argument(
+        "--generate", metavar="FILE", nargs="?", type=Path, const=OF_THE_RUN,
+        help="check what it writes after the prompts of FILE, one a line [after validation texts of the run]",
+    )  # fmt: skip
+    writing.add_argument("--max-new-tokens", metavar="N", type=int, help=f"[{NEW_TOKENS}, at most half of the block]")
+    writing.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: the likeliest [%(default)s]")
+    writing.add_argument("--seed", metavar="N", type=int, default=0, help="draws the same texts again [%(default)s]")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be refused before anything is read."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: at least one window at a time")
-    contents = [(str(file), _read(file)) for file in arguments.text]
-    found = evaluate(arguments, contents, _read_tasks(arguments.task))
-    print(report(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit}: at least one question")
+    if arguments.harness_include is not None and not arguments.harness:
+        raise UserError("--harness-include: name the tasks with --harness NAME ...")
+    if arguments.harness:
+        from jaxgpt.evaluation.harness import check_installed
 
-
-def _read_tasks(words: Sequence[str]) -> list:
-    """The tasks, before anything is loaded."""
-    if not words:
-        return []
-    from jaxgpt.evaluation.tasks import read_task
-
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"--task {word}: write the task and its file as NAME=FILE")
-    return [read_task(name, Path(file)) for name, _, file in (word.partition("=") for word in words)]
+        check_installed()
 
 
 def _read(file: Path) -> str:
@@ -65,8 +92,35 @@ def _read(file: Path) -> str:
     return text
 
 
-def evaluate(arguments: argparse.Namespace, contents: Sequence[tuple[str, str]], tasks: Sequence = ()) -> dict:
-    """Figures of each text, of all together, of each task, and how they were made, ready for JSON.
+def _read_tasks(arguments: argparse.Namespace) -> list:
+    if not arguments.task:
+        return []
+    from jaxgpt.evaluation.catalog import read_tasks
+
+    return read_tasks(arguments.task, arguments.tfds_data_dir, arguments.limit)
+
+
+def _read_prompts(file: Path | None) -> list[str] | None:
+    """The prompts of a file; [] for those of the run's validation texts, None where nothing is to be written."""
+    if file is None:
+        return None
+    if file == OF_THE_RUN:
+        return []
+    from jaxgpt.inference.prompts import read_prompts
+
+    if not file.is_file():
+        raise UserError(f"--generate {file}: no such file")
+    return [prompt.text for prompt in read_prompts(file)]
+
+
+def evaluate(
+    arguments: argparse.Namespace,
+    contents: Sequence[tuple[str, str]],
+    tasks: Sequence = (),
+    prompts: Sequence[str] | None = None,
+) -> dict:
+    """Figures of each text, of all together, of each task, of what the model writes, and how they were made, ready
+    for JSON.
 
     Raises:
         UserError: there is nothing to score, or the stride does not fit the model.
@@ -74,43 +128,84 @@ def evaluate(arguments: argparse.Namespace, contents: Sequence[tuple[str, str]],
     import jax
 
     from jaxgpt.config import MeshConfig
+    from jaxgpt.evaluation.published import with_published
+    from jaxgpt.model.sizes import parameter_count
     from jaxgpt.parallel.compiler import use_compilation_cache
-    from jaxgpt.parallel.mesh import batch_shards, build_mesh
-    from jaxgpt.parallel.sharding import rows_sharding
+    from jaxgpt.parallel.mesh import build_mesh
     from jaxgpt.planning.memory import with_settings
-    from jaxgpt.training.step import build_eval_step
     from jaxgpt.training.weights import load_model
 
     model = load_model(arguments.checkpoint)
     config = with_settings(model.config, model_dtype=arguments.dtype or model.config.model.dtype)
-    block_size = config.block_size
-    stride = arguments.stride if arguments.stride is not None else max(block_size // 2, 1)
-    if not 1 <= stride <= block_size:
-        raise UserError(f"--stride {stride}: a window has {block_size} tokens, so 1 to {block_size}")
+    stride = arguments.stride if arguments.stride is not None else max(config.block_size // 2, 1)
+    if not 1 <= stride <= config.block_size:
+        raise UserError(f"--stride {stride}: a window has {config.block_size} tokens, so 1 to {config.block_size}")
     use_compilation_cache(config.train.compilation_cache_dir)
     mesh = build_mesh(MeshConfig())
-    rows = arguments.batch_size * batch_shards(mesh)
-    scores = []
-    if contents or not tasks:
-        parts = _parts(arguments, contents, model, block_size, stride, rows)
-        eval_step, shardings = build_eval_step(config, model.vocab_size, mesh)
-        params = jax.device_put(model.params, shardings)
-        scores = _scores(parts, lambda batch: eval_step(params, batch), rows_sharding(mesh))
+    # What can be refused comes before what takes long.
+    asked = _prompts(arguments, prompts, model) if prompts is not None else None
+    whole = not (tasks or arguments.harness or asked)
+    texts = _scores(arguments, contents, model, config, mesh, stride) if contents or whole else []
     return {
         "checkpoint": str(arguments.checkpoint),
         "step": model.step,
+        "parameters": parameter_count(config.model, model.vocab_size),
         "dtype": config.model.dtype,
-        "window": block_size,
+        "window": config.block_size,
         "stride": stride,
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
-        "texts": scores,
-        "tasks": _answers(tasks, config, model, mesh, arguments.batch_size),
+        "texts": texts,
+        "tasks": [
+            with_published(result)
+            for result in [
+                *_answers(tasks, config, model, mesh, arguments.batch_size),
+                *_harness(arguments, config, model, mesh),
+            ]
+        ],
+        "generation": _generation(asked, config, model) if asked else None,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+# ---------------------------------------------------------------- texts
+
+
+def _scores(arguments, contents, model, config, mesh, stride: int) -> list[dict]:
+    import jax
+    from tqdm import tqdm
+
+    from jaxgpt.evaluation.perplexity import Score, score
+    from jaxgpt.parallel.mesh import batch_shards
+    from jaxgpt.parallel.sharding import rows_sharding
+    from jaxgpt.training.step import build_eval_step
+
+    parts = _parts(arguments, contents, model, config.block_size, stride, arguments.batch_size * batch_shards(mesh))
+    eval_step, shardings = build_eval_step(config, model.vocab_size, mesh)
+    params = jax.device_put(model.params, shardings)
+    losses, scores = lambda batch: eval_step(params, batch), {}
+    for name, batches, count, num_bytes in parts:
+        with tqdm(total=count, desc=name, unit="batch", disable=None, leave=False) as bar:
+            scores[name] = score(losses, batches, rows_sharding(mesh), num_bytes, bar.update)
+    if len(scores) > 1:
+        sums = zip(*((each.loss_sum, each.count, each.num_bytes) for each in scores.values()))
+        scores["all"] = Score(*map(sum, sums))
+    return [
+        {
+            "name": name,
+            "tokens": each.count,
+            "bytes": each.num_bytes,
+            "loss": each.loss,
+            "perplexity": each.perplexity,
+            "bits_per_byte": each.bits_per_byte,
+        }
+        for name, each in scores.items()
+    ]
 
 
 def _parts(arguments, contents, model, block_size: int, stride: int, rows: int) -> list:
     """[(name, batches, how many, UTF-8 bytes)] of what is to be scored."""
     from jaxgpt.evaluation.perplexity import Text, text_batches, text_of, windows
+    from jaxgpt.evaluation.table import ANSWERS
 
     def part(name: str, text: Text):
         count = -(-sum(1 for _ in windows(text.num_tokens, block_size, stride)) // rows)
@@ -138,93 +233,96 @@ def _dataset(arguments):
     from jaxgpt.training.weights import is_huggingface
 
     if is_huggingface(arguments.checkpoint):
-        raise UserError(f"{arguments.checkpoint} has no validation data of its own; name texts with --text FILE ...")
+        raise UserError(
+            f"{arguments.checkpoint} has no validation data of its own; name texts with --text FILE ..., or prompts "
+            "with --generate FILE"
+        )
     return dataset_read_by(*find_step(Path(arguments.checkpoint)), arguments.data)
 
 
-def _scores(parts: list, losses, sharding) -> list[dict]:
-    from tqdm import tqdm
-
-    from jaxgpt.evaluation.perplexity import Score, score
-
-    scores = {}
-    for name, batches, count, num_bytes in parts:
-        with tqdm(total=count, desc=name, unit="batch", disable=None, leave=False) as bar:
-            scores[name] = score(losses, batches, sharding, num_bytes, bar.update)
-    if len(scores) > 1:
-        sums = zip(*((each.loss_sum, each.count, each.num_bytes) for each in scores.values()))
-        scores["all"] = Score(*map(sum, sums))
-    return [
-        {
-            "name": name,
-            "tokens": each.count,
-            "bytes": each.num_bytes,
-            "loss": each.loss,
-            "perplexity": each.perplexity,
-            "bits_per_byte": each.bits_per_byte,
-        }
-        for name, each in scores.items()
-    ]
+# ---------------------------------------------------------------- tasks
 
 
 def _answers(tasks: Sequence, config, model, mesh, rows_per_device: int) -> list[dict]:
     if not tasks:
         return []
+    import jax
     from tqdm import tqdm
 
-    from jaxgpt.evaluation.scoring import Scorer, encode_pair
-    from jaxgpt.evaluation.tasks import results
+    from jaxgpt.evaluation.scoring import Scorer
 
-    scorer = Scorer(config, model.vocab_size, model.params, mesh, rows_per_device)
+    scorer = Scorer(config, model.vocab_size, mesh, rows_per_device)
+    params = jax.device_put(model.params, scorer.param_shardings)
     found = []
     for task in tasks:
-        requests = [encode_pair(model.tokenizer, *pair) for question in task.questions for pair in question.pairs]
+        requests = task.requests(model.tokenizer, config.block_size)
         with tqdm(total=len(requests), desc=task.name, unit="choice", disable=None, leave=False) as bar:
-            found.append(results(task, scorer(requests, bar.update)))
+            found.append(task.results(scorer(params, requests, bar.update)))
     return found
 
 
-def report(found: dict) -> str:
-    """The figures as tables."""
-    step = f", step {found['step']:,}" if found["step"] else ""
-    head = f"{found['checkpoint']}{step}, {found['dtype']} on {found['devices']}"
-    parts = [head]
-    if found["texts"]:
-        parts.append(_texts_table(found))
-    if found["tasks"]:
-        parts.append(_tasks_table(found["tasks"]))
-    return "\n".join(parts)
+def _harness(arguments, config, model, mesh) -> list[dict]:
+    if not arguments.harness:
+        return []
+    from jaxgpt.evaluation import harness
+
+    include, rows = arguments.harness_include, arguments.batch_size
+    return harness.run(arguments.harness, include, model, config, mesh, rows, arguments.limit)
 
 
-def _tasks_table(tasks: Sequence[dict]) -> str:
-    lines = [f"{'task (no examples)':<20}  {'questions':>9}  {'metric':<10}  {'value':>8}  {'error':>7}"]
-    for task in tasks:
-        for metric in ("acc", "acc_norm", "perplexity"):
-            if metric in task:
-                error = task.get(f"{metric}_stderr")
-                told = f"{error:>7.4f}" if error is not None else f"{'':>7}"
-                value = f"{task[metric]:>8.4f}"
-                lines.append(f"{task['task']:<20}  {task['questions']:>9,}  {metric:<10}  {value}  {told}".rstrip())
-        if task["cut"]:
-            lines.append(f"  {task['cut']:,} contexts were longer than the model reads and lost their beginning")
-    return "\n".join(lines)
+# ---------------------------------------------------------------- what the model writes
 
 
-def _texts_table(found: dict) -> str:
-    width = max(len("text"), *(len(each["name"]) for each in found["texts"]))
-    how = f"windows of {found['window']:,} tokens that move on by {found['stride']:,}"
-    if found["texts"][0]["name"] == ANSWERS:
-        how = f"conversations of up to {found['window']:,} tokens, of which the answers are scored"
-    lines = [
-        how,
-        f"{'text':<{width}}  {'tokens':>12}  {'bytes':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}",
-    ]
-    for each in found["texts"]:
-        lines.append(
-            f"{each['name']:<{width}}  {each['tokens']:>12,}  {each['bytes']:>12,}  {each['loss']:>8.4f}  "
-            f"{each['perplexity']:>10.2f}  {each['bits_per_byte']:>9.4f}"
-        )
-    return "\n".join(lines)
+def _prompts(arguments, texts: Sequence[str], model):
+    """(prompts, how they are continued)."""
+    from jaxgpt.evaluation.generation import validation_prompts, written_prompts
+    from jaxgpt.inference.sampling import SamplingOptions
+
+    positions = model.config.model.n_positions
+    new = arguments.max_new_tokens if arguments.max_new_tokens is not None else min(NEW_TOKENS, max(positions // 2, 1))
+    # Nothing is left out by rank or probability: the figures are those of the model's own distribution.
+    options = SamplingOptions(
+        max_new_tokens=new, temperature=arguments.temperature, top_k=0, top_p=1.0, seed=arguments.seed
+    )
+    if texts:
+        origin, system = f"the prompts of {arguments.generate}", model.config.chat.system
+        return written_prompts(texts, origin, model.tokenizer, positions, options, system), options
+    return validation_prompts(_dataset(arguments), model.tokenizer, positions, new), options
+
+
+def _generation(asked: tuple, config, model) -> dict:
+    from tqdm import tqdm
+
+    from jaxgpt.evaluation.generation import TOGETHER, check
+    from jaxgpt.inference.decode import build_decoder
+
+    prompts, options = asked
+    rows = min(len(prompts.tokens), TOGETHER)
+    decoder = build_decoder(config.model, model.vocab_size, model.params, model.tokenizer.end_of_text, rows=rows)
+    with tqdm(total=len(prompts.tokens), desc="writing", unit="text", disable=None, leave=False) as bar:
+        return check(decoder, prompts, model.tokenizer.end_of_turn, options, bar.update)
+
+
+# ---------------------------------------------------------------- the run's record
+
+
+def _record(checkpoint: str, found: dict) -> None:
+    """Add the figures to the run that they are of, for its report and for `compare`."""
+    from jaxgpt.training.checkpoint import find_step
+    from jaxgpt.training.evaluations import FILE
+    from jaxgpt.training.report import write_report
+    from jaxgpt.training.weights import is_huggingface
+
+    if is_huggingface(checkpoint):
+        return
+    run, _ = find_step(Path(checkpoint))
+    try:
+        with open(run / FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        if (run / "metrics.jsonl").exists():
+            write_report(run)
+    except OSError as error:  # someone else's run, or a disk that is full: the figures are printed
+        print(f"warning: {error.filename or run}: {error.strerror}; the run keeps no record of this", file=sys.stderr)
 
 
 if __name__ == "__main__":

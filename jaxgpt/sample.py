@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint",
         metavar="WHERE",
         required=True,
-        help="run folder (its latest step), one step's folder, a Hugging Face folder, or hf:NAME",
+        help="run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME",
     )
     prompt = flags.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; empty starts from the end-of-text token")

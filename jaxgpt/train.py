@@ -78,6 +78,8 @@ class Inputs:
     step: int | None
     """The checkpoint to go on from."""
     sample: Callable[[dict], dict] | None
+    score: object
+    """What scores eval.tasks; None where there are none."""
     show_lint: Callable[[], None] | None
     """Prints what there is to know about conversations before they are learned; None for text, or for a run that
     goes on."""
@@ -89,6 +91,8 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
     from jaxgpt.data.preparation import given_tokenizer
     from jaxgpt.data.rows import open_dataset
     from jaxgpt.data.skipping import read_skip_list
+    from jaxgpt.data.tokenizer import load_tokenizer
+    from jaxgpt.evaluation.during import read_tasks, task_scores
     from jaxgpt.model.huggingface import locate
     from jaxgpt.parallel import distributed
     from jaxgpt.parallel.accelerator import refuse_silent_cpu
@@ -100,6 +104,7 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
 
     # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
     skip = read_skip_list(config.data.skip_list)
+    tasks = read_tasks(config.eval.tasks)
     resume.check_workdir(config, workdir, force)
     step = None
     if (workdir / "config.json").is_file():
@@ -127,9 +132,10 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
 
     # 4. The program, laid on the mesh.
     sample = sampler(config, dataset)
+    score = task_scores(tasks, config, dataset.vocab_size, load_tokenizer(dataset.path / "tokenizer"), mesh)
     show_lint = linted(dataset) if step is None else None
     program = build_program(config, dataset.vocab_size, mesh)
-    return Inputs(config, changes, skip, mesh, dataset, weights, step, sample, show_lint, program)
+    return Inputs(config, changes, skip, mesh, dataset, weights, step, sample, score, show_lint, program)
 
 
 def prepared(config: Config, tokenizer) -> Path:
@@ -153,8 +159,9 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.faults import Watchdog
     from jaxgpt.training.lease import Lease
-    from jaxgpt.training.loop import Run, fit, position
+    from jaxgpt.training.loop import fit
     from jaxgpt.training.metrics import MetricLog
+    from jaxgpt.training.run import Run, position
 
     config, dataset, program, step = inputs.config, inputs.dataset, inputs.program, inputs.step
     is_writer = distributed.is_writer()
@@ -176,6 +183,8 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
         if is_writer:
             summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
             summary.warn_of_little_room(program.abstract_state, config, workdir)
+            if inputs.score:
+                print(inputs.score.told(), flush=True)
             if inputs.show_lint:
                 inputs.show_lint()
 
@@ -183,22 +192,23 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
         started, status = time.time(), "failed"
         with MetricLog(workdir, config.log, config.train.max_steps, start.step, is_writer) as log:
             parts = (config, workdir, inputs.mesh, dataset, program, checkpoints, log)
-            whole = Run(*parts, inputs.sample, stop, activity, inputs.skip)
+            whole = Run(*parts, inputs.sample, stop, activity, inputs.skip, inputs.score)
             try:
-                state = fit(whole, state, start)
-                status = "finished"
+                state, early = fit(whole, state, start)
+                status = f"finished ({early})" if early else "finished"
             except cli.Interrupted:
                 status = "interrupted"
                 raise
             finally:
                 stop.is_heard()
                 checkpoints.close()
-                best_step = checkpoints.best_step()
                 if is_writer:
                     write_report(whole, status, time.time() - started)
-        export(whole, state.params, is_writer)
+        params = best_weights(workdir, state.params) if early else state.params
+        del state
+        export(whole, params, is_writer)
     if is_writer:
-        summary.print_footer(workdir, best_step)
+        summary.print_footer(workdir, checkpoints.best_step(), early)
 
 
 def write_report(run, status: str, seconds: float) -> None:
@@ -295,6 +305,19 @@ def sampler(config: Config, dataset):
     if not config.eval.chat_prompts:
         return None
     return answering(config, dataset.vocab_size, tokenizer, dataset.validation)
+
+
+def best_weights(workdir: Path, last: dict) -> dict:
+    """The parameters of the best checkpoint, laid out as the `last` ones are."""
+    import jax
+
+    from jaxgpt.parallel.distributed import broadcast_from_writer
+    from jaxgpt.training.checkpoint import best_step, restore_params
+    from jaxgpt.training.recovery import check_weights
+
+    step = broadcast_from_writer(best_step(workdir))
+    check_weights(workdir, step)
+    return restore_params(workdir, step, last, jax.tree.map(lambda leaf: leaf.sharding, last))
 
 
 def export(run, params: dict, is_writer: bool) -> None:

@@ -165,7 +165,7 @@ def test_a_task_of_ones_own_is_answered_beside_a_text(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "choices" in out and "acc_norm" in out
     assert evaluate.main(["--checkpoint", str(run), "--task", "choices"]) == 2
-    assert "NAME=FILE" in capsys.readouterr().err
+    assert "choices=FILE" in capsys.readouterr().err
 
 
 def test_the_compute_type_is_the_one_asked_for_and_moved_data_is_found_where_one_says(run, tmp_path):
@@ -178,3 +178,42 @@ def test_the_compute_type_is_the_one_asked_for_and_moved_data_is_found_where_one
     shutil.copytree(prepared, tmp_path / "moved")
     assert figures(tmp_path, "--checkpoint", str(run), "--data", str(tmp_path / "moved"))["texts"] == plain["texts"]
     assert evaluate.main(["--checkpoint", str(run), "--data", str(tmp_path / "nowhere")]) == 2
+
+
+def test_an_evaluation_is_kept_with_its_run_and_shown_beside_what_openai_published(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    lambada, wiki = tmp_path / "lambada.jsonl", tmp_path / "wiki.jsonl"
+    lambada.write_text("".join(json.dumps({"text": "the cat sat " * n + "on a mat"}) + "\n" for n in (1, 2, 40)))
+    wiki.write_text(json.dumps({"page": "the cat sat on a mat"}))
+    words = ["--checkpoint", str(tmp_path / "run"), "--task", f"lambada={lambada}", f"wikitext={wiki}"]
+    found = figures(tmp_path, *words)
+    out = capsys.readouterr().out
+    first, second = found["tasks"]
+    assert first["cut"] == 1 and "1 contexts were longer than the model reads and lost their beginning" in out
+    assert {"model": "GPT-2 124M", "metric": "acc", "value": 0.4599}.items() <= first["published"][4].items()
+    assert second["word_perplexity"] > 1 and second["source"] == str(wiki)
+    rows = {line.split()[2]: line for line in out.splitlines() if line.startswith(("lambada", "wikitext"))}
+    assert rows["acc"].split()[-5:] == ["0.4599", "0.5548", "0.6012", "0.6324", "LAMBADA"]
+    assert "29.4100" in rows["word_perplexity"] and "17.4800" in out
+    assert "it does not compare exactly" in out
+    limited = figures(tmp_path, *words, "--limit", "2")
+    assert [task["questions"] for task in limited["tasks"]] == [2, 1]
+    kept = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[-2:]  # the run may have more
+    assert [json.loads(line) for line in kept] == [found, limited]
+    assert (tmp_path / "run" / "report.html").stat().st_mtime >= (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
+
+
+def test_a_run_that_keeps_no_record_is_a_warning_and_the_figures_are_there(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluations.jsonl").unlink(missing_ok=True)
+    (tmp_path / "run" / "evaluations.jsonl").mkdir()  # what a read-only folder does, for the superuser as well
+    assert figures(tmp_path, "--checkpoint", str(tmp_path / "run"))["texts"]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "evaluations.jsonl: Is a directory; the run keeps no record of this" in line
+
+
+def test_what_it_writes_stands_beside_validation_texts(run, tmp_path, capsys):
+    generation = figures(tmp_path, "--checkpoint", str(run), "--generate", "--max-new-tokens", "8")["generation"]
+    assert generation["prompts"] > 1 and generation["model"]["tokens"] <= 8
+    assert 0 < generation["real"]["distinct_1"] < generation["real"]["distinct_3"] <= 1
+    assert "tokens of validation texts" in capsys.readouterr().out

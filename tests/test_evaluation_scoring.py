@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, MODEL, VOCAB
+from tiny import CONFIG, MODEL, ONE_DEVICE, VOCAB
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.data.tokenizer import train_bpe
-from jaxgpt.evaluation.scoring import Request, Scorer, encode_pair
+from jaxgpt.evaluation.scoring import Request, Score, Scorer, encode_pair
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import build_mesh
 
@@ -27,8 +27,10 @@ def requests() -> list[Request]:
     return [Request(*(draw.integers(0, VOCAB, size).tolist() for size in sizes)) for sizes in SIZES]
 
 
-def scorer(params, devices: int = 1, rows: int = 4) -> Scorer:
-    return Scorer(CONFIG, VOCAB, params, build_mesh(MeshConfig(), jax.devices()[:devices]), rows)
+def scores(params, requests, mesh: MeshConfig = ONE_DEVICE, rows: int = 4) -> list[Score]:
+    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    scorer = Scorer(CONFIG, VOCAB, build_mesh(mesh, devices), rows)
+    return scorer(jax.device_put(params, scorer.param_shardings), requests)
 
 
 def plain(params, request: Request) -> tuple[float, bool]:
@@ -44,7 +46,7 @@ def plain(params, request: Request) -> tuple[float, bool]:
 
 
 def test_a_score_is_that_of_the_plain_network_and_says_what_was_cut(params, requests):
-    for request, (context, target), score in zip(requests, SIZES, scorer(params)(requests), strict=True):
+    for request, (context, target), score in zip(requests, SIZES, scores(params, requests), strict=True):
         logprob, is_greedy = plain(params, request)
         assert score.logprob == pytest.approx(logprob, rel=1e-5)
         assert score.is_greedy == is_greedy
@@ -56,16 +58,16 @@ def test_what_the_model_would_write_is_greedy_and_another_token_is_not(params):
     for _ in range(4):
         tokens.append(int(network(np.array([tokens]))[0, -1].argmax()))
     other = [*tokens[:-1], (tokens[-1] + 1) % VOCAB]
-    found = scorer(params)([Request(tokens[:3], tokens[3:]), Request(other[:3], other[3:])])
+    found = scores(params, [Request(tokens[:3], tokens[3:]), Request(other[:3], other[3:])])
     assert [score.is_greedy for score in found] == [True, False]
 
 
 def test_mesh_batch_and_neighbours_change_nothing(params, requests):
-    expected = [score.logprob for score in scorer(params)(requests)]
-    for devices, rows in ((8, 1), (2, 3)):
-        found = scorer(params, devices, rows)(requests)
+    expected = [score.logprob for score in scores(params, requests)]
+    for mesh, rows in ((MeshConfig(data=8), 1), (MeshConfig(data=1, fsdp=2, tensor=2), 3)):
+        found = scores(params, requests, mesh, rows)
         assert [score.logprob for score in found] == pytest.approx(expected, rel=1e-6)
-    alone = [scorer(params)([request])[0].logprob for request in requests[:3]]
+    alone = [scores(params, [request])[0].logprob for request in requests[:3]]
     assert alone == pytest.approx(expected[:3], rel=1e-6)
 
 

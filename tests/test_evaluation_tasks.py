@@ -110,7 +110,7 @@ def test_a_single_choice_is_right_where_the_model_would_have_written_it():
         ("lambada", ["{broken"], r"task.jsonl:1: not a question of this task"),
         ("lambada", ["[1]"], r"task.jsonl:1: a JSON list"),
         ("lambada", ["", ""], r"task.jsonl: no question in it"),
-        ("nothing", [{}], r"--task nothing: no such format; there are lambada"),
+        ("nothing", [{}], r"task nothing: no such format; there are lambada"),
     ],
 )
 def test_a_bad_question_is_named_with_file_and_line(name, records, complaint, tmp_path):

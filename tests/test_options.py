@@ -33,8 +33,10 @@ from jaxgpt.train import train
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.guard import BadStep, BadSteps
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.optimizer import build_optimizer
+from jaxgpt.training.optimizer import arguments, build_optimizer
+from jaxgpt.training.run import Position
 from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
+from jaxgpt.training.stopping import EarlyStopping
 
 BASE = {
     "model.n_layer": 1,
@@ -98,7 +100,7 @@ def optimized(config: Config) -> list:
         "wte": jnp.ones((4, 3)),
         "blocks": {"mlp": {"c_fc": {"kernel": jnp.ones((1, 3, 5)), "bias": jnp.ones((1, 5))}}},
     }
-    optimizer = build_optimizer(config.optimizer, 10)
+    optimizer = build_optimizer(config.optimizer, 10, arguments(config))
     state = optimizer.init(params)
     for step in range(3):
         grads = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size) + step).reshape(x.shape), params)  # noqa: B023
@@ -153,6 +155,15 @@ def bad_steps(config: Config) -> list:
         while True:
             outcomes.append(steps.check(len(outcomes), values | {"skipped_steps": len(outcomes)}, None))
     return outcomes
+
+
+def early_ends(config: Config) -> list[bool]:
+    """Whether a run would end after each of some evaluations."""
+    early, ends = EarlyStopping(config, Position()), []
+    for step, loss in enumerate((3.0, 2.0, 2.5), 1):
+        early.note(step, loss)
+        ends.append(early.reason(step) != "")
+    return ends
 
 
 @functools.cache
@@ -304,6 +315,9 @@ OPTIONS = {
     "eval.sample_prompt": ("one", run, {}),
     "eval.sample_tokens": (0, run, {}),
     "eval.chat_prompts": (0, None, {}),
+    "eval.tasks": ("choices=questions.jsonl", None, {}),
+    "eval.early_stopping_patience": (1, early_ends, {}),
+    "eval.early_stopping_threshold": (2.0, early_ends, {"eval.early_stopping_patience": 1}),
     "log.logging_steps": (1, run, {}),
     "log.tensorboard": (False, run, {}),
     "log.wandb_project": ("x", None, {}),
@@ -322,6 +336,7 @@ ELSEWHERE = {
     "data.verify": "test_training_resume.test_a_flipped_bit_in_the_data_stops_a_start_before_anything_is_compiled",
     "mesh.data": "test_mesh_data_is_checked_against_the_devices",
     "mesh.distributed": "test_parallel_distributed.test_the_setting_decides_whether_a_pod_is_joined",
+    "eval.tasks": "test_training_loop.test_scores_in_a_training_are_those_that_evaluate_finds_for_its_checkpoint",
     "eval.chat_prompts": "test_replay.test_a_model_that_learned_to_stop_is_told_from_one_that_did_not",
     "faults.hang_seconds": "test_training_faults.test_a_data_reader_that_hangs_ends_the_run_with_75",
     "faults.host_timeout_seconds": "test_parallel_distributed.test_a_lost_process_ends_the_others_and_is_named",

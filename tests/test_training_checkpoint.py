@@ -15,7 +15,7 @@ from jaxgpt.cli import RunFailed, StorageFailed
 from jaxgpt.config import CheckpointConfig, FaultsConfig, MeshConfig, UserError
 from jaxgpt.data import manifest
 from jaxgpt.training import checkpoint, recovery
-from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, finished_steps
+from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, find_step, finished_steps
 from jaxgpt.training.recovery import QUARANTINE, clean_leftovers, damage, newest_whole_step, read_faults
 from jaxgpt.training.weights import load_model
 
@@ -187,6 +187,20 @@ def test_an_older_checkpoint_goes_only_after_the_new_one_is_there(run, compiled,
     checkpoints.close()
     assert present[:2] == [("save.manifest", [1, 2]), ("save.renamed", [1, 2, 3])]
     assert finished_steps(run) == [3]
+
+
+def test_the_best_checkpoint_has_a_name(run, compiled):
+    (run / "config.json").write_text("{}")
+    best = Path(f"{run}@best")
+    assert find_step(best) == (run, 1)  # the losses were 1.0 and 2.0
+    assert find_step(run) == (run, 2)
+    checkpoints = Checkpoints(run, CheckpointConfig(keep_best=False, save_total_limit=1))
+    checkpoints.save(3, compiled.init(), {}, None, surely=True)
+    checkpoints.close()
+    with pytest.raises(UserError, match="no checkpoint of .*run was evaluated"):
+        find_step(best)
+    with pytest.raises(UserError, match="runs/x: no such checkpoint"):
+        find_step(Path("runs/x@best"))
 
 
 def test_a_step_saved_again_takes_the_place_of_the_older_one(run, compiled):

@@ -217,6 +217,72 @@ def test_a_hundred_thousand_lines_make_less_than_a_megabyte(tmp_path):
     assert path.stat().st_size < 1_000_000
 
 
+# ---------------------------------------------------------------- evaluations
+
+
+def evaluation(step=10, **more):
+    found = {"step": step, "dtype": "float32", "window": 64, "stride": 32, "texts": [], "tasks": [], "generation": None}
+    return found | more
+
+
+def evaluated_text(name, loss):
+    return {"name": name, "tokens": 9, "bytes": 30, "loss": loss, "perplexity": 9.5, "bits_per_byte": 1.5}
+
+
+def record(path, *evaluations):
+    run_folder(path, [train_line(1)])
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in evaluations]
+    (path / "evaluations.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return report(path)
+
+
+def test_without_an_evaluation_there_is_no_section_of_it(tmp_path):
+    page = report(run_folder(tmp_path, [train_line(1), eval_line(1, 2.0)]))
+    assert "Evaluation" not in page.text and "Tasks during training" not in page.text
+
+
+def test_the_newest_figure_of_each_text_stride_type_and_step_is_told(tmp_path):
+    again = [evaluation(texts=[evaluated_text("a.txt", loss)]) for loss in (3.25, 3.5)]
+    others = [
+        evaluation(stride=16, texts=[evaluated_text("a.txt", 3.0)]),
+        evaluation(dtype="bfloat16", texts=[evaluated_text("a.txt", 3.125)]),
+        evaluation(20, texts=[evaluated_text("a.txt", 2.75)]),
+        evaluation(texts=[evaluated_text("b.txt", 2.875)]),
+    ]
+    text = record(tmp_path, *again, *others, '{"step": 30, "texts": [{"na').text
+    assert re.findall(r"a\.txt loss ([\d.]+)", text) == ["3.5000", "3.0000", "3.1250", "2.7500"]
+    assert "b.txt loss 2.8750" in text and "windows of 64 tokens, stride 16, float32" in text
+
+
+def test_a_task_is_told_with_its_error_beside_what_was_published(tmp_path):
+    task = {"task": EVIL, "questions": 5000, "cut": 0, "acc": 0.25, "acc_stderr": 0.0125, "perplexity": 50.5}
+    task["published"] = [{"model": "GPT-2 124M", "metric": "acc", "value": 0.4599, "source": EVIL}]
+    writing = {"prompts": 8, "temperature": 1.0, "model": {"rep_4": 0.5, "stops": None}, "real": {"rep_4": 0.125}}
+    page = record(tmp_path, evaluation(tasks=[task], generation=writing))
+    assert f"{EVIL} acc 25.00 % ± 1.25 % 10 5,000 questions, float32 GPT-2 124M: 45.99 % ({EVIL})" in page.text
+    assert f"{EVIL} perplexity 50.5" in page.text
+    assert "what it writes rep_4 0.5000" in page.text and "real texts: 0.1250" in page.text
+    assert "stops" not in page.text and "script" not in {tag for tag, _ in page.tags}
+
+
+def test_tasks_that_were_scored_during_training_are_drawn_over_the_steps(tmp_path):
+    more = {
+        "eval_piqa_acc": 0.5,
+        "eval_piqa_acc_stderr": 0.01,
+        "eval_my_own_acc_norm": 0.75,
+        "eval_piqa_perplexity": 3.0,
+    }
+    page = report(run_folder(tmp_path, [train_line(1), eval_line(1, 3.0, **more), eval_line(2, 2.5, **more)]))
+    assert "Tasks during training piqa my_own, acc_norm" in page.text  # and nothing else
+    assert "questions answered right" in page.source and ">100%<" in page.source
+
+
+def test_a_status_is_told_as_it_is(tmp_path):
+    status = "finished (stopped early: no better validation loss for 3 evaluations)"
+    page = report(run_folder(tmp_path, [train_line(1)], summary={"status": status}))
+    assert status in page.text
+
+
 def test_a_folder_without_metrics_is_the_users_error_and_gets_no_page(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         write_report(tmp_path)

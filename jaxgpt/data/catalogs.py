@@ -21,9 +21,9 @@ def catalog_splits(part: SourceConfig, bad: BadRecords, field: str | None) -> li
         UserError: no such dataset, no way to get it, or no column `field` in it.
     """
     if part.source.startswith(TFDS):
-        builder = _tfds_builder(part)
+        builder = tfds_builder(part)
         return [
-            (split, _tfds_rows(builder, name, part, split, field, bad))
+            (split, tfds_rows(builder, name, part, split, field, bad))
             for split, name in _splits(part, list(builder.info.splits))
         ]
     splits = _huggingface_splits(part)
@@ -39,7 +39,7 @@ def catalog_facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]
         return _huggingface_facts(part), []
     root = _tfds_folder(part)
     if not _tfds_on_disk(part):
-        _tfds_builder(part)  # downloads it, so that the facts are those of later calls
+        tfds_builder(part)  # downloads it, so that the facts are those of later calls
     return [str(root.resolve())], [(str(file.relative_to(root)), file) for file in _tfds_on_disk(part)]
 
 
@@ -79,7 +79,7 @@ def _turns(value: object) -> object:
 # ---------------------------------------------------------------- TFDS
 
 
-def _tfds_rows(
+def tfds_rows(
     builder, name: str, part: SourceConfig, split: str | None, field: str | None, bad: BadRecords
 ) -> Iterator[Record]:
     _check_field(part, field, builder.info.features)
@@ -109,7 +109,7 @@ def _tfds_on_disk(part: SourceConfig) -> list[Path]:
     return [file for file in sorted(_tfds_folder(part).glob(pattern)) if "incomplete" not in file.parent.name]
 
 
-def _tfds_builder(part: SourceConfig):
+def tfds_builder(part: SourceConfig):
     """The dataset on disk in ArrayRecord form, or the one that TFDS downloads and writes in that form."""
     import tensorflow_datasets as tfds
 

@@ -1,14 +1,13 @@
 """How likely a model finds given texts: the log-probability of target tokens after a context, and whether it would
 have written them itself.
 
-Requests come in batches of few shapes (powers of two), the longest first, so a handful of programs serve any task.
+Requests come in batches of few shapes, the longest first, so a handful of programs serve any task.
 Logits exist only for the targets. The number of a request does not depend on what is beside it.
 
 Axes in names: B requests, T positions, K targets, D width, V vocabulary.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
@@ -25,7 +24,8 @@ from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.step import lay_out
 
-SMALLEST = 16  # positions or targets of the smallest shape
+SMALLEST = 16  # positions of the smallest shape
+FEWEST = 4  # targets of the smallest shape
 LOGITS_AT_ONCE = 512  # targets whose logits exist together on a device: 100 MB at GPT-2's vocabulary
 
 
@@ -59,16 +59,20 @@ def encode_pair(tokenizer: Tokenizer, context: str, target: str) -> Request:
 
 
 class Scorer:
-    """A model laid on a mesh to score requests."""
+    """A model's shape laid on a mesh to score requests with any parameters of that shape."""
 
-    def __init__(self, config: Config, vocab_size: int, params: dict, mesh: Mesh, rows_per_device: int = 8):
+    param_shardings: dict
+    """How the parameters must lie on the mesh: those of a training on the same mesh do."""
+
+    def __init__(self, config: Config, vocab_size: int, mesh: Mesh, rows_per_device: int = 8):
         """`config.block_size` tokens are what the model reads at once."""
         laid = lay_out(config, vocab_size, mesh)
-        self._params = jax.device_put(params, laid.param_shardings)
+        self.param_shardings = laid.param_shardings
         self._block_size = config.block_size
         self._rows = rows_per_device * batch_shards(mesh)
         rows = sharding.rows_sharding(mesh)
         one = PartitionSpec(*rows.spec[:1])
+        self._laid_as = (rows, rows, NamedSharding(mesh, one))
 
         def device_scores(params, tokens_BT, targets_BK, first_B):
             outer = laid.gather({name: value for name, value in params.items() if name != "blocks"})
@@ -84,17 +88,25 @@ class Scorer:
                 mesh,
                 in_specs=(sharding.specs(laid.param_shardings), rows.spec, rows.spec, one),
                 out_specs=(rows.spec, rows.spec),
-            )
+            ),
+            in_shardings=(laid.param_shardings, *self._laid_as),
+            out_shardings=sharding.replicated(mesh),  # whole on each device, any process can read it
         )
 
-    def __call__(self, requests: Sequence[Request], progress: Callable[[int], object] = lambda count: None):
+    def __call__(
+        self, params: dict, requests: Sequence[Request], progress: Callable[[int], object] = lambda count: None
+    ) -> list[Score]:
         """The `Score` of each request, in their order; `progress` is told how many more are done.
 
-        A context that does not fit loses its beginning. A target that does not fit by itself keeps its end.
+        `params` lie as `param_shardings`. On several hosts, every process calls this with the same requests and gets
+        the same scores. A context that does not fit loses its beginning; a target that does not fit by itself keeps
+        its end.
         """
         scores: list[Score | None] = [None] * len(requests)
         for batch in self._batches(requests):
-            logprobs_BK, likeliest_BK = self._score(self._params, batch.tokens_BT, batch.targets_BK, batch.first_B)
+            rows = zip((batch.tokens_BT, batch.targets_BK, batch.first_B), self._laid_as)
+            placed = [jax.make_array_from_callback(x.shape, where, lambda index, x=x: x[index]) for x, where in rows]
+            logprobs_BK, likeliest_BK = self._score(params, *placed)
             logprobs_BK, likeliest_BK = np.asarray(logprobs_BK, np.float64), np.asarray(likeliest_BK)
             for row, (place, count, cut) in enumerate(batch.whose):
                 summed = math.fsum(logprobs_BK[row, :count].tolist())
@@ -104,13 +116,12 @@ class Scorer:
 
     def _batches(self, requests: Sequence[Request]) -> Iterator["_Batch"]:
         fitted = [_fit(request, self._block_size) for request in requests]
-        shape = lambda place: (self._bucket(len(fitted[place][0])), self._bucket(len(fitted[place][1])))
-        places = sorted(range(len(requests)), key=lambda place: (shape(place), len(fitted[place][0])), reverse=True)
-        for (positions, targets), group in itertools.groupby(places, shape):
-            group = list(group)
-            for start in range(0, len(group), self._rows):
-                yield self._batch([(place, *fitted[place]) for place in group[start : start + self._rows]],
-                                  positions, targets)  # fmt: skip
+        size = lambda place: (len(fitted[place][0]), len(fitted[place][1]))
+        places = sorted(range(len(requests)), key=size, reverse=True)
+        for start in range(0, len(places), self._rows):  # neighbours in length share a batch: all but the last are full
+            part = [(place, *fitted[place]) for place in places[start : start + self._rows]]
+            longest, most = (max(len(row[column]) for row in part) for column in (1, 2))
+            yield self._batch(part, self._positions(longest), self._targets(most))
 
     def _batch(self, part: list, positions: int, targets: int) -> "_Batch":
         tokens_BT, targets_BK = np.zeros((self._rows, positions), np.int32), np.zeros((self._rows, targets), np.int32)
@@ -121,9 +132,17 @@ class Scorer:
             whose.append((place, len(target), cut))
         return _Batch(tokens_BT, targets_BK, first_B, whose)
 
-    def _bucket(self, length: int) -> int:
+    def _positions(self, length: int) -> int:
+        """The next of 16, 24, 32, 48, 64, 96, ...: above 16, less than a third of a row is padding."""
         size = SMALLEST
         while size < length:
+            size *= 2
+        return min(size * 3 // 4 if length <= size * 3 // 4 and size > SMALLEST else size, self._block_size)
+
+    def _targets(self, count: int) -> int:
+        """The next power of two."""
+        size = FEWEST
+        while size < count:
             size *= 2
         return min(size, self._block_size)
 

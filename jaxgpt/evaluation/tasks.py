@@ -10,12 +10,13 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxgpt.config import UserError
-from jaxgpt.evaluation.scoring import Score
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.evaluation.scoring import Request, Score, encode_pair
 
 _LONGEST_LINE = 10_000_000
 
@@ -34,6 +35,18 @@ class Task:
     name: str
     questions: list[Question]
     metrics: tuple[str, ...]
+    source: str = ""
+    """The file or dataset that they come from."""
+
+    def first(self, count: int) -> "Task":
+        return dataclasses.replace(self, questions=self.questions[:count])
+
+    def requests(self, tokenizer: Tokenizer, block_size: int) -> list[Request]:
+        """What is to be scored; a context of more than `block_size` tokens is cut as it is scored."""
+        return [encode_pair(tokenizer, *pair) for question in self.questions for pair in question.pairs]
+
+    def results(self, scores: Sequence[Score]) -> dict[str, object]:
+        return results(self, scores)
 
 
 # ---------------------------------------------------------------- each benchmark's format
@@ -136,12 +149,23 @@ def read_task(name: str, file: Path) -> Task:
         UserError: no such format, file or question; names the line.
     """
     if name not in FORMATS:
-        raise UserError(f"--task {name}: no such format; there are {', '.join(FORMATS)}")
+        raise UserError(f"task {name}: no such format; there are {', '.join(FORMATS)}")
+    return task_of(
+        name, ((f"{file}:{number}", _record(line, f"{file}:{number}")) for number, line in _lines(file)), str(file)
+    )
+
+
+def task_of(name: str, records: Iterable[tuple[str, Mapping]], source: str) -> Task:
+    """The task of records in the format `name`, each with the place to name in a complaint.
+
+    Raises:
+        UserError: one is not a question of this task, or there is none.
+    """
     to_question, metrics = FORMATS[name]
-    questions = [_question(to_question, line, f"{file}:{number}") for number, line in _lines(file)]
+    questions = [_question(to_question, record, where) for where, record in records]
     if not questions:
-        raise UserError(f"{file}: no question in it")
-    return Task(name, questions, metrics)
+        raise UserError(f"{source}: no question in it")
+    return Task(name, questions, metrics, source)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -153,18 +177,25 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise UserError(f"--task {file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
 
 
-def _question(to_question: Callable[[Mapping], Question], line: bytes, where: str) -> Question:
+def _record(line: bytes, where: str) -> Mapping:
     try:
         record = json.loads(line)
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object")
+    except ValueError as error:  # of UTF-8 as well
+        raise UserError(f"{where}: not a question of this task ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object")
+    return record
+
+
+def _question(to_question: Callable[[Mapping], Question], record: Mapping, where: str) -> Question:
+    try:
         question = to_question(record)
     except KeyError as error:
         raise UserError(f"{where}: no field {error}; it has {', '.join(record)}") from None
-    except (ValueError, TypeError, AttributeError) as error:  # ValueError: JSON and UTF-8 as well
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{where}: not a question of this task ({error})") from None
     count = len(question.pairs)
     if not all(isinstance(choice, str) and choice.strip() for choice in question.choices):
@@ -187,10 +218,12 @@ def results(task: Task, scores: Sequence[Score]) -> dict[str, object]:
         "task": task.name,
         "questions": len(task.questions),
         "cut": sum(score.cut > 0 for score in scores),
+        **({"source": task.source} if task.source else {}),
     }
     for metric in task.metrics:
         if metric == "perplexity":
-            found[metric] = math.exp(-math.fsum(row[0].logprob for row in rows) / len(rows))
+            mean = -math.fsum(row[0].logprob for row in rows) / len(rows)
+            found[metric] = math.exp(min(mean, 700.0))  # exp(710) overflows a float64
             continue
         right = [_is_right(metric, question, row) for question, row in zip(task.questions, rows, strict=True)]
         found[metric] = mean = sum(right) / len(right)

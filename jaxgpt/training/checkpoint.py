@@ -32,6 +32,7 @@ from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
 METADATA = "metadata.json"
+BEST = "@best"  # after a run's folder: its checkpoint with the lowest validation loss
 SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that are not checkpoints yet, or any more
 RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds before a save that failed is tried again; then the run stops
 # What Orbax and TensorStore raise when storage fails: ENOSPC, for one, comes as a ValueError or a runtime error.
@@ -62,14 +63,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The kept step with the lowest validation loss."""
-        scored = {}
-        for step in self.steps():
-            # A file that was damaged meanwhile is for the next start to deal with.
-            with contextlib.suppress(UserError):
-                if (loss := read_metadata(self._run, step).get("eval_loss")) is not None:
-                    scored[step] = loss
-        return min(scored, key=scored.get) if scored else None
+        return best_step(self._run)
 
     def metadata(self, step: int) -> dict:
         return read_metadata(self._run, step)
@@ -298,8 +292,24 @@ def _is_whole(step: Path) -> bool:
     return (step / manifest.NAME).is_file()
 
 
+def best_step(run: Path) -> int | None:
+    """The kept step with the lowest validation loss; None where none was evaluated."""
+    scored = {}
+    for step in finished_steps(run):
+        # A file that was damaged meanwhile is for the next start to deal with.
+        with contextlib.suppress(UserError):
+            if (loss := read_metadata(run, step).get("eval_loss")) is not None:
+                scored[step] = loss
+    return min(scored, key=scored.get) if scored else None
+
+
 def find_step(path: Path) -> tuple[Path, int]:
-    """(run folder, step) of a run folder or a step folder."""
+    """(run folder, step) of a run folder (its latest step), a step folder, or RUN@best."""
+    if path.name.endswith(BEST) and not path.exists():
+        run, _ = find_step(path.with_name(path.name.removesuffix(BEST)))
+        if (step := best_step(run)) is None:
+            raise UserError(f"{path}: no checkpoint of {run} was evaluated, so none is the best; leave {BEST} out")
+        return run, step
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a run folder such as runs/quickstart")
     run = path.parent.parent if path.parent.name == FOLDER else path

@@ -4,14 +4,11 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
-from jax.sharding import Mesh
 
 from jaxgpt.cli import Interrupted
-from jaxgpt.config import Config
 from jaxgpt.data.pipeline import eval_batches, train_batches
 from jaxgpt.data.rows import Batch, TokenDataset
 from jaxgpt.failpoints import failpoint
@@ -19,52 +16,17 @@ from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.distributed import StopVote
 from jaxgpt.parallel.mesh import batch_shards
-from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.faults import DATA, EVAL, SAVE, START, STEP, Activity, StopSignal
+from jaxgpt.training.faults import DATA, EVAL, SAVE, START, STEP
 from jaxgpt.training.guard import BadStep, BadSteps, all_finite
-from jaxgpt.training.metrics import MetricLog, TimeSplit, peak_flops
+from jaxgpt.training.metrics import TimeSplit, peak_flops
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
-from jaxgpt.training.step import Program, TrainState
+from jaxgpt.training.run import GoOn, Position, Run, position
+from jaxgpt.training.step import TrainState
+from jaxgpt.training.stopping import EarlyStopping
 from jaxgpt.training.trace import StepTrace
 
 EVAL_AHEAD = 4  # evaluation batches in flight: enough to keep the devices busy, few enough to stop at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run is made of. Its config is resolved: max_steps and global_batch_size are numbers."""
-
-    config: Config
-    workdir: Path
-    mesh: Mesh
-    dataset: TokenDataset
-    program: Program
-    checkpoints: Checkpoints
-    log: MetricLog
-    sample: Callable[[dict], dict[str, str | float]] | None
-    """Parameters -> metrics, such as "sample", a text that the model wrote; None turns samples off."""
-    stop: StopSignal
-    activity: Activity
-    skip: frozenset[int] = frozenset()
-    """Training rows that weigh nothing (data.skip_list)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands besides its state; kept in the metadata of its checkpoints."""
-
-    step: int = 0
-    """Steps done."""
-    data_offset: int = 0
-    """Batches left out so far: step n reads the rows of n + data_offset. A rollback adds to it."""
-    bad_steps: int = 0
-    """In a row, up to this step."""
-    evaluated: bool = True
-    """False where the evaluation that was due at this step is still to be done."""
-    loss_sum: float = 0.0
-    count: float = 0.0
-    """Of the steps since the last line of metrics, so that the next line is the same whatever happened between."""
 
 
 class RolledBack(Exception):
@@ -74,8 +36,11 @@ class RolledBack(Exception):
         self.bad_step = bad_step
 
 
-def fit(run: Run, state: TrainState, start: Position) -> TrainState:
+def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
     """Train from `start` to max_steps: metrics, evaluations, samples and checkpoints on their schedules.
+
+    Returns:
+        The last state, and why it came before max_steps; "" where it did not.
 
     Raises:
         BadStep: a loss or gradient that ends the run by faults.on_bad_step; nothing after it was saved.
@@ -96,12 +61,8 @@ def fit(run: Run, state: TrainState, start: Position) -> TrainState:
         state = run.checkpoints.restore(step, run.program.abstract_state)
 
 
-def position(checkpoints: Checkpoints, step: int | None) -> Position:
-    """Where the run stood when it wrote the checkpoint of `step`; None: at its beginning."""
-    if step is None:
-        return Position()
-    saved = checkpoints.metadata(step)
-    return Position(**{field.name: saved[field.name] for field in dataclasses.fields(Position)})
+class _Told(Exception):
+    """Told to stop in the middle of an evaluation."""
 
 
 class _Loop:
@@ -115,13 +76,16 @@ class _Loop:
         self._split = TimeSplit()
         self._vote = StopVote()
         self._meter = Meter(run, self._split, bad_steps, start)
+        self._early = EarlyStopping(run.config, start)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
         self._saved = start.step
 
-    def train(self) -> TrainState:
+    def train(self) -> tuple[TrainState, str]:
         run, config, last_step = self._run, self._run.config, self._run.config.train.max_steps
         if not self._start.evaluated:
             self._evaluate_late()
+        if early := self._early.reason(self._start.step):
+            return self._state, early
         with (
             contextlib.closing(training_batches(run, self._start)) as batches,
             StepTrace(config.log.profile, run.workdir, self._start.step) as trace,
@@ -138,12 +102,15 @@ class _Loop:
                 if evaluate_now and not stop:
                     eval_loss, stop = self._evaluate(step)
                 evaluated = not evaluate_now or eval_loss is not None
-                stop = stop and not (step == last_step and evaluated)  # then it is done, and ends by itself
-                if save_now or stop:
-                    self._save(step, eval_loss, evaluated=evaluated, surely=stop or step == last_step)
+                early = self._early.reason(step)
+                ended = bool(early) or (step == last_step and evaluated)
+                if save_now or stop or ended:
+                    self._save(step, eval_loss, evaluated=evaluated, surely=stop or ended)
+                if ended:  # by itself, even if it was told to stop
+                    break
                 if stop:
                     raise self._interrupted(step)
-        return self._state
+        return self._state, early
 
     def _wait_for_data(self, batches: Iterator[Batch], step: int) -> Batch:
         first = step == self._start.step + 1
@@ -194,21 +161,23 @@ class _Loop:
     def _evaluate(self, step: int) -> tuple[float | None, bool]:
         """(validation loss, whether told to stop); no loss where that came in the middle of it."""
         run = self._run
-        stopped = False
 
-        def stop() -> bool:
-            nonlocal stopped
+        def go_on() -> None:
             run.activity.is_at(EVAL, step)
-            stopped = stopped or self._vote.poll(run.stop.requested is not None)
-            return stopped
+            if self._vote.poll(run.stop.requested is not None):
+                raise _Told
 
         with self._split("eval"):
-            values = evaluate(run, self._state.params, stop)
-            if stopped:
+            try:
+                values = evaluate(run, self._state.params, go_on)
+                if run.score:
+                    values |= run.score(self._state.params, go_on)
+            except _Told:
                 return None, True
             if run.sample:
                 values |= run.sample(self._state.params)
         run.log.write(step, values)
+        self._early.note(step, values["eval_loss"])
         return values["eval_loss"], False
 
     def _evaluate_late(self) -> None:
@@ -217,7 +186,8 @@ class _Loop:
         eval_loss, stop = self._evaluate(step)
         if stop:
             raise self._interrupted(step)
-        self._save(step, eval_loss, evaluated=True, surely=step == self._run.config.train.max_steps)
+        ended = step == self._run.config.train.max_steps or bool(self._early.reason(step))
+        self._save(step, eval_loss, evaluated=True, surely=ended)
 
     def _save(self, step: int, eval_loss: float | None, *, evaluated: bool, surely: bool) -> None:
         run = self._run
@@ -229,9 +199,9 @@ class _Loop:
                 f"step {step}: the state holds numbers that are not finite, though loss and gradient were; "
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
-        here = Position(
-            step, self._start.data_offset, self._bad_steps.in_a_row, evaluated, *self._meter.since_last_line()
-        )
+        offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
+        unwritten = self._meter.since_last_line()
+        here = Position(step, offset, bad_steps, evaluated, *unwritten, **self._early.counts())
         with self._split("save"):
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
@@ -264,10 +234,10 @@ def training_batches(run: Run, start: Position):
     )
 
 
-def evaluate(run: Run, params: dict, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def evaluate(run: Run, params: dict, go_on: GoOn = lambda: None) -> dict[str, float]:
     """Mean loss over the validation targets (nats), its perplexity, and bits per UTF-8 byte of their text.
 
-    `stop` is asked before each batch; once it says yes the rest is left out, and the figures mean nothing.
+    `go_on` is called before each batch.
     """
     config, validation = run.config, run.dataset.validation
     per_device = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
@@ -282,8 +252,7 @@ def evaluate(run: Run, params: dict, stop: Callable[[], bool] = lambda: False) -
     with contextlib.closing(batches):
         for batch in batches:
             failpoint("evaluate")
-            if stop():
-                break
+            go_on()
             sums.append(run.program.eval_step(params, batch))
             if len(sums) > EVAL_AHEAD:
                 jax.block_until_ready(sums[-EVAL_AHEAD])

@@ -282,6 +282,9 @@ def _fields(values: dict) -> list[str]:
             shown.append(form.format(values[key]))
         elif key == "mfu" and key in values:
             shown.append("mfu –")  # the peak of this device is not known
+    for key, value in values.items():
+        if task := re.fullmatch("eval_(.+)_acc", key):
+            shown.append(f"{task[1]} {value:.1%}")
     return shown
 
 

@@ -98,17 +98,23 @@ def write_report(run, status: str, seconds: float) -> None:
         report.write_report(run.workdir)
 
 
-def print_footer(workdir: Path, best_step: int | None) -> None:
+def print_footer(workdir: Path, best_step: int | None, early: str) -> None:
+    """Where everything is. `early`: why the run ended before its last step, "" where it did not."""
     last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
     stopping, how = "", '--prompt "..."'
     if "eval_stop_rate" in last:
         how = "--chat"
         stopping = f"answers that end by themselves: {last['eval_stop_rate']:.0%} of those to validation prompts\n"
+    told = f"{early}; a larger eval.early_stopping_patience goes on\n" if early else ""
+    whose = f"the weights of step {best_step}, the best checkpoint, " if early else ""
+    best = f"{best_step}, {workdir}@best" if best_step != last["step"] else best_step
+    where = f"{workdir}@best" if early else workdir
     print(
-        f"\nvalidation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
-        f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best_step})\n"
+        f"\n{told}"
+        f"validation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
+        f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best})\n"
         f"{stopping}"
-        f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} (for transformers)\n"
+        f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} ({whose}for transformers)\n"
         f"report      {workdir / 'report.html'}\n"
-        f"sample      python -m jaxgpt.sample --checkpoint {workdir} {how}"
+        f"sample      python -m jaxgpt.sample --checkpoint {where} {how}"
     )

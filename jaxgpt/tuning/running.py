@@ -204,8 +204,6 @@ class _Chunk:
     def _results(self, progress: Progress) -> Iterator[Result]:
         config, diverged = self._config, progress.diverged
         finished = progress.step == config.train.max_steps
-        if finished or all(diverged):
-            self._runner._states.forget(self._numbers)
         for place, trial in enumerate(self._trials):
             curve = progress.eval_losses[place]
             yield Result(
@@ -219,6 +217,8 @@ class _Chunk:
                 tokens=progress.step * config.train.global_batch_size * config.block_size,
                 seconds=round(progress.seconds, 3),
             )
+        if finished or all(diverged):  # whoever asked has recorded the results by now
+            self._runner._states.forget(self._numbers)
 
     def _batches(self, start: int, end: int) -> Iterator[Batch]:
         """The batches of the steps after `start`, read ahead by threads: (S, A, B, T) on the devices."""

@@ -1,0 +1,171 @@
+"""Any of the thousands of tasks of EleutherAI's lm-evaluation-harness, on a checkpoint, in this process.
+
+    from jaxgpt.evaluation.harness import open_model
+    lm_eval.simple_evaluate(model=open_model("runs/quickstart"), tasks=["lambada_openai"])
+
+`evaluate --harness lambada_openai` does the same. The harness is in the extra "eval"; it fetches a task's data from the
+Hugging Face hub, or takes it from where the task's YAML file says.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
+
+from jaxgpt.config import Config, MeshConfig, UserError
+from jaxgpt.training.weights import LoadedModel, load_model
+
+if TYPE_CHECKING:  # lm_eval is loaded when something is asked of it
+    from jaxgpt.evaluation.adapter import CheckpointLM
+
+DRAWS = 1000  # of the bootstrap, for the standard errors of metrics that are no mean (perplexity)
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        UserError: the harness is not installed.
+    """
+    try:
+        importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("--harness: lm-eval is not installed; pip install 'jaxgpt[eval]'") from None
+
+
+def open_model(checkpoint: str | Path, rows_per_device: int = 8) -> "CheckpointLM":
+    """The model of a run, a step, a Hugging Face folder or "hf:NAME", for `lm_eval.simple_evaluate(model=...)`.
+
+    Raises:
+        UserError: there is no such model, or the harness is not installed.
+    """
+    check_installed()
+    from jaxgpt.evaluation.adapter import CheckpointLM
+    from jaxgpt.parallel.compiler import use_compilation_cache
+    from jaxgpt.parallel.mesh import build_mesh
+
+    loaded = load_model(checkpoint)
+    use_compilation_cache(loaded.config.train.compilation_cache_dir)
+    return CheckpointLM(loaded, loaded.config, build_mesh(MeshConfig()), rows_per_device)
+
+
+def run(
+    names: Sequence[str],
+    include: Path | None,
+    loaded: LoadedModel,
+    config: Config,
+    mesh: Mesh,
+    rows_per_device: int,
+    limit: int | None = None,
+) -> list[dict]:
+    """The results of tasks, groups or tags of the harness, each as `tasks.results` has them.
+
+    {"task", "questions", "cut", metric, "metric_stderr", ..., "few_shot", "harness"}, where a metric of a filter is
+    called "metric[filter]". A group has an entry of its own if it has a metric of its own.
+
+    Args:
+        include: a folder with YAML files of more tasks.
+        limit: so many questions of each task, the first ones.
+
+    Raises:
+        UserError: the harness is not installed, has no such task, or cannot get the task's data.
+    """
+    check_installed()
+    import lm_eval
+
+    from jaxgpt.evaluation.adapter import CheckpointLM
+
+    manager, tasks = _load(names, include)
+    model = CheckpointLM(loaded, config, mesh, rows_per_device)
+    with _one_process():
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=DRAWS,
+            log_samples=False,
+            torch_random_seed=None,  # there is nothing of torch to seed
+        )
+    return [row for row in (_row(name, found, model.cut) for name in found["results"]) if row]
+
+
+def _load(names: Sequence[str], include: Path | None) -> tuple:
+    """(the harness's task manager, its tasks with their data)."""
+    from lm_eval.tasks import TaskManager
+
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"--harness-include {include}: no such folder")
+    folder = str(include) if include is not None else None
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
+    if manager is None or not {*names} <= {*manager.all_subtasks}:  # reading the harness's own files takes 7 s
+        manager = TaskManager(include_path=folder)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(
+            f"--harness {unknown[0]}: lm-eval {_version()} has no task, group or tag of this name; "
+            "`lm-eval ls tasks` lists them, --harness-include adds a folder of YAML files"
+        )
+    tasks = []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except (OSError, ValueError, ImportError) as error:  # datasets' errors of a missing file or network are these
+            reason = " ".join(str(error).split())
+            raise UserError(f"--harness {name}: its data or a package it needs is missing ({reason})") from None
+        tasks += [*loaded["groups"].values()] or [*loaded["tasks"].values()]
+    return manager, tasks
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep the harness's bootstrap in this process: it would fork, and jax has threads, which do not survive that."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _row(name: str, found: Mapping, cut: Mapping[str, int]) -> dict | None:
+    """One entry of the harness's results; None for a group that only holds others together."""
+    values = {}
+    for key, value in found["results"][name].items():
+        metric, _, filtered = key.partition(",")
+        if filtered and isinstance(value, (int, float)):
+            values[metric if filtered == "none" else f"{metric}[{filtered}]"] = value
+        elif filtered and metric.endswith("_stderr"):  # "N/A"
+            values[metric if filtered == "none" else f"{metric}[{filtered}]"] = None
+    if not values:
+        return None
+    leaves = list(_leaves(name, found.get("group_subtasks", {})))
+    sizes = found.get("n-samples", {})
+    return {
+        "task": name,
+        "questions": sum(sizes[leaf]["effective"] for leaf in leaves if leaf in sizes),
+        "cut": sum(cut.get(leaf, 0) for leaf in leaves),
+        **values,
+        "few_shot": found.get("n-shot", {}).get(name, 0),
+        "harness": _version(),
+    }
+
+
+def _leaves(name: str, children: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The tasks of a group; a task is its own."""
+    if not children.get(name):
+        yield name
+        return
+    for child in children[name]:
+        yield from _leaves(child, children)
+
+
+def _version() -> str:
+    return importlib.metadata.version("lm_eval")

@@ -1,0 +1,117 @@
+"""The figures of an evaluation as tables for a terminal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+ANSWERS = "validation answers"
+_NO_METRICS = {"questions", "cut", "few_shot"}
+
+
+def report(found: Mapping) -> str:
+    step = f", step {found['step']:,}" if found["step"] else ""
+    parts = [f"{found['checkpoint']}{step}, {found['dtype']} on {found['devices']}"]
+    if found["texts"]:
+        parts.append(_texts(found))
+    if found["tasks"]:
+        parts.append(_tasks(found["tasks"]))
+    if found["generation"]:
+        parts.append(_generation(found["generation"]))
+    return "\n".join(parts)
+
+
+def _texts(found: Mapping) -> str:
+    width = max(len("text"), *(len(each["name"]) for each in found["texts"]))
+    how = f"windows of {found['window']:,} tokens that move on by {found['stride']:,}"
+    if found["texts"][0]["name"] == ANSWERS:
+        how = f"conversations of up to {found['window']:,} tokens, of which the answers are scored"
+    lines = [
+        how,
+        f"{'text':<{width}}  {'tokens':>12}  {'bytes':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}",
+    ]
+    for each in found["texts"]:
+        lines.append(
+            f"{each['name']:<{width}}  {each['tokens']:>12,}  {each['bytes']:>12,}  {each['loss']:>8.4f}  "
+            f"{each['perplexity']:>10.2f}  {each['bits_per_byte']:>9.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def metrics_of(task: Mapping) -> list[str]:
+    """The names of a task's figures, without those of their errors."""
+    numbers = [name for name, value in task.items() if isinstance(value, (int, float))]
+    return [name for name in numbers if name not in _NO_METRICS and not name.partition("[")[0].endswith("_stderr")]
+
+
+def _tasks(tasks: Sequence[Mapping]) -> str:
+    rows = [row for task in tasks for row in _rows(task)]
+    names, metrics = (
+        max(len(head), *(len(row[column]) for row in rows)) for head, column in (("task", 0), ("metric", 2))
+    )
+    head = f"{'task':<{names}}  {'questions':>9}  {'metric':<{metrics}}  {'value':>10}  {'error':>7}"
+    models = list(dict.fromkeys(figure["model"] for task in tasks for figure in task.get("published", [])))
+    lines = [head + "".join(f"  {model:>10}" for model in models)]
+    for name, count, metric, value, error, published in rows:
+        figures = "".join(f"  {_number(published[model]):>10}" if model in published else "" for model in models)
+        line = f"{name:<{names}}  {count:>9}  {metric:<{metrics}}  {value:>10}  {error:>7}{figures}"
+        lines.append(f"{line}  {published.get('of', '')}".rstrip())
+    lines += _remarks(tasks)
+    return "\n".join(lines)
+
+
+def _rows(task: Mapping) -> Iterator[tuple[str, str, str, str, str, dict]]:
+    """(task, questions, metric, value, error, published figures by model and what they are "of")."""
+    examples = f", {task['few_shot']} examples" if task.get("few_shot") else ""
+    name, count = f"{task['task']}{examples}", f"{task['questions']:,}"
+    for metric in metrics_of(task):
+        label, bracket, filtered = metric.partition("[")
+        error = task.get(f"{label}_stderr{bracket}{filtered}", task.get(f"{metric}_stderr"))
+        told = f"{error:.4f}" if isinstance(error, float) else ""
+        figures = _published(task, metric)
+        yield name, count, metric, _number(task[metric]), told, figures[0] if figures else {}
+        for more in figures[1:]:
+            yield "", "", "", "", "", more
+
+
+def _published(task: Mapping, metric: str) -> list[dict]:
+    """For each published source of this metric its figures by model."""
+    by_source: dict[str, dict] = {}
+    for figure in task.get("published", []):
+        if figure["metric"] == metric:
+            of = figure["source"].partition(": ")[2].partition(";")[0]
+            by_source.setdefault(figure["source"], {"of": of})[figure["model"]] = figure["value"]
+    return list(by_source.values())
+
+
+def _remarks(tasks: Sequence[Mapping]) -> Iterator[str]:
+    for task in tasks:
+        if task["cut"]:
+            longer = f"{task['cut']:,} contexts were longer than the model reads"
+            yield f"  {task['task']}: {longer} and lost their beginning"
+    for source in dict.fromkeys(figure["source"] for task in tasks for figure in task.get("published", [])):
+        yield f"  published: {source}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.4f}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+# ---------------------------------------------------------------- generation
+
+
+def _generation(found: Mapping) -> str:
+    columns = ("distinct_1", "distinct_2", "distinct_3", "rep_4", "stops", "tokens")
+    lines = [
+        f"{found['prompts']:,} texts of up to {found['max_new_tokens']:,} tokens at temperature "
+        f"{found['temperature']:g}, after {found['origin']}",
+        "      " + "".join(f"  {column.replace('_', '-'):>10}" for column in columns),
+    ]
+    for name in ("model", "real"):
+        if found[name]:
+            values = [found[name][column] for column in columns]
+            told = ["" if value is None else f"{value:.4f}" for value in values[:-1]] + [f"{values[-1]:.1f}"]
+            lines.append(f"{name:<6}" + "".join(f"  {value:>10}" for value in told))
+    if found["cut"]:
+        lines.append(f"  {found['cut']:,} prompts were too long and lost their beginning")
+    return "\n".join(lines)

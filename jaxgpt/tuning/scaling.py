@@ -1,0 +1,218 @@
+"""How the loss falls with the size of the model: a power law through the best trial of each size, and the next size.
+
+L(N) = E + A N^-alpha (Hoffmann et al. 2022, section 3.3, for one amount of data, so that E holds what more data would
+bring). N counts parameters without embeddings: small models are mostly embeddings, which add little to what a
+model can do, and only without them do models of different depth and width lie on one line (Kaplan et al. 2020,
+section 3.1 and figure 6; Hoffmann et al. count all, and at the sizes that they trained it hardly matters).
+
+Hoffmann et al. fit hundreds of runs by a Huber loss. A sweep has a handful of sizes, too few to tell an outlier; here
+least squares of relative residuals (which are those of logarithms, for residuals of a few per cent) fit the law, for
+an interval of known level can be had with them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.model.sizes import parameter_count
+
+MIN_SIZES = 4  # three for the three numbers of the law, and one that it has to hit
+LEVEL = 0.9  # of the interval: one prediction in ten may lie outside
+_EXPONENTS = np.geomspace(0.003, 3.0, 120)  # published ones lie between 0.05 and 0.5
+
+
+class Size(NamedTuple):
+    """The best trial of a size."""
+
+    parameters: int
+    """Without embeddings."""
+    all_parameters: int
+    loss: float
+    """Validation, in nats per token."""
+    number: int
+    """Of the trial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """L(N) = floor + factor x N^-exponent"""
+
+    floor: float
+    """E: what an endlessly large model would reach on the same tokens, in nats per token."""
+    factor: float
+    exponent: float
+
+    def __call__(self, parameters):
+        return self.floor + self.factor * np.asarray(parameters, float) ** -self.exponent
+
+
+class Prediction(NamedTuple):
+    """The loss of one more trained model of a size, with the ends of its interval (LEVEL)."""
+
+    parameters: int
+    loss: float
+    low: float
+    high: float
+
+
+def without_embeddings(model: ModelConfig) -> int:
+    """Parameters of the blocks and the last norm."""
+    return parameter_count(model, 0) - model.n_positions * model.n_embd
+
+
+def check_sizes(models: Sequence[ModelConfig]) -> None:
+    """
+    Raises:
+        UserError: too few sizes for a prediction.
+    """
+    count = len({without_embeddings(model) for model in models})
+    if count < MIN_SIZES:
+        raise UserError(
+            f"--predict: the trials have {count} size{'s' * (count > 1)} of model, {MIN_SIZES} are needed; vary the "
+            "size, for example --vary model.n_layer+model.n_embd+model.n_head=2+64+2,3+96+3,4+128+4,6+192+6"
+        )
+
+
+def fit(parameters: Sequence[float], losses: Sequence[float]) -> Law:
+    """The law with the least squared relative residuals, floor and factor not below 0."""
+    sizes, values = np.asarray(parameters, float), np.asarray(losses, float)
+    law, _ = _fit(sizes, values, values)
+    return law
+
+
+def predict(parameters: Sequence[float], losses: Sequence[float], wanted: Sequence[float]) -> list[Prediction]:
+    """The loss at each of the `wanted` sizes.
+
+    The interval is a profile likelihood's: it holds every value that, as one more measurement, would not raise the
+    residuals of the best fit by more than Fisher's F allows. For a straight line that is the textbook's prediction
+    interval, exact for any number of points; it grows wide where the points leave the law open.
+    """
+    sizes, values = np.asarray(parameters, float), np.asarray(losses, float)
+    law, residual = _fit(sizes, values, values)
+    allowed = residual / (len(sizes) - 3) * _fisher(len(sizes) - 3)
+    found = []
+    for size in wanted:
+        centre = float(law(size))
+        excess = _excess(sizes, values, size, centre, residual + allowed)
+        ends = [_crossing(excess, centre, direction * centre) for direction in (-1, 1)]
+        found.append(Prediction(int(size), centre, *ends))
+    return found
+
+
+def _fisher(freedom: int) -> float:
+    """The LEVEL quantile of F with 1 and `freedom` degrees of freedom."""
+    from scipy.stats import f
+
+    return float(f.ppf(LEVEL, 1, freedom))
+
+
+def _excess(sizes, values, size: float, centre: float, allowed: float) -> Callable[[float], float]:
+    """How far the residuals exceed `allowed` once a measurement at `size` is added."""
+    more = np.append(sizes, size)
+
+    def excess(value: float) -> float:
+        # Weighed as a loss near the prediction: a weight by the value itself would favour high ones.
+        return _fit(more, np.append(values, value), np.append(values, centre), 1e-4)[1] - allowed
+
+    return excess
+
+
+def _crossing(excess: Callable[[float], float], centre: float, furthest: float) -> float:
+    """Where `excess` turns positive on the way from `centre` by `furthest`."""
+    from scipy.optimize import brentq
+
+    step = furthest / 2**14
+    if excess(centre + step / 2**10) > 0:  # measurements without noise: the interval is a point
+        return centre
+    while abs(step) < abs(furthest) and excess(centre + step) < 0:
+        step *= 2
+    if excess(centre + step) < 0:
+        return centre + furthest
+    return float(brentq(excess, centre, centre + step, xtol=abs(centre) * 1e-6))
+
+
+def _fit(sizes: np.ndarray, values: np.ndarray, scales: np.ndarray, precision: float = 1e-9) -> tuple[Law, float]:
+    """(law, sum of squared residuals / scales). For a given exponent the law is linear, so only that is searched."""
+    centre = np.exp(np.log(sizes).mean())  # powers of about 1: the two columns keep their digits
+    exponents = _EXPONENTS
+    while True:
+        floor, factor, residual = _linear(sizes / centre, values, scales, exponents)
+        best = int(residual.argmin())
+        low, high = exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
+        if high - low < precision * high:
+            break
+        exponents = np.linspace(low, high, 33)
+    law = Law(float(floor[best]), float(factor[best] * centre ** exponents[best]), float(exponents[best]))
+    return law, float(residual[best])
+
+
+def _linear(sizes, values, scales, exponents):
+    """(floor, factor, residual) for each of the exponents: weighted least squares with both numbers >= 0."""
+    weights = 1 / scales
+    powers = sizes[None, :] ** -exponents[:, None] * weights[None, :]  # (exponents, sizes)
+    ones, wanted = weights[None, :], (values * weights)[None, :]
+    residual = lambda floor, factor: (
+        (floor[:, None] * ones + factor[:, None] * powers - wanted) ** 2
+    ).sum(axis=1)  # fmt: skip
+    a, b, c = (ones**2).sum(), (ones * powers).sum(axis=1), (powers**2).sum(axis=1)
+    p, q = (ones * wanted).sum(), (powers * wanted).sum(axis=1)
+    determinant = a * c - b * b
+    floor, factor = (c * p - b * q) / determinant, (a * q - b * p) / determinant
+    # Where one of them would be negative, the best is on the edge.
+    no_floor, no_factor = np.zeros_like(floor), np.zeros_like(factor)
+    factor = np.where(floor < 0, q / c, factor)
+    floor = np.where(floor < 0, no_floor, floor)
+    floor = np.where(factor < 0, p / a, floor)
+    factor = np.where(factor < 0, no_factor, factor)
+    return floor, factor, residual(floor, factor)
+
+
+# ---------------------------------------------------------------- of a sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """The law of a sweep's sizes and what it predicts."""
+
+    sizes: list[Size]
+    """From the smallest to the largest."""
+    law: Law
+    next: Prediction
+    band: list[Prediction]
+    """From the smallest size to the predicted one, for a picture."""
+
+
+def of_sizes(sizes: Sequence[Size], wanted: int | None) -> Scaling | None:
+    """The law through `sizes` and its prediction, of twice the largest unless told; None for too few sizes."""
+    if len(sizes) < MIN_SIZES:
+        return None
+    ordered = sorted(sizes)
+    counts, losses = [size.parameters for size in ordered], [size.loss for size in ordered]
+    wanted = wanted or 2 * counts[-1]
+    ends = sorted([counts[0], counts[-1], wanted])
+    shown = np.geomspace(ends[0], ends[-1], 24)
+    return Scaling(
+        ordered, fit(counts, losses), predict(counts, losses, [wanted])[0], predict(counts, losses, list(shown))
+    )
+
+
+def report(sizes: Sequence[Size], scaling: Scaling | None) -> str:
+    """What the sizes say, in lines; "" where there is but one."""
+    if len(sizes) < 2:
+        return ""
+    if scaling is None:
+        return f"scaling  {len(sizes)} sizes of model; a law needs {MIN_SIZES}"
+    law, guess = scaling.law, scaling.next
+    if law.factor == 0:
+        return f"scaling  the loss does not fall with the size over these {len(sizes)} sizes: no law to predict by"
+    return "\n".join(
+        [
+            f"scaling  loss = {law.floor:.4g} + {law.factor:.4g} x N^-{law.exponent:.3g}, N parameters without "
+            f"embeddings, through the best trials of {len(sizes)} sizes",
+            f"         {guess.parameters:,} parameters: {guess.loss:.4f} nats per token, {LEVEL:.0%} interval "
+            f"{guess.low:.4f} to {guess.high:.4f}, for the same tokens and as careful a search",
+        ]
+    )
