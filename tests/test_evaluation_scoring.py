@@ -7,7 +7,8 @@ from tiny import CONFIG, MODEL, ONE_DEVICE, VOCAB
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.data.tokenizer import train_bpe
-from jaxgpt.evaluation.scoring import Request, Score, Scorer, encode_pair
+from jaxgpt.evaluation.rows import Request, rows_of
+from jaxgpt.evaluation.scoring import Score, Scorer, encode_pair
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import build_mesh
 
@@ -69,6 +70,24 @@ def test_mesh_batch_and_neighbours_change_nothing(params, requests):
         assert [score.logprob for score in found] == pytest.approx(expected, rel=1e-6)
     alone = [scores(params, [request])[0].logprob for request in requests[:3]]
     assert alone == pytest.approx(expected[:3], rel=1e-6)
+
+
+def test_requests_with_one_context_share_it_and_have_the_scores_they_have_alone(params):
+    draw = np.random.default_rng(1)
+    tokens = lambda count: draw.integers(0, VOCAB, count).tolist()
+    long, short, whole = tokens(12), tokens(2), tokens(28)
+    families = [(long, (1, 4, 6, 2)), (short, (9, 8)), (whole, (2, 3, 1)), (long, (25, 3)), (tokens(8), (3, 3, 3))]
+    requests = [Request(context, tokens(count)) for context, counts in families for count in counts]
+    shared = [[member.place for member in row.members] for row in rows_of(requests, BLOCK) if row.is_shared]
+    # Twelve tokens once and not four times; two are not worth it; 28 + 1 + 2 tokens fill a block of 32, 25 do not fit.
+    assert shared == [[0, 1, 2, 3], [6, 7, 8], [11, 12, 13]]
+    found = scores(params, requests)
+    for request, score in zip(requests, found, strict=True):
+        logprob, is_greedy = plain(params, request)
+        assert score.logprob == pytest.approx(logprob, rel=1e-5)
+        assert score.is_greedy == is_greedy
+    on_a_mesh = scores(params, requests, MeshConfig(data=2, fsdp=2, tensor=2), rows=1)
+    assert [score.logprob for score in on_a_mesh] == pytest.approx([score.logprob for score in found], rel=1e-6)
 
 
 def test_white_space_between_context_and_target_belongs_to_the_target():

@@ -20,7 +20,7 @@ from jaxgpt.tuning import learning_rate, running
 from jaxgpt.tuning.running import Result, Runner, Trial
 
 STEPS = 8
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES = tuple(float(rate) for rate in np.geomspace(1e-3, 0.2, 12))
 SETTINGS = {
     "model.n_layer": 1,
     "model.n_head": 2,
@@ -84,7 +84,7 @@ def close(one: Result, other: Result) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, dataset, tmp_path_factory) -> list[Result]:
-    own = runner(tmp_path_factory.mktemp("undisturbed"), dataset, side_by_side=6)
+    own = runner(tmp_path_factory.mktemp("undisturbed"), dataset, side_by_side=12)
     results = list(own.run(by_rate(folder, dataset)))
     assert own.programs == 1 and next(iter(own._programs.values())).train_step._cache_size() == 1
     return results
@@ -135,9 +135,9 @@ def test_a_stop_signal_saves_and_the_same_trials_go_on(folder, dataset, undistur
 
     monkeypatch.setattr(running, "evaluate", interrupted)
     with pytest.raises(cli.Interrupted, match="SIGTERM"):
-        list(runner(tmp_path, dataset, 6).run(by_rate(folder, dataset)))
-    assert set(runner(tmp_path, dataset, 6)._states.steps().values()) == {6}
-    for one, other in zip(runner(tmp_path, dataset, 6).run(by_rate(folder, dataset)), undisturbed, strict=True):
+        list(runner(tmp_path, dataset, 12).run(by_rate(folder, dataset)))
+    assert set(runner(tmp_path, dataset, 12)._states.steps().values()) == {6}
+    for one, other in zip(runner(tmp_path, dataset, 12).run(by_rate(folder, dataset)), undisturbed, strict=True):
         close(one, other)
     assert len(calls) == 4  # the steps before the signal were not run again
 

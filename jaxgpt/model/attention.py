@@ -30,10 +30,11 @@ def attend(
     segments_BT: jax.Array | None = None,
     dropout_rate: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
+    shared_segment: int | None = None,
 ) -> jax.Array:
     """Softmax attention of each query over the keys at or before it (S = T). Returns (B, T, N, H) in q's type.
 
-    With `segments_BT`, a query reads only keys of its own segment.
+    With `segments_BT`, a query reads only keys of its own segment, and those of `shared_segment`.
     """
     scale = q_BTNH.shape[-1] ** -0.5
     # Scores in float32: in bfloat16 (8 bits) the softmax of a long row would lose its small entries.
@@ -41,7 +42,10 @@ def attend(
     position = jnp.arange(q_BTNH.shape[1])
     visible_BNTS = (position[:, None] >= position[None, :])[None, None]
     if segments_BT is not None:
-        visible_BNTS &= (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+        seen_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        if shared_segment is not None:
+            seen_BTS |= (segments_BT == shared_segment)[:, None, :]
+        visible_BNTS &= seen_BTS[:, None]
     scores_BNTS = jnp.where(visible_BNTS, scores_BNTS, jnp.finfo(jnp.float32).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
     weights_BNTS = dropout(weights_BNTS, dropout_rate, dropout_key)

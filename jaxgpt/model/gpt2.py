@@ -165,15 +165,26 @@ class GPT2(nnx.Module):
         """Logits (B, T, vocab_size) in float32."""
         return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
-    def hidden(self, tokens_BT, *, segments_BT=None, dropout=NO_DROPOUT, gather_block=lambda x: x, backend=PLAIN):
+    def hidden(
+        self,
+        tokens_BT,
+        *,
+        segments_BT=None,
+        positions_BT=None,
+        dropout=NO_DROPOUT,
+        gather_block=lambda x: x,
+        backend=PLAIN,
+    ):
         """The last LayerNorm's output (B, T, D). `dropout` is (rate, key); `backend` says how to compute.
 
-        With `segments_BT` each segment is read as if it were alone: positions count anew, and nothing sees another.
+        With `segments_BT` each segment is read as if it were alone: positions count anew, unless `positions_BT` says
+        them, and nothing sees another.
         `gather_block` is called inside each layer with that layer's parameters, and returns those to use:
         where they are split over devices, this is the place to bring them together (and again in the
         backward pass, under remat).
         """
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
         rate, key = dropout
         if key is not None:
