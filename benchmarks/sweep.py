@@ -60,11 +60,13 @@ def main() -> None:
             ]  # fmt: skip
             found["runs"].append(sum(each))
             losses = _losses(place)
-            apart = max(abs(one - other) for one, other in losses)
+            apart = sorted(abs(one - other) for one, other in losses)
+            best = abs(min(one for one, _ in losses) - min(other for _, other in losses))
             print(
                 f"round {number}: sweep {took:.1f} s, {TRIALS} runs {sum(each):.1f} s ({each[0]:.1f}, then "
                 f"{statistics.median(each[1:]):.1f} each); ratio {took / sum(each):.3f}; "
-                f"largest difference of a final loss {apart:.1e}",
+                f"differences of the final losses: best trial {best:.1e}, median {statistics.median(apart):.1e}, "
+                f"largest {apart[-1]:.1e}",
                 flush=True,
             )
             shutil.rmtree(place)

@@ -32,9 +32,10 @@ from jaxgpt.tuning.states import Progress, States
 
 EVAL_AHEAD = 4  # evaluation batches in flight
 # Parameters of the trials that one device runs side by side, and how many at most. On 2 CPU cores, milliseconds a step
-# of each of 1, 4, 12 trials: 5 thousand parameters 0.38, 0.16, 0.14; 110 thousand 5.4, 4.1, 8.1; 800 thousand 89, 80,
-# 97. Not measured on accelerators, where small matrices leave far more idle.
-TOGETHER = {"cpu": 400_000}
+# of each of 1, 4, 12 trials: 5 thousand parameters 0.38, 0.16, 0.14; 800 thousand 89, 80, 97; seconds of each of 12
+# trials of 240 steps, 1, 3, 12 at a time: 110 thousand 6.1, 4.3, 4.1. Not measured on accelerators, where small
+# matrices leave far more idle.
+TOGETHER = {"cpu": 1_500_000}
 TOGETHER_ON_ACCELERATORS = 20_000_000
 MOST_TOGETHER = 16
 
