@@ -242,7 +242,9 @@ BACKENDS = {
 @functools.partial(jax.jit, static_argnames="backend")
 def loss_and_gradients(params, batch: Batch, backend: str):
     config = dataclasses.replace(tiny.CONFIG, model=MODEL)
-    losses = lambda params: summed_loss(config, tiny.VOCAB, lambda part: part, params, batch, None, BACKENDS[backend])
+    losses = lambda params: summed_loss(
+        config, tiny.VOCAB, lambda part: part, params, batch, gpt2.NO_DROPOUT, BACKENDS[backend]
+    )
     return jax.value_and_grad(losses, has_aux=True)(params)
 
 

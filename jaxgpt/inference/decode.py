@@ -101,7 +101,7 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], options: Sampli
     Raises:
         UserError: a prompt and its new tokens do not fit `n_positions`, or a prompt cannot be read.
     """
-    prompts = [_checked_prompt(decoder, prompt, options.max_new_tokens) for prompt in prompts]
+    prompts = [checked_prompt(decoder, prompt, options.max_new_tokens) for prompt in prompts]
     if not prompts:
         return []
     (rows,) = _parts(decoder, prompts, options, options.max_new_tokens)
@@ -117,7 +117,7 @@ def stream(
     A part's `finish_reason` is None until the row has ended; parts after that are empty. `.send(rows)` ends the
     rows of these indices early; closing the generator stops the work. Raises as `generate` does, at once.
     """
-    prompts = [_checked_prompt(decoder, prompt, options.max_new_tokens) for prompt in prompts]
+    prompts = [checked_prompt(decoder, prompt, options.max_new_tokens) for prompt in prompts]
     return _parts(decoder, prompts, options, chunk) if prompts else iter(())
 
 
@@ -136,7 +136,7 @@ def _parts(decoder: Decoder, prompts: list[list[int]], options: SamplingOptions,
         row_B=np.tile(np.arange(n, dtype=np.int32), len(prompts)),
         rules=rules_of([options] * rows, decoder.vocab_size),
     )
-    most = _bucket(options.max_new_tokens, decoder.config.n_positions)
+    most = bucket(options.max_new_tokens, decoder.config.n_positions)
     state = _read(decoder, prompts, n, most, penalties=options.repetition_penalty != 1)
     ended_B = np.arange(rows) >= asked
     left = options.max_new_tokens
@@ -169,7 +169,7 @@ def _part(tokens, logprobs, stop_ids: list[int], ended: bool, last: bool) -> Con
 
 def _read(decoder: Decoder, prompts: list[list[int]], n: int, most: int, penalties: bool) -> _State:
     """The state of n rows a prompt after all of the prompt but its last token has been read."""
-    longest = _bucket(max(map(len, prompts)), decoder.config.n_positions)
+    longest = bucket(max(map(len, prompts)), decoder.config.n_positions)
     # Twice the larger bucket holds any prompt and any number of new tokens of these buckets.
     positions = min(2 * max(longest, most), decoder.config.n_positions)
     tokens_PT = np.zeros((len(prompts), longest), np.int32)
@@ -179,7 +179,7 @@ def _read(decoder: Decoder, prompts: list[list[int]], n: int, most: int, penalti
     return _prefill(decoder.config, decoder.vocab_size, positions, n, penalties, decoder.weights, tokens_PT, length_P)
 
 
-def _checked_prompt(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+def checked_prompt(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     prompt, limit = list(prompt), decoder.config.n_positions
     if not prompt:
         if decoder.end_of_text is None:
@@ -208,7 +208,7 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _bucket(length: int, largest: int) -> int:
+def bucket(length: int, largest: int) -> int:
     """The power of two that holds `length`, at least 16 and at most `largest`."""
     return min(max(SMALLEST_BUCKET, _power_of_two(length)), largest)
 

@@ -15,6 +15,7 @@ size one.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def sample(logits_BV, uniform_B, rules: Rules, seen_BV=None) -> tuple[jax.Array,
     few_B = greedy_B | ((rules.top_k >= 1) & (rules.top_k <= CANDIDATES))
     ways, way = [_best, _draw_from_candidates], (~greedy_B.all()).astype(jnp.int32)
     if vocab_size > SMALL_VOCABULARY:
-        ways.append(_draw_from_all)
+        ways.append(functools.partial(_draw_each_its_way, few_B))
         way += (~few_B.all()).astype(jnp.int32)
     rules = rules._replace(
         # XLA multiplies by 1 / temperature, which must be neither infinite nor flushed to zero (-inf * 0 is NaN).
@@ -184,6 +185,14 @@ def _best(scores_BV, uniform_B, rules):
     best_B1 = scores_BV.max(axis=-1, keepdims=True)
     ids_BV = jnp.where(scores_BV == best_B1, jnp.arange(vocab_size)[None], vocab_size - 1)
     return ids_BV.min(axis=-1).astype(jnp.int32)
+
+
+def _draw_each_its_way(few_B, scores_BV, uniform_B, rules):
+    """Tokens (B,) of rows of which some need the whole vocabulary. The others are drawn as they are without these: the
+    two ways add up in another order, and a row's token may not depend on the rows beside it."""
+    from_all_B = _draw_from_all(scores_BV, uniform_B, rules)
+    from_few = lambda: jnp.where(few_B, _draw_from_candidates(scores_BV, uniform_B, rules), from_all_B)
+    return jax.lax.cond(few_B.any(), from_few, lambda: from_all_B)
 
 
 def _draw_from_candidates(scores_BV, uniform_B, rules):

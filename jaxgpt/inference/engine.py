@@ -1,0 +1,265 @@
+"""Continuous batching: requests come and go while others are under way, each in a slot of one fixed batch.
+
+The idea: the device only ever runs two kinds of program, both compiled at the start (slots.py). `admit` reads a prompt
+into the cache of a free slot (one program for each bucket of lengths); `decode_chunk` makes a few tokens for all slots.
+Between two chunks, which take milliseconds, requests are admitted, their new tokens handed out, and those that were
+cancelled leave. A request has its own rules, seed and length, so it gets the tokens that `generate` gives it, whoever
+is beside it.
+
+A thread of the engine's own does all of this; `submit` and `cancel` may be called from any other.
+
+Axes in names: B slots, S steps of a chunk, T prompt positions, K stop tokens or alternatives.
+"""
+
+import collections
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxgpt.config import UserError
+from jaxgpt.inference.decode import NO_TOKEN, SMALLEST_BUCKET, Decoder, bucket, checked_prompt
+from jaxgpt.inference.sampling import SamplingOptions, rules_of
+from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots, admit, decode_chunk, empty_slots, release
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a request gets, again and again until `finish_reason` is not None."""
+
+    tokens: list[int]
+    """New ones, without the token that ended them."""
+    logprobs: list[float]
+    """Natural logarithm of each token's probability under the model itself, before any sampling rule."""
+    alternatives: list[list[tuple[int, float]]]
+    """The likeliest tokens at each place with their log-probabilities; empty where none were asked for."""
+    finish_reason: str | None = None
+    """"stop", "length", "cancelled", or "error"; None where more will come."""
+
+
+@dataclasses.dataclass
+class Ticket:
+    """A request and where it stands."""
+
+    prompt: list[int]
+    options: SamplingOptions
+    deliver: Callable[[Piece], None]
+    """Called by the engine's thread; must return at once."""
+    row: int = 0
+    """Which of several continuations of one prompt, for its random numbers."""
+    alternatives: int = 0
+    slot: int | None = None
+    cancelled: bool = False
+    is_done: bool = False
+
+
+class Engine:
+    """Continues prompts with one decoder, up to `slots` at a time. Close it, or use it in a `with`."""
+
+    def __init__(self, decoder: Decoder, slots: int = 16, chunk: int = 8, queue: int = 64):
+        """Compiles everything; `chunk` tokens are made between two looks at the queue, which holds `queue` requests."""
+        self._decoder, self._chunk, self._queue_size = decoder, chunk, queue
+        self._slots = empty_slots(decoder, slots)
+        self._tickets: list[Ticket | None] = [None] * slots
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._changed = threading.Condition()
+        self._closing: str | None = None  # "drain" or "now"
+        self.failure: BaseException | None = None
+        """What ended the engine; it does nothing any more."""
+        self.chunks = 0
+        """Made so far."""
+        self.tokens = 0
+        """Made so far, over all requests."""
+        self._warm_up()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ for any thread
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return sum(ticket is not None for ticket in self._tickets)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        deliver: Callable[[Piece], None],
+        row: int = 0,
+        alternatives: int = 0,
+    ) -> Ticket:
+        """Have `prompt` continued; `deliver` gets the pieces. `options.stop` is the caller's to watch for.
+
+        Raises:
+            UserError: it does not fit the model, or asks for what there is not.
+            QueueFull: try again later.
+            RuntimeError: the engine is closed, or has failed.
+        """
+        prompt = checked_prompt(self._decoder, prompt, options.max_new_tokens)
+        stops = len(self._stops(options))
+        if stops > STOPS:
+            raise UserError(f"stop_token_ids: {stops} with the end-of-text token, but at most {STOPS}")
+        if not 0 <= alternatives <= ALTERNATIVES:
+            raise UserError(f"logprobs = {alternatives}, but it must be between 0 and {ALTERNATIVES}")
+        ticket = Ticket(prompt, options, deliver, row, alternatives)
+        with self._changed:
+            if self._closing or self.failure:
+                raise RuntimeError("the engine is closed") from self.failure
+            if len(self._waiting) >= self._queue_size:
+                raise QueueFull
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Its slot is free after the chunk in hand; it gets a last piece that says "cancelled"."""
+        with self._changed:
+            ticket.cancelled = True
+            self._changed.notify()
+
+    def close(self, drain: bool = False, seconds: float | None = None) -> bool:
+        """Stop; with `drain` after all requests have ended, those that wait included. Whether it did in `seconds`."""
+        with self._changed:
+            self._closing = "drain" if drain else "now"
+            self._changed.notify()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    # ------------------------------------------------------------ the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._admit_waiting()
+                self._make_chunk()
+        finally:  # whatever it was, nobody may wait for it for ever
+            self.failure = sys.exception()
+            self._end_all("error" if self.failure else "cancelled")
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while True:
+                self._drop_cancelled()
+                if self._closing == "now" or (self._closing and not self._waiting and not self.running):
+                    return False
+                if self._waiting or self.running:
+                    return True
+                self._changed.wait()
+
+    def _drop_cancelled(self) -> None:
+        for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
+            self._waiting.remove(ticket)
+            self._end(ticket, "cancelled")
+        for slot, ticket in enumerate(self._tickets):
+            if ticket is not None and ticket.cancelled:
+                self._slots = release(self._slots, np.int32(slot))
+                self._end(ticket, "cancelled")
+
+    def _admit_waiting(self) -> None:
+        while self._waiting and None in self._tickets:
+            with self._changed:
+                ticket = self._waiting.popleft()
+            ticket.slot = self._tickets.index(None)
+            self._tickets[ticket.slot] = ticket
+            self._slots = self._admitted(ticket)
+
+    def _admitted(self, ticket: Ticket) -> Slots:
+        decoder, options = self._decoder, ticket.options
+        tokens_1T = np.zeros((1, bucket(len(ticket.prompt), decoder.config.n_positions)), np.int32)
+        tokens_1T[0, : len(ticket.prompt)] = ticket.prompt
+        stops_K = np.full(STOPS, NO_TOKEN, np.int32)
+        ids = self._stops(options)
+        stops_K[: len(ids)] = ids
+        own = dict(
+            length=np.int32(len(ticket.prompt)),
+            left=np.int32(options.max_new_tokens),
+            seed=np.uint32(options.seed),
+            row=np.int32(ticket.row),
+            stops_K=stops_K,
+            rules=rules_of([options], decoder.vocab_size),
+        )
+        slot = np.int32(ticket.slot)
+        return admit(decoder.config, decoder.vocab_size, decoder.weights, self._slots, tokens_1T, slot, **own)
+
+    def _make_chunk(self) -> None:
+        wanted = any(ticket is not None and ticket.alternatives for ticket in self._tickets)
+        decoder = self._decoder
+        self._slots, out = decode_chunk(
+            decoder.config, decoder.vocab_size, self._chunk, decoder.weights, self._slots, np.bool_(wanted)
+        )
+        tokens_BS, logprobs_BS, ids_BSK, others_BSK, left_B = jax.device_get(out)
+        self.chunks += 1
+        for slot, ticket in enumerate(self._tickets):
+            if ticket is None:
+                continue
+            made = int((tokens_BS[slot] != NO_TOKEN).sum())
+            tokens, ended = tokens_BS[slot, :made].tolist(), left_B[slot] == 0
+            self.tokens += made
+            stopped = ended and tokens[-1] in self._stops(ticket.options)
+            kept = made - stopped
+            alternatives = [
+                list(zip(ids[: ticket.alternatives].tolist(), others[: ticket.alternatives].tolist()))
+                for ids, others in zip(ids_BSK[slot, :kept], others_BSK[slot, :kept])
+            ]
+            reason = ("stop" if stopped else "length") if ended else None
+            piece = Piece(
+                tokens[:kept],
+                logprobs_BS[slot, :kept].tolist(),
+                alternatives if ticket.alternatives else [],
+                reason,
+            )
+            if ended:
+                self._forget(ticket)
+            ticket.deliver(piece)
+
+    def _stops(self, options: SamplingOptions) -> list[int]:
+        return [token for token in (self._decoder.end_of_text, *options.stop_token_ids) if token is not None]
+
+    def _forget(self, ticket: Ticket) -> None:
+        ticket.is_done = True
+        if ticket.slot is not None:
+            self._tickets[ticket.slot] = None
+
+    def _end(self, ticket: Ticket, reason: str) -> None:
+        self._forget(ticket)
+        ticket.deliver(Piece([], [], [], reason))
+
+    def _end_all(self, reason: str) -> None:
+        with self._changed:
+            self._closing = self._closing or "now"
+            left = [ticket for ticket in (*self._tickets, *self._waiting) if ticket is not None]
+            self._waiting.clear()
+        for ticket in left:
+            self._end(ticket, reason)
+
+    def _warm_up(self) -> None:
+        """Compile every program, by running each once."""
+        longest, length = self._decoder.config.n_positions, SMALLEST_BUCKET
+        while True:
+            prompt = [0] * min(length, longest - 1)
+            ticket = Ticket(prompt, dataclasses.replace(FREE, max_new_tokens=1), lambda piece: None, slot=0)
+            self._slots = self._admitted(ticket)
+            if length >= longest:
+                break
+            length *= 2
+        self._make_chunk()
+        self._slots = release(self._slots, np.int32(0))
+        self.chunks = self.tokens = 0

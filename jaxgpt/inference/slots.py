@@ -1,0 +1,152 @@
+"""A fixed batch of slots on the device, each with a request of its own: what the engine's programs work on.
+
+Axes in names: B slots, S cache positions or steps of a chunk, T prompt positions, V vocabulary, K stop tokens or
+alternatives.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.inference.decode import NO_TOKEN, Decoder
+from jaxgpt.inference.sampling import Rules, SamplingOptions, draw_keys, rules_of, sample
+from jaxgpt.model import gpt2
+from jaxgpt.model.attention import KVCache
+
+STOPS = 8  # stop tokens of a request, the end-of-text token among them
+ALTERNATIVES = 20  # the likeliest tokens that can be told beside each one; OpenAI's limit
+FREE = SamplingOptions(temperature=0.0)  # of a slot that nobody has: the rules that cost least
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where every slot stands. Donated, so the cache lies in memory once."""
+
+    cache: KVCache
+    token_B: jax.Array
+    """The last token, which the cache does not hold yet."""
+    left_B: jax.Array
+    """Tokens still to make; 0: nobody is there, or it has come to its end."""
+    seen_BV: jax.Array
+    """The tokens in prompt and text, for repetition penalties."""
+    seed_B: jax.Array
+    row_B: jax.Array
+    stops_BK: jax.Array
+    rules: Rules
+
+
+def empty_slots(decoder: Decoder, slots: int) -> Slots:
+    config = decoder.config
+    heads, size = config.n_head, config.n_embd // config.n_head
+    zeros = lambda: jnp.zeros((slots * heads, config.n_positions, size), config.dtype)
+    cache = KVCache(
+        tuple(zeros() for _ in range(config.n_layer)),
+        tuple(zeros() for _ in range(config.n_layer)),
+        jnp.zeros(slots, jnp.int32),
+    )
+    return Slots(
+        cache,
+        token_B=jnp.zeros(slots, jnp.int32),
+        left_B=jnp.zeros(slots, jnp.int32),
+        seen_BV=jnp.zeros((slots, decoder.vocab_size), bool),
+        seed_B=jnp.zeros(slots, jnp.uint32),
+        row_B=jnp.zeros(slots, jnp.int32),
+        stops_BK=jnp.full((slots, STOPS), NO_TOKEN, jnp.int32),
+        rules=jax.tree.map(jnp.asarray, rules_of([FREE] * slots, decoder.vocab_size)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="slots")
+def admit(
+    config: ModelConfig, vocab_size: int, weights: dict, slots: Slots, tokens_1T, slot, *,
+    length, left, seed, row, stops_K, rules: Rules,
+) -> Slots:  # fmt: skip
+    """`slots` with a prompt read into one of them, all but its last token."""
+    positions = tokens_1T.shape[1]
+    read = gpt2.read_prompt(config, vocab_size, weights, tokens_1T, length[None] - 1, positions)
+    # What lies after the prompt in the slot's cache is an earlier request's: each place is overwritten before it is
+    # read.
+    put = lambda whole, part: jax.lax.dynamic_update_slice(
+        whole, part.astype(whole.dtype), (slot * config.n_head, 0, 0)
+    )
+    cache = KVCache(
+        tuple(map(put, slots.cache.keys, read.keys)),
+        tuple(map(put, slots.cache.values, read.values)),
+        slots.cache.length_B.at[slot].set(length - 1),
+    )
+    seen_V = jnp.zeros(vocab_size, bool).at[tokens_1T[0]].max(jnp.arange(positions) < length)
+    return Slots(
+        cache,
+        token_B=slots.token_B.at[slot].set(tokens_1T[0, length - 1]),
+        left_B=slots.left_B.at[slot].set(left),
+        seen_BV=slots.seen_BV.at[slot].set(seen_V),
+        seed_B=slots.seed_B.at[slot].set(seed),
+        row_B=slots.row_B.at[slot].set(row),
+        stops_BK=slots.stops_BK.at[slot].set(stops_K),
+        rules=jax.tree.map(lambda all_B, own_1: all_B.at[slot].set(own_1[0]), slots.rules, rules),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def release(slots: Slots, slot) -> Slots:
+    return dataclasses.replace(slots, left_B=slots.left_B.at[slot].set(0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "steps"), donate_argnames="slots")
+def decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict, slots: Slots, alternatives):
+    """(slots, (tokens (B, steps), log-probabilities, likeliest tokens (B, steps, K), theirs, left (B,))).
+
+    Up to `steps` tokens for each slot that has some left; NO_TOKEN where there is none.
+    """
+    rows, count = slots.token_B.shape[0], min(ALTERNATIVES, vocab_size)
+
+    def unfinished(carry):
+        step, slots, _ = carry
+        return (step < steps) & (slots.left_B > 0).any()
+
+    def add_token(carry):
+        step, slots, out = carry
+        busy_B = slots.left_B > 0
+        logits_BV, cache = gpt2.read_token(config, vocab_size, weights, slots.token_B, slots.cache)
+        token_B, logprob_B = sample(logits_BV, uniform_SB[step], rules, slots.seen_BV)
+        others = jax.lax.cond(alternatives, functools.partial(_likeliest, count=count), no_others, logits_BV)
+        stopped_B = (token_B[:, None] == slots.stops_BK).any(axis=1)
+        new = (jnp.where(busy_B, token_B, NO_TOKEN), logprob_B, *others)
+        out = tuple(jax.lax.dynamic_update_index_in_dim(whole, part, step, 1) for whole, part in zip(out, new))
+        slots = dataclasses.replace(
+            slots,
+            # A slot that is not busy stays where it is, or its length would outgrow the cache.
+            cache=dataclasses.replace(cache, length_B=jnp.where(busy_B, cache.length_B, slots.cache.length_B)),
+            token_B=jnp.where(busy_B, token_B, slots.token_B),
+            left_B=jnp.where(busy_B & ~stopped_B, slots.left_B - 1, 0),
+            seen_BV=slots.seen_BV.at[jnp.arange(rows), token_B].max(busy_B),
+        )
+        return step + 1, slots, out
+
+    no_others = lambda logits_BV: (jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count), jnp.float32))
+    # A slot that is not busy must not choose how the others' tokens are drawn.
+    idle = jax.tree.map(jnp.asarray, rules_of([FREE], vocab_size))
+    rules = jax.tree.map(lambda own_B, free_1: jnp.where(slots.left_B > 0, own_B, free_1), slots.rules, idle)
+    # All random numbers at once, as in decode.py, and for the same places: a seed draws what it draws there.
+    place_SB = slots.cache.length_B[None] + 1 + jnp.arange(steps)[:, None]
+    draws = (jnp.broadcast_to(x[None], place_SB.shape).ravel() for x in (slots.seed_B, slots.row_B))
+    uniform_SB = draw_keys(*draws, place_SB.ravel()).reshape(place_SB.shape)
+    empty = (
+        jnp.full((rows, steps), NO_TOKEN, jnp.int32),
+        jnp.zeros((rows, steps), jnp.float32),
+        jnp.zeros((rows, steps, count), jnp.int32),
+        jnp.zeros((rows, steps, count), jnp.float32),
+    )
+    _, slots, out = jax.lax.while_loop(unfinished, add_token, (jnp.int32(0), slots, empty))
+    return slots, (*out, slots.left_B)
+
+
+def _likeliest(logits_BV, count: int):
+    """The `count` likeliest tokens (B, count) and their log-probabilities."""
+    logprobs_BV = logits_BV - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    logprobs_BK, ids_BK = jax.lax.top_k(logprobs_BV, count)
+    return ids_BK, logprobs_BK
