@@ -44,7 +44,7 @@ class Piece:
     """"stop", "length", "cancelled", or "error"; None where more will come."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Ticket:
     """A request and where it stands."""
 
