@@ -258,7 +258,8 @@ def describe(search, bench: Bench, found, side_by_side: int, folder: Path) -> No
     config = bench.configs[0]
     how = {"grid": "every combination", "random": "drawn at random", "tpe": f"proposed {search.together} at a time"}
     how["halving"] = f"successive halving, a third goes on after each of the steps {', '.join(map(str, search.rungs))}"
-    print(f"sweep    {search.trials} trials, {how[search.method]}; {side_by_side} side by side; in {folder}")
+    together = f"up to {side_by_side} side by side" if side_by_side > 1 else "one after another"
+    print(f"sweep    {search.trials} trials, {how[search.method]}; {together}; in {folder}")
     for variable in search.space.variables:
         print(f"vary     {variable.name}: {variable.describe()}")
     print(

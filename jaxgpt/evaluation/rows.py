@@ -6,6 +6,7 @@ the positions after it, and none sees another. The four endings of a HellaSwag q
 Axes in names: B rows, T positions, K targets.
 """
 
+import collections
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -86,11 +87,11 @@ def rows_of(requests: Sequence[Request], block_size: int) -> Iterator[Row]:
 
 
 def _shared(context: list[int], targets: dict[int, list[int]], block_size: int) -> Iterator[Row]:
-    waiting = list(targets.items())
+    waiting = collections.deque(targets.items())
     while waiting:
         row = Row(list(context), list(range(len(context))), [0] * len(context), [], [], [])
         while waiting and len(row.tokens) + len(waiting[0][1]) - 1 <= block_size:
-            _add_branch(row, len(context), *waiting.pop(0))
+            _add_branch(row, len(context), *waiting.popleft())
         if not row.is_shared:
             row.branches[:] = [0] * len(row.branches)
         yield row

@@ -41,7 +41,7 @@ def program_key(config: Config) -> Config:
     dropout = 0.5 if config.model.dropout else 0.0
     return dataclasses.replace(
         config,
-        # The rest of what the step does not see, and what only decides whether a config is valid.
+        # No warm-up: whatever else is set, a config without one is valid.
         optimizer=dataclasses.replace(config.optimizer, **optimizer | {"warmup_steps": 0}),
         model=dataclasses.replace(config.model, dropout=dropout),
         train=dataclasses.replace(config.train, seed=0),

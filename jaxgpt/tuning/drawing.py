@@ -17,7 +17,6 @@ from jaxgpt.tuning.scaling import LEVEL, Scaling
 from jaxgpt.tuning.space import Variable
 
 LOSS = "validation loss (nats per token)"
-CARD = "#0f0e0d"  # a stand-in, as in figures.py, for what a figure lies on: behind words that lines cross
 MAX_NAMED = 6  # more lines cannot be told apart by name
 _UNITS = {
     "optimizer.learning_rate": "peak learning rate (per step)",
@@ -160,7 +159,7 @@ def _draw_scale(ax, place: int, marks: Sequence[tuple[float, str]]) -> None:
     ax.axvline(place, color=COLOURS["muted"], linewidth=1, zorder=1)
     for share, text in marks:
         ax.plot([place - 0.015, place + 0.015], [share, share], color=COLOURS["muted"], linewidth=1)
-        behind = {"facecolor": CARD, "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
+        behind = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
         ax.text(place + 0.03, share, text, fontsize=9, va="center", color=COLOURS["ink"], zorder=4, bbox=behind)
 
 

@@ -135,8 +135,7 @@ def _table(sweep: Sweep) -> dict:
 
 
 def _card(title: str, draw: Callable, note: str, label: str, size=_HALF, width: str = "") -> dict:
-    svg = figures.svg(draw, label, size).replace(drawing.CARD, "var(--card)")
-    return {"title": title, "note": note, "svg": svg, "width": width}
+    return {"title": title, "note": note, "svg": figures.svg(draw, label, size), "width": width}
 
 
 def _both(title: str, draw: Callable, note: str, label: str) -> list[dict]:
