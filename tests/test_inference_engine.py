@@ -12,7 +12,7 @@ import pytest
 from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.inference import engine as engine_module
 from jaxgpt.inference.decode import build_decoder, generate
-from jaxgpt.inference.engine import Engine, Piece, QueueFull
+from jaxgpt.inference.engine import Engine, Piece, QueueFull, Request
 from jaxgpt.inference.sampling import SamplingOptions, rules_of, sample
 from jaxgpt.model import gpt2
 
@@ -21,11 +21,14 @@ CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, dtype="floa
 SLOTS = 4
 
 
+def model_params() -> dict:
+    params = gpt2.init_params(CONFIG, VOCAB, jax.random.key(0))
+    return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params)  # it looks at its context
+
+
 @pytest.fixture(scope="module")
 def decoder():
-    params = gpt2.init_params(CONFIG, VOCAB, jax.random.key(0))
-    params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params)  # it looks at its context
-    return build_decoder(CONFIG, VOCAB, params, end_of_text=0, rows=SLOTS)
+    return build_decoder(CONFIG, VOCAB, model_params(), end_of_text=0, rows=SLOTS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ class Reader:
 
 def ask(engine: Engine, prompt, options: SamplingOptions, **more) -> Reader:
     reader = Reader()
-    engine.submit(prompt, options, reader, **more)
+    engine.submit([(engine.check(Request(prompt, options, **more)), reader)])
     return reader
 
 
@@ -101,11 +104,11 @@ def test_a_request_gets_what_it_gets_alone_and_what_generate_gives(engine, decod
 
 def test_nothing_compiles_once_it_stands(engine):
     compiled = lambda: [
-        f._cache_size() for f in (engine_module.admit, engine_module.decode_chunk, engine_module.release)
+        getattr(engine_module, name)._cache_size() for name in ("admit", "score", "decode_chunk", "release")
     ]
     before = compiled()
-    for reader in [ask(engine, *request, alternatives=3) for request in requests(8)]:
-        reader.wait()
+    for number, request in enumerate(requests(8)):
+        ask(engine, *request, alternatives=3 * (number % 2), scores_prompt=number > 3).wait()
     assert compiled() == before
 
 
@@ -131,11 +134,45 @@ def test_alternatives_are_the_likeliest_tokens_of_the_model_itself(engine, decod
         assert [logprob for _, logprob in others] == sorted((logprob for _, logprob in others), reverse=True)
 
 
+def test_a_prompt_is_scored_as_the_model_scores_it(engine):
+    params = model_params()
+    for length, continues in ((1, True), (2, False), (30, True), (63, True), (64, False)):
+        prompt = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
+        free = SamplingOptions(max_new_tokens=1, temperature=0.0)
+        reader = ask(engine, prompt, free, scores_prompt=True, continues=continues, alternatives=5).wait()
+        told = reader.pieces[0].prompt
+        logits_TV = gpt2.bind(CONFIG, VOCAB, params)(np.array([prompt], np.int32))[0]
+        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        assert told.tokens == prompt and told.logprobs[0] is None and told.alternatives[0] == []
+        np.testing.assert_allclose(
+            told.logprobs[1:], logprobs_TV[np.arange(length - 1), prompt[1:]].astype(float), atol=1e-4
+        )
+        for place in range(1, length):
+            assert [token for token, _ in told.alternatives[place]] == np.argsort(-logprobs_TV[place - 1])[:5].tolist()
+            assert dict(told.alternatives[place]).get(prompt[place], told.logprobs[place]) == told.logprobs[place]
+        assert len(reader.tokens) <= continues
+    assert engine.running == engine.waiting == 0
+    with pytest.raises(UserError, match="n_positions = 64"):
+        ask(engine, prompt, free, scores_prompt=True)
+
+
+def test_requests_that_belong_together_come_in_together_or_not_at_all(decoder):
+    with Engine(decoder, slots=1, chunk=3, queue=4) as engine:
+        request = engine.check(Request([1], SamplingOptions(max_new_tokens=5)))
+        with pytest.raises(QueueFull):
+            engine.submit([(request, Reader())] * 5)
+        assert engine.waiting == engine.running == 0
+        readers = [Reader() for _ in range(4)]
+        engine.submit([(request, reader) for reader in readers])
+        assert {tuple(reader.wait().tokens) for reader in readers} == {tuple(readers[0].tokens)}
+
+
 def test_a_cancelled_request_frees_its_slot_and_waiting_ones_come_in(engine):
     long = SamplingOptions(max_new_tokens=60, temperature=1.0, top_k=0, top_p=1.0)
     readers, tickets = [Reader() for _ in range(3 * SLOTS)], []
     for seed, reader in enumerate(readers):
-        tickets.append(engine.submit([seed + 1], SamplingOptions(max_new_tokens=60, seed=seed), reader))
+        request = engine.check(Request([seed + 1], SamplingOptions(max_new_tokens=60, seed=seed)))
+        tickets += engine.submit([(request, reader)])
     for ticket in tickets[::2]:
         engine.cancel(ticket)
     for number, reader in enumerate(readers):

@@ -190,7 +190,7 @@ def checked_prompt(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int)
         unknown = next(token for token in prompt if not 0 <= token < decoder.vocab_size)
         raise UserError(f"the prompt holds token {unknown}, but the model's vocabulary is {decoder.vocab_size}")
     length, room = len(prompt), limit - len(prompt)
-    if room < 1:
+    if room < min(max_new_tokens, 1):  # a prompt that is only scored may fill all of it
         raise UserError(
             f"the prompt is {length} tokens and the model reads at most n_positions = {limit}, "
             f"the new ones included; shorten it by at least {1 - room}"

@@ -23,7 +23,7 @@ import numpy as np
 from jaxgpt.config import UserError
 from jaxgpt.inference.decode import NO_TOKEN, SMALLEST_BUCKET, Decoder, bucket, checked_prompt
 from jaxgpt.inference.sampling import SamplingOptions, rules_of
-from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots, admit, decode_chunk, empty_slots, release
+from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots, admit, decode_chunk, empty_slots, release, score
 
 
 class QueueFull(Exception):
@@ -31,30 +31,53 @@ class QueueFull(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a request gets, again and again until `finish_reason` is not None."""
+class Tokens:
+    """Tokens of a text, with how likely the model finds them."""
 
     tokens: list[int]
-    """New ones, without the token that ended them."""
-    logprobs: list[float]
-    """Natural logarithm of each token's probability under the model itself, before any sampling rule."""
+    logprobs: list[float | None]
+    """Natural logarithm of each token's probability under the model itself, before any sampling rule. None for the
+    first of a prompt, which has nothing before it."""
     alternatives: list[list[tuple[int, float]]]
     """The likeliest tokens at each place with their log-probabilities; empty where none were asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece(Tokens):
+    """What a request gets, again and again until `finish_reason` is not None: new tokens, without the one that ends it.
+
+    "stop", "length", "cancelled" or "error"; None where more will come.
+    """
+
     finish_reason: str | None = None
-    """"stop", "length", "cancelled", or "error"; None where more will come."""
+    prompt: Tokens | None = None
+    """In the first piece of a request with `scores_prompt`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, and what is wanted of it."""
+
+    prompt: list[int]
+    options: SamplingOptions
+    """`stop` is for the caller to watch for, `num_return_sequences` for the caller to ask for."""
+    row: int = 0
+    """Which of several continuations of one prompt, for its random numbers."""
+    alternatives: int = 0
+    """How many of the likeliest tokens are told at each place."""
+    scores_prompt: bool = False
+    """Tell of the prompt's tokens, too."""
+    continues: bool = True
+    """Make new tokens; without, only the prompt is told of."""
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
     """A request and where it stands."""
 
-    prompt: list[int]
-    options: SamplingOptions
+    request: Request
     deliver: Callable[[Piece], None]
     """Called by the engine's thread; must return at once."""
-    row: int = 0
-    """Which of several continuations of one prompt, for its random numbers."""
-    alternatives: int = 0
     slot: int | None = None
     cancelled: bool = False
     is_done: bool = False
@@ -65,7 +88,7 @@ class Engine:
 
     def __init__(self, decoder: Decoder, slots: int = 16, chunk: int = 8, queue: int = 64):
         """Compiles everything; `chunk` tokens are made between two looks at the queue, which holds `queue` requests."""
-        self._decoder, self._chunk, self._queue_size = decoder, chunk, queue
+        self._decoder, self._chunk, self.queue_size = decoder, chunk, queue
         self._slots = empty_slots(decoder, slots)
         self._tickets: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -98,36 +121,37 @@ class Engine:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        options: SamplingOptions,
-        deliver: Callable[[Piece], None],
-        row: int = 0,
-        alternatives: int = 0,
-    ) -> Ticket:
-        """Have `prompt` continued; `deliver` gets the pieces. `options.stop` is the caller's to watch for.
+    def check(self, request: Request) -> Request:
+        """The request as it can be carried out.
 
         Raises:
             UserError: it does not fit the model, or asks for what there is not.
-            QueueFull: try again later.
-            RuntimeError: the engine is closed, or has failed.
         """
-        prompt = checked_prompt(self._decoder, prompt, options.max_new_tokens)
+        options = request.options
+        prompt = checked_prompt(self._decoder, request.prompt, options.max_new_tokens if request.continues else 0)
         stops = len(self._stops(options))
         if stops > STOPS:
             raise UserError(f"stop_token_ids: {stops} with the end-of-text token, but at most {STOPS}")
-        if not 0 <= alternatives <= ALTERNATIVES:
-            raise UserError(f"logprobs = {alternatives}, but it must be between 0 and {ALTERNATIVES}")
-        ticket = Ticket(prompt, options, deliver, row, alternatives)
+        if not 0 <= request.alternatives <= ALTERNATIVES:
+            raise UserError(f"logprobs = {request.alternatives}, but it must be between 0 and {ALTERNATIVES}")
+        return dataclasses.replace(request, prompt=prompt)
+
+    def submit(self, asked: Sequence[tuple[Request, Callable[[Piece], None]]]) -> list[Ticket]:
+        """Have requests (from `check`) carried out, all of them or none; each one's function gets its pieces.
+
+        Raises:
+            QueueFull: try again later.
+            RuntimeError: the engine is closed, or has failed.
+        """
+        tickets = [Ticket(request, deliver) for request, deliver in asked]
         with self._changed:
             if self._closing or self.failure:
                 raise RuntimeError("the engine is closed") from self.failure
-            if len(self._waiting) >= self._queue_size:
+            if len(self._waiting) + len(tickets) > self.queue_size:
                 raise QueueFull
-            self._waiting.append(ticket)
+            self._waiting += tickets
             self._changed.notify()
-        return ticket
+        return tickets
 
     def cancel(self, ticket: Ticket) -> None:
         """Its slot is free after the chunk in hand; it gets a last piece that says "cancelled"."""
@@ -179,28 +203,49 @@ class Engine:
                 ticket = self._waiting.popleft()
             ticket.slot = self._tickets.index(None)
             self._tickets[ticket.slot] = ticket
-            self._slots = self._admitted(ticket)
+            if ticket.request.scores_prompt:
+                self._tell_of_prompt(ticket)
+            if not ticket.is_done:
+                self._slots = self._admitted(ticket.request, ticket.slot)
 
-    def _admitted(self, ticket: Ticket) -> Slots:
-        decoder, options = self._decoder, ticket.options
-        tokens_1T = np.zeros((1, bucket(len(ticket.prompt), decoder.config.n_positions)), np.int32)
-        tokens_1T[0, : len(ticket.prompt)] = ticket.prompt
+    def _tell_of_prompt(self, ticket: Ticket) -> None:
+        request, decoder = ticket.request, self._decoder
+        wanted, length = np.bool_(request.alternatives), len(request.prompt)
+        out = score(decoder.config, decoder.vocab_size, decoder.weights, self._padded(request.prompt), wanted)
+        logprobs_T, ids_TK, others_TK = jax.device_get(out)
+        told = _tokens(request.prompt, logprobs_T[:length], ids_TK, others_TK, request.alternatives)
+        told.logprobs[0] = None
+        if told.alternatives:
+            told.alternatives[0] = []
+        if not request.continues:
+            self._forget(ticket)
+        ticket.deliver(Piece([], [], [], None if request.continues else "length", told))
+
+    def _padded(self, prompt: list[int]) -> np.ndarray:
+        tokens_1T = np.zeros((1, bucket(len(prompt), self._decoder.config.n_positions)), np.int32)
+        tokens_1T[0, : len(prompt)] = prompt
+        return tokens_1T
+
+    def _admitted(self, request: Request, slot: int) -> Slots:
+        decoder, options = self._decoder, request.options
         stops_K = np.full(STOPS, NO_TOKEN, np.int32)
         ids = self._stops(options)
         stops_K[: len(ids)] = ids
         own = dict(
-            length=np.int32(len(ticket.prompt)),
+            length=np.int32(len(request.prompt)),
             left=np.int32(options.max_new_tokens),
             seed=np.uint32(options.seed),
-            row=np.int32(ticket.row),
+            row=np.int32(request.row),
             stops_K=stops_K,
             rules=rules_of([options], decoder.vocab_size),
         )
-        slot = np.int32(ticket.slot)
-        return admit(decoder.config, decoder.vocab_size, decoder.weights, self._slots, tokens_1T, slot, **own)
+        tokens_1T = self._padded(request.prompt)
+        return admit(decoder.config, decoder.vocab_size, decoder.weights, self._slots, tokens_1T, np.int32(slot), **own)
 
     def _make_chunk(self) -> None:
-        wanted = any(ticket is not None and ticket.alternatives for ticket in self._tickets)
+        if not self.running:  # all that was admitted wanted its prompt scored and no more
+            return
+        wanted = any(ticket is not None and ticket.request.alternatives for ticket in self._tickets)
         decoder = self._decoder
         self._slots, out = decode_chunk(
             decoder.config, decoder.vocab_size, self._chunk, decoder.weights, self._slots, np.bool_(wanted)
@@ -213,22 +258,15 @@ class Engine:
             made = int((tokens_BS[slot] != NO_TOKEN).sum())
             tokens, ended = tokens_BS[slot, :made].tolist(), left_B[slot] == 0
             self.tokens += made
-            stopped = ended and tokens[-1] in self._stops(ticket.options)
+            stopped = ended and tokens[-1] in self._stops(ticket.request.options)
             kept = made - stopped
-            alternatives = [
-                list(zip(ids[: ticket.alternatives].tolist(), others[: ticket.alternatives].tolist()))
-                for ids, others in zip(ids_BSK[slot, :kept], others_BSK[slot, :kept])
-            ]
-            reason = ("stop" if stopped else "length") if ended else None
-            piece = Piece(
-                tokens[:kept],
-                logprobs_BS[slot, :kept].tolist(),
-                alternatives if ticket.alternatives else [],
-                reason,
+            told = _tokens(
+                tokens[:kept], logprobs_BS[slot, :kept], ids_BSK[slot], others_BSK[slot], ticket.request.alternatives
             )
+            reason = ("stop" if stopped else "length") if ended else None
             if ended:
                 self._forget(ticket)
-            ticket.deliver(piece)
+            ticket.deliver(Piece(told.tokens, told.logprobs, told.alternatives, reason))
 
     def _stops(self, options: SamplingOptions) -> list[int]:
         return [token for token in (self._decoder.end_of_text, *options.stop_token_ids) if token is not None]
@@ -254,12 +292,28 @@ class Engine:
         """Compile every program, by running each once."""
         longest, length = self._decoder.config.n_positions, SMALLEST_BUCKET
         while True:
-            prompt = [0] * min(length, longest - 1)
-            ticket = Ticket(prompt, dataclasses.replace(FREE, max_new_tokens=1), lambda piece: None, slot=0)
-            self._slots = self._admitted(ticket)
+            once = Request([0] * min(length, longest - 1), dataclasses.replace(FREE, max_new_tokens=1))
+            self._tell_of_prompt(Ticket(dataclasses.replace(once, alternatives=1), lambda piece: None))
+            self._slots = self._admitted(once, slot=0)
             if length >= longest:
                 break
             length *= 2
+        self._tickets[0] = Ticket(once, lambda piece: None, slot=0)
         self._make_chunk()
         self._slots = release(self._slots, np.int32(0))
+        self._tickets[0] = None
         self.chunks = self.tokens = 0
+
+
+def _tokens(tokens: list[int], logprobs, ids_TK, others_TK, alternatives: int) -> Tokens:
+    """What the device told of tokens, as lists; of the likeliest ones the first `alternatives`."""
+    logprobs = logprobs.tolist()
+    if not alternatives:
+        return Tokens(tokens, logprobs, [])
+    places = zip(tokens, logprobs, ids_TK[:, :alternatives].tolist(), others_TK[:, :alternatives].tolist())
+    # The same number for the same token: the two are summed in different programs, and may differ in the last bit.
+    others = [
+        [(other, logprob if other == token else value) for other, value in zip(ids, values)]
+        for token, logprob, ids, values in places
+    ]
+    return Tokens(tokens, logprobs, others)

@@ -18,6 +18,7 @@ from jaxgpt.model.attention import KVCache
 
 STOPS = 8  # stop tokens of a request, the end-of-text token among them
 ALTERNATIVES = 20  # the likeliest tokens that can be told beside each one; OpenAI's limit
+PLACES = 64  # of a prompt whose logits exist together: 13 MB at GPT-2's vocabulary
 FREE = SamplingOptions(temperature=0.0)  # of a slot that nobody has: the rules that cost least
 
 
@@ -91,6 +92,29 @@ def admit(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size"))
+def score(config: ModelConfig, vocab_size: int, weights: dict, tokens_1T, alternatives):
+    """(log-probability of each token after those before it (T,), the likeliest tokens there (T, K), theirs (T, K)).
+
+    The first token has nothing before it: what stands at its place means nothing.
+    """
+    model, hidden_1TD = gpt2.prompt_hidden(config, vocab_size, weights, tokens_1T)
+    positions, count = tokens_1T.shape[1], min(ALTERNATIVES, vocab_size)
+
+    def places(hidden_and_tokens):
+        hidden_PD, tokens_P = hidden_and_tokens
+        logits_PV = model.logits(hidden_PD[None])[0]
+        told_P = jnp.take_along_axis(logits_PV, tokens_P[:, None], axis=-1)[:, 0]
+        return told_P - jax.nn.logsumexp(logits_PV, axis=-1), *_likeliest_if(alternatives, logits_PV, count)
+
+    # Each place tells of the token after it: the last of none.
+    size = min(PLACES, positions)
+    next_T = jnp.roll(tokens_1T[0], -1)
+    in_chunks = lambda x: jnp.pad(x, ((0, -positions % size), *[(0, 0)] * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
+    told = jax.lax.map(places, (in_chunks(hidden_1TD[0]), in_chunks(next_T)))
+    return tuple(jnp.roll(jax.lax.collapse(x, 0, 2)[:positions], 1, axis=0) for x in told)
+
+
 @functools.partial(jax.jit, donate_argnames="slots")
 def release(slots: Slots, slot) -> Slots:
     return dataclasses.replace(slots, left_B=slots.left_B.at[slot].set(0))
@@ -113,7 +137,7 @@ def decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict
         busy_B = slots.left_B > 0
         logits_BV, cache = gpt2.read_token(config, vocab_size, weights, slots.token_B, slots.cache)
         token_B, logprob_B = sample(logits_BV, uniform_SB[step], rules, slots.seen_BV)
-        others = jax.lax.cond(alternatives, functools.partial(_likeliest, count=count), no_others, logits_BV)
+        others = _likeliest_if(alternatives, logits_BV, count)
         stopped_B = (token_B[:, None] == slots.stops_BK).any(axis=1)
         new = (jnp.where(busy_B, token_B, NO_TOKEN), logprob_B, *others)
         out = tuple(jax.lax.dynamic_update_index_in_dim(whole, part, step, 1) for whole, part in zip(out, new))
@@ -127,7 +151,6 @@ def decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict
         )
         return step + 1, slots, out
 
-    no_others = lambda logits_BV: (jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count), jnp.float32))
     # A slot that is not busy must not choose how the others' tokens are drawn.
     idle = jax.tree.map(jnp.asarray, rules_of([FREE], vocab_size))
     rules = jax.tree.map(lambda own_B, free_1: jnp.where(slots.left_B > 0, own_B, free_1), slots.rules, idle)
@@ -145,8 +168,12 @@ def decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict
     return slots, (*out, slots.left_B)
 
 
-def _likeliest(logits_BV, count: int):
-    """The `count` likeliest tokens (B, count) and their log-probabilities."""
-    logprobs_BV = logits_BV - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-    logprobs_BK, ids_BK = jax.lax.top_k(logprobs_BV, count)
-    return ids_BK, logprobs_BK
+def _likeliest_if(wanted, logits_BV, count: int):
+    """The `count` likeliest tokens (B, count) and their log-probabilities; zeros where they are not `wanted`."""
+
+    def find(logits_BV):
+        best_BK, ids_BK = jax.lax.top_k(logits_BV, count)
+        return ids_BK, best_BK - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+
+    shape = (logits_BV.shape[0], count)
+    return jax.lax.cond(wanted, find, lambda _: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)), logits_BV)

@@ -8,6 +8,7 @@ Axes in names: B batch, T position, D width, N heads, H head size, F = 4 D, V vo
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -312,16 +313,28 @@ def read_prompt(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, 
     What lies after a row's length is padding. Its keys are in the cache, but nobody reads them: a token sees none
     after itself, and each new token overwrites the key at its own position first.
     """
-    model, layer, layers = _bind_layers(config, vocab_size, weights)
-    x_BTD = model.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
     room = ((0, 0), (0, positions - tokens_BT.shape[1]), (0, 0))
     heads_ASH = lambda x_BTNH: jnp.pad(jax.lax.collapse(x_BTNH.swapaxes(1, 2), 0, 2), room)
-    cached = []
-    for block in layers:
-        x_BTD, keys_and_values = nnx.merge(layer, block)(x_BTD)
-        cached.append([heads_ASH(x_BTNH) for x_BTNH in keys_and_values])
+    _, _, cached = _read(config, vocab_size, weights, tokens_BT, lambda layer: [heads_ASH(x) for x in layer])
     keys, values = zip(*cached)
     return KVCache(keys, values, length_B)
+
+
+def prompt_hidden(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT):
+    """(the network, for its `logits`; hidden states (B, T, D) at every place of a prompt)."""
+    model, x_BTD, _ = _read(config, vocab_size, weights, tokens_BT, lambda layer: None)
+    return model, model.ln_f(x_BTD)
+
+
+def _read(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, keep: Callable):
+    """(the network, its last layer's output, what `keep` makes of each layer's keys and values (B, T, N, H))."""
+    model, layer, layers = _bind_layers(config, vocab_size, weights)
+    x_BTD = model.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    kept = []
+    for block in layers:
+        x_BTD, keys_and_values = nnx.merge(layer, block)(x_BTD)
+        kept.append(keep(keys_and_values))
+    return model, x_BTD, kept
 
 
 def read_token(config: ModelConfig, vocab_size: int, weights: dict, token_B, cache: KVCache):
