@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "loss of a text, questions with answers, what the model writes",
     "compare": "runs beside each other: settings that differ, curves, final numbers",
     "sample": "text from a prompt",
+    "serve": "answers over HTTP: OpenAI's API, a web page",
     "replay": "the texts of one step's batch, each with its loss, and a skip list",
     "convert": "Hugging Face folder to run folder, and back",
     "drill": "kill a run again and again, and show that nothing is lost",

@@ -35,6 +35,10 @@ class ChatPrompts:
         self._encoder = ChatEncoder(tokenizer, ChatConfig(), n_positions)
         self._n_positions = n_positions
 
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a whole conversation that ends in a user turn, however long it is."""
+        return self._encoder.prompt(messages)
+
     def fit(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int) -> ChatPrompt:
         """The tokens of a conversation that ends in a user turn, without its oldest turns where it is too long.
 

@@ -113,6 +113,11 @@ class Engine:
     # ------------------------------------------------------------ for any thread
 
     @property
+    def slots(self) -> int:
+        """How many requests can be under way."""
+        return len(self._tickets)
+
+    @property
     def running(self) -> int:
         """Requests that have a slot."""
         return sum(ticket is not None for ticket in self._tickets)

@@ -80,7 +80,7 @@ class TextGeneration:
         self._decoder, self._options = decoder, options
         self._prompts = _token_ids(tokenizer, prompts)
         self._rows = [
-            _Row(tokenizer, options.stop, prompt)
+            GrowingText(tokenizer, options.stop, prompt)
             for prompt in self._prompts
             for _ in range(options.num_return_sequences)
         ]
@@ -161,43 +161,53 @@ def _token_ids(tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]]) -> 
     return [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
 
-class _Row:
-    """One continuation in the making."""
+class GrowingText:
+    """One continuation in the making: tokens come in parts, and text is given out as soon as it is certain."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]):
         self.finish_reason: str | None = None
-        self._tokenizer, self._prompt = tokenizer, prompt
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.offsets: list[int] = []
+        """Where the text of each of the first tokens begins, as far as `given_tokens` has come."""
         self._stream = TextStream(tokenizer, stop, after=prompt)
+        self._counter = TextStream(tokenizer, after=prompt)
         self._pieces: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._length = self._counted = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
     def add(self, part: Continuation) -> str:
         """The text that is new."""
         if self.finish_reason:
             return ""
-        self._tokens += part.tokens
-        self._logprobs += part.logprobs
+        self.tokens += part.tokens
+        self.logprobs += part.logprobs
         text = self._stream.add(part.tokens)
         self.finish_reason = "stop" if self._stream.stopped else part.finish_reason
         if self.finish_reason:
             text += self._stream.finish()
         self._pieces.append(text)
+        self._length += len(text)
         if self._stream.stopped:
             self.finish_reason = "stop"
-            self._drop_tokens_after("".join(self._pieces))
+            kept = self.given_tokens()
+            del self.tokens[kept:], self.logprobs[kept:]
         return text
 
-    def completion(self) -> Completion:
-        return Completion("".join(self._pieces), list(self._tokens), list(self._logprobs), self.finish_reason)
+    def given_tokens(self) -> int:
+        """How many tokens the text given out is made of: the fewest that make it certain, wherever parts end."""
+        all_of_them = self.finish_reason is not None and not self._stream.stopped
+        while len(self.offsets) < len(self.tokens) and (all_of_them or self._counted < self._length):
+            place = len(self.offsets)
+            self.offsets.append(self._counted)
+            self._counted += len(self._counter.add(self.tokens[place : place + 1]))
+        return len(self.offsets)
 
-    def _drop_tokens_after(self, text: str) -> None:
-        """Keep the fewest tokens that make `text` certain: what is kept never depends on where chunks end."""
-        stream, length, kept = TextStream(self._tokenizer, after=self._prompt), 0, 0
-        while length < len(text) and kept < len(self._tokens):
-            length += len(stream.add(self._tokens[kept : kept + 1]))
-            kept += 1
-        del self._tokens[kept:], self._logprobs[kept:]
+    def completion(self) -> Completion:
+        return Completion(self.text, list(self.tokens), list(self.logprobs), self.finish_reason)
 
 
 def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bool]:
@@ -273,6 +283,20 @@ class _WindowText:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._backend.decode(tokens, skip_special_tokens=False)
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """What a token writes by itself; it may be a part of a character."""
+    from tokenizers import decoders
+
+    backend = tokenizer.backend
+    written = backend.id_to_token(token) or ""
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        is_byte = _BYTE_TOKEN.fullmatch(written)
+        return bytes.fromhex(written[3:5]) if is_byte else tokenizer.decode([token]).encode()
+    byte_of = _byte_of_character()
+    is_bytes = all(character in byte_of for character in written)
+    return bytes(byte_of[character] for character in written) if is_bytes else written.encode()
 
 
 @functools.cache

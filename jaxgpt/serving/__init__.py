@@ -1,0 +1,1 @@
+"""Who may ask, and how? The HTTP interface of a model."""

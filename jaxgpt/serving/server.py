@@ -1,0 +1,173 @@
+"""From start to end: listen at once, compile, answer, and on SIGTERM finish what is under way.
+
+A server listens before its model is compiled, so that whoever watches it sees "loading" and not a refused connection.
+On SIGTERM it says at once that it is not ready, refuses new work, lets the answers under way end, and ends itself.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jaxgpt.cli import RunFailed
+from jaxgpt.config import UserError
+from jaxgpt.inference.engine import Engine
+from jaxgpt.serving.app import Options, build_app
+from jaxgpt.serving.served import Served
+
+logger = logging.getLogger("jaxgpt.serve")
+
+HEADER_SECONDS = 10.0  # a connection on which no request begins is dropped
+LOOK_SECONDS = 0.05
+LAST_WORD_SECONDS = 1.0  # after a failure: for clients to be told, and for a probe to see it
+CONNECTIONS = 65536
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; found out before a model is loaded.
+
+    Raises:
+        UserError: the address is not this machine's, or another program has the port.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; choose another one") from None
+    return listener
+
+
+def serve(
+    listener: socket.socket, served: Served, options: Options, build: Callable[[], Engine], drain_seconds: float
+) -> None:
+    """Answer requests until a signal comes; `build` compiles the engine on another thread meanwhile.
+
+    Raises:
+        RunFailed: the engine has failed; whatever `build` raises.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a connection is a file, and many systems allow 1,024 of them
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, CONNECTIONS)), hard))
+    asyncio.run(_Life(listener, served, options, build, drain_seconds).run())
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for the first request of a connection."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._drop_if_silent)
+
+    def _drop_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+class _Life:
+    """One server from start to end."""
+
+    def __init__(self, listener, served: Served, options: Options, build: Callable[[], Engine], drain_seconds: float):
+        app, self._routes = build_app(served, options)
+        self._listener, self._served, self._build, self._drain_seconds = listener, served, build, drain_seconds
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,  # the gate writes one, without what a query may hold
+                server_header=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._signals = 0
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        answering = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        try:
+            await self._until_told_to_stop(self._start_building(loop))
+            await self._drain()
+        finally:
+            self._served.stopping = True
+            if self._served.engine is not None:
+                self._served.engine.close(seconds=5)
+            self._server.should_exit = True
+            await answering
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._served.stopping = True
+        if self._signals > 1:
+            self._server.force_exit = True
+
+    def _start_building(self, loop) -> asyncio.Future:
+        """The engine, from a thread that does not keep the process from ending."""
+        built = loop.create_future()
+
+        def set_result(set_it: Callable, value) -> None:
+            if not built.done():
+                set_it(value)
+
+        def build() -> None:
+            try:
+                engine = self._build()
+            except Exception as error:  # noqa: BLE001 - raised again where the server waits for it
+                loop.call_soon_threadsafe(set_result, built.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(set_result, built.set_result, engine)
+
+        threading.Thread(target=build, name="build", daemon=True).start()
+        return built
+
+    async def _until_told_to_stop(self, built: asyncio.Future) -> None:
+        began = time.perf_counter()
+        while not self._signals:
+            if self._served.engine is None and built.done():
+                self._served.engine = built.result()
+                logger.info("ready after %.1f s", time.perf_counter() - began)
+            self._raise_failure(await self._failed())
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _failed(self) -> BaseException | None:
+        """What ended the engine, after a moment in which /health tells of it."""
+        failure = self._served.engine and self._served.engine.failure
+        if failure:
+            await asyncio.sleep(LAST_WORD_SECONDS)
+        return failure
+
+    def _raise_failure(self, failure: BaseException | None) -> None:
+        if failure:
+            raise RunFailed(f"the engine: {type(failure).__name__}: {failure}") from failure
+
+    async def _drain(self) -> None:
+        waits = self._routes.under_way
+        logger.info("stopping: %d requests under way, %g s for them at most", waits, self._drain_seconds)
+        until = time.monotonic() + self._drain_seconds
+        while self._routes.under_way and time.monotonic() < until and self._signals == 1:
+            self._raise_failure(await self._failed())
+            await asyncio.sleep(LOOK_SECONDS)
+        if self._routes.under_way:
+            logger.warning("%d requests are cut off", self._routes.under_way)
