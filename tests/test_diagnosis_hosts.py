@@ -1,16 +1,18 @@
 """What the environment says of other hosts, and whether the coordinator answers: real sockets on this machine."""
 
-import http.server
+import json
 import os
 import socket
-import threading
 
 import pytest
+from fake_metadata import attributes, metadata_server
 from machines import SECRET, with_tpu
 
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.diagnosis import hosts
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
+from jaxgpt.parallel.metadata import METADATA
+from jaxgpt.parallel.pods import OWN, group_of
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def alone(monkeypatch):
 
 
 def ask_hosts(monkeypatch, address: str, index: int = 1, **variables: str):
-    names = dict(zip(hosts.OWN, (address, "2", str(index)), strict=True)) | variables
+    names = dict(zip(OWN, (address, "2", str(index)), strict=True)) | variables
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     [finding] = hosts.joined(Case(Config(), "run"))
@@ -52,16 +54,17 @@ def test_a_proxy_is_in_the_way_unless_the_host_is_spared(alone, monkeypatch):
 @pytest.mark.parametrize(
     "variables, text",
     [
-        ({"JAXGPT_COORDINATOR": "a:1"}, "JAXGPT_NUM_PROCESSES, JAXGPT_PROCESS_ID not"),
-        (dict(zip(hosts.OWN, ("a", "2", "0"))), "no HOST:PORT"),
-        (dict(zip(hosts.OWN, ("a:1", "2", "2"))), "JAXGPT_PROCESS_ID = 2"),
+        ({"JAXGPT_COORDINATOR": "a:1"}, "JAXGPT_NUM_PROCESSES and JAXGPT_PROCESS_ID not"),
+        (dict(zip(OWN, ("a", "2", "0"))), "is not HOST:PORT"),
+        (dict(zip(OWN, ("a:1", "2", "2"))), "JAXGPT_PROCESS_ID = '2'"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "does not say where"),
     ],
 )
-def test_variables_that_do_not_fit_together_are_named(variables, text):
-    with pytest.raises(hosts.Unclear) as unclear:
-        hosts.group_of(variables)
-    assert text in unclear.value.args[0] and unclear.value.args[1]
+def test_variables_that_do_not_fit_together_are_named(alone, monkeypatch, variables, text):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    [finding] = hosts.joined(Case(Config(), "run"))
+    assert finding.status == PROBLEM and text in finding.text and finding.fix
 
 
 def test_slurm_and_open_mpi_are_read_as_jax_reads_them():
@@ -70,46 +73,30 @@ def test_slurm_and_open_mpi_are_read_as_jax_reads_them():
 
     for nodes, first in [("node[007-015],b", "node007"), ("a,b", "a"), ("tpu-[1,3]", "tpu-1")]:
         slurm = dict(SLURM_JOB_ID="70001", SLURM_STEP_NODELIST=nodes, SLURM_NTASKS="4", SLURM_PROCID="2")
-        group = hosts.group_of(slurm)
-        assert (group.processes, group.index, group.host) == (4, 2, first)
+        group = group_of(slurm)
+        assert (group.num_processes, group.process_id, group.address()[0]) == (4, 2, first)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in slurm.items():
                 patch.setenv(name, value)
-            assert SlurmCluster.get_coordinator_address(1, None) == f"{group.host}:{group.port}"
+            assert SlurmCluster.get_coordinator_address(1, None) == group.coordinator
     uri = "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
     mpi = dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1", OMPI_MCA_orte_hnp_uri=uri)
-    assert hosts.group_of(mpi).host == "10.96.0.1"
+    assert group_of(mpi).address()[0] == "10.96.0.1"
 
 
-def test_a_tpu_vm_asks_its_metadata_who_the_others_are(alone, tmp_path):
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            assert self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"w0:1:10.0.0.2,w1:2:10.0.0.3" if "worker-network-endpoints" in self.path else b"")
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
-        group = hosts.group_of(address, with_tpu(tmp_path))
-        server.shutdown()
-    assert (group.processes, group.host, group.said_by) == (2, "10.0.0.2", hosts.METADATA)
-    assert hosts.group_of(address, tmp_path / "no-tpu") is None  # not even asked
-
-
-def test_slices_of_a_tpu_count_all_their_hosts(tmp_path):
-    one = {"TPU_WORKER_HOSTNAMES": "w0,w1,w2", "TPU_WORKER_ID": "1", "JAX_COORDINATOR_PORT": "1234"}
-    group = hosts.group_of(one, tmp_path)
-    assert (group.processes, group.index, group.host, group.port) == (3, 1, "w0", 1234)
-    two = one | {
-        "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "a0:8080",
-    }  # fmt: skip
-    group = hosts.group_of(two, tmp_path)
-    assert (group.processes, group.index, group.host) == (6, 4, "a0")
+def test_a_tpu_vm_asks_its_metadata_who_the_others_are(alone, monkeypatch, tmp_path):
+    told = attributes("v6e-16", 1)
+    told["worker-network-endpoints"] = told["worker-network-endpoints"].replace("10.0.0.2", "127.0.0.1")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with metadata_server(told) as (server, questions):
+        monkeypatch.setenv("GCE_METADATA_IP", server["GCE_METADATA_IP"])
+        [finding] = hosts.joined(Case(Config(), "run", root=str(with_tpu(tmp_path / "tpu", chips=4))))
+        assert finding.status == OK  # auto joins them
+        assert f"process 1 of 4, says {METADATA}; coordinator 127.0.0.1:8476" in finding.text
+        assert json.loads(finding.to_json())["facts"]["hosts"]["2"] == "10.0.0.4"
+        asked = len(questions)
+        [finding] = hosts.joined(Case(Config(), "run", root=str(tmp_path / "no-tpu")))
+        assert finding.status == NOT_APPLICABLE and len(questions) == asked
 
 
 @pytest.mark.parametrize("setting, status", [("on", PROBLEM), ("auto", NOT_APPLICABLE), ("off", NOT_APPLICABLE)])

@@ -1,6 +1,7 @@
 """Several processes as one run, with real processes: joining, agreeing, losing one, leaving; and the training."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -46,14 +47,12 @@ def test_the_setting_decides_whether_a_pod_is_joined():
     assert place_in(OURS, "auto") == place_in(OURS, "on") == Place("10.0.0.1:8476", 4, 2)
     assert place_in(OURS, "off") is None
     assert place_in({}, "auto") is None
-    with pytest.raises(UserError, match="jax finds no cluster here; set JAXGPT_COORDINATOR"):
+    with pytest.raises(UserError, match="nothing here speaks of other processes; set JAXGPT_COORDINATOR"):
         place_in({}, "on")
 
 
-def test_a_cluster_is_recognised_by_its_environment(monkeypatch):
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    assert place_in(os.environ, "auto") == Place(f"node001:{77 + 65535 - 2**12 + 1}", 2, 1)
+def test_a_cluster_is_recognised_by_its_environment():
+    assert place_in(SLURM, "auto") == Place(f"node001:{77 + 65535 - 2**12 + 1}", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -100,20 +99,22 @@ def test_one_process_needs_no_vote_no_threads_and_no_barrier():
 # ---------------------------------------------------------------- joining
 
 
-def roll_calls(processes: list[tuple[int, int]], timeout: float) -> list[str]:
-    """What each (process, of how many) is told, from processes of their own."""
+def roll_calls(processes: list[tuple[int, int]], timeout: float, versions: tuple[str, ...] = ()) -> list[str]:
+    """What each (process, of how many) is told, from processes of their own; `versions`: of jax, in each of them."""
     [first] = environments(1)
     address = first["JAXGPT_COORDINATOR"]
     code = (
-        "import sys; from jaxgpt.parallel.roll_call import roll_call\nroll_call(sys.argv[1], *map(int, sys.argv[2:]))"
+        "import sys; from jaxgpt.parallel.pods import Place; from jaxgpt.parallel.roll_call import roll_call\n"
+        "count, process, seconds = map(int, sys.argv[2:5])\n"
+        "roll_call(Place(sys.argv[1], count, process), seconds, {'jax': sys.argv[5]})"
     )
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", code, address, str(count), str(process), str(int(timeout))],
+            [sys.executable, "-c", code, address, str(count), str(process), str(int(timeout)), version],
             stderr=subprocess.PIPE,
             text=True,
         )
-        for process, count in processes
+        for (process, count), version in itertools.zip_longest(processes, versions, fillvalue="1")
     ]
     return [process.communicate(timeout=60)[1].strip().split("\n")[-1] for process in running]
 
@@ -137,6 +138,11 @@ def test_processes_that_expect_different_numbers_do_not_join():
     assert all("expects 3 processes" in line and "expects 2" in line for line in told), told
 
 
+def test_processes_with_different_versions_of_jax_do_not_join():
+    told = roll_calls([(0, 2), (1, 2)], 20, ("0.10.2", "0.12.0"))
+    assert all("jax: 0.12.0 in process 1 on " in line and "0.10.2 in process 0 on " in line for line in told), told
+
+
 def test_two_processes_with_one_number_do_not_join():
     told = roll_calls([(0, 3), (1, 3), (1, 3)], 20)
     assert all("both say that they are process 1" in line for line in told), told
@@ -146,7 +152,7 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(cli.HostLost, match=f"port {port} of this host is taken"):
-            roll_call(f"127.0.0.1:{port}", 2, 0, 0.5)
+            roll_call(Place(f"127.0.0.1:{port}", 2, 0), 0.5)
 
 
 # ---------------------------------------------------------------- who is lost
@@ -289,7 +295,16 @@ def one_process(folder) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def two_processes(folder) -> dict[int, dict]:
-    return trained(folder, "two", 2, 1)
+    return launched(folder, "two", 2)
+
+
+def launched(folder: Path, name: str, count: int, *options: str) -> dict[int, dict]:
+    """As `trained`, started by the command itself."""
+    launch = ["-m", "jaxgpt", "launch", "--local-procs", str(count), "--", "train"]
+    command = [*launch, "--config", folder / "config.toml", "--workdir", folder / name, *options]
+    with started(folder / f"{name}-output", [command], [os.environ]) as processes:
+        assert processes.code(0, 300) == 0, processes.output(0)
+    return lines(folder / name)
 
 
 def assert_same(ours: dict[int, dict], theirs: dict[int, dict]) -> None:
@@ -299,9 +314,11 @@ def assert_same(ours: dict[int, dict], theirs: dict[int, dict]) -> None:
         assert abs(line["loss"] - theirs[step]["loss"]) < 1e-6
 
 
-def test_two_processes_train_as_one(one_process, two_processes):
+def test_two_and_four_launched_processes_train_as_one(folder, one_process, two_processes):
     assert list(one_process) == [1, 2, 3, 4]
     assert_same(one_process, two_processes)
+    four = launched(folder, "four", 4, "--train.per_device_train_batch_size", "1")  # on twice the devices
+    assert_same(one_process, four)
 
 
 def test_what_two_processes_saved_one_process_restores(folder, one_process, two_processes):

@@ -6,10 +6,10 @@ one folder. A single process is not touched by anything here.
 """
 
 import ctypes
-import dataclasses
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,53 +19,45 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.cli import HostLost, RunFailed
 from jaxgpt.config import UserError
+from jaxgpt.parallel.accelerator import accelerators
 from jaxgpt.parallel.peers import HOST_OF_0, hold_aborts
-from jaxgpt.parallel.roll_call import roll_call
+from jaxgpt.parallel.pods import NUM_PROCESSES, SET_OWN, Place, group_of
+from jaxgpt.parallel.roll_call import is_loopback, roll_call
 
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAXGPT_COORDINATOR", "JAXGPT_NUM_PROCESSES", "JAXGPT_PROCESS_ID"
 JOIN_TIMEOUT = "JAXGPT_JOIN_TIMEOUT"
 _CONNECT_SECONDS = 60  # for jax to connect processes that have just answered the roll call
 _SHUTDOWN_SECONDS = 10  # for jax to disconnect processes that have just met at a barrier
 _LEAVE_SECONDS = 30.0  # for those who have left their PeerWatch together
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Which of how many processes this one is, and where process 0 listens for the others."""
-
-    coordinator: str
-    """host:port"""
-    num_processes: int
-    process_id: int
-
-
-def join(setting: str, host_timeout_seconds: float) -> None:
+def join(setting: str, host_timeout_seconds: float, root: Path = Path("/")) -> None:
     """Make this process one of the processes that the environment speaks of; before anything touches a device.
 
-    `setting` is mesh.distributed: off never joins, auto joins where the environment says that there are several
-    processes, on insists. The signs are JAXGPT_COORDINATOR (host:port), JAXGPT_NUM_PROCESSES and
-    JAXGPT_PROCESS_ID, which `jaxgpt launch` sets, else those of a TPU pod, Slurm or Open MPI. JAXGPT_JOIN_TIMEOUT
-    says how many seconds to wait for all, 300 by default.
+    `setting` is mesh.distributed: off never joins, auto joins where the environment or the machine says that there
+    are several processes, on insists. The signs are JAXGPT_COORDINATOR (host:port), JAXGPT_NUM_PROCESSES and
+    JAXGPT_PROCESS_ID, which `jaxgpt launch` sets, else those of Open MPI, Slurm or a TPU slice.
+    JAXGPT_JOIN_TIMEOUT says how many seconds to wait for all, 300 by default. `root` is where /dev and /sys are.
 
     Raises:
         UserError: the environment is contradictory, or mesh.distributed = "on" finds no sign of other processes.
-        HostLost: not all processes came in time; names those that are missing.
+        HostLost: not all processes came in time, or they differ in what they are; names who.
         RunFailed: all came, but jax sees another number of processes.
     """
-    place = place_in(os.environ, setting)
+    place = place_in(os.environ, setting, root)
     if place is None:
         return
-    roll_call(place.coordinator, place.num_processes, place.process_id, _join_timeout(os.environ))
+    roll_call(place, _join_timeout(os.environ), _what_must_be_the_same(root))
     # jax's own handler of SIGTERM would take the place of the one that saves the state (training/faults.py).
     jax.config.update("jax_enable_preemption_service", False)
-    host, port = place.coordinator.rsplit(":", 1)
+    host, port = place.address()
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,
         place.process_id,
+        local_device_ids=place.local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=_CONNECT_SECONDS,
-        coordinator_bind_address=f"{host}:{port}" if _is_loopback(host) else None,
+        coordinator_bind_address=f"{host}:{port}" if is_loopback(host) else None,
         # PeerWatch is quicker and says who it was; jax's own check ends the process with a stack trace of C++.
         heartbeat_timeout_seconds=int(60 + 4 * host_timeout_seconds),
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
@@ -75,7 +67,8 @@ def join(setting: str, host_timeout_seconds: float) -> None:
     if jax.process_count() != place.num_processes:
         raise RunFailed(
             f"{place.num_processes} processes joined, but jax sees {jax.process_count()}: these would be separate "
-            "runs in one folder; check that JAX_PLATFORMS names the same platform everywhere"
+            "runs in one folder; check that JAX_PLATFORMS names the same platform everywhere, and TPU_PROCESS_BOUNDS "
+            "and TPU_HOST_BOUNDS the whole slice"
         )
 
 
@@ -114,63 +107,51 @@ def _abandon() -> None:
 # ---------------------------------------------------------------- who takes part
 
 
-def place_in(environment: Mapping[str, str], setting: str) -> Place | None:
-    """What `environment` says about this process; None where it is alone."""
+def place_in(environment: Mapping[str, str], setting: str, root: Path = Path("/")) -> Place | None:
+    """What `environment` and the machine say about this process; None where it is alone.
+
+    Raises:
+        UserError: the signs contradict each other, or mesh.distributed = "on" finds none.
+    """
     if setting == "off":
         return None
-    given = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if environment.get(name)]
-    if given:
-        return _explicit_place(environment, given)
-    if setting == "on" or _is_pod(environment):
-        place = _detected_place()
-        if place is not None:
-            return place
-        what = "mesh.distributed = on" if setting == "on" else "the environment speaks of several processes"
-        raise UserError(
-            f"{what}, but jax finds no cluster here; set {COORDINATOR}=HOST:PORT, {NUM_PROCESSES} and {PROCESS_ID} on "
-            "every host, use jaxgpt launch on one machine, or set mesh.distributed = off"
-        )
-    return None
+    place = group_of(environment, root)
+    if place is None and setting == "on" and not environment.get(NUM_PROCESSES):
+        place = _kubernetes_place(environment)
+        if place is None:
+            raise UserError(
+                f"mesh.distributed = on, but nothing here speaks of other processes; {SET_OWN}, use jaxgpt launch on "
+                "one machine, or set mesh.distributed = off"
+            )
+    return place
 
 
-def _explicit_place(environment: Mapping[str, str], given: list[str]) -> Place | None:
-    missing = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name not in given]
-    if missing:
-        raise UserError(f"{given[0]} is set, but {' and '.join(missing)} not; set all three on every host, or none")
-    coordinator = environment[COORDINATOR]
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"{COORDINATOR} = {coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476")
-    count, process = environment[NUM_PROCESSES], environment[PROCESS_ID]
-    if not count.isdigit() or not process.isdigit() or int(process) >= int(count):
-        raise UserError(
-            f"{PROCESS_ID} = {process!r} and {NUM_PROCESSES} = {count!r} must be numbers, the first below the second"
-        )
-    return Place(coordinator, int(count), int(process)) if int(count) > 1 else None
-
-
-def _is_pod(environment: Mapping[str, str]) -> bool:
-    """Whether a TPU pod, Slurm or Open MPI started several processes, this one among them."""
-    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-    slurm_task = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment  # and not the batch script
-    counts = (
-        str(len([name for name in workers.split(",") if name.strip()])),
-        environment.get("MEGASCALE_NUM_SLICES", ""),
-        environment.get("SLURM_NTASKS", "") if slurm_task else "",
-        environment.get("OMPI_COMM_WORLD_SIZE", ""),
-    )
-    return any(count.isdigit() and int(count) > 1 for count in counts)
-
-
-def _detected_place() -> Place | None:
-    """What jax's own detection finds: the one that jax.distributed.initialize() without arguments asks."""
-    from jax._src.clusters import ClusterEnv
-
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 300)
-    coordinator, count, process, _ = found
-    if coordinator is None or count is None or process is None:
+def _kubernetes_place(environment: Mapping[str, str]) -> Place | None:
+    """The place in an indexed Job, as Kubernetes itself tells: only where that is insisted on, because it needs the
+    package kubernetes and the right to read pods, jobs and services."""
+    if "KUBERNETES_SERVICE_HOST" not in environment:
         return None
-    return Place(coordinator, count, process) if count > 1 else None
+    from jax._src.clusters import K8sCluster
+
+    try:
+        if not K8sCluster.is_env_present():  # no package kubernetes
+            return None
+        port = environment.get("JAX_COORDINATOR_PORT") or None
+        coordinator = K8sCluster.get_coordinator_address(60, port)
+        count, process = K8sCluster.get_process_count(), K8sCluster.get_process_id()
+    except (RuntimeError, ValueError, OSError) as error:  # jax makes a RuntimeError of what the package raises
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"mesh.distributed = on, but Kubernetes does not tell: {reason}; {SET_OWN}") from None
+    return Place(coordinator, count, process, "Kubernetes") if count > 1 else None
+
+
+def _what_must_be_the_same(root: Path) -> dict[str, str]:
+    """What processes that differ in it would hang on, long after they have joined."""
+    same = {"jax": jax.__version__}
+    if (jax.config.jax_platforms or "").lower() != "cpu":
+        tpus = [found.what for found in accelerators(root) if found.kind == "tpu"]
+        same["TPU chips"] = tpus[0] if tpus else "none"
+    return same
 
 
 def _join_timeout(environment: Mapping[str, str]) -> float:
@@ -179,13 +160,6 @@ def _join_timeout(environment: Mapping[str, str]) -> float:
         return float(text)
     except ValueError:
         raise UserError(f"{JOIN_TIMEOUT} = {text!r} is not a number of seconds") from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        return False
 
 
 # ---------------------------------------------------------------- together

@@ -1,8 +1,9 @@
 """The device mesh: `data` copies the model, `fsdp` splits parameters and batch, `tensor` splits heads and MLP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import MeshConfig, UserError
@@ -11,11 +12,22 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both, so each of their devices sees other rows
 
 
-def build_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def slice_of(device: jax.Device) -> int:
+    """The TPU slice that a device is in: within one, chips have their own network; between two there is Ethernet."""
+    return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0
+
+
+def build_mesh(
+    mesh: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    slice_of: Callable[[jax.Device], int] = slice_of,
+) -> Mesh:
     """The mesh of all devices (or the given ones) in the shape that `mesh` asks for.
 
+    Devices of several slices are laid so that only the `data` axis crosses from one slice to another.
+
     Raises:
-        UserError: the axes do not multiply to the number of devices; names both numbers.
+        UserError: the axes do not multiply to the number of devices, or do not fit into a slice; names the numbers.
     """
     devices = jax.devices() if devices is None else list(devices)
     fixed = mesh.fsdp * mesh.tensor
@@ -30,8 +42,26 @@ def build_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) ->
             f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {mesh.fsdp} x {mesh.tensor} = {data * fixed}, "
             f"but there are {len(devices)} devices; mesh.data = -1 takes all that are left"
         )
+    slices = _by_slice(devices, slice_of)
+    if data % len(slices):
+        raise UserError(
+            f"mesh.data = {data} cannot be split over {len(slices)} slices of {len(slices[0])} devices; mesh.fsdp x "
+            f"mesh.tensor = {fixed} must divide a slice, because only data may cross the network between slices"
+        )
     # Auto axes: the compiler propagates shardings from the arguments. (Newer jax defaults to Explicit.)
-    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    auto, shape = (AxisType.Auto,) * 3, (data // len(slices), mesh.fsdp, mesh.tensor)
+    meshes = [jax.make_mesh(shape, AXES, axis_types=auto, devices=members) for members in slices]
+    return meshes[0] if len(meshes) == 1 else Mesh(np.concatenate([m.devices for m in meshes]), AXES, axis_types=auto)
+
+
+def _by_slice(devices: Sequence[jax.Device], slice_of: Callable[[jax.Device], int]) -> list[list[jax.Device]]:
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(slice_of(device), []).append(device)
+    sizes = {number: len(members) for number, members in sorted(slices.items())}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"the slices have different numbers of devices: {sizes}; take slices of one size")
+    return [slices[number] for number in sizes]
 
 
 def batch_shards(mesh: Mesh) -> int:

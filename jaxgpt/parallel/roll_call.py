@@ -8,29 +8,40 @@ outcome. Every process that came gets the same answer.
 import json
 import os
 import socket
+import sys
 import time
+from collections.abc import Mapping
 
 from jaxgpt.cli import HostLost
+from jaxgpt.parallel.pods import Place
 
 _RETRY_SECONDS = 0.2
 _HELLO_SECONDS = 5.0  # for a line of text from somebody who has connected
+_NOTICE_SECONDS = 10.0  # of waiting, before whoever looks at the screen is told for whom
 
 
-def roll_call(coordinator: str, num_processes: int, process_id: int, timeout_seconds: float) -> None:
-    """Return once all processes answered at `coordinator` (host:port).
+def roll_call(place: Place, timeout_seconds: float, same: Mapping[str, str] | None = None) -> None:
+    """Return once all processes answered at the coordinator's port.
+
+    `same` is what all of them must have the same of, {"jax": "0.10.2"}.
 
     Raises:
-        HostLost: some did not within the timeout, or two claim the same number, or they expect different numbers
-            of processes; the message is the same in all processes that came.
+        HostLost: some did not within the timeout, or two claim the same number, or they differ in how many they
+            are or in `same`; the message is the same in all processes that came.
     """
-    host, port = coordinator.rsplit(":", 1)
-    hello = {"process": process_id, "processes": num_processes, "host": socket.gethostname(), "pid": os.getpid()}
+    host, port = place.address()
+    hello = {"process": place.process_id, "processes": place.num_processes, "same": dict(same or {})}
+    hello |= {"host": socket.gethostname(), "pid": os.getpid()}
     deadline = time.monotonic() + timeout_seconds
-    if process_id == 0:
-        error = _Roll(hello, coordinator, timeout_seconds).call(host, int(port), deadline)
+    if place.process_id == 0:
+        error = _Roll(hello, place, timeout_seconds).call(host, port, deadline)
     else:
-        error = _answer(hello, host, int(port), deadline)
-        error = error if error is not None else f"process 0 did not answer at {coordinator} in {timeout_seconds:g} s"
+        error = _answer(hello, host, port, deadline)
+        if error is None:
+            error = (
+                f"process 0 did not answer at {place.coordinator} in {timeout_seconds:g} s; start the same command "
+                f"there too, and open port {port} between the hosts (JAX_COORDINATOR_PORT chooses another)"
+            )
     if error:
         raise HostLost(f"the processes did not join: {error}")
 
@@ -38,19 +49,20 @@ def roll_call(coordinator: str, num_processes: int, process_id: int, timeout_sec
 class _Roll:
     """Process 0's list of who said hello."""
 
-    def __init__(self, hello: dict, coordinator: str, timeout_seconds: float):
-        self._own, self._coordinator, self._timeout = hello, coordinator, timeout_seconds
+    def __init__(self, hello: dict, place: Place, timeout_seconds: float):
+        self._own, self._place, self._timeout = hello, place, timeout_seconds
         self._here = {0: hello}
         self._connections: list[socket.socket] = []
         self._error = ""
+        self._notice: float | None = time.monotonic() + _NOTICE_SECONDS
 
     def call(self, host: str, port: int, deadline: float) -> str:
         """Hear everyone, tell everyone; what is wrong, or nothing."""
         listener = self._listen(host, port, deadline)
         if listener is None:
-            return f"port {port} of this host is taken by another program (an earlier run?)"
+            return f"port {port} of this host is taken, by another run or by a process of this one that hangs"
         with listener:
-            while not self._error and len(self._here) < self._own["processes"]:
+            while len(self._here) < self._own["processes"] and not self._error:
                 self._hear(listener, deadline)
         for connection in self._connections:
             _tell(connection, self._error)
@@ -58,7 +70,7 @@ class _Roll:
 
     @staticmethod
     def _listen(host: str, port: int, deadline: float) -> socket.socket | None:
-        local = _is_local(host)
+        local = is_loopback(host)
         while True:
             try:
                 if local or not socket.has_dualstack_ipv6():
@@ -70,11 +82,16 @@ class _Roll:
                 time.sleep(_RETRY_SECONDS)
 
     def _hear(self, listener: socket.socket, deadline: float) -> None:
-        listener.settimeout(max(deadline - time.monotonic(), 0.001))
+        until = min(deadline, self._notice) if self._notice else deadline
+        listener.settimeout(max(until - time.monotonic(), 0.001))
         try:
             connection, _ = listener.accept()
         except TimeoutError:
-            self._error = self._missing()
+            if until == deadline:
+                self._error = self._missing("no sign of")
+            else:
+                self._notice = None
+                _say(self._missing("waiting for"))
             return
         hello = _read(connection, _HELLO_SECONDS)
         if not isinstance(hello, dict) or hello.keys() != self._own.keys():
@@ -94,19 +111,27 @@ class _Roll:
         other = self._here.get(process)
         if other and (other["host"], other["pid"]) != (host, hello["pid"]):
             return f"{host} and {other['host']} both say that they are process {process}"
+        for name, ours in self._own["same"].items():
+            theirs = hello["same"].get(name)
+            if theirs != ours:
+                return f"{name}: {theirs} in process {process} on {host}, {ours} in process 0 on {self._own['host']}"
         return ""
 
-    def _missing(self) -> str:
-        missing = [str(number) for number in range(self._own["processes"]) if number not in self._here]
+    def _missing(self, how: str) -> str:
+        hosts = {number: f" ({name})" for number, name in self._place.hosts.items()}
+        missing = [number for number in range(self._own["processes"]) if number not in self._here]
+        names = ", ".join(f"{number}{hosts.get(number, '')}" for number in missing)
         here = ", ".join(f"{number} on {hello['host']}" for number, hello in sorted(self._here.items()))
         return (
-            f"no sign of process {', '.join(missing)} of {self._own['processes']} within {self._timeout:g} s at "
-            f"{self._coordinator} (here: {here})"
+            f"{how} process {names} of {self._own['processes']} within {self._timeout:g} s at "
+            f"{self._place.coordinator} (here: {here}); start the same command on every host at once, and open port "
+            f"{self._place.address()[1]} between them"
         )
 
 
 def _answer(hello: dict, host: str, port: int, deadline: float) -> str | None:
     """Say hello until process 0 tells the outcome: what is wrong, or nothing; None if it never did."""
+    notice = time.monotonic() + _NOTICE_SECONDS
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=2) as connection:
@@ -115,6 +140,9 @@ def _answer(hello: dict, host: str, port: int, deadline: float) -> str | None:
                 outcome = _read(connection, max(deadline - time.monotonic(), 0) + _HELLO_SECONDS)
         except OSError:  # not there yet, or an earlier run's coordinator that is just ending
             outcome = None
+            if time.monotonic() > notice:
+                notice = float("inf")
+                _say(f"process {hello['process']} waits for process 0 at {host}:{port}, which does not answer yet")
         if isinstance(outcome, dict) and "error" in outcome:
             return outcome["error"]
         time.sleep(_RETRY_SECONDS)
@@ -131,6 +159,10 @@ def _tell(connection: socket.socket, error: str) -> None:
         pass
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _read(connection: socket.socket, seconds: float) -> object:
     """A line of JSON, or None."""
     connection.settimeout(seconds)
@@ -141,7 +173,7 @@ def _read(connection: socket.socket, seconds: float) -> object:
         return None
 
 
-def _is_local(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return socket.gethostbyname(host).startswith("127.")
     except OSError:
