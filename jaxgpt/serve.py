@@ -29,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     _check(arguments)
     keys = _keys(arguments.api_key_file)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("jaxgpt.serve").setLevel(logging.INFO)
 
     from jaxgpt.parallel.host import keep_freed_memory
 

@@ -13,8 +13,10 @@ Axes in names: B slots, S steps of a chunk, T prompt positions, K stop tokens or
 
 import collections
 import dataclasses
+import functools
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -52,6 +54,8 @@ class Piece(Tokens):
     finish_reason: str | None = None
     prompt: Tokens | None = None
     """In the first piece of a request with `scores_prompt`."""
+    ending: Tokens | None = None
+    """The stop token, in the piece that it ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +75,19 @@ class Request:
     """Make new tokens; without, only the prompt is told of."""
 
 
+def _at_once(work: Callable[[], None]) -> None:
+    work()
+
+
 @dataclasses.dataclass(eq=False)
 class Ticket:
     """A request and where it stands."""
 
     request: Request
     deliver: Callable[[Piece], None]
-    """Called by the engine's thread; must return at once."""
+    """Must return at once."""
+    run: Callable[[Callable[[], None]], object] = _at_once
+    """Has `deliver` called, for all that a chunk has made."""
     slot: int | None = None
     cancelled: bool = False
     is_done: bool = False
@@ -89,17 +99,22 @@ class Engine:
     def __init__(self, decoder: Decoder, slots: int = 16, chunk: int = 8, queue: int = 64):
         """Compiles everything; `chunk` tokens are made between two looks at the queue, which holds `queue` requests."""
         self._decoder, self._chunk, self.queue_size = decoder, chunk, queue
-        self._slots = empty_slots(decoder, slots)
+        # Put on the device by name: arrays that are only there by default make another program of `admit` than the
+        # slots that a program gave back, and the first request would wait for its compilation.
+        self._slots = jax.device_put(empty_slots(decoder, slots), decoder.weights["wpe"].sharding)
         self._tickets: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._changed = threading.Condition()
         self._closing: str | None = None  # "drain" or "now"
+        self._outbox: list[tuple[Ticket, Piece]] = []
         self.failure: BaseException | None = None
         """What ended the engine; it does nothing any more."""
         self.chunks = 0
         """Made so far."""
         self.tokens = 0
         """Made so far, over all requests."""
+        self.moved_at = time.monotonic()
+        """When the work in hand began, one chunk at most: long ago while requests run, and the device is stuck."""
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -141,14 +156,21 @@ class Engine:
             raise UserError(f"logprobs = {request.alternatives}, but it must be between 0 and {ALTERNATIVES}")
         return dataclasses.replace(request, prompt=prompt)
 
-    def submit(self, asked: Sequence[tuple[Request, Callable[[Piece], None]]]) -> list[Ticket]:
+    def submit(
+        self,
+        asked: Sequence[tuple[Request, Callable[[Piece], None]]],
+        run: Callable[[Callable[[], None]], object] = _at_once,
+    ) -> list[Ticket]:
         """Have requests (from `check`) carried out, all of them or none; each one's function gets its pieces.
+
+        `run` has the functions called: at once, by the engine's thread, or with an event loop's `call_soon_threadsafe`
+        there, which is woken once for all that a chunk has made.
 
         Raises:
             QueueFull: try again later.
             RuntimeError: the engine is closed, or has failed.
         """
-        tickets = [Ticket(request, deliver) for request, deliver in asked]
+        tickets = [Ticket(request, deliver, run) for request, deliver in asked]
         with self._changed:
             if self._closing or self.failure:
                 raise RuntimeError("the engine is closed") from self.failure
@@ -177,6 +199,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                self.moved_at = time.monotonic()
                 self._admit_waiting()
                 self._make_chunk()
         finally:  # whatever it was, nobody may wait for it for ever
@@ -191,6 +214,7 @@ class Engine:
                     return False
                 if self._waiting or self.running:
                     return True
+                self._hand_out()
                 self._changed.wait()
 
     def _drop_cancelled(self) -> None:
@@ -203,7 +227,9 @@ class Engine:
                 self._end(ticket, "cancelled")
 
     def _admit_waiting(self) -> None:
-        while self._waiting and None in self._tickets:
+        for _ in range(self.slots):  # and no more: prompts that are only scored free their slot at once
+            if not self._waiting or None not in self._tickets:
+                return
             with self._changed:
                 ticket = self._waiting.popleft()
             ticket.slot = self._tickets.index(None)
@@ -224,7 +250,7 @@ class Engine:
             told.alternatives[0] = []
         if not request.continues:
             self._forget(ticket)
-        ticket.deliver(Piece([], [], [], None if request.continues else "length", told))
+        self._tell(ticket, Piece([], [], [], None if request.continues else "length", told))
 
     def _padded(self, prompt: list[int]) -> np.ndarray:
         tokens_1T = np.zeros((1, bucket(len(prompt), self._decoder.config.n_positions)), np.int32)
@@ -248,30 +274,46 @@ class Engine:
         return admit(decoder.config, decoder.vocab_size, decoder.weights, self._slots, tokens_1T, np.int32(slot), **own)
 
     def _make_chunk(self) -> None:
-        if not self.running:  # all that was admitted wanted its prompt scored and no more
-            return
+        made = self._start_chunk()
+        self._hand_out()  # what the chunk before has made, while the device works on this one
+        if made is not None:
+            self._finish_chunk(made)
+
+    def _start_chunk(self) -> tuple | None:
+        """What the device will have made; None where all that was admitted wanted its prompt scored and no more."""
+        if not self.running:
+            return None
         wanted = any(ticket is not None and ticket.request.alternatives for ticket in self._tickets)
         decoder = self._decoder
-        self._slots, out = decode_chunk(
+        self._slots, made = decode_chunk(
             decoder.config, decoder.vocab_size, self._chunk, decoder.weights, self._slots, np.bool_(wanted)
         )
-        tokens_BS, logprobs_BS, ids_BSK, others_BSK, left_B = jax.device_get(out)
+        return made
+
+    def _finish_chunk(self, made: tuple) -> None:
+        tokens_BS, logprobs_BS, ids_BSK, others_BSK, left_B = jax.device_get(made)
         self.chunks += 1
         for slot, ticket in enumerate(self._tickets):
             if ticket is None:
                 continue
-            made = int((tokens_BS[slot] != NO_TOKEN).sum())
-            tokens, ended = tokens_BS[slot, :made].tolist(), left_B[slot] == 0
-            self.tokens += made
+            count = int((tokens_BS[slot] != NO_TOKEN).sum())
+            tokens, ended = tokens_BS[slot, :count].tolist(), left_B[slot] == 0
+            self.tokens += count
             stopped = ended and tokens[-1] in self._stops(ticket.request.options)
-            kept = made - stopped
-            told = _tokens(
-                tokens[:kept], logprobs_BS[slot, :kept], ids_BSK[slot], others_BSK[slot], ticket.request.alternatives
+            kept = count - stopped
+            alternatives = ticket.request.alternatives
+            told, ending = (
+                _tokens(
+                    tokens[part], logprobs_BS[slot, part], ids_BSK[slot, part], others_BSK[slot, part], alternatives
+                )
+                for part in (slice(kept), slice(kept, count))
             )
             reason = ("stop" if stopped else "length") if ended else None
             if ended:
                 self._forget(ticket)
-            ticket.deliver(Piece(told.tokens, told.logprobs, told.alternatives, reason))
+            self._tell(
+                ticket, Piece(told.tokens, told.logprobs, told.alternatives, reason, ending=ending if stopped else None)
+            )
 
     def _stops(self, options: SamplingOptions) -> list[int]:
         return [token for token in (self._decoder.end_of_text, *options.stop_token_ids) if token is not None]
@@ -281,9 +323,20 @@ class Engine:
         if ticket.slot is not None:
             self._tickets[ticket.slot] = None
 
+    def _tell(self, ticket: Ticket, piece: Piece) -> None:
+        self._outbox.append((ticket, piece))
+
+    def _hand_out(self) -> None:
+        by_run: dict[Callable, list[tuple[Ticket, Piece]]] = {}
+        for ticket, piece in self._outbox:
+            by_run.setdefault(ticket.run, []).append((ticket, piece))
+        self._outbox.clear()
+        for run, told in by_run.items():
+            run(functools.partial(_deliver, told))
+
     def _end(self, ticket: Ticket, reason: str) -> None:
         self._forget(ticket)
-        ticket.deliver(Piece([], [], [], reason))
+        self._tell(ticket, Piece([], [], [], reason))
 
     def _end_all(self, reason: str) -> None:
         with self._changed:
@@ -292,6 +345,7 @@ class Engine:
             self._waiting.clear()
         for ticket in left:
             self._end(ticket, reason)
+        self._hand_out()
 
     def _warm_up(self) -> None:
         """Compile every program, by running each once."""
@@ -305,9 +359,15 @@ class Engine:
             length *= 2
         self._tickets[0] = Ticket(once, lambda piece: None, slot=0)
         self._make_chunk()
+        self._outbox.clear()
         self._slots = release(self._slots, np.int32(0))
         self._tickets[0] = None
         self.chunks = self.tokens = 0
+
+
+def _deliver(told: Sequence[tuple[Ticket, Piece]]) -> None:
+    for ticket, piece in told:
+        ticket.deliver(piece)
 
 
 def _tokens(tokens: list[int], logprobs, ids_TK, others_TK, alternatives: int) -> Tokens:

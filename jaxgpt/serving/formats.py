@@ -60,14 +60,12 @@ class Completions:
 
     def _logprobs(self, told: Tokens, offsets: list[int]) -> dict[str, list]:
         name = self._served.token_name
-        top = [
-            self._top(token, logprob, others) if others else None
-            for token, logprob, others in zip(told.tokens, told.logprobs, told.alternatives)
-        ]
+        places = zip(told.tokens, told.logprobs, told.alternatives or [[]] * len(told.tokens))
+        top = [None if logprob is None else self._top(token, logprob, others) for token, logprob, others in places]
         return {
             "tokens": [name(token) for token in told.tokens],
             "token_logprobs": [_finite(logprob) for logprob in told.logprobs],
-            "top_logprobs": top or [None] * len(told.tokens),
+            "top_logprobs": top,
             "text_offset": offsets,
         }
 

@@ -48,14 +48,14 @@ class Generation:
         self._texts = [_Text(served, work, request.prompt) for request in work.requests]
         self._open = len(self._texts)
         self._began, self._first_at = time.perf_counter(), None
-        loop = asyncio.get_running_loop()
 
         def deliver_to(index: int):
-            return lambda piece: loop.call_soon_threadsafe(self._came.put_nowait, (index, piece))
+            return lambda piece: self._came.put_nowait((index, piece))
 
         try:
             self._tickets: list[Ticket] = engine.submit(
-                [(request, deliver_to(index)) for index, request in enumerate(work.requests)]
+                [(request, deliver_to(index)) for index, request in enumerate(work.requests)],
+                asyncio.get_running_loop().call_soon_threadsafe,
             )
         except QueueFull:
             raise too_busy(engine.waiting, retry_seconds(engine)) from None
@@ -126,6 +126,9 @@ class Generation:
             self._metrics.token.observe((now - self._first_at) / (text.made - 1))
 
 
+_TOLD = [field.name for field in dataclasses.fields(Tokens)]
+
+
 class _Text:
     """One of the request's texts."""
 
@@ -150,9 +153,13 @@ class _Text:
             return None
         told, offsets = Tokens([], [], []), []
         if self._work.tells_logprobs:
+            ending = piece.ending if self._work.echo and growing.finish_reason == piece.finish_reason else None
             new = slice(self._given, growing.given_tokens())
             told = Tokens(growing.tokens[new], growing.logprobs[new], self._alternatives[new])
             offsets, self._given = growing.offsets[new], new.stop
+            if ending is not None:  # lm-eval takes the last token told of for one that followed the scored text
+                told = Tokens(*(getattr(told, name) + getattr(ending, name) for name in _TOLD))
+                offsets = [*offsets, len(growing.text)]
         return Part(index, text, told, offsets, growing.finish_reason, piece.prompt)
 
 

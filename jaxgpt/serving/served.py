@@ -33,7 +33,6 @@ class Served:
 
     def __post_init__(self):
         self._names: dict[int, str] = {}
-        self._seen = (-1, time.monotonic())
         try:
             self.chat = ChatPrompts(self.tokenizer, self.n_positions, self.name)
         except UserError as error:
@@ -53,10 +52,8 @@ class Served:
         """Neither failed nor stuck: a server that loads or stops is healthy."""
         if self.engine is None:
             return True
-        now, progress = time.monotonic(), self.engine.chunks
-        if progress != self._seen[0] or not self.engine.running:
-            self._seen = (progress, now)
-        return self.engine.failure is None and now - self._seen[1] < STUCK_SECONDS
+        is_stuck = self.engine.running and time.monotonic() - self.engine.moved_at > STUCK_SECONDS
+        return self.engine.failure is None and not is_stuck
 
     def ready_engine(self) -> Engine:
         """

@@ -26,6 +26,8 @@ from jaxgpt.serving.served import Served
 logger = logging.getLogger("jaxgpt.serve")
 
 HEADER_SECONDS = 10.0  # a connection on which no request begins is dropped
+SEND_SECONDS = 30.0  # a client that reads nothing for so long has gone
+END_SECONDS = 5.0  # for the engine to end the chunk in hand
 LOOK_SECONDS = 0.05
 LAST_WORD_SECONDS = 1.0  # after a failure: for clients to be told, and for a probe to see it
 CONNECTIONS = 65536
@@ -63,15 +65,28 @@ def serve(
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for the first request of a connection."""
+    """uvicorn's, which waits for ever for a request to begin, and for a client to read its answer."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._drop_if_silent)
+        self._state, self._since = (None, True, 0), self.loop.time()
+        self._timer = self.loop.call_later(HEADER_SECONDS, self._drop_if_nothing_moves)
 
-    def _drop_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def connection_lost(self, exc) -> None:
+        super().connection_lost(exc)
+        self._timer.cancel()
+
+    def _drop_if_nothing_moves(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete or self.transport.is_closing()
+        unread, now = self.transport.get_write_buffer_size(), self.loop.time()
+        state = (self.cycle, waits, unread)
+        if state != self._state:
+            self._state, self._since = state, now
+        patience = SEND_SECONDS if unread else HEADER_SECONDS
+        if (waits or unread) and now - self._since >= patience:
+            self.transport.abort()  # `close` would wait until all is read
+        else:
+            self._timer = self.loop.call_later(HEADER_SECONDS / 4, self._drop_if_nothing_moves)
 
 
 class _Server(uvicorn.Server):
@@ -112,16 +127,22 @@ class _Life:
             await self._drain()
         finally:
             self._served.stopping = True
-            if self._served.engine is not None:
-                self._served.engine.close(seconds=5)
+            await self._end_engine()
             self._server.should_exit = True
             await answering
+
+    async def _end_engine(self) -> None:
+        until, engine = time.monotonic() + END_SECONDS, self._served.engine
+        while engine and not engine.close(seconds=0) and time.monotonic() < until and self._signals < 2:
+            await asyncio.sleep(LOOK_SECONDS)
 
     def _on_signal(self) -> None:
         self._signals += 1
         self._served.stopping = True
         if self._signals > 1:
             self._server.force_exit = True
+            for connection in list(self._server.server_state.connections):  # asyncio would wait for them
+                connection.transport.abort()
 
     def _start_building(self, loop) -> asyncio.Future:
         """The engine, from a thread that does not keep the process from ending."""

@@ -16,7 +16,6 @@ from jaxgpt.serving.formats import Chats, Completions
 from jaxgpt.serving.generation import Generation
 
 PING_SECONDS = 15.0  # proxies cut a connection on which nothing comes; most wait for 60 s
-SEND_SECONDS = 30.0  # a client that reads nothing for so long has gone
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -71,14 +70,9 @@ class EventStream(Response):
 
     async def _write(self, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-        try:
-            async with contextlib.aclosing(self._source):
-                async for content in self._source:
-                    async with asyncio.timeout(SEND_SECONDS):
-                        await send({"type": "http.response.body", "body": content, "more_body": True})
-        except TimeoutError:
-            self._left()
-            return
+        async with contextlib.aclosing(self._source):
+            async for content in self._source:
+                await send({"type": "http.response.body", "body": content, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
