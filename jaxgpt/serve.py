@@ -46,8 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"listening on http://{arguments.host}:{port}", file=sys.stderr, flush=True)
     if not keys and arguments.host not in LOCAL:
         print("warning: no API keys: whoever reaches this port may use the model", file=sys.stderr)
-    serve(listener, served, options, build, arguments.drain_seconds)
-    cli.leave(cli.EXIT_DONE)  # a thread that still compiles would crash on the way out
+    code = cli.EXIT_DONE
+    try:
+        serve(listener, served, options, build, arguments.drain_seconds)
+    except cli.RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        code = error.exit_code
+    cli.leave(code)  # a thread that still compiles would crash on the way out, and one on a dead device hang
 
 
 def parser() -> argparse.ArgumentParser:

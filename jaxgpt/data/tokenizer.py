@@ -21,6 +21,8 @@ from jaxgpt.data.chat import END_OF_TURN, START_OF_TURN, TEMPLATE
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
 
+_LONG = 4096  # characters, a millisecond
+
 # GPT-2's pattern never joins a line break that follows a visible character with the visible character after
 # it, so tokenizing the parts of a text cut there gives the tokens of the whole.
 _SAFE_BORDER = re.compile(r"(?<=\S\n)(?=\S)")
@@ -58,6 +60,8 @@ class Tokenizer:
             UserError: a character-level tokenizer has no token for a character.
         """
         self._check_characters(text)
+        if len(text) > _LONG:  # a batch lets other threads run meanwhile; a single text stops them
+            return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_from(self, text: str, start: int) -> tuple[list[int], int]:

@@ -17,10 +17,10 @@ from starlette.requests import ClientDisconnect
 from jaxgpt import __version__
 from jaxgpt.config import UserError
 from jaxgpt.serving import bodies
-from jaxgpt.serving.errors import ApiError, bad_request
+from jaxgpt.serving.errors import ApiError, bad_request, too_busy
 from jaxgpt.serving.formats import Chats, Completions, Generated
 from jaxgpt.serving.gate import Gate, answer_error, body_of
-from jaxgpt.serving.generation import Generation
+from jaxgpt.serving.generation import Generation, retry_seconds
 from jaxgpt.serving.metrics import Metrics
 from jaxgpt.serving.page import read_page
 from jaxgpt.serving.served import Served
@@ -55,14 +55,17 @@ class Routes:
         """Requests that the engine works for, or that are still being sent."""
 
     async def completions(self, request: Request) -> Response:
+        self._refuse_if_full()
         body = await self._read(request, bodies.CompletionBody)
         return await self._answer(request, completion_work, body, Completions)
 
     async def chats(self, request: Request) -> Response:
+        self._refuse_if_full()
         body = await self._read(request, bodies.ChatBody)
         return await self._answer(request, chat_work, body, Chats)
 
     async def generate(self, request: Request) -> Response:
+        self._refuse_if_full()
         body = await self._read(request, bodies.GenerateBody)
         shape = lambda served, work: Generated(served, work, body.prompt)
         return await self._answer(request, generate_work, body, shape)
@@ -116,6 +119,12 @@ class Routes:
 
     async def page(self) -> HTMLResponse:
         return HTMLResponse(self._page, headers=self._page_headers)
+
+    def _refuse_if_full(self) -> None:
+        """Before the body is read: under ten times the load that it can take, a server is busy with refusing."""
+        engine = self._served.engine
+        if engine is not None and engine.waiting >= engine.queue_size:
+            raise too_busy(engine.waiting, retry_seconds(engine))
 
     async def _read(self, request: Request, kind: type):
         body = bodies.read_body(await body_of(request), kind)

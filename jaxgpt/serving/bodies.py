@@ -173,7 +173,7 @@ def _changes_nothing(name: str, value: object) -> bool:
 
 def _explained(error: ValidationError, kind: type[_Body]) -> ApiError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else None
+    name = str(first["loc"][0])[:100] if first["loc"] else None
     if first["type"] == "extra_forbidden":
         where = ".".join(map(str, first["loc"]))
         known = ", ".join(kind.model_fields)
