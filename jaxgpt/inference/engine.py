@@ -27,6 +27,8 @@ from jaxgpt.inference.decode import NO_TOKEN, SMALLEST_BUCKET, Decoder, bucket, 
 from jaxgpt.inference.sampling import SamplingOptions, rules_of
 from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots, admit, decode_chunk, empty_slots, release, score
 
+SMALLEST_CACHE = 128  # places; below that, a shorter cache saves little of a step
+
 
 class QueueFull(Exception):
     """As many requests wait as may."""
@@ -88,6 +90,7 @@ class Ticket:
     """Must return at once."""
     run: Callable[[Callable[[], None]], object] = _at_once
     """Has `deliver` called, for all that a chunk has made."""
+    made: int = 0
     slot: int | None = None
     cancelled: bool = False
     is_done: bool = False
@@ -283,11 +286,19 @@ class Engine:
         """What the device will have made; None where all that was admitted wanted its prompt scored and no more."""
         if not self.running:
             return None
-        wanted = any(ticket is not None and ticket.request.alternatives for ticket in self._tickets)
+        tickets = [ticket for ticket in self._tickets if ticket is not None]
+        longest = max(len(ticket.request.prompt) + ticket.made for ticket in tickets)
+        wanted = any(ticket.request.alternatives for ticket in tickets)
+        return self._decode(self._positions(longest + self._chunk), wanted)
+
+    def _positions(self, length: int) -> int:
+        """How much of the cache a chunk reads for texts of up to `length`: one of few numbers, each a program."""
+        return bucket(max(length, SMALLEST_CACHE), self._decoder.config.n_positions)
+
+    def _decode(self, positions: int, wanted: bool) -> tuple:
         decoder = self._decoder
-        self._slots, made = decode_chunk(
-            decoder.config, decoder.vocab_size, self._chunk, decoder.weights, self._slots, np.bool_(wanted)
-        )
+        shape = (decoder.config, decoder.vocab_size, self._chunk, positions)
+        self._slots, made = decode_chunk(*shape, decoder.weights, self._slots, np.bool_(wanted))
         return made
 
     def _finish_chunk(self, made: tuple) -> None:
@@ -299,6 +310,7 @@ class Engine:
             count = int((tokens_BS[slot] != NO_TOKEN).sum())
             tokens, ended = tokens_BS[slot, :count].tolist(), left_B[slot] == 0
             self.tokens += count
+            ticket.made += count
             stopped = ended and tokens[-1] in self._stops(ticket.request.options)
             kept = count - stopped
             alternatives = ticket.request.alternatives
@@ -354,15 +366,12 @@ class Engine:
             once = Request([0] * min(length, longest - 1), dataclasses.replace(FREE, max_new_tokens=1))
             self._tell_of_prompt(Ticket(dataclasses.replace(once, alternatives=1), lambda piece: None))
             self._slots = self._admitted(once, slot=0)
+            jax.block_until_ready(self._decode(self._positions(length), wanted=False))
             if length >= longest:
                 break
             length *= 2
-        self._tickets[0] = Ticket(once, lambda piece: None, slot=0)
-        self._make_chunk()
         self._outbox.clear()
         self._slots = release(self._slots, np.int32(0))
-        self._tickets[0] = None
-        self.chunks = self.tokens = 0
 
 
 def _deliver(told: Sequence[tuple[Ticket, Piece]]) -> None:

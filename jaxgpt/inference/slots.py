@@ -120,12 +120,28 @@ def release(slots: Slots, slot) -> Slots:
     return dataclasses.replace(slots, left_B=slots.left_B.at[slot].set(0))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "steps"), donate_argnames="slots")
-def decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict, slots: Slots, alternatives):
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "steps", "positions"), donate_argnames="slots")
+def decode_chunk(
+    config: ModelConfig, vocab_size: int, steps: int, positions: int, weights: dict, slots: Slots, alternatives
+):
     """(slots, (tokens (B, steps), log-probabilities, likeliest tokens (B, steps, K), theirs, left (B,))).
 
-    Up to `steps` tokens for each slot that has some left; NO_TOKEN where there is none.
+    Up to `steps` tokens for each slot that has some left; NO_TOKEN where there is none. Only the first `positions` of
+    the cache are read, and every text must fit them: reading all costs more than the rest of a step (16 slots of 124M,
+    64 of 1,024 positions in use).
     """
+    whole = slots.cache
+    part = lambda x_ASH: jax.lax.slice_in_dim(x_ASH, 0, positions, axis=1)
+    used = KVCache(tuple(map(part, whole.keys)), tuple(map(part, whole.values)), whole.length_B)
+    slots, out = _decode_chunk(config, vocab_size, steps, weights, dataclasses.replace(slots, cache=used), alternatives)
+    put = lambda x_ASH, own: jax.lax.dynamic_update_slice_in_dim(x_ASH, own, 0, axis=1)
+    keys, values = (
+        tuple(map(put, *pair)) for pair in ((whole.keys, slots.cache.keys), (whole.values, slots.cache.values))
+    )
+    return dataclasses.replace(slots, cache=KVCache(keys, values, slots.cache.length_B)), out
+
+
+def _decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict, slots: Slots, alternatives):
     rows, count = slots.token_B.shape[0], min(ALTERNATIVES, vocab_size)
 
     def unfinished(carry):

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -98,6 +99,15 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _let_the_loop_go_first() -> None:
+    """Have all threads but the main one wait for a core when there are too few: XLA's fill all cores with work that
+    takes long, and a refusal or a probe that waits behind them takes as long."""
+    with contextlib.suppress(OSError):  # not Linux
+        for thread in map(int, os.listdir("/proc/self/task")):
+            if thread != os.getpid():
+                os.setpriority(os.PRIO_PROCESS, thread, 5)
+
+
 class _Life:
     """One server from start to end."""
 
@@ -157,6 +167,7 @@ class _Life:
             try:
                 engine = self._build()
                 gc.collect()
+                _let_the_loop_go_first()
                 gc.freeze()  # jax's 300,000 objects stay: each look through them would stop all clients for 0.2 s
             except Exception as error:  # noqa: BLE001 - raised again where the server waits for it
                 loop.call_soon_threadsafe(set_result, built.set_exception, error)
