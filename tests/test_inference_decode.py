@@ -41,7 +41,7 @@ def random_params(config):
 @pytest.fixture(scope="module", autouse=True)
 def the_matrices_of_these_small_networks_lie_in_tiles():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "SMALLEST_TILED", 0)
+        patch.setattr(packed, "SMALLEST_STREAMED", 0)
         yield
 
 
@@ -117,10 +117,11 @@ def test_a_batch_of_different_prompt_lengths_is_each_alone(params, weights, temp
             np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
-def test_how_many_rows_are_expected_changes_the_layout_and_no_token(params):
-    one, many = (build_decoder(CONFIG, VOCAB, params, None, "float32", rows) for rows in (1, 2))
-    kernels = [decoder.weights["blocks"][0]["mlp"]["c_fc"]["kernel"].tiles_GKJ.shape for decoder in (one, many)]
-    assert kernels == [(4, 64, 64), (1, 64, 256)]
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_how_many_rows_are_expected_changes_the_layout_and_no_token(params, weights):
+    one, many = (build_decoder(CONFIG, VOCAB, params, None, weights, rows) for rows in (1, 2))
+    kernels = [decoder.weights["blocks"][0]["mlp"]["c_fc"]["kernel"].layout for decoder in (one, many)]
+    assert kernels == ["streamed", "turned"]
     options = SamplingOptions(max_new_tokens=10, seed=1)
     texts = [[row.tokens for [row] in generate(decoder, [TEXT[:4], TEXT[:9]], options)] for decoder in (one, many)]
     assert texts[0] == texts[1]

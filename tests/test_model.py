@@ -106,7 +106,7 @@ def test_bfloat16_compute_stays_close_and_keeps_float32_logits(params, tokens_BT
 def test_cached_decoding_equals_the_full_forward_at_every_position(params, tokens_BT):
     """Rows of different lengths: each reads its own prompt, then the rest token by token."""
     full_BTV = gpt2.bind(MODEL, VOCAB, params)(tokens_BT)
-    weights = gpt2.decoding_weights(MODEL, params, "float32", tiled=False)
+    weights = gpt2.decoding_weights(MODEL, params, "float32", "plain")
     read_token = jax.jit(functools.partial(gpt2.read_token, MODEL, VOCAB))
     lengths = np.array([0, 1, 5, 9])
     rows = np.resize(np.arange(len(tokens_BT)), len(lengths))
@@ -119,7 +119,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(params, token
 
 
 def test_what_lies_behind_a_prompt_is_never_read(params, tokens_BT):
-    weights = gpt2.decoding_weights(MODEL, params, "float32", tiled=False)
+    weights = gpt2.decoding_weights(MODEL, params, "float32", "plain")
     length_B = jnp.array([4, 4])
     logits = []
     for padding in (0, 7):

@@ -85,9 +85,10 @@ def build_decoder(
     if kind not in WEIGHTS:
         raise UserError(f"weights = {kind!r}, but it must be one of {', '.join(WEIGHTS)}")
     on_cpu = next(iter(params["wpe"].devices())).platform == "cpu"
-    # As float32 the tiles help one row (124M: 36 to 41 tokens a second) and hurt several (8 rows: 105 to 87).
-    tiled = on_cpu and _mesh(params) is None and (kind != "float32" or rows == 1)
-    packed = _pack(config, params, kind, tiled)
+    layout = "plain"
+    if on_cpu and _mesh(params) is None:
+        layout = "streamed" if rows == 1 else "turned"
+    packed = _pack(config, params, kind, layout)
     compute = "float32" if on_cpu or kind == "float32" else "bfloat16"
     return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text)
 
@@ -218,7 +219,7 @@ def _mesh(params: dict) -> Mesh | None:
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
-_pack = jax.jit(gpt2.decoding_weights, static_argnames=("config", "kind", "tiled"))
+_pack = jax.jit(gpt2.decoding_weights, static_argnames=("config", "kind", "layout"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size", "positions", "n", "penalties"))

@@ -291,19 +291,19 @@ def bind(config: ModelConfig, vocab_size: int, params: dict) -> GPT2:
 # ---------------------------------------------------------------- decoding
 
 
-def decoding_weights(config: ModelConfig, params: dict, kind: str, tiled: bool) -> dict:
+def decoding_weights(config: ModelConfig, params: dict, kind: str, layout: str) -> dict:
     """The parameters as `read_prompt` and `read_token` take them: the layers taken apart, the matrices as `kind`.
 
     Taken apart once: slicing the stacked parameters anew for each token would read and write all of them.
-    `kind` is "float32", "bfloat16" or "int8"; `tiled` lays the small ones out for a CPU (packed.py).
+    `kind` is "float32", "bfloat16" or "int8"; `layout` says how they lie (packed.py).
     """
     # What each projection sums over: the width, the heads' outputs, the width, the hidden units.
     inputs = {("attn", "c_attn"): 1, ("attn", "c_proj"): 2, ("mlp", "c_fc"): 1, ("mlp", "c_proj"): 1}
     blocks = {part: dict(content) for part, content in params["blocks"].items()}
     for (part, name), axes in inputs.items():
-        packed = jax.vmap(lambda layer, axes=axes: pack(layer, axes, kind, tiled))(blocks[part][name]["kernel"])
+        packed = jax.vmap(lambda layer, axes=axes: pack(layer, axes, kind, layout))(blocks[part][name]["kernel"])
         blocks[part][name] = {**blocks[part][name], "kernel": packed}
-    wte = pack(params["wte"].T, 1, kind, tiled)
+    wte = pack(params["wte"].T, 1, kind, layout)
     return {**params, "wte": wte, "blocks": tuple(_unstack(blocks, config.n_layer))}
 
 
