@@ -273,6 +273,21 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
+    """--checkpoint and --weights, of whatever makes texts with a trained model."""
+    command_parser.add_argument(
+        "--checkpoint",
+        metavar="WHERE",
+        required=True,
+        help="run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME",
+    )
+    command_parser.add_argument(
+        "--weights",
+        choices=["float32", "bfloat16", "int8"],
+        help="number format of the weights: smaller is faster, and less exact [the model's compute type]",
+    )
+
+
 def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and one `--section.field` for every setting."""
     command_parser.usage = "%(prog)s --config FILE [options] [--section.field value ...]"

@@ -66,12 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The flags; those of `SamplingOptions` have the same names and defaults."""
     flags = cli.parser("sample", __doc__)
-    flags.add_argument(
-        "--checkpoint",
-        metavar="WHERE",
-        required=True,
-        help="run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME",
-    )
+    cli.add_model_arguments(flags)
     prompt = flags.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; empty starts from the end-of-text token")
     prompt.add_argument(
@@ -95,11 +90,6 @@ def parser() -> argparse.ArgumentParser:
         "--logprobs", action="store_true", help="after a text, each of its tokens with its log-probability"
     )
     flags.add_argument("--truncate", action="store_true", help="of a prompt that is too long, use its last tokens")
-    flags.add_argument(
-        "--weights",
-        choices=["float32", "bfloat16", "int8"],
-        help="number format of the weights: smaller is faster, and less exact [the model's compute type]",
-    )
     rules = flags.add_argument_group("how tokens are chosen")
     for name, default, text in RULES:
         rules.add_argument(

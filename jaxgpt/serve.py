@@ -57,20 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     flags = cli.parser("serve", __doc__)
-    flags.add_argument(
-        "--checkpoint",
-        metavar="WHERE",
-        required=True,
-        help="run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME",
-    )
+    cli.add_model_arguments(flags)
     flags.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 for all of this machine's [%(default)s]")
     flags.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one [%(default)s]")
     flags.add_argument("--name", metavar="TEXT", help="the model's name for clients [the folder's]")
-    flags.add_argument(
-        "--weights",
-        choices=["float32", "bfloat16", "int8"],
-        help="number format of the weights: smaller is faster, and less exact [the model's compute type]",
-    )
     flags.add_argument("--system", metavar="TEXT", help="system message of chats without one [chat.system of the run]")
     batch = flags.add_argument_group("how much at once")
     batch.add_argument("--slots", type=int, default=16, metavar="N", help="texts made side by side [%(default)s]")
@@ -145,10 +135,13 @@ def _load(arguments: argparse.Namespace):
     kind = arguments.weights or config.dtype
     print(f"{arguments.checkpoint}{step}, {count / 1e6:.1f}M parameters, {kind}", file=sys.stderr)
 
+    vocab_size, loaded = model.vocab_size, [model.params]
+
     def build() -> Engine:
-        rows = arguments.slots
-        weights = build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, arguments.weights, rows)
-        return Engine(weights, arguments.slots, arguments.chunk, arguments.queue)
+        params, slots = loaded.pop(), arguments.slots  # not kept: the decoder has them in a layout of its own
+        decoder = build_decoder(config, vocab_size, params, tokenizer.end_of_text, arguments.weights, slots)
+        del params
+        return Engine(decoder, slots, arguments.chunk, arguments.queue)
 
     return served, build
 

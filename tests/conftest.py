@@ -1,6 +1,12 @@
 """Every test sees 8 virtual CPU devices, and may not broadcast arrays of different ranks by accident."""
 
 import os
+import signal
+
+# What a shell starts in the background ignores Ctrl-C, and so do its children; the tests send it to some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_number, signal.SIG_DFL)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 compiles twice as fast (a tiny step: 2.4 s to 1.2 s; its initial values: 3.6 s to 0.5 s) and the tests
