@@ -21,6 +21,18 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # no test may depend on, or leave anything in, the user's cache
 
-import jax
+import jax  # noqa: E402 - reads the environment
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The files that take longest, first: with several workers a long one that comes last runs while the others are idle.
+LONGEST = """
+    docs training_faults parallel_distributed train training_step notebook finetune evaluation_perplexity options
+    model_backend training_guard inference_decode tuning_running model_huggingface model_cpu training_trials tpu_scripts
+    serving_page evaluation_harness drill serving_faults training_loop serving_fuzz sample serving_limits replay sweep
+""".split()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

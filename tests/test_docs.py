@@ -336,7 +336,6 @@ def follow(page: str, without: list[str]) -> None:
         pytest.param("zh", [], marks=pytest.mark.chaos),
     ],
 )
-@pytest.mark.chaos  # minutes each, and not yet green in a fresh environment: the next thing to look at
 def test_a_tutorial_runs_from_its_first_command_to_its_last(language, without, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "jaxgpt").symlink_to(ROOT / "jaxgpt")

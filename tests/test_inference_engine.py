@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import ModelConfig, UserError
-from jaxgpt.inference import engine as engine_module
+from jaxgpt.inference import slots
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.engine import Engine, Piece, QueueFull, Request
 from jaxgpt.inference.sampling import SamplingOptions, rules_of, sample
@@ -103,9 +103,8 @@ def test_a_request_gets_what_it_gets_alone_and_what_generate_gives(engine, decod
 
 
 def test_nothing_compiles_once_it_stands(engine):
-    compiled = lambda: [
-        getattr(engine_module, name)._cache_size() for name in ("admit", "score", "decode_chunk", "release")
-    ]
+    programs = ("admit", "score", "decode_chunk", "release", "read", "_with_positions")
+    compiled = lambda: [getattr(slots, name)._cache_size() for name in programs]
     before = compiled()
     for number, request in enumerate(requests(8)):
         ask(engine, *request, alternatives=3 * (number % 2), scores_prompt=number > 3).wait()
@@ -212,7 +211,7 @@ def test_a_failure_ends_the_engine_and_every_request_hears_of_it(decoder, monkey
         assert asked.wait(10)
         raise MemoryError("the device is full")
 
-    monkeypatch.setattr(engine_module, "decode_chunk", broken)
+    monkeypatch.setattr(slots, "decode_chunk", broken)
     readers = [ask(engine, *request) for request in requests(SLOTS + 3)]  # more than there are slots
     asked.set()
     assert all(reader.wait().finish_reason == "error" for reader in readers)

@@ -38,12 +38,12 @@ def serve_with_faults(folder: Path) -> None:
     import asyncio
     import gc
 
-    from jaxgpt.inference import engine
+    from jaxgpt.inference import engine, slots
     from jaxgpt.serving import gate, generation, served, server
 
     server.HEADER_SECONDS = server.SEND_SECONDS = gate.BODY_SECONDS = SHORT
     served.STUCK_SECONDS = 1.5
-    sound = engine.decode_chunk, engine.empty_slots
+    sound = slots.decode_chunk, slots.empty_slots
 
     def decode_chunk(*arguments):
         if (folder / "slow").exists():
@@ -67,7 +67,7 @@ def serve_with_faults(folder: Path) -> None:
         (folder / "new").write_text(json.dumps(alive))
         os.replace(folder / "new", folder / "alive")
 
-    engine.decode_chunk, engine.empty_slots = decode_chunk, empty_slots
+    slots.decode_chunk, slots.empty_slots = decode_chunk, empty_slots
     signal.signal(signal.SIGUSR1, count)
     runpy.run_module("jaxgpt.serve", run_name="__main__", alter_sys=True)
 

@@ -67,8 +67,9 @@ def generate(page, prompt=None, **values) -> str:
     return page.input_value("#text")
 
 
-def running(server) -> float:
-    return float(re.search(r"^jaxgpt_requests_running (\S+)$", server.get("/metrics").text, re.M)[1])
+def requests(server, where: str) -> float:
+    """How many are "running", or "waiting"."""
+    return float(re.search(rf"^jaxgpt_requests_{where} (\S+)$", server.get("/metrics").text, re.M)[1])
 
 
 def wait_for(page, is_true, seconds=10):
@@ -153,10 +154,10 @@ def test_text_comes_while_it_is_made_and_stop_or_escape_frees_the_slot(page, ser
         for _ in range(3):  # it grows, again and again
             length = len(page.input_value("#text"))
             wait_for(page, lambda: len(page.input_value("#text")) > length)  # noqa: B023
-        assert running(server) == 1
+        assert requests(server, "running") == 1
         stop()
         finish(page)
-        wait_for(page, lambda: running(server) == 0)
+        wait_for(page, lambda: requests(server, "running") == 0)
         assert "you stopped it" in page.text_content("#result")
         assert page.input_value("#text").startswith("Hi")
 
@@ -291,7 +292,7 @@ def test_a_full_server_is_waited_for_with_a_countdown_and_then_answers(page, ser
 
     with ThreadPoolExecutor(4) as others:  # one has the slot, one waits, two are told to come back
         asking = others.map(ask, range(4))
-        wait_for(page, lambda: running(server) == 1)
+        wait_for(page, lambda: requests(server, "running") == 1 and requests(server, "waiting") == 1)
         page.fill("#text", "Hi")
         page.click("#go")
         page.wait_for_selector("#failure:not([hidden])")

@@ -1,7 +1,8 @@
 """Continuous batching: requests come and go while others are under way, each in a slot of one fixed batch.
 
-The idea: the device only ever runs two kinds of program, both compiled at the start (slots.py). `admit` reads a prompt
-into the cache of a free slot (one program for each bucket of lengths); `decode_chunk` makes a few tokens for all slots.
+The idea: the device only ever runs a few programs, all compiled at the start (slots.py). `read` reads a prompt (one
+program for each bucket of lengths), `admit` puts it into the cache of a free slot, `decode_chunk` makes a few tokens
+for all slots. The cache is as long as the longest text needs, one of few sizes: `resize` changes it.
 Between two chunks, which take milliseconds, requests are admitted, their new tokens handed out, and those that were
 cancelled leave. A request has its own rules, seed and length, so it gets the tokens that `generate` gives it, whoever
 is beside it.
@@ -23,11 +24,10 @@ import jax
 import numpy as np
 
 from jaxgpt.config import UserError
+from jaxgpt.inference import slots as programs
 from jaxgpt.inference.decode import NO_TOKEN, SMALLEST_BUCKET, Decoder, bucket, checked_prompt
 from jaxgpt.inference.sampling import SamplingOptions, rules_of
-from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots, admit, decode_chunk, empty_slots, release, score
-
-SMALLEST_CACHE = 128  # places; below that, a shorter cache saves little of a step
+from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots
 
 
 class QueueFull(Exception):
@@ -104,7 +104,9 @@ class Engine:
         self._decoder, self._chunk, self.queue_size = decoder, chunk, queue
         # Put on the device by name: arrays that are only there by default make another program of `admit` than the
         # slots that a program gave back, and the first request would wait for its compilation.
-        self._slots = jax.device_put(empty_slots(decoder, slots), decoder.weights["wpe"].sharding)
+        self._sizes = programs.doubled(programs.SMALLEST_CACHE, decoder.config.n_positions)
+        nobody = programs.empty_slots(decoder, slots, self._sizes[0])
+        self._slots = jax.device_put(nobody, decoder.weights["wpe"].sharding)
         self._tickets: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._changed = threading.Condition()
@@ -226,7 +228,7 @@ class Engine:
             self._end(ticket, "cancelled")
         for slot, ticket in enumerate(self._tickets):
             if ticket is not None and ticket.cancelled:
-                self._slots = release(self._slots, np.int32(slot))
+                self._slots = programs.release(self._slots, np.int32(slot))
                 self._end(ticket, "cancelled")
 
     def _admit_waiting(self) -> None:
@@ -240,12 +242,13 @@ class Engine:
             if ticket.request.scores_prompt:
                 self._tell_of_prompt(ticket)
             if not ticket.is_done:
+                self._fit_cache()
                 self._slots = self._admitted(ticket.request, ticket.slot)
 
     def _tell_of_prompt(self, ticket: Ticket) -> None:
         request, decoder = ticket.request, self._decoder
         wanted, length = np.bool_(request.alternatives), len(request.prompt)
-        out = score(decoder.config, decoder.vocab_size, decoder.weights, self._padded(request.prompt), wanted)
+        out = programs.score(decoder.config, decoder.vocab_size, decoder.weights, self._padded(request.prompt), wanted)
         logprobs_T, ids_TK, others_TK = jax.device_get(out)
         told = _tokens(request.prompt, logprobs_T[:length], ids_TK, others_TK, request.alternatives)
         told.logprobs[0] = None
@@ -266,15 +269,17 @@ class Engine:
         ids = self._stops(options)
         stops_K[: len(ids)] = ids
         own = dict(
-            length=np.int32(len(request.prompt)),
+            last_token=np.int32(request.prompt[-1]),
             left=np.int32(options.max_new_tokens),
             seed=np.uint32(options.seed),
             row=np.int32(request.row),
             stops_K=stops_K,
             rules=rules_of([options], decoder.vocab_size),
         )
-        tokens_1T = self._padded(request.prompt)
-        return admit(decoder.config, decoder.vocab_size, decoder.weights, self._slots, tokens_1T, np.int32(slot), **own)
+        model, tokens_1T = (decoder.config, decoder.vocab_size, decoder.weights), self._padded(request.prompt)
+        size = programs.size_for(tokens_1T.shape[1], self._sizes)
+        prompt, seen_V = programs.read(*model, tokens_1T, np.int32(len(request.prompt)), size)
+        return programs.admit(self._slots, prompt, seen_V, np.int32(slot), **own)
 
     def _make_chunk(self) -> None:
         made = self._start_chunk()
@@ -286,19 +291,18 @@ class Engine:
         """What the device will have made; None where all that was admitted wanted its prompt scored and no more."""
         if not self.running:
             return None
-        tickets = [ticket for ticket in self._tickets if ticket is not None]
-        longest = max(len(ticket.request.prompt) + ticket.made for ticket in tickets)
-        wanted = any(ticket.request.alternatives for ticket in tickets)
-        return self._decode(self._positions(longest + self._chunk), wanted)
+        self._fit_cache()
+        return self._decode(any(ticket is not None and ticket.request.alternatives for ticket in self._tickets))
 
-    def _positions(self, length: int) -> int:
-        """How much of the cache a chunk reads for texts of up to `length`: one of few numbers, each a program."""
-        return bucket(max(length, SMALLEST_CACHE), self._decoder.config.n_positions)
+    def _fit_cache(self) -> None:
+        """Give the cache the size that the texts under way need for a chunk: shorter is faster."""
+        texts = (len(ticket.request.prompt) + ticket.made for ticket in self._tickets if ticket is not None)
+        self._slots = programs.resize(self._slots, self._sizes, max(texts) + self._chunk)
 
-    def _decode(self, positions: int, wanted: bool) -> tuple:
+    def _decode(self, wanted: bool) -> tuple:
         decoder = self._decoder
-        shape = (decoder.config, decoder.vocab_size, self._chunk, positions)
-        self._slots, made = decode_chunk(*shape, decoder.weights, self._slots, np.bool_(wanted))
+        shape = (decoder.config, decoder.vocab_size, self._chunk)
+        self._slots, made = programs.decode_chunk(*shape, decoder.weights, self._slots, np.bool_(wanted))
         return made
 
     def _finish_chunk(self, made: tuple) -> None:
@@ -361,17 +365,20 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compile every program, by running each once."""
-        longest, length = self._decoder.config.n_positions, SMALLEST_BUCKET
-        while True:
-            once = Request([0] * min(length, longest - 1), dataclasses.replace(FREE, max_new_tokens=1))
-            self._tell_of_prompt(Ticket(dataclasses.replace(once, alternatives=1), lambda piece: None))
-            self._slots = self._admitted(once, slot=0)
-            jax.block_until_ready(self._decode(self._positions(length), wanted=False))
-            if length >= longest:
-                break
-            length *= 2
+        longest, rules = self._sizes[-1], dataclasses.replace(FREE, max_new_tokens=1)
+        lengths = programs.doubled(SMALLEST_BUCKET, longest)
+        prompts = [Request([0] * min(length, longest - 1), rules, alternatives=1) for length in lengths]
+        for once in prompts:
+            self._tell_of_prompt(Ticket(once, lambda piece: None))
+        for size in self._sizes:
+            self._slots = programs.resize(self._slots, self._sizes, size)
+            for once in prompts:
+                if len(once.prompt) <= size:
+                    self._slots = self._admitted(once, slot=0)
+            jax.block_until_ready(self._decode(wanted=False))
+        self._slots = programs.resize(self._slots, self._sizes, self._sizes[0])
         self._outbox.clear()
-        self._slots = release(self._slots, np.int32(0))
+        self._slots = programs.release(self._slots, np.int32(0))
 
 
 def _deliver(told: Sequence[tuple[Ticket, Piece]]) -> None:

@@ -19,6 +19,7 @@ from jaxgpt.model.attention import KVCache
 STOPS = 8  # stop tokens of a request, the end-of-text token among them
 ALTERNATIVES = 20  # the likeliest tokens that can be told beside each one; OpenAI's limit
 PLACES = 64  # of a prompt whose logits exist together: 13 MB at GPT-2's vocabulary
+SMALLEST_CACHE = 128  # positions; below that, a shorter cache saves little of a step
 FREE = SamplingOptions(temperature=0.0)  # of a slot that nobody has: the rules that cost least
 
 
@@ -40,10 +41,11 @@ class Slots:
     rules: Rules
 
 
-def empty_slots(decoder: Decoder, slots: int) -> Slots:
+def empty_slots(decoder: Decoder, slots: int, positions: int) -> Slots:
+    """Slots with a cache of so many positions each; `resize` gives them another one."""
     config = decoder.config
     heads, size = config.n_head, config.n_embd // config.n_head
-    zeros = lambda: jnp.zeros((slots * heads, config.n_positions, size), config.dtype)
+    zeros = lambda: jnp.zeros((slots * heads, positions, size), config.dtype)
     cache = KVCache(
         tuple(zeros() for _ in range(config.n_layer)),
         tuple(zeros() for _ in range(config.n_layer)),
@@ -61,28 +63,64 @@ def empty_slots(decoder: Decoder, slots: int) -> Slots:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="slots")
-def admit(
-    config: ModelConfig, vocab_size: int, weights: dict, slots: Slots, tokens_1T, slot, *,
-    length, left, seed, row, stops_K, rules: Rules,
-) -> Slots:  # fmt: skip
-    """`slots` with a prompt read into one of them, all but its last token."""
-    positions = tokens_1T.shape[1]
-    read = gpt2.read_prompt(config, vocab_size, weights, tokens_1T, length[None] - 1, positions)
+def doubled(smallest: int, largest: int) -> list[int]:
+    """Few sizes, each of which is a program of its own: the smallest, doubled until it is the largest."""
+    sizes = [min(smallest, largest)]
+    while sizes[-1] < largest:
+        sizes.append(min(2 * sizes[-1], largest))
+    return sizes
+
+
+def size_for(length: int, sizes: list[int]) -> int:
+    """The smallest of `sizes` for texts of up to `length`, which may be more than the largest."""
+    return next((size for size in sizes if size >= length), sizes[-1])
+
+
+def resize(slots: Slots, sizes: list[int], length: int) -> Slots:
+    """The same with the smallest cache for texts of up to `length`, as all that are under way must be.
+
+    A step reads the whole cache: of 16 slots of 124M it takes 76, 91 and 127 ms with 128, 256 and 1,024 positions.
+    Goes by way of all sizes between, so that there are few programs.
+    """
+    place, end = (sizes.index(size) for size in (slots.cache.keys[0].shape[1], size_for(length, sizes)))
+    while place != end:
+        place += 1 if end > place else -1
+        slots = _with_positions(slots, sizes[place])
+    return slots
+
+
+@functools.partial(jax.jit, static_argnames="positions")
+def _with_positions(slots: Slots, positions: int) -> Slots:
+    more = positions - slots.cache.keys[0].shape[1]
+    fit = lambda x_ASH: jnp.pad(x_ASH, ((0, 0), (0, more), (0, 0))) if more > 0 else x_ASH[:, :positions]
+    keys, values = (tuple(map(fit, arrays)) for arrays in (slots.cache.keys, slots.cache.values))
+    return dataclasses.replace(slots, cache=KVCache(keys, values, slots.cache.length_B))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "positions"))
+def read(config: ModelConfig, vocab_size: int, weights: dict, tokens_1T, length, positions: int):
+    """(a cache of `positions` with a prompt read into it, all but its last token; which tokens are in it (V,))."""
+    cache = gpt2.read_prompt(config, vocab_size, weights, tokens_1T, length[None] - 1, positions)
+    is_own_T = jnp.arange(tokens_1T.shape[1]) < length
+    return cache, jnp.zeros(vocab_size, bool).at[tokens_1T[0]].max(is_own_T)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def admit(slots: Slots, prompt: KVCache, seen_V, slot, *, last_token, left, seed, row, stops_K, rules: Rules) -> Slots:
+    """`slots` with a prompt, as `read` gives it, in one of them."""
     # What lies after the prompt in the slot's cache is an earlier request's: each place is overwritten before it is
     # read.
     put = lambda whole, part: jax.lax.dynamic_update_slice(
-        whole, part.astype(whole.dtype), (slot * config.n_head, 0, 0)
+        whole, part.astype(whole.dtype), (slot * part.shape[0], 0, 0)
     )
     cache = KVCache(
-        tuple(map(put, slots.cache.keys, read.keys)),
-        tuple(map(put, slots.cache.values, read.values)),
-        slots.cache.length_B.at[slot].set(length - 1),
+        tuple(map(put, slots.cache.keys, prompt.keys)),
+        tuple(map(put, slots.cache.values, prompt.values)),
+        slots.cache.length_B.at[slot].set(prompt.length_B[0]),
     )
-    seen_V = jnp.zeros(vocab_size, bool).at[tokens_1T[0]].max(jnp.arange(positions) < length)
     return Slots(
         cache,
-        token_B=slots.token_B.at[slot].set(tokens_1T[0, length - 1]),
+        token_B=slots.token_B.at[slot].set(last_token),
         left_B=slots.left_B.at[slot].set(left),
         seen_BV=slots.seen_BV.at[slot].set(seen_V),
         seed_B=slots.seed_B.at[slot].set(seed),
@@ -120,28 +158,13 @@ def release(slots: Slots, slot) -> Slots:
     return dataclasses.replace(slots, left_B=slots.left_B.at[slot].set(0))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "steps", "positions"), donate_argnames="slots")
-def decode_chunk(
-    config: ModelConfig, vocab_size: int, steps: int, positions: int, weights: dict, slots: Slots, alternatives
-):
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "steps"), donate_argnames="slots")
+def decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict, slots: Slots, alternatives):
     """(slots, (tokens (B, steps), log-probabilities, likeliest tokens (B, steps, K), theirs, left (B,))).
 
-    Up to `steps` tokens for each slot that has some left; NO_TOKEN where there is none. Only the first `positions` of
-    the cache are read, and every text must fit them: reading all costs more than the rest of a step (16 slots of 124M,
-    64 of 1,024 positions in use).
+    Up to `steps` tokens for each slot that has some left; NO_TOKEN where there is none. The cache must have room for
+    them.
     """
-    whole = slots.cache
-    part = lambda x_ASH: jax.lax.slice_in_dim(x_ASH, 0, positions, axis=1)
-    used = KVCache(tuple(map(part, whole.keys)), tuple(map(part, whole.values)), whole.length_B)
-    slots, out = _decode_chunk(config, vocab_size, steps, weights, dataclasses.replace(slots, cache=used), alternatives)
-    put = lambda x_ASH, own: jax.lax.dynamic_update_slice_in_dim(x_ASH, own, 0, axis=1)
-    keys, values = (
-        tuple(map(put, *pair)) for pair in ((whole.keys, slots.cache.keys), (whole.values, slots.cache.values))
-    )
-    return dataclasses.replace(slots, cache=KVCache(keys, values, slots.cache.length_B)), out
-
-
-def _decode_chunk(config: ModelConfig, vocab_size: int, steps: int, weights: dict, slots: Slots, alternatives):
     rows, count = slots.token_B.shape[0], min(ALTERNATIVES, vocab_size)
 
     def unfinished(carry):
