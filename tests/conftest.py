@@ -26,11 +26,12 @@ import jax  # noqa: E402 - reads the environment
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The files that take longest, first: with several workers a long one that comes last runs while the others are idle.
-LONGEST = """
-    docs training_faults parallel_distributed train training_step notebook finetune evaluation_perplexity options
-    model_backend training_guard inference_decode tuning_running model_huggingface model_cpu training_trials tpu_scripts
-    serving_page evaluation_harness drill serving_faults training_loop serving_fuzz sample serving_limits replay sweep
-""".split()
+LONGEST = [
+    "docs", "training_faults", "parallel_distributed", "train", "training_step", "notebook", "finetune",
+    "evaluation_perplexity", "options", "model_backend", "training_guard", "inference_decode", "tuning_running",
+    "model_huggingface", "model_cpu", "training_trials", "tpu_scripts", "serving_page", "evaluation_harness", "drill",
+    "serving_faults", "training_loop", "serving_fuzz", "sample", "serving_limits", "replay", "sweep",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items) -> None:

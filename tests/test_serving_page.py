@@ -44,8 +44,13 @@ def browser():
 @pytest.fixture
 def page(browser, server):
     with opened(browser, server.url, KEY) as shown:
-        shown.wait_for_selector("#facts:not(:empty)")
+        choose_completion(shown)
         yield shown
+
+
+def choose_completion(page):
+    page.wait_for_selector("#facts:not(:empty)")
+    page.click("#tab-completion")
 
 
 def set_fields(page, **values):
@@ -252,6 +257,12 @@ def test_a_model_without_a_template_has_no_chat_view(browser, server):
         assert page.is_hidden("#tabs") and page.is_visible("#text")
 
 
+def test_a_model_with_a_template_begins_as_a_chat(browser, server):
+    with opened(browser, server.url, KEY) as page:
+        page.wait_for_selector("#facts:not(:empty)")
+        assert page.is_visible("#draft") and page.is_hidden("#text")
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -261,7 +272,7 @@ def test_a_server_with_keys_asks_for_one_which_stays_in_this_tab_and_out_of_comm
             page.wait_for_selector("#key[open]")
             page.fill("#key-field", key)
             page.keyboard.press("Enter")
-        page.wait_for_selector("#facts:not(:empty)")
+        choose_completion(page)
         assert generate(page, "Hi", max_tokens=5) != "Hi"
         assert KEY in page.evaluate("JSON.stringify(sessionStorage)")
         assert KEY not in page.evaluate("JSON.stringify(localStorage)")
@@ -309,7 +320,7 @@ def test_an_error_in_the_middle_of_a_stream_is_shown_and_what_came_is_kept(brows
     chunk = {"choices": [{"index": 0, "text": "abc", "finish_reason": None, "logprobs": None}]}
     route = faked(chunk, {"error": {"message": "the engine failed", "type": "server_error"}})
     with opened(browser, server.url, KEY, {f"**{ANSWERS}": route}) as page:
-        page.wait_for_selector("#facts:not(:empty)")
+        choose_completion(page)
         assert generate(page, "Hi") == "Hiabc"
         assert "the engine failed" in page.text_content("#failure")
 
@@ -331,7 +342,7 @@ def test_html_in_a_prompt_an_answer_a_name_or_an_error_stays_text(browser, serve
         "**/tokenize": lambda route: route.fulfill(json={"tokens": [1], "count": 1, "max_model_len": 9}),
     }
     with opened(browser, server.url, KEY, routes) as page:
-        page.wait_for_selector("#facts:not(:empty)")
+        choose_completion(page)
         own = page.evaluate("document.querySelectorAll('img, svg, script').length")
         assert generate(page, EVIL) == EVIL + EVIL
         box = page.locator("#mirror .token").bounding_box()
@@ -419,7 +430,7 @@ def test_at_360_pixels_nothing_sticks_out_and_every_control_has_a_name_in_both_l
     with opened(
         browser, server.url, KEY, viewport=viewport, locale=locale, color_scheme="dark", has_touch=True
     ) as page:
-        page.wait_for_selector("#facts:not(:empty)")
+        choose_completion(page)
         assert page.text_content("#go") == word
         page.click("summary")
         generate(page, "longwordwithoutspaces" * 9, max_tokens=5)

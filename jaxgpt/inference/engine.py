@@ -265,9 +265,8 @@ class Engine:
 
     def _admitted(self, request: Request, slot: int) -> Slots:
         decoder, options = self._decoder, request.options
-        stops_K = np.full(STOPS, NO_TOKEN, np.int32)
         ids = self._stops(options)
-        stops_K[: len(ids)] = ids
+        stops_K = np.array(ids + [NO_TOKEN] * (STOPS - len(ids)), np.int32)
         own = dict(
             last_token=np.int32(request.prompt[-1]),
             left=np.int32(options.max_new_tokens),
@@ -279,6 +278,8 @@ class Engine:
         model, tokens_1T = (decoder.config, decoder.vocab_size, decoder.weights), self._padded(request.prompt)
         size = programs.size_for(tokens_1T.shape[1], self._sizes)
         prompt, seen_V = programs.read(*model, tokens_1T, np.int32(len(request.prompt)), size)
+        # A CPU would read several prompts at once, each on all cores (124M: 156 tokens a second instead of 180).
+        jax.block_until_ready(prompt)
         return programs.admit(self._slots, prompt, seen_V, np.int32(slot), **own)
 
     def _make_chunk(self) -> None:
@@ -365,16 +366,15 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compile every program, by running each once."""
-        longest, rules = self._sizes[-1], dataclasses.replace(FREE, max_new_tokens=1)
-        lengths = programs.doubled(SMALLEST_BUCKET, longest)
-        prompts = [Request([0] * min(length, longest - 1), rules, alternatives=1) for length in lengths]
-        for once in prompts:
-            self._tell_of_prompt(Ticket(once, lambda piece: None))
+        longest, once = self._sizes[-1], dataclasses.replace(FREE, max_new_tokens=1)
+        lengths = [min(length, longest - 1) for length in programs.doubled(SMALLEST_BUCKET, longest)]
+        prompts = [Request([0] * length, once, alternatives=1) for length in lengths]
+        for request in prompts:
+            self._tell_of_prompt(Ticket(request, lambda piece: None))
         for size in self._sizes:
             self._slots = programs.resize(self._slots, self._sizes, size)
-            for once in prompts:
-                if len(once.prompt) <= size:
-                    self._slots = self._admitted(once, slot=0)
+            for request in (request for request in prompts if len(request.prompt) <= size):
+                self._slots = self._admitted(request, slot=0)
             jax.block_until_ready(self._decode(wanted=False))
         self._slots = programs.resize(self._slots, self._sizes, self._sizes[0])
         self._outbox.clear()
