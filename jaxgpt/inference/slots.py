@@ -19,7 +19,7 @@ from jaxgpt.model.attention import KVCache
 STOPS = 8  # stop tokens of a request, the end-of-text token among them
 ALTERNATIVES = 20  # the likeliest tokens that can be told beside each one; OpenAI's limit
 PLACES = 64  # of a prompt whose logits exist together: 13 MB at GPT-2's vocabulary
-SMALLEST_CACHE = 128  # positions; below that, a shorter cache saves little of a step
+SMALLEST_CACHE = 64  # positions
 FREE = SamplingOptions(temperature=0.0)  # of a slot that nobody has: the rules that cost least
 
 
@@ -79,7 +79,7 @@ def size_for(length: int, sizes: list[int]) -> int:
 def resize(slots: Slots, sizes: list[int], length: int) -> Slots:
     """The same with the smallest cache for texts of up to `length`, as all that are under way must be.
 
-    A step reads the whole cache: of 16 slots of 124M it takes 76, 91 and 127 ms with 128, 256 and 1,024 positions.
+    A step reads the whole cache: of 16 slots of 124M it took 76, 91 and 127 ms with 128, 256 and 1,024 positions.
     Goes by way of all sizes between, so that there are few programs.
     """
     place, end = (sizes.index(size) for size in (slots.cache.keys[0].shape[1], size_for(length, sizes)))
