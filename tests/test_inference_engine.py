@@ -31,6 +31,13 @@ def decoder():
     return build_decoder(CONFIG, VOCAB, model_params(), end_of_text=0, rows=SLOTS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def the_cache_of_this_small_network_has_several_sizes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "SMALLEST_CACHE", 16)
+        yield
+
+
 @pytest.fixture(scope="module")
 def engine(decoder):
     with Engine(decoder, slots=SLOTS, chunk=3, queue=100) as engine:
@@ -109,6 +116,12 @@ def test_nothing_compiles_once_it_stands(engine):
     for number, request in enumerate(requests(8)):
         ask(engine, *request, alternatives=3 * (number % 2), scores_prompt=number > 3).wait()
     assert compiled() == before
+
+
+def test_the_cache_is_as_long_as_the_longest_text_under_way_needs(engine):
+    for prompt, length in ((5, 16), (40, 64), (20, 32), (5, 16)):
+        ask(engine, [1] * prompt, SamplingOptions(max_new_tokens=2)).wait()
+        assert engine._slots.cache.keys[0].shape[1] == length
 
 
 def test_the_rows_of_one_prompt_differ_and_a_stop_token_ends_without_being_told(engine):
