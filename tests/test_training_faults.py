@@ -27,6 +27,7 @@ CONFIG = (
 [train]
 max_steps = 12
 per_device_train_batch_size = 2
+compilation_cache_dir = "{folder}/programs"
 [eval]
 eval_steps = 4
 eval_batches = 4
@@ -41,7 +42,7 @@ tensorboard = false
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-    "JAX_ENABLE_COMPILATION_CACHE": "0",
+    "JAX_ENABLE_COMPILATION_CACHE": "1",  # as users have it: the next start takes what the first has compiled
 }
 
 
