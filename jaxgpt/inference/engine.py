@@ -102,9 +102,9 @@ class Engine:
     def __init__(self, decoder: Decoder, slots: int = 16, chunk: int = 8, queue: int = 64):
         """Compiles everything; `chunk` tokens are made between two looks at the queue, which holds `queue` requests."""
         self._decoder, self._chunk, self.queue_size = decoder, chunk, queue
+        self._sizes = programs.doubled(programs.SMALLEST_CACHE, decoder.config.n_positions)
         # Put on the device by name: arrays that are only there by default make another program of `admit` than the
         # slots that a program gave back, and the first request would wait for its compilation.
-        self._sizes = programs.doubled(programs.SMALLEST_CACHE, decoder.config.n_positions)
         nobody = programs.empty_slots(decoder, slots, self._sizes[0])
         self._slots = jax.device_put(nobody, decoder.weights["wpe"].sharding)
         self._tickets: list[Ticket | None] = [None] * slots
