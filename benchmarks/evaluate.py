@@ -53,7 +53,7 @@ def write_model(name: str, folder: Path) -> None:
     from jaxgpt.config import ModelConfig
     from jaxgpt.data.tokenizer import train_bpe
     from jaxgpt.model import gpt2
-    from jaxgpt.training.weights import write_huggingface
+    from jaxgpt.training.models import write_huggingface
 
     layers, heads, width, positions, vocabulary = MODELS[name]
     config = ModelConfig(n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, dtype="float32")
@@ -65,7 +65,7 @@ def write_model(name: str, folder: Path) -> None:
 
 class Ours:
     def __init__(self, folder: Path):
-        from jaxgpt.parallel.host import keep_freed_memory
+        from jaxgpt.parallel.host_memory import keep_freed_memory
 
         keep_freed_memory()
         import jax

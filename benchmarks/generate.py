@@ -58,7 +58,7 @@ def write_weights(model: str, folder: Path) -> None:
 
 class Ours:
     def __init__(self, folder: Path, kind: str, batch: int):
-        from jaxgpt.parallel.host import keep_freed_memory
+        from jaxgpt.parallel.host_memory import keep_freed_memory
 
         keep_freed_memory()  # as `sample` does
         import jax
@@ -199,14 +199,14 @@ def perplexity(run: str) -> None:
     import jax.numpy as jnp
 
     from jaxgpt.config import MeshConfig
+    from jaxgpt.data.dataset import open_dataset
     from jaxgpt.data.pipeline import eval_batches
-    from jaxgpt.data.preparation import prepare
-    from jaxgpt.data.rows import open_dataset
-    from jaxgpt.model.packed import pack
+    from jaxgpt.model.quantized import pack
     from jaxgpt.parallel import sharding
     from jaxgpt.parallel.mesh import build_mesh
+    from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.training.models import load_model
     from jaxgpt.training.step import build_program
-    from jaxgpt.training.weights import load_model
 
     loaded = load_model(run)
     config = dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, dtype="float32"))

@@ -18,9 +18,9 @@ import numpy as np
 from train_step import machine
 
 from jaxgpt import cli
-from jaxgpt.data.preparation import prepare
-from jaxgpt.data.rows import open_dataset
+from jaxgpt.data.dataset import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.preparation.preparation import prepare
 from jaxgpt.train import train
 from jaxgpt.training.loop import Position, Run, training_batches
 from jaxgpt.training.metrics import read_metrics

@@ -74,8 +74,8 @@ def main() -> None:
 def write_texts(folder: Path, size: int, vocab_size: int) -> list[str]:
     """`folder`/texts.jsonl of about `size` bytes, and `folder`/tokenizer; returns the texts."""
     from jaxgpt.config import DataConfig
-    from jaxgpt.data.sources import documents
     from jaxgpt.data.tokenizer import spread, train_bpe
+    from jaxgpt.preparation.sources import documents
 
     pages = [page for document in documents(DataConfig()) for page in pieces(document.text)]
     texts, written = [], 0
@@ -127,8 +127,8 @@ def settings(folder: Path, prepared_dir: Path) -> Config:
 def ours(folder: Path) -> dict:
     import tensorflow_datasets  # noqa: F401  (not part of what is compared)
 
-    from jaxgpt.data import preparation_report
-    from jaxgpt.data.preparation import prepare
+    from jaxgpt.preparation import preparation_report
+    from jaxgpt.preparation.preparation import prepare
 
     with tempfile.TemporaryDirectory(dir=folder) as prepared_dir:
         config = settings(folder, Path(prepared_dir))
@@ -182,8 +182,8 @@ SIDES = {"jaxgpt": ours, "huggingface": documented, "bare": bare}
 
 
 def cost_of_cleaning(texts: list[str]) -> None:
-    from jaxgpt.data import duplicates
-    from jaxgpt.data.cleaning import Cleaner
+    from jaxgpt.preparation import duplicates
+    from jaxgpt.preparation.cleaning import Cleaner
 
     size = sum(len(text.encode()) for text in texts)
     for name, values in STEPS.items():
@@ -204,9 +204,9 @@ def cost_of_cleaning(texts: list[str]) -> None:
 def reading_speed(folder: Path) -> None:
     import jax
 
+    from jaxgpt.data.dataset import open_dataset
     from jaxgpt.data.pipeline import train_batches
-    from jaxgpt.data.preparation import prepare
-    from jaxgpt.data.rows import open_dataset
+    from jaxgpt.preparation.preparation import prepare
     from jaxgpt.prepare import read_speed
 
     with tempfile.TemporaryDirectory(dir=folder) as prepared_dir:

@@ -81,14 +81,14 @@ def clients() -> Worker:
 
 def engine_worker(arguments: argparse.Namespace) -> None:
     """The engine without HTTP. A line {"bodies"} on stdin; seconds and tokens go to stdout as JSON."""
-    from jaxgpt.parallel.host import keep_freed_memory
+    from jaxgpt.parallel.host_memory import keep_freed_memory
 
     keep_freed_memory()  # as the server does
     from jaxgpt.inference.decode import build_decoder
     from jaxgpt.inference.engine import Engine, Request
     from jaxgpt.inference.sampling import SamplingOptions
     from jaxgpt.parallel.compiler import use_compilation_cache
-    from jaxgpt.training.weights import load_model
+    from jaxgpt.training.models import load_model
 
     model = load_model(arguments.checkpoint)
     use_compilation_cache(model.config.train.compilation_cache_dir)
@@ -217,7 +217,7 @@ def write_model(folder: Path) -> None:
     from jaxgpt.config import ModelConfig
     from jaxgpt.data.tokenizer import train_bpe
     from jaxgpt.model import gpt2
-    from jaxgpt.training.weights import write_huggingface
+    from jaxgpt.training.models import write_huggingface
 
     config, vocabulary = ModelConfig(n_layer=12, n_head=12, n_embd=768, n_positions=1024, dtype="float32"), 50257
     params = jax.jit(gpt2.init_params, static_argnums=(0, 1))(config, vocabulary, jax.random.key(0))

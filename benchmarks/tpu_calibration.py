@@ -21,7 +21,7 @@ import optax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxgpt.planning.chips import CHIPS
+from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.cost import estimate, read_program
 from jaxgpt.planning.kernels import Schedule, kernel_schedules
 from jaxgpt.planning.topology import compile_only_devices, parse_slice

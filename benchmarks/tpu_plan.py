@@ -18,11 +18,11 @@ import jax
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED
-from jaxgpt.planning.chips import CHIPS
+from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.compile import compile_step
+from jaxgpt.planning.plan_search import own_candidate
+from jaxgpt.planning.plan_table import calibration_lines
 from jaxgpt.planning.prices import read_prices
-from jaxgpt.planning.search import own_candidate
-from jaxgpt.planning.table import calibration_lines
 from jaxgpt.planning.topology import parse_slice
 from jaxgpt.planning.verdict import Verdict, judge
 

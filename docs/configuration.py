@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxgpt import cli
 from jaxgpt.config import SourceConfig
-from jaxgpt.training.changes import ON_RESUME
+from jaxgpt.training.resume_rules import ON_RESUME
 
 PAGE = Path(__file__).with_suffix(".md")
 

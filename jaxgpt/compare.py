@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", choices=["step", "tokens", "time"], help="draw the curves by this only [by each]")
     arguments = parser.parse_args(argv)
     _check(arguments)
-    from jaxgpt.training.comparison import read_runs
+    from jaxgpt.reporting.comparison import read_runs
 
     runs = read_runs(arguments.runs)
     print(report(runs, shutil.get_terminal_size((120, 24)).columns))
     if arguments.json:
         _write(arguments.json, "--json", lambda file: file.write_text(as_json(runs), encoding="utf-8"))
     if arguments.html:
-        from jaxgpt.training.comparison_page import AXES, write_page
+        from jaxgpt.reporting.comparison_page import AXES, write_page
 
         axes = [arguments.by] if arguments.by else list(AXES)
         _write(arguments.html, "--html", lambda file: write_page(file, runs, axes))
@@ -58,9 +58,9 @@ def _write(file: Path, option: str, write) -> None:
 
 def report(runs: Sequence, width: int) -> str:
     """Warnings, settings and final numbers as tables at most `width` wide, if the names let them."""
-    from jaxgpt.training.comparison import best_of, comparability, differing_settings, table, told
-    from jaxgpt.training.comparison_page import formatted
-    from jaxgpt.training.figures import word
+    from jaxgpt.reporting.comparison import best_of, comparability, differing_settings, table, told
+    from jaxgpt.reporting.comparison_page import formatted
+    from jaxgpt.reporting.figures import word
 
     names = [run.name for run in runs]
     comparable, warnings = comparability(runs)
@@ -100,7 +100,7 @@ def _tables(head: list[str], rows: list[list[str]], width: int) -> str:
 
 def as_json(runs: Sequence) -> str:
     """{"runs": [{"name", "path", a number each}], "settings": {name: a value each}, "warnings": [...]}"""
-    from jaxgpt.training.comparison import comparability, differing_settings, numbers
+    from jaxgpt.reporting.comparison import comparability, differing_settings, numbers
 
     found = {
         "runs": [{"name": run.name, "path": str(run.path), **numbers(run)} for run in runs],

@@ -47,20 +47,20 @@ def convert(source: str, to: Path, to_format: str | None) -> None:
         RunFailed: it could not be written, or what was written gives other logits; nothing is left of it.
     """
     started = time.monotonic()
-    from jaxgpt.training import weights
+    from jaxgpt.training import models
 
-    weights.check_new(to)
-    from_huggingface = weights.is_huggingface(source)
+    models.check_new(to)
+    from_huggingface = models.is_huggingface(source)
     to_format = to_format or FORMATS[from_huggingface]
     model = read(source, f"reading {source}")
     shape, vocab_size = model.config.model, model.vocab_size
-    expected = weights.check_logits(shape, vocab_size, model.params)
+    expected = models.check_logits(shape, vocab_size, model.params)
     try:
-        with weights.new_folder(to) as partial:
+        with models.new_folder(to) as partial:
             write(partial, to_format, model)
             del model  # memory holds one copy of the weights at a time
             again = read(str(partial), "checking what was written")
-            logits = weights.check_logits(shape, again.vocab_size, again.params)
+            logits = models.check_logits(shape, again.vocab_size, again.params)
             if logits.tobytes() != expected.tobytes():
                 raise cli.RunFailed(f"what was written gives other logits than {source}; nothing of it was kept")
     except OSError as error:
@@ -76,7 +76,7 @@ def convert(source: str, to: Path, to_format: str | None) -> None:
 
 def read(source: str, what: str):
     from jaxgpt.parallel.compiler import use_compilation_cache
-    from jaxgpt.training.weights import load_model
+    from jaxgpt.training.models import load_model
 
     with progress(what) as bar:
         model = load_model(source, lambda path: bar.update())
@@ -88,7 +88,7 @@ def read(source: str, what: str):
 def write(folder: Path, to_format: str, model) -> None:
     import numpy as np
 
-    from jaxgpt.training.weights import write_huggingface, write_run
+    from jaxgpt.training.models import write_huggingface, write_run
 
     with progress(f"writing {to_format}") as bar:
         if to_format == "jaxgpt":

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from jaxgpt import __version__, cli
 from jaxgpt.config import UserError
-from jaxgpt.diagnosis.children import Child, Probe
 from jaxgpt.diagnosis.finding import OK, PROBLEM, STATUSES, Case, Finding
+from jaxgpt.diagnosis.probe_process import Child, Probe
 
 PROBES = (
     Probe(("python", "jax"), "software", "versions", "make a fresh virtual environment and pip install jaxgpt into it"),

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(arguments)
     contents = [(str(file), _read(file)) for file in arguments.text]
     found = evaluate(arguments, contents, _read_tasks(arguments), _read_prompts(arguments.generate))
-    from jaxgpt.evaluation.table import report
+    from jaxgpt.evaluation.result_table import report
 
     print(report(found))
     if arguments.json:
@@ -95,7 +95,7 @@ def _read(file: Path) -> str:
 def _read_tasks(arguments: argparse.Namespace) -> list:
     if not arguments.task:
         return []
-    from jaxgpt.evaluation.catalog import read_tasks
+    from jaxgpt.evaluation.task_catalog import read_tasks
 
     return read_tasks(arguments.task, arguments.tfds_data_dir, arguments.limit)
 
@@ -132,8 +132,8 @@ def evaluate(
     from jaxgpt.model.sizes import parameter_count
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import build_mesh
-    from jaxgpt.planning.memory import with_settings
-    from jaxgpt.training.weights import load_model
+    from jaxgpt.training.memory import with_settings
+    from jaxgpt.training.models import load_model
 
     model = load_model(arguments.checkpoint)
     config = with_settings(model.config, model_dtype=arguments.dtype or model.config.model.dtype)
@@ -205,7 +205,7 @@ def _scores(arguments, contents, model, config, mesh, stride: int) -> list[dict]
 def _parts(arguments, contents, model, block_size: int, stride: int, rows: int) -> list:
     """[(name, batches, how many, UTF-8 bytes)] of what is to be scored."""
     from jaxgpt.evaluation.perplexity import Text, text_batches, text_of, windows
-    from jaxgpt.evaluation.table import ANSWERS
+    from jaxgpt.evaluation.result_table import ANSWERS
 
     def part(name: str, text: Text):
         count = -(-sum(1 for _ in windows(text.num_tokens, block_size, stride)) // rows)
@@ -229,8 +229,8 @@ def _parts(arguments, contents, model, block_size: int, stride: int, rows: int) 
 def _dataset(arguments):
     """The data that the run has read."""
     from jaxgpt.training.checkpoint import find_step
+    from jaxgpt.training.models import is_huggingface
     from jaxgpt.training.resume import dataset_read_by
-    from jaxgpt.training.weights import is_huggingface
 
     if is_huggingface(arguments.checkpoint):
         raise UserError(
@@ -275,7 +275,7 @@ def _harness(arguments, config, model, mesh) -> list[dict]:
 
 def _prompts(arguments, texts: Sequence[str], model):
     """(prompts, how they are continued)."""
-    from jaxgpt.evaluation.generation import validation_prompts, written_prompts
+    from jaxgpt.evaluation.text_statistics import validation_prompts, written_prompts
     from jaxgpt.inference.sampling import SamplingOptions
 
     positions = model.config.model.n_positions
@@ -293,7 +293,7 @@ def _prompts(arguments, texts: Sequence[str], model):
 def _generation(asked: tuple, config, model) -> dict:
     from tqdm import tqdm
 
-    from jaxgpt.evaluation.generation import TOGETHER, check
+    from jaxgpt.evaluation.text_statistics import TOGETHER, check
     from jaxgpt.inference.decode import build_decoder
 
     prompts, options = asked
@@ -308,10 +308,10 @@ def _generation(asked: tuple, config, model) -> dict:
 
 def _record(checkpoint: str, found: dict) -> None:
     """Add the figures to the run that they are of, for its report and for `compare`."""
+    from jaxgpt.reporting.evaluations import FILE
+    from jaxgpt.reporting.run_page import write_report
     from jaxgpt.training.checkpoint import find_step
-    from jaxgpt.training.evaluations import FILE
-    from jaxgpt.training.report import write_report
-    from jaxgpt.training.weights import is_huggingface
+    from jaxgpt.training.models import is_huggingface
 
     if is_huggingface(checkpoint):
         return

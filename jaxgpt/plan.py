@@ -70,9 +70,9 @@ def plan(config: Config, arguments: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a TPU in this machine is left to whoever uses it
-    from jaxgpt.planning import table
+    from jaxgpt.planning import plan_table
+    from jaxgpt.planning.plan_search import Limits
     from jaxgpt.planning.prices import read_prices
-    from jaxgpt.planning.search import Limits
     from jaxgpt.planning.topology import NoTpuCompiler, parse_slices, tpu_compiler_version
     from jaxgpt.planning.verdict import nothing_fits, times_are_absolute
 
@@ -86,7 +86,7 @@ def plan(config: Config, arguments: argparse.Namespace) -> None:
     except NoTpuCompiler as missing:
         if arguments.record or arguments.gate:
             raise UserError(f"--record and --gate need the compiler; {missing}") from None
-        print(f"{missing}\n{table.ARITHMETIC}\n")
+        print(f"{missing}\n{plan_table.ARITHMETIC}\n")
         compiler = None
 
     # 2. Each slice: the config's own settings, then others; its table as soon as it is done.
@@ -95,24 +95,24 @@ def plan(config: Config, arguments: argparse.Namespace) -> None:
     absolute = times_are_absolute(compiled=compiler is not None)
     rows, refusals = [], []
     for where in slices:
-        print(table.slice_line(where, compiler), flush=True)
+        print(plan_table.slice_line(where, compiler), flush=True)
         try:
             found, untried, refused = verdicts(config, vocab_size, where, limits, prices, compiler is not None)
         except UserError as error:
             refusals.append(error)
             print(f"  {error}\n")
             continue
-        print(table.slice_report(found, untried, refused, absolute, arguments.top), flush=True)
+        print(plan_table.slice_report(found, untried, refused, absolute, arguments.top), flush=True)
         rows += found
     if arguments.json:
-        write(arguments.json, table.as_json(rows))
+        write(arguments.json, plan_table.as_json(rows))
 
     # 3. The answer over all slices, and the gate's.
     if len(refusals) == len(slices):
         raise refusals[0]
     if not any(row.fits for row in rows):
         raise UserError(nothing_fits(config, vocab_size, slices, exact))
-    print(table.closing(rows, prices, absolute))
+    print(plan_table.closing(rows, prices, absolute))
     if arguments.record:
         write(arguments.record, json.dumps({row.where.name: bound_of(row) for row in rows}, indent=2))
     if arguments.gate:
@@ -121,7 +121,7 @@ def plan(config: Config, arguments: argparse.Namespace) -> None:
 
 def verdicts(config: Config, vocab_size: int, where, limits, prices: dict, compiled: bool):
     """(verdicts on a slice, candidates left untried, why the config's own settings cannot run there)"""
-    from jaxgpt.planning.search import queue_of, search
+    from jaxgpt.planning.plan_search import queue_of, search
     from jaxgpt.planning.verdict import guess, judge
 
     if not compiled:
@@ -141,8 +141,8 @@ def vocabulary(config: Config) -> int:
     Raises:
         UserError: the config does not tell.
     """
-    from jaxgpt.data.preparation import given_tokenizer
     from jaxgpt.model.sizes import GPT2_VOCAB
+    from jaxgpt.preparation.preparation import given_tokenizer
 
     tokenizer = config.tokenizer
     added = len(tokenizer.special_tokens) + (2 if config.data.format == "chat" else 0)  # the two tokens of a turn

@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if beam_options and arguments.runner != "beam":
         raise UserError(f"{' '.join(beam_options)} after -- are options for Beam; add --runner beam")
 
-    from jaxgpt.data import preparation_report
-    from jaxgpt.data.preparation import given_tokenizer, prepare
-    from jaxgpt.data.runners import Beam
     from jaxgpt.model.huggingface import locate
+    from jaxgpt.preparation import preparation_report
+    from jaxgpt.preparation.preparation import given_tokenizer, prepare
+    from jaxgpt.preparation.runners import Beam
 
     slices = _slices(arguments.tpu)
     runner = Beam(beam_options) if arguments.runner == "beam" else None
@@ -77,9 +77,9 @@ def _slices(text: str | None) -> list:
 
 def _show_conversations(folder: Path) -> None:
     """What `train` will print before its first step."""
-    from jaxgpt.data import lint
-    from jaxgpt.data.rows import open_dataset
+    from jaxgpt.data.dataset import open_dataset
     from jaxgpt.data.tokenizer import load_tokenizer
+    from jaxgpt.preparation import lint
 
     print(lint.show(lint.check(open_dataset(folder, verify="sizes"), load_tokenizer(folder / "tokenizer"))))
 
@@ -88,7 +88,7 @@ def _show_conversations(folder: Path) -> None:
 
 
 def _measured_anew(config: Config, folder: Path, slices: list) -> dict[str, object]:
-    from jaxgpt.data.rows import open_dataset
+    from jaxgpt.data.dataset import open_dataset
 
     return host(config, open_dataset(folder, verify="sizes"), slices)
 
@@ -125,7 +125,7 @@ def read_speed(split, block_size: int, seconds: float = _MEASURED_SECONDS) -> fl
 
 def _need(config: Config, vocab_size: int, where) -> dict[str, object]:
     """What `plan` would estimate by arithmetic for the config's own settings on the slice."""
-    from jaxgpt.planning.search import own_candidate
+    from jaxgpt.planning.plan_search import own_candidate
 
     own = own_candidate(config, vocab_size, where)
     tokens = own.config.train.global_batch_size * own.config.block_size

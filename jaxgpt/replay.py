@@ -100,11 +100,11 @@ def replay(run: Path, step: int, weights_step: int | None = None, data: Path | N
         UserError: there is no such step or checkpoint, or the data is not there; says which there are.
     """
     from jaxgpt.data.pipeline import train_rows
-    from jaxgpt.data.skipping import read_skip_list
+    from jaxgpt.data.skip_list import read_skip_list
     from jaxgpt.training.checkpoint import FOLDER, read_config
+    from jaxgpt.training.models import load_model
     from jaxgpt.training.resume import dataset_read_by
     from jaxgpt.training.step import batch_hash
-    from jaxgpt.training.weights import load_model
 
     config = read_config(run)
     weights_step = _weights_step(run, config, step, weights_step)
@@ -208,7 +208,7 @@ def _token_losses(config: Config, model):
     import jax.numpy as jnp
 
     from jaxgpt.model import gpt2
-    from jaxgpt.model.devices import choose_backend
+    from jaxgpt.model.backend_choice import choose_backend
 
     backend, _ = choose_backend(model.config.model, jax.devices()[0].platform, config.block_size)
 
@@ -278,7 +278,7 @@ def _say(text: str) -> None:
 
 def _skip(run: Path, newest: int, config: Config, found: Replay, arguments) -> str:
     """Add rows to the skip list, and say how to go on without them."""
-    from jaxgpt.data.skipping import add_to_skip_list
+    from jaxgpt.data.skip_list import add_to_skip_list
 
     numbers = {row.row for row in found.rows}
     if found.logged_hash not in (None, found.batch_hash):

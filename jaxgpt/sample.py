@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else None)
     prompts = _prompts(arguments)
 
-    from jaxgpt.parallel.host import keep_freed_memory
+    from jaxgpt.parallel.host_memory import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
 
@@ -156,7 +156,7 @@ def _load(checkpoint: str, weights: str | None, rows: int):
     from jaxgpt.inference.decode import build_decoder
     from jaxgpt.model.sizes import parameter_count
     from jaxgpt.parallel.compiler import use_compilation_cache
-    from jaxgpt.training.weights import load_model
+    from jaxgpt.training.models import load_model
 
     model = load_model(checkpoint)
     use_compilation_cache(model.config.train.compilation_cache_dir)
@@ -291,7 +291,7 @@ class ChatWriter(Writer):
     repeats_prompt = False
 
     def __init__(self, decoder, tokenizer, system: str, options, arguments: argparse.Namespace):
-        from jaxgpt.inference.chat import ChatPrompts
+        from jaxgpt.inference.conversation import ChatPrompts
 
         self._prompts = ChatPrompts(tokenizer, decoder.config.n_positions, arguments.checkpoint)
         self._system = system if arguments.system is None else arguments.system
@@ -300,7 +300,7 @@ class ChatWriter(Writer):
 
     def converse(self) -> None:
         """Answer one line after another, each after all that was said, until the input ends or /quit."""
-        from jaxgpt.inference.chat import ChatSession
+        from jaxgpt.inference.conversation import ChatSession
 
         if sys.stdin.isatty():
             print("Ctrl-C stops an answer; /reset forgets, /system TEXT instructs, /quit ends.", file=sys.stderr)
@@ -325,7 +325,7 @@ class ChatWriter(Writer):
             session.answered(line, answer.text)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        from jaxgpt.inference.chat import ChatSession
+        from jaxgpt.inference.conversation import ChatSession
 
         try:
             return ChatSession(self._prompts, self._system).ask(prompt.text, self._options.max_new_tokens).ids

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("jaxgpt.serve").setLevel(logging.INFO)
 
-    from jaxgpt.parallel.host import keep_freed_memory
+    from jaxgpt.parallel.host_memory import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
 
@@ -121,8 +121,8 @@ def _load(arguments: argparse.Namespace):
     from jaxgpt.inference.engine import Engine
     from jaxgpt.model.sizes import parameter_count
     from jaxgpt.parallel.compiler import use_compilation_cache
-    from jaxgpt.serving.served import Served
-    from jaxgpt.training.weights import load_model
+    from jaxgpt.serving.served_model import Served
+    from jaxgpt.training.models import load_model
 
     model = load_model(arguments.checkpoint)
     use_compilation_cache(model.config.train.compilation_cache_dir)

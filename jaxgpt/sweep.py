@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_arguments(arguments)
     kind = "learning-rate" if arguments.find_learning_rate else "sweep"
     arguments.workdir = arguments.workdir or Path("runs") / f"{Path(arguments.config).stem}-{kind}"
-    from jaxgpt.parallel.host import keep_freed_memory
+    from jaxgpt.parallel.host_memory import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
     if arguments.find_learning_rate:
@@ -74,8 +74,8 @@ def sweep(config: Config, arguments: argparse.Namespace) -> None:
         UserError: the input is wrong; found before anything is written.
         cli.Interrupted: told to stop; what was recorded stays.
     """
-    from jaxgpt.training.lease import Lease
-    from jaxgpt.tuning import records as recording
+    from jaxgpt.storage.lease import Lease
+    from jaxgpt.tuning import sweep_folder as recording
 
     # 1. All that can be wrong with the input, and what an earlier start of this sweep has left.
     search = asked_search(config, arguments)
@@ -154,11 +154,11 @@ def asked_search(config: Config, arguments: argparse.Namespace):
 
 def settled(search, bench, arguments: argparse.Namespace, before: dict):
     """(trials side by side, the search with what follows from devices and data)"""
-    from jaxgpt.tuning import running
+    from jaxgpt.tuning import trial_runner
     from jaxgpt.tuning.search import rungs_of
 
     configs, known = bench.configs, (bench.dataset.vocab_size, bench.mesh, search.trials)
-    count = arguments.side_by_side or running.side_by_side(configs[0], *known)
+    count = arguments.side_by_side or trial_runner.side_by_side(configs[0], *known)
     if before:
         return count, search  # its blocks and rungs stay what they were
     rungs = ()
@@ -204,13 +204,13 @@ def prepare_bench(config: Config, trials: Sequence[Config]) -> Bench:
     Raises:
         UserError: as `train` says it.
     """
-    from jaxgpt.data.preparation import given_tokenizer, prepare
-    from jaxgpt.data.rows import open_dataset
+    from jaxgpt.data.dataset import open_dataset
     from jaxgpt.model.huggingface import locate
     from jaxgpt.parallel import distributed
     from jaxgpt.parallel.accelerator import refuse_silent_cpu
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import batch_shards, build_mesh
+    from jaxgpt.preparation.preparation import given_tokenizer, prepare
     from jaxgpt.training import resume
     from jaxgpt.training.step import lay_out, resolve_batch
 
@@ -280,9 +280,9 @@ def run_rounds(search, found, bench: Bench, side_by_side: int, folder: Path) -> 
     """Run what is left, recording each trial as it ends."""
     from tqdm import tqdm
 
-    from jaxgpt.tuning import table
-    from jaxgpt.tuning.records import Record
-    from jaxgpt.tuning.running import Runner, Trial
+    from jaxgpt.tuning import sweep_table
+    from jaxgpt.tuning.sweep_folder import Record
+    from jaxgpt.tuning.trial_runner import Runner, Trial
 
     say = lambda text: tqdm.write(text, file=sys.stdout)
     runner = Runner(folder, bench.dataset, bench.mesh, side_by_side, bench.weights, say)
@@ -297,10 +297,10 @@ def run_rounds(search, found, bench: Bench, side_by_side: int, folder: Path) -> 
                 record = Record(settings=now.points[result.number], **dataclasses.asdict(result))
                 found.add(record)
                 bar.update(len(found.ended()) - bar.n)
-                best = table.best(found)
+                best = sweep_table.best(found)
                 bar.set_postfix_str(f"best {best.loss:.4f}" if best else "")
                 if bar.disable:
-                    print(table.one_line(search.space, record), flush=True)
+                    print(sweep_table.one_line(search.space, record), flush=True)
     for record in found.latest():
         runner.forget(record.number)
 
@@ -310,15 +310,16 @@ def run_rounds(search, found, bench: Bench, side_by_side: int, folder: Path) -> 
 
 def conclude(search, found, arguments: argparse.Namespace) -> None:
     """The table, the winner as a config file, the pictures; also of a sweep that was stopped."""
-    from jaxgpt.tuning import page, records, scaling, table
+    from jaxgpt.reporting import sweep_page
+    from jaxgpt.tuning import scaling, sweep_folder, sweep_table
 
     space, folder = search.space, arguments.workdir
-    sizes = table.sizes(space, found)
+    sizes = sweep_table.sizes(space, found)
     law = scaling.of_sizes(sizes, arguments.predict)
-    matter, doubts = table.effects(space, found), table.doubts(space, found)
+    matter, doubts = sweep_table.effects(space, found), sweep_table.doubts(space, found)
     if search.method == "halving":
         matter = []  # the trials that finished were chosen, so their means say little
-    print(table.table(space, found))
+    print(sweep_table.table(space, found))
     if len(matter) > 1:
         print(
             "matters  "
@@ -329,14 +330,14 @@ def conclude(search, found, arguments: argparse.Namespace) -> None:
         print(said)
     for doubt in doubts:
         print(f"doubt    {doubt}")
-    winner = table.best(found)
+    winner = sweep_table.best(found)
     if winner is None:
         print("best     no trial has finished with a loss yet")
     else:
-        file = records.write_best(folder, space, winner, command_with)
+        file = sweep_folder.write_best(folder, space, winner, command_with)
         print(f"best     trial {winner.number}, validation loss {winner.loss:.4f}: {file}")
         print(f"train    {command_with(file)}")
-    print(f"report   {page.write_page(folder, page.Sweep(search, found, law, matter, doubts))}", flush=True)
+    print(f"report   {sweep_page.write_page(folder, sweep_page.Sweep(search, found, law, matter, doubts))}", flush=True)
     if arguments.json:
         _write_json(arguments.json, _as_json(search, found, winner, law))
 
@@ -367,12 +368,13 @@ def _write_json(file: Path, content: dict) -> None:
 
 def find_learning_rate(config: Config, arguments: argparse.Namespace) -> None:
     """One run whose learning rate rises at every step (Smith 2017, section 3.3): which rates are worth a sweep?"""
-    from jaxgpt.training.lease import Lease
+    from jaxgpt.reporting import sweep_page
+    from jaxgpt.storage.lease import Lease
     from jaxgpt.training.summary import write_atomically
-    from jaxgpt.tuning import learning_rate, page, records
+    from jaxgpt.tuning import learning_rate, sweep_folder
 
     folder = arguments.workdir
-    if records.earlier(folder):
+    if sweep_folder.earlier(folder):
         raise UserError(f"{folder} holds a sweep, whose report would be lost; choose another --workdir")
     if config.init.from_checkpoint or config.init.from_huggingface:
         raise UserError("--find-learning-rate trains from fresh weights; leave [init] out")
@@ -380,8 +382,8 @@ def find_learning_rate(config: Config, arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with Lease(folder):
         found = learning_rate.find(bench.configs[0], bench.dataset, bench.mesh)
-        write_atomically(folder / page.RANGE_TEST, json.dumps(dataclasses.asdict(found)))
-        report = page.write_page(folder, None)
+        write_atomically(folder / sweep_page.RANGE_TEST, json.dumps(dataclasses.asdict(found)))
+        report = sweep_page.write_page(folder, None)
     low, high = sorted([found.steepest / 4, max(found.highest_safe, found.steepest) * 2])
     print(f"range    {len(found.rates)} steps, learning rate {found.rates[0]:.2g} to {found.rates[-1]:.2g}")
     print(f"steepest {found.steepest:.2g}: where the loss fell fastest, a good peak for a schedule")

@@ -35,12 +35,12 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
     What is wrong with the input is found before anything is written; `force` accepts settings that change what
     follows in a run and not what was.
     """
-    from jaxgpt.parallel.host import keep_freed_memory
+    from jaxgpt.parallel.host_memory import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
     from jaxgpt.parallel import distributed
-    from jaxgpt.parallel.peers import PeerWatch
-    from jaxgpt.training.faults import Activity, StopSignal, record_lost_host
+    from jaxgpt.parallel.host_watch import PeerWatch
+    from jaxgpt.training.signals import Activity, StopSignal, record_lost_host
 
     activity = Activity()
     record = functools.partial(record_lost_host, workdir)
@@ -88,18 +88,18 @@ class Inputs:
 
 def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.ExitStack) -> Inputs:
     """Find what is wrong with the input. A run that is there is taken into `held`, and nothing else is written."""
-    from jaxgpt.data.preparation import given_tokenizer
-    from jaxgpt.data.rows import open_dataset
-    from jaxgpt.data.skipping import read_skip_list
+    from jaxgpt.data.dataset import open_dataset
+    from jaxgpt.data.skip_list import read_skip_list
     from jaxgpt.data.tokenizer import load_tokenizer
-    from jaxgpt.evaluation.during import read_tasks, task_scores
+    from jaxgpt.evaluation.in_training import read_tasks, task_scores
     from jaxgpt.model.huggingface import locate
     from jaxgpt.parallel import distributed
     from jaxgpt.parallel.accelerator import refuse_silent_cpu
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import build_mesh
+    from jaxgpt.preparation.preparation import given_tokenizer
+    from jaxgpt.storage.lease import Lease
     from jaxgpt.training import resume
-    from jaxgpt.training.lease import Lease
     from jaxgpt.training.step import build_program, resolve_steps
 
     # 1. The run folder belongs to this experiment, or to none; the weights to start from are there and fit.
@@ -140,8 +140,8 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
 
 def prepared(config: Config, tokenizer) -> Path:
     """The folder of the prepared data. One process makes it, the others wait for that and find it."""
-    from jaxgpt.data.preparation import prepare
     from jaxgpt.parallel import distributed
+    from jaxgpt.preparation.preparation import prepare
 
     if not distributed.is_writer():
         distributed.barrier("prepared", PREPARE_SECONDS)
@@ -154,14 +154,14 @@ def prepared(config: Config, tokenizer) -> Path:
 def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStack) -> None:
     """From checked inputs to a finished run: the state, the loop, the report, and the weights for everyone."""
     from jaxgpt.parallel import distributed
-    from jaxgpt.planning.local import out_of_memory_explained
+    from jaxgpt.storage.lease import Lease
     from jaxgpt.training import resume, summary
+    from jaxgpt.training.auto_batch import out_of_memory_explained
     from jaxgpt.training.checkpoint import Checkpoints
-    from jaxgpt.training.faults import Watchdog
-    from jaxgpt.training.lease import Lease
     from jaxgpt.training.loop import fit
     from jaxgpt.training.metrics import MetricLog
-    from jaxgpt.training.run import Run, position
+    from jaxgpt.training.run_state import Run, position
+    from jaxgpt.training.signals import Watchdog
 
     config, dataset, program, step = inputs.config, inputs.dataset, inputs.program, inputs.step
     is_writer = distributed.is_writer()
@@ -250,9 +250,9 @@ def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None
     goes on keeps the sequences of a step that it began with.
     """
     from jaxgpt.parallel.mesh import batch_shards
-    from jaxgpt.planning.local import largest_batch
-    from jaxgpt.planning.memory import batch_sizes, with_settings
+    from jaxgpt.training.auto_batch import largest_batch
     from jaxgpt.training.checkpoint import finished_steps, read_config
+    from jaxgpt.training.memory import batch_sizes, with_settings
     from jaxgpt.training.step import resolve_batch
 
     shards = batch_shards(mesh)
@@ -285,8 +285,8 @@ def linted(dataset) -> Callable[[], None] | None:
     """
     if dataset.format == "text":
         return None
-    from jaxgpt.data import lint
     from jaxgpt.data.tokenizer import load_tokenizer
+    from jaxgpt.preparation import lint
 
     found = lint.check(dataset, load_tokenizer(dataset.path / "tokenizer"))
     return lambda: print(lint.show(found), flush=True)
@@ -328,7 +328,7 @@ def export(run, params: dict, is_writer: bool) -> None:
     """
     from jaxgpt.data.tokenizer import load_tokenizer
     from jaxgpt.training.checkpoint import whole
-    from jaxgpt.training.weights import export_model
+    from jaxgpt.training.models import export_model
 
     folder, tokenizer = run.workdir / "hf", load_tokenizer(run.dataset.path / "tokenizer")
     model = (run.config.model, run.dataset.vocab_size, params, tokenizer)

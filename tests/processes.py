@@ -29,8 +29,8 @@ def main(argv=None) -> None:
     distributed.join("auto", HOST_TIMEOUT)
     import jax
 
-    from jaxgpt.parallel.peers import PeerWatch
-    from jaxgpt.training.faults import record_lost_host
+    from jaxgpt.parallel.host_watch import PeerWatch
+    from jaxgpt.training.signals import record_lost_host
 
     ended_well, process = False, jax.process_index()
     try:

@@ -48,8 +48,8 @@ from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.text import token_bytes
 from jaxgpt.model import gpt2
-from jaxgpt.serving.served import Served
-from jaxgpt.training.weights import LoadedModel, export_model, is_huggingface, save_as_run
+from jaxgpt.serving.served_model import Served
+from jaxgpt.training.models import LoadedModel, export_model, is_huggingface, save_as_run
 
 KEYS = ("first-key-9f3c", "second-key-77ab")
 ORIGIN = "https://chat.example.com"

@@ -10,15 +10,15 @@ import pytest
 
 from jaxgpt import compare
 from jaxgpt.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
-from jaxgpt.training import figures
-from jaxgpt.training.comparison import (
+from jaxgpt.reporting import figures
+from jaxgpt.reporting.comparison import (
     comparability,
     differing_settings,
     distinguishing_names,
     numbers,
     read_runs,
 )
-from jaxgpt.training.comparison_page import write_page
+from jaxgpt.reporting.comparison_page import write_page
 
 CONFIG = Config(
     model=ModelConfig(n_layer=2),

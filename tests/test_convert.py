@@ -11,8 +11,8 @@ from jaxgpt import convert
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.model import gpt2
-from jaxgpt.training import weights
-from jaxgpt.training.weights import export_model, load_model
+from jaxgpt.training import models
+from jaxgpt.training.models import export_model, load_model
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, dtype="float32")
 VOCAB = 270
@@ -56,7 +56,7 @@ def test_the_kind_of_folder_can_be_chosen(folder, tmp_path, capsys):
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(weights, "load_model", None)
+    monkeypatch.setattr(models, "load_model", None)
     assert run("hf:no/such/model", folder) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: {folder} exists already; choose another name, or remove it first\n"
@@ -81,7 +81,7 @@ def test_a_broken_source_leaves_nothing(folder, tmp_path, capsys):
 def test_what_gives_other_logits_is_not_kept(folder, tmp_path, capsys, monkeypatch, to_format):
     def write_wrongly(write):
         def write_another_bit(folder, *args, **kwargs):
-            model = next((arg for arg in args if isinstance(arg, weights.LoadedModel)), None)
+            model = next((arg for arg in args if isinstance(arg, models.LoadedModel)), None)
             params = model.params if model else args[2]
             params["ln_f"]["bias"] = params["ln_f"]["bias"].at[0].add(1e-4)
             return write(folder, *args, **kwargs)
@@ -89,7 +89,7 @@ def test_what_gives_other_logits_is_not_kept(folder, tmp_path, capsys, monkeypat
         return write_another_bit
 
     for name in ("write_huggingface", "write_run"):
-        monkeypatch.setattr(weights, name, write_wrongly(getattr(weights, name)))
+        monkeypatch.setattr(models, name, write_wrongly(getattr(models, name)))
     assert run(folder, tmp_path / "new", "--format", to_format) == 1
     assert "gives other logits than" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(folder, tmp_path, ca
     def no_space(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "fsync", no_space)
+    monkeypatch.setattr(models, "fsync", no_space)
     assert run(folder, tmp_path / "new") == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"failed: {tmp_path / 'new'} could not be written") and "No space left" in line

@@ -8,8 +8,8 @@ import pytest
 
 from jaxgpt.config import ChatConfig
 from jaxgpt.data import chat
-from jaxgpt.data.records import BadRecord
 from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
+from jaxgpt.preparation.documents import BadRecord
 
 TEXTS = [
     "user\nassistant\nsystem\nWhere is my parcel? It's on its way. 你好，世界！ don't worry 🙂",

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UserError
+from jaxgpt.data.dataset import RECORD_TOKENS, Batch, TokenStream
 from jaxgpt.data.pipeline import _local_rows, eval_batches, train_batches, train_rows
-from jaxgpt.data.rows import RECORD_TOKENS, Batch, TokenStream
 
 
 def stream_of(size: int) -> TokenStream:
@@ -171,7 +171,7 @@ def test_closing_early_ends_the_threads_and_lets_python_exit():
     code = (
         "import jax, numpy as np\n"
         "from jaxgpt.data.pipeline import train_batches\n"
-        "from jaxgpt.data.rows import RECORD_TOKENS, TokenStream\n"
+        "from jaxgpt.data.dataset import RECORD_TOKENS, TokenStream\n"
         "record = {'tokens': np.arange(RECORD_TOKENS, dtype=np.uint16)}\n"
         "stream = TokenStream([record] * 50, 50 * RECORD_TOKENS, 0, 1, 'uint16')\n"
         "place = jax.sharding.SingleDeviceSharding(jax.devices()[0])\n"

@@ -26,8 +26,8 @@ from jaxgpt.__main__ import VERBS
 from jaxgpt.config import UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
-from jaxgpt.serving.gate import ALWAYS_OPEN
-from jaxgpt.serving.metrics import Metrics
+from jaxgpt.serving.middleware import ALWAYS_OPEN
+from jaxgpt.serving.prometheus import Metrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

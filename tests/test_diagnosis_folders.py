@@ -13,9 +13,9 @@ import pytest
 from machines import case
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, TokenizerConfig
-from jaxgpt.diagnosis import experiment, folders, host
+from jaxgpt.diagnosis import experiment, folders, machine
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
-from jaxgpt.training.lease import Lease
+from jaxgpt.storage.lease import Lease
 
 
 def run_folder_on(mount: str, here: Case, before: str = "true") -> list[dict]:
@@ -24,7 +24,7 @@ def run_folder_on(mount: str, here: Case, before: str = "true") -> list[dict]:
     folder.mkdir(exist_ok=True)
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets no user mount")
-    probe = f"{sys.executable} -m jaxgpt.diagnosis.children experiment run_folder 30"
+    probe = f"{sys.executable} -m jaxgpt.diagnosis.probe_process experiment run_folder 30"
     script = f"mount {mount} {folder} && {{ {before}; {probe}; }}"
     command = ["unshare", "-Urm", "sh", "-c", script]
     done = subprocess.run(command, input=here.to_json(), capture_output=True, text=True)
@@ -106,7 +106,7 @@ def test_a_bucket_has_to_be_mounted():
 
 
 def test_prepared_data_is_found_and_damage_is_a_problem(tmp_path):
-    from jaxgpt.data.preparation import prepare
+    from jaxgpt.preparation.preparation import prepare
 
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     settings = DataConfig(source="text", path=str(tmp_path / "text.txt"), prepared_dir=str(tmp_path / "prepared"))
@@ -150,7 +150,7 @@ def test_few_open_files_are_a_warning(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
     try:
-        _, finding = host.resources(case(tmp_path))
+        _, finding = machine.resources(case(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert finding.status == WARNING and "ulimit -n" in finding.fix
@@ -169,5 +169,5 @@ def test_the_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
         ("1500000000", WARNING, 5 * 10**8),
     ]:
         (group / "memory.max").write_text(f"{limit}\n")
-        memory, _ = host.resources(case(tmp_path, root=str(tmp_path)))
+        memory, _ = machine.resources(case(tmp_path, root=str(tmp_path)))
         assert (memory.status, memory.facts["free_bytes"]) == (status, free)

@@ -15,9 +15,9 @@ from tiny import RUN
 
 from jaxgpt import cli, doctor
 from jaxgpt.config import Config, MeshConfig, TrainConfig
-from jaxgpt.diagnosis import devices, processes, software
-from jaxgpt.diagnosis.children import Child
+from jaxgpt.diagnosis import accelerators, file_holders, software
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, WARNING, Case
+from jaxgpt.diagnosis.probe_process import Child
 
 NAMES = [name for probe in doctor.PROBES for name in probe.names]
 
@@ -189,13 +189,13 @@ def test_a_cuda_plugin_that_jax_would_pass_over_is_a_problem(tmp_path, monkeypat
 
 def test_the_holder_of_the_tpu_is_named_without_its_secrets(tmp_path):
     with_process(with_tpu(tmp_path), 4711, ["python", "-m", "train", f"--token={SECRET}"], "/dev/vfio/0")
-    [finding] = devices.holder(case(tmp_path, root=str(tmp_path)))
+    [finding] = accelerators.holder(case(tmp_path, root=str(tmp_path)))
     assert finding.status == PROBLEM and "process 4711 (python -m train)" in finding.text
     assert "kill 4711" in finding.fix and SECRET not in finding.text
 
 
 def test_the_holder_of_libtpus_lock_is_named_by_the_kernel(tmp_path):
-    lock = tmp_path / devices.LOCK
+    lock = tmp_path / accelerators.LOCK
     lock.parent.mkdir()
     lock.touch()
     code = (
@@ -204,13 +204,13 @@ def test_the_holder_of_libtpus_lock_is_named_by_the_kernel(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code, lock], stdin=-1, stdout=-1) as owner:
         assert owner.stdout.readline() == b"locked\n"
-        assert processes.lock_owners(lock, Path("/")) == [owner.pid]
+        assert file_holders.lock_owners(lock, Path("/")) == [owner.pid]
         with_tpu(tmp_path)
         (tmp_path / "proc").symlink_to("/proc")
-        [held] = devices.holder(case(tmp_path, root=str(tmp_path)))
+        [held] = accelerators.holder(case(tmp_path, root=str(tmp_path)))
         owner.communicate(b"\n")
     assert held.status == PROBLEM and f"process {owner.pid} (" in held.text
-    [free] = devices.holder(case(tmp_path, root=str(tmp_path)))
+    [free] = accelerators.holder(case(tmp_path, root=str(tmp_path)))
     assert free.status == OK and "left over" in free.text
 
 
@@ -222,7 +222,7 @@ def test_a_silent_fall_to_the_cpu_is_a_problem_with_the_package_that_is_missing(
     assert accelerator.fix == 'pip install -U "jax[cuda12]"'
     assert arithmetic.status == OK
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    accelerator, *_ = devices.compute(case(tmp_path, root=root))
+    accelerator, *_ = accelerators.compute(case(tmp_path, root=root))
     assert accelerator.status == OK and "as asked" in accelerator.text
 
 
@@ -239,5 +239,5 @@ def test_a_platform_that_does_not_start_is_a_problem(tmp_path, monkeypatch, plat
 def test_a_mesh_that_does_not_fit_the_devices_is_a_problem(tmp_path, fsdp, batch, status):
     train = TrainConfig(per_device_train_batch_size=1, global_batch_size=batch)
     config = Config(mesh=MeshConfig(fsdp=fsdp), train=train)
-    *_, mesh = devices.compute(case(tmp_path, config=config, is_given=True))
+    *_, mesh = accelerators.compute(case(tmp_path, config=config, is_given=True))
     assert (mesh.name, mesh.status) == ("mesh", status)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_training_faults import CONFIG, ENVIRONMENT
+from test_training_signals import CONFIG, ENVIRONMENT
 
 import jaxgpt
 from jaxgpt import drill

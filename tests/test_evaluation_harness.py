@@ -23,8 +23,8 @@ from jaxgpt.evaluation import harness
 from jaxgpt.evaluation.scoring import Scorer, encode_pair
 from jaxgpt.evaluation.tasks import read_task, results
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.training.models import export_model, load_model
 from jaxgpt.training.step import build_program
-from jaxgpt.training.weights import export_model, load_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra eval is not installed: pip install 'jaxgpt[eval]'")
 torch = pytest.importorskip("torch", reason="the harness's own model is torch's")

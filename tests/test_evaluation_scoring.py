@@ -7,8 +7,8 @@ from tiny import CONFIG, MODEL, ONE_DEVICE, VOCAB
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.data.tokenizer import train_bpe
-from jaxgpt.evaluation.rows import Request, rows_of
 from jaxgpt.evaluation.scoring import Score, Scorer, encode_pair
+from jaxgpt.evaluation.scoring_rows import Request, rows_of
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import build_mesh
 

@@ -14,15 +14,15 @@ from tiny import RUN
 
 from jaxgpt import cli, train
 from jaxgpt.config import Config
-from jaxgpt.data.preparation import given_tokenizer, prepare
-from jaxgpt.data.rows import open_dataset
+from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
+from jaxgpt.preparation.preparation import given_tokenizer, prepare
 from jaxgpt.training import loop, resume
 from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.models import export_model, load_model, save_as_run
 from jaxgpt.training.step import build_program, resolve_batch
-from jaxgpt.training.weights import export_model, load_model, save_as_run
 
 CONFIG = (
     RUN

@@ -12,7 +12,7 @@ from jaxgpt.config import MeshConfig, ModelConfig, UserError
 from jaxgpt.inference import decode
 from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, stream
 from jaxgpt.inference.sampling import SamplingOptions
-from jaxgpt.model import gpt2, packed
+from jaxgpt.model import gpt2, quantized
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.parallel.sharding import param_shardings
 
@@ -41,7 +41,7 @@ def random_params(config):
 @pytest.fixture(scope="module", autouse=True)
 def the_matrices_of_these_small_networks_lie_in_tiles():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "SMALLEST_STREAMED", 0)
+        patch.setattr(quantized, "SMALLEST_STREAMED", 0)
         yield
 
 

@@ -12,7 +12,7 @@ from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.model import backend, gpt2, tpu
 from jaxgpt.model.attention import attend
 from jaxgpt.model.backend import PLAIN
-from jaxgpt.model.devices import choose_backend
+from jaxgpt.model.backend_choice import choose_backend
 from jaxgpt.model.flash import LONGEST, flash_attention
 from jaxgpt.model.loss import FAST_UP_TO, cross_entropy
 

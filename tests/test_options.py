@@ -19,24 +19,24 @@ from tiny import VOCAB, batch
 from jaxgpt import cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import chat
-from jaxgpt.data.augmentation import Augmenter
-from jaxgpt.data.cleaning import Cleaner
-from jaxgpt.data.duplicates import find_repeats, signature
+from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.pipeline import train_batches
-from jaxgpt.data.preparation import prepare
-from jaxgpt.data.rows import open_dataset
-from jaxgpt.data.sources import documents
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
+from jaxgpt.preparation.augmentation import Augmenter
+from jaxgpt.preparation.cleaning import Cleaner
+from jaxgpt.preparation.duplicates import find_repeats, signature
+from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.sources import documents
 from jaxgpt.train import train
+from jaxgpt.training.bad_steps import BadStep, BadSteps
 from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.guard import BadStep, BadSteps
+from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.optimizer import arguments, build_optimizer
-from jaxgpt.training.run import Position
+from jaxgpt.training.run_state import Position
 from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
-from jaxgpt.training.stopping import EarlyStopping
 
 BASE = {
     "model.n_layer": 1,
@@ -330,15 +330,16 @@ ELSEWHERE = {
     "train.compilation_cache_dir": "test_parallel_compiler.py",
     "data.num_threads": "test_threads_and_prefetch_reach_grain",
     "data.prefetch_batches": "test_threads_and_prefetch_reach_grain",
-    "chat.packing": "test_data_packing.test_every_conversation_is_there_once_whole_with_its_mask_and_its_document",
-    "data.num_proc": "test_data_preparation.test_the_setting_says_how_many_processes_work",
+    "chat.packing": "test_preparation_packing."
+    "test_every_conversation_is_there_once_whole_with_its_mask_and_its_document",
+    "data.num_proc": "test_preparation_preparation.test_the_setting_says_how_many_processes_work",
     "data.skip_list": "test_replay.test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them",
     "data.verify": "test_training_resume.test_a_flipped_bit_in_the_data_stops_a_start_before_anything_is_compiled",
     "mesh.data": "test_mesh_data_is_checked_against_the_devices",
     "mesh.distributed": "test_parallel_distributed.test_the_setting_decides_whether_a_pod_is_joined",
     "eval.tasks": "test_training_loop.test_scores_in_a_training_are_those_that_evaluate_finds_for_its_checkpoint",
     "eval.chat_prompts": "test_replay.test_a_model_that_learned_to_stop_is_told_from_one_that_did_not",
-    "faults.hang_seconds": "test_training_faults.test_a_data_reader_that_hangs_ends_the_run_with_75",
+    "faults.hang_seconds": "test_training_signals.test_a_data_reader_that_hangs_ends_the_run_with_75",
     "faults.host_timeout_seconds": "test_parallel_distributed.test_a_lost_process_ends_the_others_and_is_named",
     "log.wandb_project": "test_wandb_is_asked_for",
     "init.from_checkpoint": "test_train.test_training_starts_from_another_runs_weights",

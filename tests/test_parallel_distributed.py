@@ -24,11 +24,11 @@ from jaxgpt import cli
 from jaxgpt.config import UserError
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.distributed import Place, StopVote, place_in
-from jaxgpt.parallel.peers import ALIVE, DONE, FAILED, Peers, PeerWatch, Sign
-from jaxgpt.parallel.roll_call import roll_call
+from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, Peers, PeerWatch, Sign
+from jaxgpt.parallel.join import roll_call
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.weights import load_model
+from jaxgpt.training.models import load_model
 
 OURS = {"JAXGPT_COORDINATOR": "10.0.0.1:8476", "JAXGPT_NUM_PROCESSES": "4", "JAXGPT_PROCESS_ID": "2"}
 SLURM = {
@@ -104,7 +104,7 @@ def roll_calls(processes: list[tuple[int, int]], timeout: float, versions: tuple
     [first] = environments(1)
     address = first["JAXGPT_COORDINATOR"]
     code = (
-        "import sys; from jaxgpt.parallel.pods import Place; from jaxgpt.parallel.roll_call import roll_call\n"
+        "import sys; from jaxgpt.parallel.cluster_env import Place; from jaxgpt.parallel.join import roll_call\n"
         "count, process, seconds = map(int, sys.argv[2:5])\n"
         "roll_call(Place(sys.argv[1], count, process), seconds, {'jax': sys.argv[5]})"
     )

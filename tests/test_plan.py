@@ -169,9 +169,9 @@ def test_a_file_that_no_gate_wrote_is_the_users_mistake(tmp_path, text):
     ("name", "calibrated"), [("v5e-1", True), ("v6e-1", True), ("v5e-8", False), ("v6e-8", False), ("v5p-16", False)]
 )
 def test_an_error_band_is_claimed_only_where_measured_runs_are_behind_it(name, calibrated):
-    from jaxgpt.planning import table, verdict
+    from jaxgpt.planning import plan_table, verdict
     from jaxgpt.planning.compile import CompiledStep
-    from jaxgpt.planning.search import own_candidate
+    from jaxgpt.planning.plan_search import own_candidate
 
     where = topology.parse_slice(name)
     config = plan.Config(train={"global_batch_size": 64, "per_device_train_batch_size": 2})
@@ -181,5 +181,5 @@ def test_an_error_band_is_claimed_only_where_measured_runs_are_behind_it(name, c
     row = verdict.judge(candidate, CompiledStep(True, {"program": 1}, 1, 2, 0, 1.0, hlo), 50257, {}, None)
     assert row.seconds > 0
     assert (row.low is not None) == (row.high is not None) == calibrated
-    assert ("~" in table.table([row], absolute=True)) == (not calibrated)
-    assert verdict.CALIBRATION.limits in " ".join(table.calibration_lines())
+    assert ("~" in plan_table.table([row], absolute=True)) == (not calibrated)
+    assert verdict.CALIBRATION.limits in " ".join(plan_table.calibration_lines())

@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
+from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning import kernels
-from jaxgpt.planning.chips import CHIPS
 from jaxgpt.planning.cost import CALIBRATION, Calibration, estimate, mfu, read_program, wire_bandwidth
 
 MATMUL = (

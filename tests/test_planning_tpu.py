@@ -9,9 +9,9 @@ pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: 
 from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, UserError
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.planning.compile import compile_step
-from jaxgpt.planning.local import largest_batch
 from jaxgpt.planning.program import read_program
 from jaxgpt.planning.topology import compile_only_devices, known_slices, parse_slice
+from jaxgpt.training.auto_batch import largest_batch
 from jaxgpt.training.step import resolve_batch
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=256)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxgpt import train
-from jaxgpt.planning import local
+from jaxgpt.training import auto_batch
 
 TEXT = "".join(f"line {number} of a text that is long enough for a few windows\n" for number in range(400))
 TRAIN = """
@@ -43,14 +43,18 @@ def saved(tmp_path) -> dict:
 
 
 def test_an_automatic_batch_is_resolved_and_kept_when_the_run_goes_on(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "largest_batch", lambda config, *_: 2 if config.train.global_batch_size == 32 else 0)
+    monkeypatch.setattr(
+        auto_batch, "largest_batch", lambda config, *_: 2 if config.train.global_batch_size == 32 else 0
+    )
     code, out, _ = run()
     assert code == 0
     assert "per_device_train_batch_size = auto: 2, of 1 to 4" in out
     assert saved(tmp_path)["per_device_train_batch_size"] == 2
     assert saved(tmp_path)["gradient_accumulation_steps"] == 2
     # goes on, with another size and the same sequences a step: nobody named them this time
-    monkeypatch.setattr(local, "largest_batch", lambda config, *_: 4 if config.train.global_batch_size == 32 else 0)
+    monkeypatch.setattr(
+        auto_batch, "largest_batch", lambda config, *_: 4 if config.train.global_batch_size == 32 else 0
+    )
     code, _, err = run("--train.max_steps", "2", "--train.global_batch_size", "none")
     assert code == 0, err
     assert saved(tmp_path)["per_device_train_batch_size"] == 4

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="the extra beam is not installed")
 
-from jaxgpt.data import reading
+from jaxgpt.preparation import reading
 from jaxgpt.prepare import main
 
 TEXTS = [f"number {i}  the cat sat on the mat, https://x.org/{i * i} 中文\n" * 3 for i in range(60)]

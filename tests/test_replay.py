@@ -15,10 +15,10 @@ from tiny import RUN
 from jaxgpt import cli, replay, train
 from jaxgpt.data import pipeline
 from jaxgpt.data.chat import with_chat_tokens
-from jaxgpt.data.rows import open_dataset
+from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
-from jaxgpt.data.writer import DatasetWriter, PackedWriter
 from jaxgpt.model import gpt2
+from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.recovery import read_faults
 

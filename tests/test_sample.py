@@ -22,8 +22,8 @@ from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.models import load_model
 from jaxgpt.training.step import TrainState
-from jaxgpt.training.weights import load_model
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, dtype="float32")
 RULE = f"\n{'-' * 80}\n"

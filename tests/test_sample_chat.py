@@ -15,11 +15,11 @@ from test_sample import Terminal, run, stdin_of
 from jaxgpt.config import ChatConfig, Config, ModelConfig, UserError
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import train_bpe
-from jaxgpt.inference.chat import ChatPrompts, ChatSession
+from jaxgpt.inference.conversation import ChatPrompts, ChatSession
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
-from jaxgpt.training.weights import LoadedModel, load_model, save_as_run, write_huggingface
+from jaxgpt.training.models import LoadedModel, load_model, save_as_run, write_huggingface
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=256, dtype="float32")
 TOKENIZER = chat.with_chat_tokens(train_bpe(["no merges"], 257))

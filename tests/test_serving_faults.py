@@ -39,10 +39,10 @@ def serve_with_faults(folder: Path) -> None:
     import gc
 
     from jaxgpt.inference import engine, slots
-    from jaxgpt.serving import gate, generation, served, server
+    from jaxgpt.serving import generated_texts, middleware, served_model, server
 
-    server.HEADER_SECONDS = server.SEND_SECONDS = gate.BODY_SECONDS = SHORT
-    served.STUCK_SECONDS = 1.5
+    server.HEADER_SECONDS = server.SEND_SECONDS = middleware.BODY_SECONDS = SHORT
+    served_model.STUCK_SECONDS = 1.5
     sound = slots.decode_chunk, slots.empty_slots
 
     def decode_chunk(*arguments):
@@ -61,7 +61,7 @@ def serve_with_faults(folder: Path) -> None:
 
     def count(*_) -> None:
         gc.collect()
-        kinds = (generation.Generation, engine.Ticket, server._Protocol)
+        kinds = (generated_texts.Generation, engine.Ticket, server._Protocol)
         alive = {kind.__name__: sum(isinstance(one, kind) for one in gc.get_objects()) for kind in kinds}
         alive["tasks"] = len(asyncio.all_tasks())
         (folder / "new").write_text(json.dumps(alive))

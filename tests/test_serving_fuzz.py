@@ -14,16 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from jaxgpt.serving import bodies
+from jaxgpt.serving import schemas
 
 pytest_plugins = ["serving"]
 
 BODIES = {
-    "/v1/completions": bodies.CompletionBody,
-    "/v1/chat/completions": bodies.ChatBody,
-    "/generate": bodies.GenerateBody,
-    "/tokenize": bodies.TokenizeBody,
-    "/detokenize": bodies.DetokenizeBody,
+    "/v1/completions": schemas.CompletionBody,
+    "/v1/chat/completions": schemas.ChatBody,
+    "/generate": schemas.GenerateBody,
+    "/tokenize": schemas.TokenizeBody,
+    "/detokenize": schemas.DetokenizeBody,
 }
 POSTS = tuple(BODIES)
 SOUND = {

@@ -9,9 +9,9 @@ import serving
 
 from jaxgpt import serve
 from jaxgpt.inference.slots import STOPS
-from jaxgpt.serving import bodies
+from jaxgpt.serving import schemas
 from jaxgpt.serving.app import OPENABLE
-from jaxgpt.serving.gate import ALWAYS_OPEN, MAX_BODY_BYTES
+from jaxgpt.serving.middleware import ALWAYS_OPEN, MAX_BODY_BYTES
 
 pytest_plugins = ["serving"]
 
@@ -41,22 +41,22 @@ def check(server, path: str, fields: dict, status: int, param: str | None = None
     "path, field, good, bad",
     [
         (COMPLETIONS, "prompt", [1] * (LONGEST - 1), None),
-        (COMPLETIONS, "prompt", ["a"] * bodies.MAX_PROMPTS, ["a"] * (bodies.MAX_PROMPTS + 1)),
+        (COMPLETIONS, "prompt", ["a"] * schemas.MAX_PROMPTS, ["a"] * (schemas.MAX_PROMPTS + 1)),
         (COMPLETIONS, "prompt", "", [[], {}]),
         (COMPLETIONS, "prompt", [], None),
         (COMPLETIONS, "prompt", [[1], [2]], [[1], "a", [True]]),
         (COMPLETIONS, "prompt", [301], [-1]),
-        (COMPLETIONS, "n", bodies.MAX_CHOICES, bodies.MAX_CHOICES + 1),
+        (COMPLETIONS, "n", schemas.MAX_CHOICES, schemas.MAX_CHOICES + 1),
         (COMPLETIONS, "n", 1, 0),
-        (COMPLETIONS, "stop", ["a"] * bodies.MAX_STOPS, ["a"] * (bodies.MAX_STOPS + 1)),
+        (COMPLETIONS, "stop", ["a"] * schemas.MAX_STOPS, ["a"] * (schemas.MAX_STOPS + 1)),
         (COMPLETIONS, "stop", "中" * 256, "中" * 257),
         (COMPLETIONS, "stop", ["b" * 256], ["b" * 257]),
         (COMPLETIONS, "stop", [], ""),
         (COMPLETIONS, "stop_token_ids", [1] * (STOPS - 1), [1] * STOPS),
-        (COMPLETIONS, "logprobs", bodies.MAX_ALTERNATIVES, bodies.MAX_ALTERNATIVES + 1),
+        (COMPLETIONS, "logprobs", schemas.MAX_ALTERNATIVES, schemas.MAX_ALTERNATIVES + 1),
         (COMPLETIONS, "logprobs", 0, -1),
         (COMPLETIONS, "logprobs", None, True),
-        (COMPLETIONS, "seed", bodies.MAX_SEED, bodies.MAX_SEED + 1),
+        (COMPLETIONS, "seed", schemas.MAX_SEED, schemas.MAX_SEED + 1),
         (COMPLETIONS, "seed", 0, -1),
         (COMPLETIONS, "temperature", 0, -0.001),
         (COMPLETIONS, "temperature", 1e300, "1"),
@@ -71,12 +71,12 @@ def check(server, path: str, fields: dict, status: int, param: str | None = None
         (CHATS, "messages", [USER, {"role": "assistant", "content": ""}, USER], [{"role": "tool", "content": "a"}]),
         (CHATS, "messages", [{"role": "system", "content": "a"}, USER], [USER, {"role": "assistant", "content": "a"}]),
         (CHATS, "messages", [{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "user"}]),
-        (CHATS, "n", bodies.MAX_CHOICES, bodies.MAX_CHOICES + 1),
+        (CHATS, "n", schemas.MAX_CHOICES, schemas.MAX_CHOICES + 1),
         (CHATS, "max_tokens", 1, 0),
         (CHATS, "max_tokens", 2, -1),
         (CHATS, "top_logprobs", 0, 1),
         (CHATS, "logprobs", True, 5),
-        ("/generate", "num_return_sequences", bodies.MAX_CHOICES, bodies.MAX_CHOICES + 1),
+        ("/generate", "num_return_sequences", schemas.MAX_CHOICES, schemas.MAX_CHOICES + 1),
         ("/generate", "max_new_tokens", 1, 0),
         ("/generate", "max_length", None, 5),
         ("/tokenize", "prompt", "", None),
@@ -179,19 +179,19 @@ CHANGES = {  # for each field that we do not have, a value with which OpenAI's a
 }
 
 
-@pytest.mark.parametrize("field", sorted(bodies._UNSUPPORTED))
+@pytest.mark.parametrize("field", sorted(schemas._UNSUPPORTED))
 def test_a_field_that_would_change_the_answer_is_refused_by_name_and_with_its_default_taken(chat_server, field):
     for path in (COMPLETIONS, CHATS):
         answer = chat_server.post_json(path, BASIC[path] | {field: CHANGES[field]})
         assert answer.status == 400 and answer.error["param"] == field and answer.error["code"] == "unsupported"
         assert field in answer.error["message"]
-        for usual in (None, *bodies._UNSUPPORTED[field]):
+        for usual in (None, *schemas._UNSUPPORTED[field]):
             check(chat_server, path, {field: usual}, 200)
 
 
 def test_fields_that_change_nothing_are_taken_and_unknown_ones_refused(chat_server):
     for path in (COMPLETIONS, CHATS):
-        check(chat_server, path, dict.fromkeys(bodies._IGNORED, "a"), 200)
+        check(chat_server, path, dict.fromkeys(schemas._IGNORED, "a"), 200)
         check(chat_server, path, {"temprature": 1}, 400, "temprature")
     check(chat_server, COMPLETIONS, {"messages": [USER]}, 400, "messages")
     check(chat_server, CHATS, {"messages": [USER | {"tool_calls": []}]}, 400, "messages")

@@ -17,10 +17,10 @@ from jaxgpt import cli, sweep
 from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.model import gpt2
-from jaxgpt.training.weights import LoadedModel, save_as_run
+from jaxgpt.training.models import LoadedModel, save_as_run
 from jaxgpt.tuning import learning_rate
-from jaxgpt.tuning import records as recording
-from jaxgpt.tuning.running import Result, Runner
+from jaxgpt.tuning import sweep_folder as recording
+from jaxgpt.tuning.trial_runner import Result, Runner
 
 CONFIG = """
 [model]
@@ -183,7 +183,7 @@ def test_trials_get_the_weights_that_init_names(folder, grid):
 
 def test_the_range_finder_writes_its_picture(folder, monkeypatch, capsys):
     rates, losses = [10.0**power for power in range(-6, 1)], [5.0, 5.0, 4.9, 4.0, 3.5, 3.4, 9.0]
-    find = lambda *given: learning_rate.RangeFound(rates, losses, 1e-3, 1e-2)  # trained in test_tuning_running.py
+    find = lambda *given: learning_rate.RangeFound(rates, losses, 1e-3, 1e-2)  # trained in test_tuning_trial_runner.py
     monkeypatch.setattr(learning_rate, "find", find)
     assert run(folder, "range", "--find-learning-rate", "--json", str(folder / "range.json")) == 0
     assert json.loads((folder / "range.json").read_text())["steepest"] == 1e-3

@@ -19,10 +19,10 @@ from tiny import RUN
 from jaxgpt import cli, train
 from jaxgpt.config import Config, UserError
 from jaxgpt.model import huggingface
-from jaxgpt.training import faults, guard
+from jaxgpt.training import bad_steps, signals
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.weights import check_logits, load_model
+from jaxgpt.training.models import check_logits, load_model
 
 CONFIG = (
     RUN
@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_a_user_expects(finished):
 
 
 def test_three_plus_restore_plus_three_is_six_bit_for_bit(folder, finished, monkeypatch):
-    class StopAtThree(faults.StopSignal):
+    class StopAtThree(signals.StopSignal):
         """What SIGTERM during step 4 does."""
 
         def __init__(self, *arguments):
@@ -112,7 +112,7 @@ def test_three_plus_restore_plus_three_is_six_bit_for_bit(folder, finished, monk
             pass
 
     workdir = folder / "halves"
-    monkeypatch.setattr(faults, "StopSignal", StopAtThree)
+    monkeypatch.setattr(signals, "StopSignal", StopAtThree)
     with pytest.raises(cli.Interrupted, match="run the same command again"):
         train.train(load(folder), workdir)
     monkeypatch.undo()
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(folder, caps
     workdir = folder / "exploded"
     config = load(folder, optimizer__learning_rate=1e30, optimizer__max_grad_norm=0, optimizer__warmup_steps=0,
                   checkpoint__save_steps=1, eval__eval_steps=1)  # fmt: skip
-    with pytest.raises(guard.BadStep, match=r"step \d: loss = .*last good checkpoint is step 1.*learning rate"):
+    with pytest.raises(bad_steps.BadStep, match=r"step \d: loss = .*last good checkpoint is step 1.*learning rate"):
         train.train(config, workdir)
     assert json.loads((workdir / "summary.json").read_text())["status"] == "failed"
     saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]

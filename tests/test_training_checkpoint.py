@@ -13,11 +13,11 @@ from tiny import CONFIG, batch, program
 
 from jaxgpt.cli import RunFailed, StorageFailed
 from jaxgpt.config import CheckpointConfig, FaultsConfig, MeshConfig, UserError
-from jaxgpt.data import manifest
+from jaxgpt.storage import manifest
 from jaxgpt.training import checkpoint, recovery
 from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, find_step, finished_steps
+from jaxgpt.training.models import load_model
 from jaxgpt.training.recovery import QUARANTINE, clean_leftovers, damage, newest_whole_step, read_faults
-from jaxgpt.training.weights import load_model
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ from tiny import RUN
 
 from jaxgpt import cli, evaluate, train
 from jaxgpt.config import Config, EvalConfig, MeshConfig, TrainConfig, UserError
-from jaxgpt.evaluation import during
+from jaxgpt.evaluation import in_training
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.run import Position, position
+from jaxgpt.training.models import load_model
+from jaxgpt.training.run_state import Position, position
 from jaxgpt.training.step import lay_out
-from jaxgpt.training.stopping import EarlyStopping
-from jaxgpt.training.weights import load_model
 
 CONFIG = (
     RUN
@@ -206,7 +206,7 @@ def test_a_run_told_to_stop_while_it_scores_goes_on_and_stops_early_as_an_undist
 ):
     whole, workdir = evaluations(stopped[0]), overfitting / "told"
     told_at = list(whole)[-2]  # two evaluations in a row were not better then
-    real, asked = during.TaskScores.__call__, []
+    real, asked = in_training.TaskScores.__call__, []
 
     def scores(self, params, go_on):
         asked.append(len(asked))
@@ -214,7 +214,7 @@ def test_a_run_told_to_stop_while_it_scores_goes_on_and_stops_early_as_an_undist
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, params, go_on)
 
-    monkeypatch.setattr(during.TaskScores, "__call__", scores)
+    monkeypatch.setattr(in_training.TaskScores, "__call__", scores)
     with pytest.raises(cli.Interrupted, match=f"at step {told_at} of"):
         train.train(load(overfitting, **settings(overfitting)), workdir)
     assert list(evaluations(workdir)) == list(whole)[:-2]
@@ -284,7 +284,9 @@ def test_scores_are_the_same_on_one_device_and_on_eight(overfitting, stopped):
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(fsdp=2)):
         devices = build_mesh(mesh, jax.devices()[: 1 if mesh.data == 1 else 8])
-        score = during.task_scores(during.read_tasks(files), model.config, model.vocab_size, model.tokenizer, devices)
+        score = in_training.task_scores(
+            in_training.read_tasks(files), model.config, model.vocab_size, model.tokenizer, devices
+        )
         shardings = lay_out(model.config, model.vocab_size, devices).param_shardings
         found.append(score(jax.device_put(model.params, shardings)))
     assert list(found[0]) == list(found[1])
@@ -326,7 +328,7 @@ def test_two_tasks_of_one_format_have_the_names_of_their_files(overfitting):
     again = overfitting / "again.jsonl"
     shutil.copy(overfitting / "own.jsonl", again)
     files = [f"choices={overfitting}/own.jsonl", f"lambada={overfitting}/lambada.jsonl", f"choices={again}"]
-    assert [task.name for task in during.read_tasks(files)] == ["choices_own", "lambada", "choices_again"]
+    assert [task.name for task in in_training.read_tasks(files)] == ["choices_own", "lambada", "choices_again"]
 
 
 def test_early_stopping_without_its_best_checkpoint_is_refused(overfitting):

@@ -13,15 +13,15 @@ from tiny import RUN
 
 from jaxgpt import cli, train
 from jaxgpt.config import Config, OptimizerConfig, TrainConfig, UserError, to_json
-from jaxgpt.data import manifest
-from jaxgpt.data.preparation import prepare
-from jaxgpt.data.rows import SPLITS, open_dataset
+from jaxgpt.data.dataset import SPLITS, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from jaxgpt.data.writer import DatasetWriter
+from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.writer import DatasetWriter
+from jaxgpt.storage import manifest
 from jaxgpt.training import resume, step
-from jaxgpt.training.changes import ENDLESS, ON_RESUME
 from jaxgpt.training.optimizer import arguments, build_optimizer, schedule
 from jaxgpt.training.resume import CHANGES, check_workdir, record_changes
+from jaxgpt.training.resume_rules import ENDLESS, ON_RESUME
 
 OLD = Config(optimizer=OptimizerConfig(learning_rate=0.01), train=TrainConfig(max_steps=500, global_batch_size=8))
 

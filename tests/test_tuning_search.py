@@ -9,12 +9,12 @@ import pytest
 
 from jaxgpt import cli
 from jaxgpt.config import CheckpointConfig, Config, EvalConfig, OptimizerConfig, TrainConfig, UserError
-from jaxgpt.tuning import records as recording
 from jaxgpt.tuning import search as searching
-from jaxgpt.tuning import table
-from jaxgpt.tuning.records import Record, Records
+from jaxgpt.tuning import sweep_folder as recording
+from jaxgpt.tuning import sweep_table
 from jaxgpt.tuning.search import Search, rungs_of
 from jaxgpt.tuning.space import Space, read_space
+from jaxgpt.tuning.sweep_folder import Record, Records
 
 RATE = "optimizer.learning_rate"
 
@@ -194,7 +194,7 @@ def test_the_winner_is_a_config_file_with_the_settings_that_differ_only(tmp_path
 def test_what_matters_is_told_apart_from_what_does_not(search, tmp_path):
     asked = search("grid", f"{RATE}=1e-4,1e-3,1e-2", "optimizer.weight_decay=0,0.1", trials=6)
     run(asked, records := Records(tmp_path))
-    (first, big), (second, small) = table.effects(asked.space, records)
+    (first, big), (second, small) = sweep_table.effects(asked.space, records)
     assert (first.label, second.label) == ("learning_rate", "weight_decay")
     assert big == pytest.approx(1.0) and small == pytest.approx(0.0, abs=1e-9)
 
@@ -206,7 +206,7 @@ def test_what_matters_is_told_apart_from_what_does_not(search, tmp_path):
 def test_a_best_value_at_the_border_is_doubted(search, tmp_path, values, said):
     asked = search("grid", f"{RATE}={values}")
     run(asked, records := Records(tmp_path))
-    doubts = table.doubts(asked.space, records)
+    doubts = sweep_table.doubts(asked.space, records)
     assert bool(doubts) == bool(said) and all(said in doubt and "widen the range" in doubt for doubt in doubts)
 
 
@@ -216,7 +216,7 @@ def test_differences_within_the_noise_of_seeds_are_doubted(search, tmp_path):
     for number, settings in asked.next_round(records).points.items():
         noise = 0.05 * int(settings["train.seed"])
         records.add(record(number, settings, loss=loss_of(settings) + noise))
-    (doubt,) = table.doubts(asked.space, records)
+    (doubt,) = sweep_table.doubts(asked.space, records)
     assert "learning_rate 1e-3; learning_rate 9e-4" in doubt and "0.0500" in doubt
 
 
@@ -224,7 +224,7 @@ def test_the_table_has_the_best_first_and_what_diverged_last(search, tmp_path):
     asked = search("grid", f"{RATE}=1e-4,1e-3,1e-2")
     run(asked, records := Records(tmp_path))
     records.add(dataclasses.replace(record(3, {RATE: "1"}, status="diverged")))
-    lines = table.table(asked.space, records).splitlines()
+    lines = sweep_table.table(asked.space, records).splitlines()
     assert [line.split()[0] for line in lines] == ["trial", "1", "0", "2", "3"]
-    assert "diverged" in lines[-1] and table.best(records).number == 1
+    assert "diverged" in lines[-1] and sweep_table.best(records).number == 1
     assert len(json.loads((tmp_path / recording.TRIALS).read_text().splitlines()[0])) == 10

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxgpt.config import ChatConfig
-from jaxgpt.data.records import BadRecord
+from jaxgpt.preparation.documents import BadRecord
 
 if TYPE_CHECKING:  # tokenizer.py writes this file's template beside a tokenizer
     from jaxgpt.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxgpt.data.rows import Batch, Split
+from jaxgpt.data.dataset import Batch, Split
 from jaxgpt.failpoints import failpoint
 
 AHEAD = 2  # batches sent to the devices before the step asks: the transfer overlaps the step

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxgpt.config import UserError, sources_of
+from jaxgpt.diagnosis.file_holders import describe, lock_owners
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.diagnosis.folders import check_folder
-from jaxgpt.diagnosis.host import in_words
-from jaxgpt.diagnosis.processes import describe, lock_owners
+from jaxgpt.diagnosis.machine import in_words
 
 _SPARE = 1.2  # of the room that checkpoints need: logs, the report and hf/ lie beside them
 _READING = 2.0  # seconds to spend on reading cache entries
@@ -39,7 +39,7 @@ def run_folder(case: Case) -> Iterator[Finding]:
 
 def _in_use(case: Case, finding: Finding) -> Finding:
     """`finding`, or that a run on this machine writes to the folder now."""
-    from jaxgpt.training.lease import FILE
+    from jaxgpt.storage.lease import FILE
 
     lease, root = Path(case.workdir).expanduser() / FILE, Path(case.root)
     owners = lock_owners(lease, root) if lease.exists() else []
@@ -96,11 +96,12 @@ def data(case: Case) -> Iterator[Finding]:
         text = f"{place.text}; not looked for: even asking where it lies would download its source"
         yield Finding("prepared data", OK, text, facts=place.facts)
         return
-    from jaxgpt.data import preparation, rows
+    from jaxgpt.data.dataset import open_dataset
+    from jaxgpt.preparation import preparation
 
     try:
         path = preparation.place_of(config, preparation.given_tokenizer(config))
-        dataset = rows.open_dataset(path, verify="sizes") if path.exists() else None
+        dataset = open_dataset(path, verify="sizes") if path.exists() else None
     except UserError as error:
         fix = "correct [data] or [tokenizer] in the config; a damaged folder: delete it and run jaxgpt prepare"
         yield Finding("prepared data", PROBLEM, str(error), fix, place.facts)

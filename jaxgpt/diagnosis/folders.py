@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from jaxgpt.diagnosis.finding import OK, PROBLEM, WARNING, Finding
-from jaxgpt.diagnosis.host import in_words
+from jaxgpt.diagnosis.machine import in_words
 
 _NETWORK = {
     "9p", "afs", "beegfs", "ceph", "cifs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs",

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, MeshConfig, UserError
-from jaxgpt.training.weights import LoadedModel, load_model
+from jaxgpt.training.models import LoadedModel, load_model
 
 if TYPE_CHECKING:  # lm_eval is loaded when something is asked of it
-    from jaxgpt.evaluation.adapter import CheckpointLM
+    from jaxgpt.evaluation.lm_eval_model import CheckpointLM
 
 DRAWS = 1000  # of the bootstrap, for the standard errors of metrics that are no mean (perplexity)
 
@@ -43,7 +43,7 @@ def open_model(checkpoint: str | Path, rows_per_device: int = 8) -> "CheckpointL
         UserError: there is no such model, or the harness is not installed.
     """
     check_installed()
-    from jaxgpt.evaluation.adapter import CheckpointLM
+    from jaxgpt.evaluation.lm_eval_model import CheckpointLM
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import build_mesh
 
@@ -76,7 +76,7 @@ def run(
     check_installed()
     import lm_eval
 
-    from jaxgpt.evaluation.adapter import CheckpointLM
+    from jaxgpt.evaluation.lm_eval_model import CheckpointLM
 
     manager, tasks = _load(names, include)
     model = CheckpointLM(loaded, config, mesh, rows_per_device)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxgpt.data.rows import Batch
+from jaxgpt.data.dataset import Batch
 
 AHEAD = 4  # batches in flight
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.evaluation.rows import Request, RowBatch, batches
+from jaxgpt.evaluation.scoring_rows import Request, RowBatch, batches
 from jaxgpt.model import attention, gpt2
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import batch_shards

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.rows import PackedRows
+from jaxgpt.data.dataset import PackedRows
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions

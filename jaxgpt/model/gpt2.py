@@ -18,7 +18,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import KVCache, attend_cached
 from jaxgpt.model.attention import dropout as drop_out
 from jaxgpt.model.backend import PLAIN, Backend
-from jaxgpt.model.packed import PackedMatrix, pack
+from jaxgpt.model.quantized import PackedMatrix, pack
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
 

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.cli import HostLost, RunFailed
 from jaxgpt.config import UserError
 from jaxgpt.parallel.accelerator import accelerators
-from jaxgpt.parallel.peers import HOST_OF_0, hold_aborts
-from jaxgpt.parallel.pods import NUM_PROCESSES, SET_OWN, Place, group_of
-from jaxgpt.parallel.roll_call import is_loopback, roll_call
+from jaxgpt.parallel.cluster_env import NUM_PROCESSES, SET_OWN, Place, group_of
+from jaxgpt.parallel.host_watch import HOST_OF_0, hold_aborts
+from jaxgpt.parallel.join import is_loopback, roll_call
 
 JOIN_TIMEOUT = "JAXGPT_JOIN_TIMEOUT"
 _CONNECT_SECONDS = 60  # for jax to connect processes that have just answered the roll call
@@ -47,7 +47,7 @@ def join(setting: str, host_timeout_seconds: float, root: Path = Path("/")) -> N
     if place is None:
         return
     roll_call(place, _join_timeout(os.environ), _what_must_be_the_same(root))
-    # jax's own handler of SIGTERM would take the place of the one that saves the state (training/faults.py).
+    # jax's own handler of SIGTERM would take the place of the one that saves the state (training/signals.py).
     jax.config.update("jax_enable_preemption_service", False)
     host, port = place.address()
     jax.distributed.initialize(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.data.rows import Batch
+from jaxgpt.data.dataset import Batch
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options
 from jaxgpt.parallel.mesh import build_mesh

@@ -8,8 +8,8 @@ No TPU is asked. `CALIBRATION` says how far such times have lain from measured s
 import dataclasses
 import math
 
-from jaxgpt.planning.chips import CHIPS as CHIPS
-from jaxgpt.planning.chips import Chip
+from jaxgpt.parallel.chips import CHIPS as CHIPS
+from jaxgpt.parallel.chips import Chip
 from jaxgpt.planning.program import Collective as Collective
 from jaxgpt.planning.program import Kernel as Kernel
 from jaxgpt.planning.program import ProgramCost as ProgramCost

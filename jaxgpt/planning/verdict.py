@@ -7,15 +7,15 @@ from pathlib import Path
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.model.sizes import flops_per_token
-from jaxgpt.planning.chips import CHIPS
+from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.compile import CompiledStep
 from jaxgpt.planning.cost import CALIBRATION, Estimate, estimate
 from jaxgpt.planning.kernels import kernel_cycles
-from jaxgpt.planning.memory import arithmetic_memory, with_settings
+from jaxgpt.planning.plan_search import Candidate, candidates
 from jaxgpt.planning.prices import Price
 from jaxgpt.planning.program import ProgramCost, read_program
-from jaxgpt.planning.search import Candidate, candidates
 from jaxgpt.planning.topology import FAMILIES, Slice, known_slices
+from jaxgpt.training.memory import arithmetic_memory, with_settings
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,16 @@ from starlette.requests import ClientDisconnect
 
 from jaxgpt import __version__
 from jaxgpt.config import UserError
-from jaxgpt.serving import bodies
-from jaxgpt.serving.errors import ApiError, bad_request, too_busy
-from jaxgpt.serving.formats import Chats, Completions, Generated
-from jaxgpt.serving.gate import Gate, answer_error, body_of
-from jaxgpt.serving.generation import Generation, retry_seconds
-from jaxgpt.serving.metrics import Metrics
-from jaxgpt.serving.page import read_page
-from jaxgpt.serving.served import Served
-from jaxgpt.serving.streams import EventStream, events, while_connected
-from jaxgpt.serving.work import Work, chat_messages, chat_work, completion_work, generate_work
+from jaxgpt.serving import schemas
+from jaxgpt.serving.generated_texts import Generation, retry_seconds
+from jaxgpt.serving.http_errors import ApiError, bad_request, too_busy
+from jaxgpt.serving.middleware import Gate, answer_error, body_of
+from jaxgpt.serving.prometheus import Metrics
+from jaxgpt.serving.requests import Work, chat_messages, chat_work, completion_work, generate_work
+from jaxgpt.serving.responses import Chats, Completions, Generated
+from jaxgpt.serving.served_model import Served
+from jaxgpt.serving.sse import EventStream, events, while_connected
+from jaxgpt.serving.web_page import read_page
 
 OPENABLE = {"page": "/", "metrics": "/metrics", "models": "/v1/models"}
 LONG_BODY = 8192  # bytes; tokenizing more takes milliseconds, in which the event loop would answer nobody
@@ -56,17 +56,17 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         self._refuse_if_full()
-        body = await self._read(request, bodies.CompletionBody)
+        body = await self._read(request, schemas.CompletionBody)
         return await self._answer(request, completion_work, body, Completions)
 
     async def chats(self, request: Request) -> Response:
         self._refuse_if_full()
-        body = await self._read(request, bodies.ChatBody)
+        body = await self._read(request, schemas.ChatBody)
         return await self._answer(request, chat_work, body, Chats)
 
     async def generate(self, request: Request) -> Response:
         self._refuse_if_full()
-        body = await self._read(request, bodies.GenerateBody)
+        body = await self._read(request, schemas.GenerateBody)
         shape = lambda served, work: Generated(served, work, body.prompt)
         return await self._answer(request, generate_work, body, shape)
 
@@ -78,7 +78,7 @@ class Routes:
         return JSONResponse(self._served.card())
 
     async def tokenize(self, request: Request) -> JSONResponse:
-        body = await self._read(request, bodies.TokenizeBody)
+        body = await self._read(request, schemas.TokenizeBody)
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("give either prompt or messages", "prompt")
 
@@ -92,7 +92,7 @@ class Routes:
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._served.n_positions})
 
     async def detokenize(self, request: Request) -> JSONResponse:
-        body = await self._read(request, bodies.DetokenizeBody)
+        body = await self._read(request, schemas.DetokenizeBody)
         tokenizer = self._served.tokenizer
         unknown = next((token for token in body.tokens if token >= tokenizer.vocab_size), None)
         if unknown is not None:
@@ -127,7 +127,7 @@ class Routes:
             raise too_busy(engine.waiting, retry_seconds(engine))
 
     async def _read(self, request: Request, kind: type):
-        body = bodies.read_body(await body_of(request), kind)
+        body = schemas.read_body(await body_of(request), kind)
         self._served.check_name(getattr(body, "model", None))
         return body
 
@@ -177,11 +177,11 @@ def build_app(served: Served, options: Options) -> tuple[FastAPI, Routes]:
     routes = Routes(served, options, metrics)
     # No /docs: that page takes its program from another site. /openapi.json is there.
     app = FastAPI(title="jaxgpt", version=__version__, docs_url=None, redoc_url=None)
-    _add_post(app, "/v1/completions", routes.completions, bodies.CompletionBody)
-    _add_post(app, "/v1/chat/completions", routes.chats, bodies.ChatBody)
-    _add_post(app, "/generate", routes.generate, bodies.GenerateBody)
-    _add_post(app, "/tokenize", routes.tokenize, bodies.TokenizeBody)
-    _add_post(app, "/detokenize", routes.detokenize, bodies.DetokenizeBody)
+    _add_post(app, "/v1/completions", routes.completions, schemas.CompletionBody)
+    _add_post(app, "/v1/chat/completions", routes.chats, schemas.ChatBody)
+    _add_post(app, "/generate", routes.generate, schemas.GenerateBody)
+    _add_post(app, "/tokenize", routes.tokenize, schemas.TokenizeBody)
+    _add_post(app, "/detokenize", routes.detokenize, schemas.DetokenizeBody)
     app.add_api_route("/v1/models", routes.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
     app.add_api_route("/tokenizer_info", routes.tokenizer_info, methods=["GET"])

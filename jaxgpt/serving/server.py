@@ -23,7 +23,7 @@ from jaxgpt.cli import RunFailed
 from jaxgpt.config import UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
-from jaxgpt.serving.served import Served
+from jaxgpt.serving.served_model import Served
 
 logger = logging.getLogger("jaxgpt.serve")
 

@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 
 from jaxgpt.cli import STORAGE_ERRNOS, StorageFailed
 from jaxgpt.config import CheckpointConfig, Config, UserError, from_json
-from jaxgpt.data import manifest
-from jaxgpt.data.writer import fsync
 from jaxgpt.failpoints import failpoint
+from jaxgpt.preparation.writer import fsync
+from jaxgpt.storage import manifest
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"

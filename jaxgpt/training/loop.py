@@ -9,21 +9,21 @@ from collections.abc import Iterator
 import jax
 
 from jaxgpt.cli import Interrupted
+from jaxgpt.data.dataset import Batch, TokenDataset
 from jaxgpt.data.pipeline import eval_batches, train_batches
-from jaxgpt.data.rows import Batch, TokenDataset
 from jaxgpt.failpoints import failpoint
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.distributed import StopVote
 from jaxgpt.parallel.mesh import batch_shards
-from jaxgpt.training.faults import DATA, EVAL, SAVE, START, STEP
-from jaxgpt.training.guard import BadStep, BadSteps, all_finite
+from jaxgpt.training.bad_steps import BadStep, BadSteps, all_finite
+from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import TimeSplit, peak_flops
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
-from jaxgpt.training.run import GoOn, Position, Run, position
+from jaxgpt.training.run_state import GoOn, Position, Run, position
+from jaxgpt.training.signals import DATA, EVAL, SAVE, START, STEP
 from jaxgpt.training.step import TrainState
-from jaxgpt.training.stopping import EarlyStopping
 from jaxgpt.training.trace import StepTrace
 
 EVAL_AHEAD = 4  # evaluation batches in flight: enough to keep the devices busy, few enough to stop at once

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from jaxgpt.config import LogConfig, UserError
-from jaxgpt.training.charts import TensorBoard, WandB, indented
+from jaxgpt.training.trackers import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from jaxgpt.cli import RunFailed
 from jaxgpt.config import UserError
-from jaxgpt.data import manifest
 from jaxgpt.failpoints import failpoint
+from jaxgpt.storage import manifest
 from jaxgpt.training.checkpoint import DELETING, FOLDER, SAVING, finished_steps, read_metadata
 
 QUARANTINE = "quarantine"

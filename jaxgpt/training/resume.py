@@ -15,13 +15,12 @@ import numpy as np
 
 from jaxgpt import __version__
 from jaxgpt.config import Config, ModelConfig, UserError, to_json
-from jaxgpt.data.rows import TokenDataset, open_dataset
+from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.model import huggingface
 from jaxgpt.model.gpt2 import padded_vocab
 from jaxgpt.model.huggingface import HuggingFaceModel
 from jaxgpt.parallel import distributed
-from jaxgpt.training.changes import Change, resume_conflicts
 from jaxgpt.training.checkpoint import (
     FOLDER,
     Checkpoints,
@@ -31,9 +30,10 @@ from jaxgpt.training.checkpoint import (
     read_metadata,
     restore_params,
 )
+from jaxgpt.training.models import HUB, stored_vocab_size
 from jaxgpt.training.recovery import break_crash_loop, check_weights, clean_leftovers, newest_whole_step
+from jaxgpt.training.resume_rules import Change, resume_conflicts
 from jaxgpt.training.step import Program, TrainState
-from jaxgpt.training.weights import HUB, stored_vocab_size
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.rows import Batch
+from jaxgpt.data.dataset import Batch
 from jaxgpt.model import gpt2
 from jaxgpt.model.backend import PLAIN, Backend
-from jaxgpt.model.devices import choose_backend
+from jaxgpt.model.backend_choice import choose_backend
 from jaxgpt.model.loss import cross_entropy
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options, initial_values_options
-from jaxgpt.training import guard
+from jaxgpt.training import bad_steps
 from jaxgpt.training.optimizer import Arguments, arguments, build_optimizer, schedule
 
 
@@ -116,7 +116,7 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
     optimizer = build_optimizer(config.optimizer, config.train.max_steps, arguments(config))
 
     def fresh(params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard.empty_window(sigma))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.empty_window(sigma))
 
     def init(given: Arguments) -> TrainState:
         return fresh(gpt2.init_params(config.model, vocab_size, jax.random.key(given.seed)))
@@ -272,13 +272,13 @@ def make_train_step(config: Config, gradients, constrain, param_shardings, momen
             grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
             grad_norm = optax.tree_utils.tree_norm(grads)
             loss = loss_sum / jnp.maximum(count, 1.0)
-            bad, recent, window = guard.judge(loss, grad_norm, state.recent, config.faults.spike_sigma)
+            bad, recent, window = bad_steps.judge(loss, grad_norm, state.recent, config.faults.spike_sigma)
             if recent:  # a step whose rows all weigh nothing is nothing to compare others with
-                recent = guard.unless(count == 0.0, recent, state.recent)
+                recent = bad_steps.unless(count == 0.0, recent, state.recent)
             # Under ZeRO-1 each device updates its part of the parameters, and then all get the whole.
             old = constrain(state.params, moment_shardings)
-            updates, opt_state = guard.update_unless(bad, optimizer, grads, state.opt_state, old)
-            params = guard.unless(bad, optax.apply_updates(old, updates), old)
+            updates, opt_state = bad_steps.update_unless(bad, optimizer, grads, state.opt_state, old)
+            params = bad_steps.unless(bad, optax.apply_updates(old, updates), old)
             params = constrain(constrain(params, moment_shardings), param_shardings)  # select first, then gather
         updates_before = updates_done(state.opt_state)
         metrics = {

@@ -1,4 +1,4 @@
-"""What a run says at its start and its end: lines for a person, summary.json and report.html for later."""
+"""What a run says at its start and its end: lines for a person, summary.json and run_page.html for later."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from jaxgpt import __version__
 from jaxgpt.config import Config
-from jaxgpt.data.rows import TokenDataset
+from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.model.sizes import parameter_count
-from jaxgpt.training import report
+from jaxgpt.reporting import run_page
 from jaxgpt.training.checkpoint import bytes_needed
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import Program, TrainState
@@ -68,7 +68,7 @@ def _learned(dataset: TokenDataset) -> str:
 
 
 def write_report(run, status: str, seconds: float) -> None:
-    """summary.json and report.html: what ran, on what, and how it ended."""
+    """summary.json and run_page.html: what ran, on what, and how it ended."""
     config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
     summary = {
@@ -95,7 +95,7 @@ def write_report(run, status: str, seconds: float) -> None:
     }
     write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2))
     if (run.workdir / "metrics.jsonl").exists():  # a run that failed in its first step has none
-        report.write_report(run.workdir)
+        run_page.write_report(run.workdir)
 
 
 def print_footer(workdir: Path, best_step: int | None, early: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import Config
-from jaxgpt.data.rows import Batch
+from jaxgpt.data.dataset import Batch
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options
 from jaxgpt.parallel.mesh import build_mesh

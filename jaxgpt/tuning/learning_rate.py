@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
+from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.data.pipeline import train_batches
-from jaxgpt.data.rows import TokenDataset
 from jaxgpt.parallel import sharding
 from jaxgpt.training.trials import build_trial_program, program_key, stack
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.tuning.records import Record, Records
 from jaxgpt.tuning.space import Point, Space, Variable, draw, grid
+from jaxgpt.tuning.sweep_folder import Record, Records
 
 METHODS = ("grid", "random", "halving", "tpe")
 ETA = 3  # halving keeps a third; the theory's best is e, and the loss around it is flat (Li et al. 2018, section 2.6)

@@ -1,0 +1,384 @@
+"""Prepared data on disk: a TFDS dataset in ArrayRecord form, read without TensorFlow. writer.py writes it.
+
+A dataset of format "text" holds, a split, one stream of tokens, each document preceded by the end-of-text token, in
+records of RECORD_TOKENS tokens (the last may be shorter): token i lies in record i // RECORD_TOKENS and any span can
+be read. One of format "chat" holds rows of block_size positions, each with one conversation or several. A folder is
+either complete or not there: it is written beside its place and renamed at the end.
+
+    {folder}/  dataset_info.json features.json metadata.json jaxgpt_tokens-{split}.array_record-*  tokenizer/
+               manifest.sha256, written last: the digest of every other file
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxgpt.config import UserError
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.storage import manifest
+
+if TYPE_CHECKING:
+    import jax
+
+FORMAT_VERSION = 2
+SPLITS = ("train", "validation")
+RECORD_TOKENS = 2048  # 40 us to read; a window of 1024 touches one or two records
+SHARDS = "*.array_record-*"
+_CACHE_BYTES = 256 << 20
+_LONG = 1_000_000_000  # bytes that take about a second to verify: more of them get a progress bar
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; all arrays have the same shape [..., T]."""
+
+    tokens_BT: "np.ndarray | jax.Array"
+    """int32 inputs."""
+    targets_BT: "np.ndarray | jax.Array"
+    """int32, the token that follows each input."""
+    weights_BT: "np.ndarray | jax.Array"
+    """float32, 1 where the target counts and 0 where it does not."""
+    segments_BT: "np.ndarray | jax.Array | None" = None
+    """int32 number of the conversation at each position, 0 for padding; None: one segment a row."""
+
+
+class Split(Protocol):
+    """What training and evaluation ask of a split, whatever is in it. Threads may read at the same time."""
+
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    """Bytes in UTF-8 of the text that is learned."""
+    targets_per_byte: float
+    """Tokens that are learned a byte of that text: turns a loss a token into one a byte."""
+
+    def facts(self) -> dict[str, int]:
+        """What else there is to know about it, for a report."""
+
+    def check(self, block_size: int) -> None:
+        """Raise UserError where no training row of `block_size` positions can be read."""
+
+    def rows_per_epoch(self, block_size: int) -> int:
+        """Rows in one pass over the split."""
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        """Rows that hold each target that can be one once, in the order of the documents."""
+
+    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
+        """Rows of epochs in numpy, [len(places), T]. A place is (number in its epoch, 64 random bits of the epoch)."""
+
+    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        """Rows to evaluate, in numpy; what lies at and after `rows_to_evaluate` weighs nothing."""
+
+
+# ---------------------------------------------------------------- text
+
+
+def check_window(num_tokens: int, block_size: int) -> None:
+    """Raise UserError when a training stream cannot fill one window of block_size + 1 tokens."""
+    if num_tokens < block_size + 1:
+        raise UserError(
+            f"the training split has {num_tokens} tokens, fewer than the {block_size + 1} of one window "
+            f"(data.block_size = {block_size}, plus 1); give more text or a smaller data.block_size"
+        )
+
+
+class TokenStream:
+    """A split of text: `num_tokens` tokens in a circle. Threads may read at the same time.
+
+    Epoch e starts at a pseudo-random place o_e and cuts the circle into W = ceil(N / T) windows; window k holds the T
+    targets that follow position o_e + kT:
+
+        stream      ... t0 t1 t2 t3 t4 t5 t6 t7 t8 ...          T = 4, o_e at t1
+        tokens            [t1 t2 t3 t4][t5 t6 t7 t8]
+        targets              [t2 t3 t4 t5][t6 t7 t8 ...
+
+    The last window goes past the end of the circle; what it would repeat weighs 0, so each token is a target exactly
+    once in an epoch.
+    """
+
+    def __init__(self, records, num_tokens: int, num_bytes: int, num_documents: int, dtype: str):
+        """`records[i]["tokens"]` is the i-th record, as `tfds.data_source` gives it."""
+        self.num_tokens = num_tokens
+        self.num_bytes = num_bytes
+        self.num_documents = num_documents
+        self._records = records
+        # A split that fits is kept in memory as it is read: 64-token windows then cost 3 us, not 40.
+        fits = num_tokens * np.dtype(dtype).itemsize <= _CACHE_BYTES
+        self._cache = np.empty(num_tokens, dtype) if fits else None
+        self._cached = np.zeros(len(records), bool)
+
+    @property
+    def targets_per_byte(self) -> float:
+        return self.num_tokens / self.num_bytes
+
+    def facts(self) -> dict[str, int]:
+        return {}
+
+    def check(self, block_size: int) -> None:
+        check_window(self.num_tokens, block_size)
+
+    def rows_per_epoch(self, block_size: int) -> int:
+        return -(-self.num_tokens // block_size)
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        """Windows that do not overlap: every token but the first is a target once, as the first has none before it."""
+        return -(-(self.num_tokens - 1) // block_size)
+
+    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
+        spans, starts = [], []
+        for window, draw in places:
+            start = block_size * window
+            spans.append(self.read(draw % self.num_tokens + start, block_size + 1))
+            starts.append(start)
+        positions_BT = np.array(starts, np.int64).reshape(-1, 1) + np.arange(block_size)
+        return _windows(spans, block_size, positions_BT < self.num_tokens)
+
+    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        spans = [self.read(window * block_size, block_size + 1) for window in numbers]
+        targets_BT = np.array(numbers, np.int64).reshape(-1, 1) * block_size + np.arange(1, block_size + 1)
+        return _windows(spans, block_size, targets_BT < self.num_tokens)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start, start + 1, ... of the circle (indices modulo num_tokens), int32 [length]."""
+        tokens = np.empty(length, np.int32)
+        done = 0
+        while done < length:
+            begin = (start + done) % self.num_tokens
+            count = min(length - done, self.num_tokens - begin)
+            self._copy(begin, tokens[done : done + count])
+            done += count
+        return tokens
+
+    def _copy(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens from `begin` on; they do not pass the end of the stream."""
+        end = begin + len(out)
+        for record in range(begin // RECORD_TOKENS, -(-end // RECORD_TOKENS)):
+            first = record * RECORD_TOKENS
+            low, high = max(begin, first), min(end, first + RECORD_TOKENS)
+            out[low - begin : high - begin] = self._record(record)[low - first : high - first]
+
+    def _record(self, record: int) -> np.ndarray:
+        if self._cache is None:
+            return self._records[record]["tokens"]
+        kept = self._cache[record * RECORD_TOKENS : (record + 1) * RECORD_TOKENS]
+        if not self._cached[record]:  # two threads may both fill it, with the same tokens
+            kept[:] = self._records[record]["tokens"]
+            self._cached[record] = True
+        return kept
+
+
+def _windows(spans: list[np.ndarray], block_size: int, counts_BT: np.ndarray) -> Batch:
+    spans_BT = np.array(spans, np.int32).reshape(-1, block_size + 1)
+    return Batch(spans_BT[:, :-1], spans_BT[:, 1:], counts_BT.astype(np.float32))
+
+
+# ---------------------------------------------------------------- conversations
+
+
+class PackedRow(NamedTuple):
+    """One row of T positions as it lies on disk."""
+
+    tokens: np.ndarray
+    """[T]; end-of-text where there is padding."""
+    supervised: np.ndarray
+    """bool [T]: the tokens to be learned, an assistant's."""
+    segments: np.ndarray
+    """[T]: 0 for padding, else 1, 2, ...: the conversations, one after the other."""
+    documents: np.ndarray
+    """int64: of segment s, documents[s - 1] is the number of its conversation in the source."""
+
+    def conversations(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(number of the document, its tokens, which of them are supervised) of each conversation."""
+        found = []
+        for segment, document in enumerate(self.documents.tolist(), start=1):
+            there = self.segments == segment
+            found.append((document, self.tokens[there], self.supervised[there]))
+        return found
+
+
+class PackedRows:
+    """A split of conversations: rows of `block_size` positions, each row once an epoch."""
+
+    def __init__(
+        self,
+        records,
+        dtype: str,
+        block_size: int,
+        num_rows: int,
+        num_conversations: int,
+        num_supervised: int,
+        num_tokens: int,
+        num_bytes: int,
+        num_documents: int,
+    ):
+        """`records[i]` is the i-th row, as `tfds.data_source` gives it: a dict of the fields of PackedRow."""
+        self.block_size = block_size
+        self.num_rows = num_rows
+        self.num_conversations = num_conversations
+        """Packed ones; a long document is several."""
+        self.num_supervised = num_supervised
+        self.num_tokens = num_tokens
+        """Without padding."""
+        self.num_bytes = num_bytes
+        """Of the supervised tokens."""
+        self.num_documents = num_documents
+        self._records = records
+        parts = {"tokens": dtype, "supervised": np.uint8, "segments": np.uint16}
+        fits = num_rows * block_size * sum(np.dtype(kind).itemsize for kind in parts.values()) <= _CACHE_BYTES
+        self._cache = {name: np.empty((num_rows, block_size), kind) for name, kind in parts.items()} if fits else None
+        self._cached = np.zeros(num_rows, bool)
+
+    @property
+    def targets_per_byte(self) -> float:
+        return self.num_supervised / max(self.num_bytes, 1)
+
+    def facts(self) -> dict[str, int]:
+        return {"rows": self.num_rows, "conversations": self.num_conversations, "learned_tokens": self.num_supervised}
+
+    def check(self, block_size: int) -> None:
+        if block_size != self.block_size:
+            raise UserError(
+                f"the conversations are packed into rows of {self.block_size} tokens, but data.block_size = "
+                f"{block_size}; set it back, or prepare again"
+            )
+        if not self.num_supervised:
+            raise UserError(
+                "the training split has no conversation with an answer that could be learned; give more conversations "
+                "or a smaller data.validation_fraction"
+            )
+
+    def rows_per_epoch(self, block_size: int) -> int:
+        self.check(block_size)
+        return self.num_rows
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        return self.num_rows
+
+    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
+        return self._batch([number for number, _ in places])
+
+    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        batch = self._batch([number % self.num_rows for number in numbers])
+        batch.weights_BT[np.array(numbers) >= self.num_rows] = 0.0
+        return batch
+
+    def row(self, number: int) -> PackedRow:
+        """Row `number` (0 <= number < num_rows) with the numbers of its documents."""
+        record = self._records[number]
+        return PackedRow(record["tokens"], record["supervised"].astype(bool), record["segments"], record["documents"])
+
+    def _batch(self, numbers: list[int]) -> Batch:
+        shape = (len(numbers), self.block_size)
+        tokens_BT, segments_BT = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        targets_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for place, number in enumerate(numbers):
+            row = self._read(number)
+            tokens_BT[place], segments_BT[place] = row["tokens"], row["segments"]
+            weights_BT[place, :-1] = row["supervised"][1:]
+        targets_BT[:, :-1] = tokens_BT[:, 1:]
+        # The first token of a conversation follows from nothing, whatever stands before it in the row.
+        weights_BT[:, :-1] *= segments_BT[:, 1:] == segments_BT[:, :-1]
+        return Batch(tokens_BT, targets_BT, weights_BT, segments_BT)
+
+    def _read(self, number: int) -> dict[str, np.ndarray]:
+        if self._cache is None:
+            return self._records[number]
+        if not self._cached[number]:  # two threads may both fill it, with the same row
+            record = self._records[number]
+            for name, kept in self._cache.items():
+                kept[number] = record[name]
+            self._cached[number] = True
+        return {name: kept[number] for name, kept in self._cache.items()}
+
+
+# ---------------------------------------------------------------- datasets
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDataset:
+    """A prepared dataset: what it was made with, and its two splits."""
+
+    path: Path
+    format: Literal["text", "chat"]
+    vocab_size: int
+    end_of_text: int
+    tokenizer_digest: str
+    fingerprint: str
+    """SHA-256 over the documents."""
+    settings: dict[str, object]
+    """Those that decided what is in it."""
+    train: Split
+    """A TokenStream or PackedRows, as `format` says."""
+    validation: Split
+
+
+def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digests") -> TokenDataset:
+    """Open a prepared dataset and check that it is whole and belongs to the tokenizer saved in it.
+
+    With `verify` = "sizes" the shards have to be there with their sizes, and what is in them is not read. Of several
+    processes that open the same folder, one verifies the digests and the others the sizes.
+
+    Raises:
+        UserError: nothing finished lies at `path`, or it is damaged; names the file.
+    """
+    path = Path(path)
+    if not (path / "dataset_info.json").is_file() or not (path / "metadata.json").is_file():
+        raise UserError(f"{path}: no finished prepared dataset here; run: jaxgpt prepare --config FILE")
+    if not (path / manifest.NAME).exists():
+        raise UserError(
+            f"{path}: holds no {manifest.NAME}, so a version of jaxgpt before format {FORMAT_VERSION} prepared it, or "
+            f"it was deleted; delete {path} and prepare again"
+        )
+    _refuse_damage(path, manifest.problems(path, unread=SHARDS))
+    about = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: prepared in format {about.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}; prepare again"
+        )
+    sizes = {name: (path / name).stat().st_size for name in about["file_bytes"]}
+    for name, size in about["file_bytes"].items():
+        if sizes[name] != size:
+            raise UserError(f"{path / name}: {sizes[name]} bytes instead of {size}; delete {path} and prepare again")
+    if verify == "digests":
+        _verify(path, sum(sizes.values()))
+    return _open_verified(path, about)
+
+
+def _open_verified(path: Path, about: dict) -> TokenDataset:
+    import tensorflow_datasets as tfds
+
+    if load_tokenizer(path / "tokenizer").digest != about["tokenizer_digest"]:
+        raise UserError(
+            f"the tokenizer in {path / 'tokenizer'} does not match the prepared data beside it; "
+            f"delete {path} and prepare again"
+        )
+    sources = tfds.builder_from_directory(path).as_data_source()
+    is_chat = about.get("format", "text") == "chat"
+    kind, extra = (PackedRows, {"block_size": about["block_size"]}) if is_chat else (TokenStream, {})
+    splits = {
+        split: kind(sources[split], dtype=about["token_dtype"], **extra, **about["splits"][split]) for split in SPLITS
+    }
+    facts = {name: about[name] for name in ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint", "settings")}
+    return TokenDataset(path=path, format="chat" if is_chat else "text", **facts, **splits)
+
+
+def _verify(path: Path, size: int) -> None:
+    """Read and compare every file; the shards have `size` bytes."""
+    disable = None if size > _LONG else True  # None: where stderr is no terminal
+    with tqdm(total=size, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        _refuse_damage(path, manifest.problems(path, bar.update))
+
+
+def _refuse_damage(path: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    extra = all(problem.endswith("(extra)") for problem in problems)
+    fix = "remove it" if extra else f"delete {path} and prepare again"
+    raise UserError(f"{path}/{problems[0]}{more}; {fix}")

@@ -1,0 +1,200 @@
+"""Sources with a name in a public catalog: TFDS and Hugging Face datasets.
+
+The idea: both give named splits of rows. The held-out one, validation or test, comes before train, so that a limit
+on the whole can leave both their share.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jaxgpt.config import SourceConfig, UserError
+from jaxgpt.preparation.documents import BadRecord, BadRecords, Record
+
+TFDS, HUGGINGFACE = "tfds:", "huggingface:"
+
+
+def catalog_splits(part: SourceConfig, bad: BadRecords, field: str | None) -> list[tuple[str | None, Iterator[Record]]]:
+    """(split, its rows): validation, then train; one alone has the split None, for the caller to divide.
+
+    Raises:
+        UserError: no such dataset, no way to get it, or no column `field` in it.
+    """
+    if part.source.startswith(TFDS):
+        builder = tfds_builder(part)
+        return [
+            (split, tfds_rows(builder, name, part, split, field, bad))
+            for split, name in _splits(part, list(builder.info.splits))
+        ]
+    splits = _huggingface_splits(part)
+    return [
+        (split, _huggingface_rows(splits[name], name, part, split, field))
+        for split, name in _splits(part, list(splits))
+    ]
+
+
+def catalog_facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
+    """What changes when the dataset does, known without reading it: lines of text, and files by name."""
+    if part.source.startswith(HUGGINGFACE):
+        return _huggingface_facts(part), []
+    root = _tfds_folder(part)
+    if not _tfds_on_disk(part):
+        tfds_builder(part)  # downloads it, so that the facts are those of later calls
+    return [str(root.resolve())], [(str(file.relative_to(root)), file) for file in _tfds_on_disk(part)]
+
+
+def _splits(part: SourceConfig, names: list[str]) -> list[tuple[str | None, str]]:
+    held_out = next((name for name in ("validation", "test") if name in names), None)
+    if "train" in names and held_out:
+        return [("validation", held_out), ("train", "train")]
+    if "train" in names or held_out:
+        return [(None, held_out or "train")]
+    raise UserError(f"{part.source}: no split train, validation or test, only {', '.join(names)}")
+
+
+def _check_field(part: SourceConfig, field: str | None, names) -> None:
+    if field is not None and field not in names:
+        raise UserError(f'{part.source}: no feature "{field}"; it has {", ".join(names)}: set data.text_field')
+
+
+def _plain(value: object) -> object:
+    """Python's own types for those of NumPy; and bytes, which is how TFDS holds text, as text."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # an array
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _turns(value: object) -> object:
+    """A table of columns as a list of rows: how both libraries may store a list of objects, such as turns."""
+    columns = isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values())
+    if columns and len({len(column) for column in value.values()}) == 1:
+        return [dict(zip(value, row)) for row in zip(*value.values())]
+    return value
+
+
+# ---------------------------------------------------------------- TFDS
+
+
+def tfds_rows(
+    builder, name: str, part: SourceConfig, split: str | None, field: str | None, bad: BadRecords
+) -> Iterator[Record]:
+    _check_field(part, field, builder.info.features)
+    for number, example in enumerate(builder.as_data_source(split=name)):
+        where = f"{part.source}, split {name}, example {number}"
+        try:
+            chosen = example if field is None else {field: example[field]}
+            yield Record(where, {key: _turns(_plain(value)) for key, value in chosen.items()}, split)
+        except UnicodeDecodeError as error:
+            bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
+
+
+def _tfds_name(part: SourceConfig) -> str:
+    return part.source.removeprefix(TFDS)
+
+
+def _tfds_folder(part: SourceConfig) -> Path:
+    """The data_dir: the path, or TFDS's own default."""
+    if part.path:
+        return Path(part.path)
+    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def _tfds_on_disk(part: SourceConfig) -> list[Path]:
+    """The dataset_info.json of every version of the dataset in the data_dir."""
+    pattern = f"{_tfds_name(part).replace(':', '/')}/**/dataset_info.json"
+    return [file for file in sorted(_tfds_folder(part).glob(pattern)) if "incomplete" not in file.parent.name]
+
+
+def tfds_builder(part: SourceConfig):
+    """The dataset on disk in ArrayRecord form, or the one that TFDS downloads and writes in that form."""
+    import tensorflow_datasets as tfds
+
+    name, folder = _tfds_name(part), _tfds_folder(part)
+    array_record = tfds.core.FileFormat.ARRAY_RECORD
+    found = [file.parent for file in _tfds_on_disk(part)]
+    on_disk = [tfds.builder_from_directory(path) for path in found]
+    usable = [builder for builder in on_disk if builder.info.file_format == array_record]
+    if usable:
+        return max(usable, key=lambda builder: tfds.core.Version(builder.version))
+    if on_disk:
+        raise UserError(
+            f"{found[0]}: stored as {on_disk[0].info.file_format.value}, which cannot be read without "
+            f"TensorFlow; where TensorFlow is installed, run: tfds build {name} --file_format=array_record"
+        )
+    return _tfds_download(name, folder, array_record)
+
+
+def _tfds_download(name: str, folder: Path, file_format):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=folder, file_format=file_format)
+        builder.download_and_prepare(file_format=file_format)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"tfds:{name}: TFDS knows no dataset of this name, and {folder} holds none; see "
+            "https://www.tensorflow.org/datasets/catalog/overview"
+        ) from None
+    except (ImportError, OSError) as error:  # those of `requests` are OSErrors
+        request = getattr(error, "request", None)
+        reason = f"no answer from {request.url}" if request else _first_line(error)
+        raise UserError(
+            f"tfds:{name}: cannot be downloaded and prepared here ({reason}); prepare it on another machine "
+            f"with: tfds build {name} --file_format=array_record, and set data.path to its data_dir"
+        ) from None
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def _huggingface_call(part: SourceConfig, function: str, **options):
+    """`datasets.FUNCTION` for the dataset NAME and its configuration CONFIG of huggingface:NAME:CONFIG."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{part.source} needs the package datasets: pip install 'jaxgpt[huggingface]'") from None
+    name, _, config = part.source.removeprefix(HUGGINGFACE).partition(":")
+    try:
+        return getattr(datasets, function)(name, config or None, data_dir=part.path, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{part.source}: datasets cannot open it ({_first_line(error)}); check the name on "
+            "https://huggingface.co/datasets, or give huggingface:json, csv, parquet or text and data.path, a folder"
+        ) from None
+
+
+def _huggingface_splits(part: SourceConfig) -> dict:
+    return dict(_huggingface_call(part, "load_dataset", streaming=True))
+
+
+def _huggingface_rows(rows, name: str, part: SourceConfig, split: str | None, field: str | None) -> Iterator[Record]:
+    import datasets
+
+    number = 0
+    try:
+        for number, row in enumerate(rows):
+            if number == 0:
+                _check_field(part, field, row)
+            chosen = row if field is None else {field: row.get(field)}
+            value = {key: _turns(item) for key, item in chosen.items()}
+            yield Record(f"{part.source}, split {name}, row {number}", value, split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # Refused under any data.on_bad_record: datasets reads in blocks, and cannot go on after a broken one.
+        where = f"{part.source}, split {name}, after row {number}"
+        raise UserError(f"{where}: datasets cannot read it ({_first_line(error)})") from None
+
+
+def _huggingface_facts(part: SourceConfig) -> list[str]:
+    builder = _huggingface_call(part, "load_dataset_builder")
+    files = builder.config.data_files or {}
+    origins = [f"{split} {files[split].origin_metadata}" for split in files]  # revisions on the hub, times of files
+    return [str(builder.config.name), str(builder.config.version), str(builder.hash), *origins]

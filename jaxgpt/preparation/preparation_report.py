@@ -1,0 +1,315 @@
+"""report.html and report.json of a prepared dataset: what went into it, what was left out on the way, and examples.
+
+The page needs no network and no script. Jinja2 fills it because it escapes whatever it is given, and a document may
+well hold `<script>`.
+"""
+
+import json
+from pathlib import Path
+
+from jaxgpt.config import Config, UserError, sources_of
+from jaxgpt.data.chat import plain_texts
+from jaxgpt.data.dataset import TokenDataset
+from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
+from jaxgpt.preparation.duplicates import STEPS
+from jaxgpt.preparation.examples import EXAMPLES as EXAMPLES
+from jaxgpt.preparation.examples import shortened
+from jaxgpt.preparation.splitting import Plan
+from jaxgpt.preparation.stages import add_counts
+
+FILES = ("report.html", "report.json")
+_SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared
+_GPT2_END_OF_TEXT = 50_256
+
+
+def collect(
+    config: Config,
+    work: WorkFolder,
+    facts: dict,
+    plan: dict,
+    counts: dict[str, dict[str, int]],
+    tokenizer: Tokenizer,
+    settings: dict[str, object],
+) -> dict[str, object]:
+    """What the files in the work folder tell; nothing in it depends on how the work was shared out."""
+    tokens = [read_json(work.counts("tokens", number)) for number in range(len(facts["rows"]))]
+    learned = "num_supervised" if config.data.format == "chat" else "num_tokens"
+    num_bytes, num_tokens = (sum(split[name] for split in counts.values()) for name in ("num_bytes", learned))
+    report = {
+        "settings": json.loads(json.dumps(settings)),
+        "read": {"documents": facts["documents"], "rows": sum(facts["rows"]), "bytes": sum(facts["bytes"])},
+        "mixture": facts["mixture"],
+        "bad_records": _bad_records([facts, *tokens]),
+        "steps": _steps(config, work, facts, plan),
+        "overlap": plan["overlap"],
+        "splits": counts,
+        "sources": _sources(config, tokens),
+        "vocabulary": tokenizer.vocab_size,
+        "bytes_per_token": round(num_bytes / max(num_tokens, 1), 4),
+        "gpt2": _beside_gpt2(config, work, plan, tokenizer),
+    }
+    if config.data.format == "chat":
+        report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
+    return report
+
+
+def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
+    """{"epochs": {...}}: passes over the training split that the config asks for, as far as it tells."""
+    train, rows = config.train, dataset.train.rows_per_epoch(config.block_size)
+    told: dict[str, object] = {"rows": rows, "block_size": config.block_size}
+    if train.max_steps is None:
+        return {"epochs": told | {"epochs": train.num_train_epochs}}
+    if train.global_batch_size:
+        batch, for_what = train.global_batch_size, "train.global_batch_size"
+    elif isinstance(train.per_device_train_batch_size, int):
+        batch, for_what = train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1), "one device"
+    else:
+        return {"epochs": told | {"unknown": "the batch is chosen once the devices are known"}}
+    return {"epochs": told | {"epochs": round(train.max_steps * batch / rows, 3), "for": f"{for_what}: {batch} rows"}}
+
+
+def _bad_records(parts: list[dict]) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for part in parts:
+        for reason, told in part.get("bad", {}).items():
+            there = found.setdefault(reason, {"count": 0, "where": []})
+            there["count"] += told["count"]
+            there["where"] = (there["where"] + told["where"])[:EXAMPLES]
+    return found
+
+
+def _steps(config: Config, work: WorkFolder, facts: dict, plan: dict) -> list[dict]:
+    """What each step of the cleaning did, in order; a document that one of them drops the next ones do not see."""
+    if plan["stage"] == "read":
+        return []
+    from jaxgpt.preparation import cleaning
+
+    found: dict[str, dict] = {}
+    for number in range(len(facts["rows"])):
+        for step, told in read_json(work.counts("clean", number))["steps"].items():
+            examples = {name: told.pop(name, []) for name in ("changes", "drops")}
+            add_counts(found, step, **told)
+            for name, more in examples.items():
+                found[step][name] = (found[step].get(name, []) + more)[:EXAMPLES]
+    steps, left = [], sum(facts["rows"])
+    for name in [*(step for step in cleaning.STEPS if step in found), *(found.keys() - set(cleaning.STEPS))]:
+        told = {"step": name, "documents_in": left, "changed": 0, "dropped": 0, "dropped_bytes": 0} | found[name]
+        left -= told["dropped"]
+        steps.append(told | {"documents_out": left})
+    for name, told in plan["repeats"].items():
+        if getattr(config.cleaning, name):
+            pairs = [[shortened(_row(work, plan, row)) for row in pair] for pair in told["pairs"]]
+            drops = [f"{dropped}\n\nrepeats\n\n{kept}" for dropped, kept in pairs]
+            step = {"step": name, "documents_in": left, "changed": 0, "dropped": told["dropped"], "drops": drops}
+            left -= told["dropped"]
+            steps.append(step | {"documents_out": left})
+    return steps
+
+
+def repeats(plan: Plan) -> dict[str, dict]:
+    """{step: {"dropped": how many, "pairs": the first rows dropped, each with the one that it repeats}}."""
+    of, near = plan.repeats
+    told = {}
+    for step, is_near in zip(STEPS, (False, True), strict=True):
+        (rows,) = ((of >= 0) & (near == is_near)).nonzero()
+        told[step] = {"dropped": len(rows), "pairs": [[row, int(of[row])] for row in rows[:EXAMPLES].tolist()]}
+    return told
+
+
+def _row(work: WorkFolder, plan: dict, row: int) -> str:
+    """The text of a row that was left after cleaning."""
+    chunk = next(number for number, end in enumerate(plan["first"][1:]) if row < end)
+    return read_rows(work.rows(plan["stage"], chunk), ("texts",)).texts[row - plan["first"][chunk]]
+
+
+def _sources(config: Config, tokens: list[dict]) -> list[dict]:
+    """Documents, bytes and tokens of each part of the mixture, and its share of them."""
+    parts: dict[str, dict] = {}
+    for chunk in tokens:
+        for part, counted in chunk["parts"].items():
+            add_counts(parts, part, **counted)
+    given = sources_of(config.data)
+    all_tokens = sum(part["num_tokens"] for part in parts.values()) or 1
+    all_weights = sum(source.weight for source in given)
+    return [
+        {
+            "source": source.source + (f" {source.path}" if source.path else ""),
+            "weight": round(source.weight / all_weights, 4),
+            "share_of_tokens": round(parts.get(str(number), {}).get("num_tokens", 0) / all_tokens, 4),
+            **(parts.get(str(number)) or dict.fromkeys(("num_documents", "num_bytes", "num_tokens"), 0)),
+        }
+        for number, source in enumerate(given)
+    ]
+
+
+# ---------------------------------------------------------------- beside GPT-2's tokenizer
+
+
+def _beside_gpt2(config: Config, work: WorkFolder, plan: dict, tokenizer: Tokenizer) -> dict[str, object]:
+    """Bytes a token of this tokenizer and of GPT-2's own on the same text, where that one is at hand."""
+    folder = _gpt2_folder(config)
+    if folder is None:
+        return {"unknown": "GPT-2's tokenizer is not on this machine (neither tokenizer.path nor the cache of hf:gpt2)"}
+    other = load_tokenizer(folder)
+    texts: list[str] = []
+    for number in range(len(plan["first"]) - 1):  # an even share of each chunk
+        rows = read_rows(work.rows(plan["stage"], number), ("texts",))
+        share, taken = _SAMPLE_BYTES // (len(plan["first"]) - 1), 0
+        for text in rows.texts:
+            if taken >= share:
+                break
+            text = "\n".join(plain_texts(text, config.chat)) if config.data.format == "chat" else text
+            texts.append(text[: share - taken])
+            taken += len(texts[-1])
+    size = sum(len(text.encode()) for text in texts)
+    try:
+        ours, theirs = (sum(map(len, kind.encode_batch(texts))) for kind in (tokenizer, other))
+    except UserError as error:
+        return {"unknown": str(error)}
+    return {
+        "sample_bytes": size,
+        "bytes_per_token": round(size / max(ours, 1), 4),
+        "gpt2_bytes_per_token": round(size / max(theirs, 1), 4),
+    }
+
+
+def _gpt2_folder(config: Config) -> Path | None:
+    path = config.tokenizer.path
+    candidates = [Path(path)] if path and not path.startswith("hf:") else []
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("gpt2", "openai-community/gpt2"):
+        if isinstance(cached := try_to_load_from_cache(name, "tokenizer.json"), str):
+            candidates.append(Path(cached).parent)
+    for folder in candidates:
+        if has_tokenizer(folder) and load_tokenizer(folder).end_of_text == _GPT2_END_OF_TEXT:
+            return folder
+    return None
+
+
+# ---------------------------------------------------------------- as text
+
+
+def as_text(final: Path, report: dict) -> str:
+    """One screen: what was read, what the steps left, what is in the dataset."""
+    read, lines = report["read"], [f"prepared data: {final} (vocabulary {report['vocabulary']:,})"]
+    lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
+    for reason, told in report["bad_records"].items():
+        lines.append(f"  left out   {told['count']:,}: {reason} ({told['where'][0] if told['where'] else 'somewhere'})")
+    for step in report["steps"]:
+        lines.append(
+            f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
+        )
+    if report["overlap"]:
+        lines.append(f"  overlap    {report['overlap']:,} of these would be learned and repeat what is held out")
+    if conversations := report.get("conversations"):
+        lines.append(
+            f"  changed copies {conversations['augmented']:,}, long ones that were cut {conversations['cut']:,}"
+        )
+    for split, count in report["splits"].items():
+        documents, size, tokens = count["num_documents"], count["num_bytes"], count["num_tokens"]
+        if "num_rows" in count:
+            each = f"rows {count['num_rows']:,}, learned tokens {count['num_supervised'] / max(tokens, 1):.1%}"
+        else:
+            each = f"{size / max(tokens, 1):.2f} bytes per token"
+        lines.append(f"  {split:<10} documents {documents:,}, bytes {size:,}, tokens {tokens:,}, {each}")
+    if len(report["sources"]) > 1:
+        ended_by = report["mixture"]["ended_by"]
+        if ended_by is not None:
+            lines.append(f"  the mixture ends where {report['sources'][ended_by]['source']} is used up")
+        for source in report["sources"]:
+            share = f"{source['share_of_tokens']:.1%} of the tokens, weight {source['weight']:.1%}"
+            lines.append(f"  {source['source']}: tokens {source['num_tokens']:,}, {share}")
+    gpt2 = report["gpt2"]
+    if "gpt2_bytes_per_token" in gpt2:
+        ours, theirs = gpt2["bytes_per_token"], gpt2["gpt2_bytes_per_token"]
+        lines.append(f"  compression {ours:.2f} bytes per token; GPT-2's own tokenizer {theirs:.2f} on the same text")
+    lines.append(f"  epochs     {_epochs_line(report['epochs'])}")
+    if feed := report.get("host"):
+        lines.append(f"  host       {feed['line']}")
+    return "\n".join([*lines, f"  report     {final / FILES[0]}"])
+
+
+def _epochs_line(told: dict) -> str:
+    rows = f"{told['rows']:,} rows of {told['block_size']:,} tokens an epoch"
+    if "unknown" in told:
+        return f"{rows}; {told['unknown']}"
+    return f"{told['epochs']:g} ({rows}" + (f", {told['for']} a step)" if "for" in told else ")")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write(folder: Path, report: dict) -> None:
+    """Write both files into `folder`."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
+    rows = [("epochs", _epochs_line(report["epochs"])), ("vocabulary", f"{report['vocabulary']:,}")]
+    rows.append(("bytes per token", f"{report['bytes_per_token']:.3f}"))
+    gpt2 = report["gpt2"]
+    rows.append(
+        ("GPT-2's own tokenizer on the same text", gpt2.get("unknown") or f"{gpt2['gpt2_bytes_per_token']:.3f}")
+    )
+    rows.append(("host", report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it"))
+    for name, value in report.get("conversations", {}).items():
+        rows.append((f"conversations {name}", f"{value:,}"))
+    html = page.render(report=report, facts=rows)
+    (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
+
+
+def read(folder: Path) -> dict:
+    """The report of a dataset; {} where a version of jaxgpt without reports made it."""
+    file = folder / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>jaxgpt data report</title>
+<style>
+:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2227; --muted: #626b75; --grid: #e3e6e9 }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea;
+  --muted: #99a3ad; --grid: #343a41 } }
+body { margin: 0 auto; max-width: 1100px; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 0 0 .5rem } .muted, th { color: var(--muted) }
+section { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: 1rem; margin-top: 1rem }
+pre { margin: .25rem 0 0; padding: .5rem; background: var(--page); border-radius: 6px; white-space: pre-wrap;
+  font: 13px/1.45 ui-monospace, monospace }
+table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 400 } .n { text-align: right }
+td, th { padding: .2rem .75rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--grid) }
+</style></head><body>
+{% macro number(n) %}<td class="n">{{ "{:,}".format(n) }}{% endmacro %}
+<h1>Prepared data</h1>
+<p class="muted">read {{ "{:,}".format(report.read.documents) }} documents,
+{{ "{:,}".format(report.read.bytes) }} bytes</p>
+<section><h2>Splits</h2><table><tr><th>split{% for name in report.splits.train %}
+<th class="n">{{ name | replace("num_", "") }}{% endfor %}</tr>
+{% for split, counts in report.splits.items() %}<tr><td>{{ split }}{% for n in counts.values() %}{{ number(n) }}
+{% endfor %}</tr>{% endfor %}</table></section>
+<section><h2>Sources</h2><table><tr><th>source<th class="n">documents<th class="n">bytes<th class="n">tokens
+<th class="n">weight<th class="n">share of tokens</tr>
+{% for s in report.sources %}<tr><td>{{ s.source }}{{ number(s.num_documents) }}{{ number(s.num_bytes) }}
+{{ number(s.num_tokens) }}<td class="n">{{ "{:.1%}".format(s.weight) }}
+<td class="n">{{ "{:.1%}".format(s.share_of_tokens) }}</tr>{% endfor %}</table></section>
+<section><h2>Facts</h2><table>{% for name, value in facts %}<tr><th>{{ name }}<td>{{ value }}</tr>{% endfor %}
+</table></section>
+{% if report.bad_records %}<section><h2>Records that were left out</h2><table>
+{% for reason, told in report.bad_records.items() %}<tr><td>{{ reason }}{{ number(told.count) }}
+<td>{{ told.where | join("; ") }}</tr>{% endfor %}</table></section>{% endif %}
+{% if report.steps %}<section><h2>Cleaning</h2><table><tr><th>step<th class="n">documents in<th class="n">changed
+<th class="n">dropped<th class="n">documents out</tr>{% for s in report.steps %}<tr><td>{{ s.step }}
+{{ number(s.documents_in) }}{{ number(s.changed) }}{{ number(s.dropped) }}{{ number(s.documents_out) }}</tr>
+{% endfor %}</table></section>{% for s in report.steps %}{% if s.changes or s.drops %}
+<section><h2>{{ s.step }}: examples</h2>
+{% for e in s.changes %}<p class="muted">changed</p><pre>{{ e.before }}</pre><pre>{{ e.after }}</pre>{% endfor %}
+{% for e in s.drops %}<p class="muted">dropped</p><pre>{{ e }}</pre>{% endfor %}</section>{% endif %}{% endfor %}
+{% endif %}
+<section><h2>Settings</h2><table>{% for name, value in report.settings.items() %}
+<tr><th>{{ name }}<td>{{ value }}</tr>{% endfor %}</table></section>
+</body></html>
+"""

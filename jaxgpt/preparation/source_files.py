@@ -1,0 +1,347 @@
+"""Sources that are files: text, HTML, JSON lines, Parquet, dialogues; plain or compressed.
+
+The idea: nothing is read whole that could be long. A long text comes in parts, an over-long line is passed over
+without being held, Parquet comes by row groups.
+"""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from jaxgpt.config import SourceConfig, UserError
+from jaxgpt.preparation.documents import BadRecord, BadRecords, Document, Record
+
+SUFFIXES = {
+    "stdlib": (".py", ".txt"),
+    "text": (".txt", ".md", ".py"),
+    "html": (".html", ".htm"),
+    "jsonl": (".jsonl",),
+    "parquet": (".parquet",),
+    "sgd": (".json",),
+}
+COMPRESSED = ("text", "html", "jsonl")
+PART_BYTES = 8_000_000  # a longer text comes in parts: some hundred MB of memory, whatever is done to a part
+_PARQUET_ROWS = 256
+
+# Parts of the library that are not source a person would write or read: tests, character tables and generated
+# files (which differ between machines besides), other people's packages.
+# fmt: off
+_NOT_STDLIB = frozenset([
+    "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip",
+    "site-packages", "dist-packages", "lib-dynload", "__pycache__", "__phello__",
+])
+# fmt: on
+_NOT_STDLIB_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "__hello__")
+
+
+def source_files(part: SourceConfig) -> list[tuple[str, Path]]:
+    """(relative path, file) of the source's files, sorted by relative path.
+
+    Raises:
+        UserError: there is none.
+    """
+    stdlib = part.source == "stdlib"
+    root = Path(sysconfig.get_paths()["stdlib"] if stdlib else part.path)
+    if not root.exists():
+        raise UserError(f"data.path = {root}: no such file or folder")
+    if root.is_file():
+        return [(root.name, root)]
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _left_out(name, stdlib)]
+        for name in names:
+            if _is_of(name, part.source) and not _left_out(name, stdlib):
+                file = Path(folder, name)
+                found.append((file.relative_to(root).as_posix(), file))
+    if not found:
+        raise UserError(f"data.path = {root}: no {', '.join(SUFFIXES[part.source])} file in this folder")
+    return sorted(found)
+
+
+def _is_of(name: str, source: str) -> bool:
+    if source in COMPRESSED and name.endswith(tuple(_OPENERS)):
+        name = name.rpartition(".")[0]
+    if source == "sgd":  # schema.json lies beside the dialogues
+        return name.startswith("dialogues") and name.endswith(SUFFIXES[source])
+    return name.endswith(SUFFIXES[source])
+
+
+def _left_out(name: str, stdlib: bool) -> bool:
+    if stdlib:
+        return name in _NOT_STDLIB or name.startswith(_NOT_STDLIB_PREFIXES)
+    return name.startswith(".")  # hidden: .git, editors' files
+
+
+# ---------------------------------------------------------------- opening
+
+
+def _open_zst(file: Path) -> BinaryIO:
+    import pyarrow  # Python itself reads this format from 3.14 on
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """The bytes of the file, decompressed.
+
+    Raises:
+        UserError: there is no permission to read it.
+        BadRecord: what is compressed is damaged.
+    """
+    opener = _OPENERS.get(file.suffix)
+    try:
+        with opener(file) if opener else open(file, "rb", buffering=1 << 20) as stream:
+            yield stream
+    except PermissionError:
+        raise UserError(f"{file}: no permission to read it") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if opener is None:
+            raise
+        raise BadRecord(str(file), f"damaged, or not {file.suffix[1:]}: {error}".partition("\n")[0]) from None
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error.start, content[error.start]) from None
+
+
+def _not_utf8(where: str, position: int, byte: int) -> BadRecord:
+    fix = "convert it, for example with: iconv -f latin1 -t utf-8"
+    return BadRecord(where, f"not UTF-8 at byte {position} (0x{byte:02x}); {fix}")
+
+
+# ---------------------------------------------------------------- text and HTML
+
+
+def text_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
+    """One document a file; one of more than PART_BYTES, or `max_record_bytes` if that is less, in parts."""
+    for _, file in source_files(part):
+        count = 0
+        try:
+            for text in _parts(file, min(PART_BYTES, max_record_bytes)):
+                if text.strip():
+                    yield Document(text, continues=count > 0)
+                    count += 1
+        except BadRecord as error:
+            bad.add(error)
+        else:
+            if not count:
+                bad.empty(str(file))
+
+
+def _parts(file: Path, size: int) -> Iterator[str]:
+    """The text, in parts of at most `size` bytes that joined give it again.
+
+    A part begins with the white space before a paragraph or line, so that no token of GPT-2's reaches over a border.
+    """
+    with _opened(file) as stream:
+        rest = stream.read(3).removeprefix(codecs.BOM_UTF8)  # a byte order mark is no text
+        rest += stream.read(size + 1 - len(rest))
+        if len(rest) > size:
+            _check_utf8(file)
+        while len(rest) > size:
+            border = _border(rest)
+            yield _decoded(rest[:border], str(file))
+            rest = rest[border:]
+            rest += stream.read(size + 1 - len(rest))
+        yield _decoded(rest, str(file))
+
+
+def _border(content: bytes) -> int:
+    """Where to cut: before the last blank line, line break or space of the second half, else between characters."""
+    for separator in (b"\n\n", b"\n", b" "):
+        found = content.rfind(separator, len(content) // 2, len(content) - 1)
+        if found > 0:
+            return len(content[:found].rstrip()) or found
+    end = len(content) - 1
+    while end > 1 and content[end] & 0xC0 == 0x80:  # the second to fourth byte of a character
+        end -= 1
+    return end
+
+
+def _check_utf8(file: Path) -> None:
+    """A long file is checked before its first part is handed on, so that it is used whole or not at all."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    with _opened(file) as stream:
+        while True:
+            chunk = stream.read(1 << 20)
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(str(file), position - held + error.start, error.object[error.start]) from None
+            if not chunk:
+                return
+            position += len(chunk)
+
+
+def html_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
+    """One document a page, its tags included: `cleaning.html` takes the text out."""
+    for _, file in source_files(part):
+        try:
+            with _opened(file) as stream:
+                content = stream.read(max_record_bytes + 1)
+            if len(content) > max_record_bytes:
+                raise BadRecord(str(file), f"longer than data.max_record_bytes = {max_record_bytes}")
+            text = _decoded(content.removeprefix(codecs.BOM_UTF8), str(file))
+        except BadRecord as error:
+            bad.add(error)
+            continue
+        if text.strip():
+            yield Document(text)
+        else:
+            bad.empty(str(file))
+
+
+# ---------------------------------------------------------------- rows
+
+
+def jsonl_records(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Record]:
+    """One record a line; blank lines are no records."""
+    for _, file in source_files(part):
+        count = 0
+        try:
+            with _opened(file) as stream:
+                for number, line in _lines(stream, max_record_bytes):
+                    where = f"{file}:{number}"
+                    count += 1
+                    try:
+                        if line is None:
+                            raise BadRecord(where, f"longer than data.max_record_bytes = {max_record_bytes}")
+                        yield Record(where, _json_object(line, where))
+                    except BadRecord as error:
+                        bad.add(error)
+        except BadRecord as error:
+            bad.add(error)
+        else:
+            if not count:
+                bad.empty(str(file))
+
+
+def _lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line) of each line that is not blank; None for one of more than `limit` bytes."""
+    number = 0
+    while line := stream.readline(limit + 2):
+        number += 1
+        if len(line.rstrip(b"\r\n")) > limit:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(1 << 20)  # passed over: no more of it is held
+            yield number, None
+        elif line.strip():
+            yield number, line
+
+
+def _json_object(line: bytes, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BadRecord(where, f"not UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise BadRecord(where, f"not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise BadRecord(where, f"not JSON that can be read: {error}") from None
+    if not isinstance(record, dict):
+        raise BadRecord(where, f"a JSON {type(record).__name__}; each line must be an object")
+    return record
+
+
+def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | None) -> Iterator[Record]:
+    """The rows, numbered from 0 in each file; only `columns` of them, where they are named.
+
+    Raises:
+        UserError: the first file lacks one of the columns.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    for file_number, (_, file) in enumerate(source_files(part)):
+        number = 0
+        try:
+            with pyarrow.parquet.ParquetFile(file) as table:
+                missing = [name for name in columns or [] if name not in table.schema_arrow.names]
+                if missing:
+                    message = _no_field(missing[0], table.schema_arrow.names)
+                    raise UserError(f"{file}: {message}") if file_number == 0 else BadRecord(str(file), message)
+                for rows in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                    for row in range(len(rows)):
+                        yield from _row(rows, row, f"{file}, row {number}", bad)
+                        number += 1
+            if not number:
+                bad.empty(str(file))
+        except PermissionError:
+            raise UserError(f"{file}: no permission to read it") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = f"damaged, or not Parquet: {error}".partition("\n")[0]
+            bad.add(BadRecord(f"{file}, from row {number} on", reason))
+        except BadRecord as error:
+            bad.add(error)
+
+
+def _row(rows, number: int, where: str, bad: BadRecords) -> Iterator[Record]:
+    try:
+        yield Record(where, {name: column[number].as_py() for name, column in zip(rows.schema.names, rows.columns)})
+    except UnicodeDecodeError as error:
+        bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
+
+
+def sgd_dialogues(part: SourceConfig, bad: BadRecords) -> Iterator[Record]:
+    """The dialogues of files in the form of the Schema-Guided Dialogue dataset."""
+    from jaxgpt.preparation.dialogues import sgd_records
+
+    for _, file in source_files(part):
+        count = 0
+        try:
+            for where, record in sgd_records(file):
+                yield Record(where, record)
+                count += 1
+        except PermissionError:
+            raise UserError(f"{file}: no permission to read it") from None
+        except BadRecord as error:
+            bad.add(error)
+        else:
+            if not count:
+                bad.empty(str(file))
+
+
+def _no_field(field: str, names) -> str:
+    return f'no field "{field}"; it has {", ".join(map(str, names)) or "no field"}: set data.text_field'
+
+
+def text_of(record: Record, field: str) -> str:
+    """The text in a field of the record.
+
+    Raises:
+        BadRecord: it is missing, or no text.
+    """
+    if field not in record.value:
+        raise BadRecord(record.where, _no_field(field, record.value))
+    value = record.value[field]
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise BadRecord(record.where, f'field "{field}" is not text but {kind}; set data.text_field')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        position = error.start
+        raise BadRecord(
+            record.where,
+            f'field "{field}" holds half a character (U+{ord(value[position]):04X}) at position {position}, '
+            "which is not Unicode text",
+        ) from None
+    return value

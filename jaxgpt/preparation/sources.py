@@ -1,0 +1,229 @@
+"""Where documents come from: files, public catalogs, made-up dialogues, or a weighted mixture of them.
+
+The idea: a source is read front to back, as often as needed, always in the same order, and never held whole;
+`source_key` says cheaply whether it is still the same without reading it.
+"""
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from jaxgpt.config import DataConfig, SourceConfig, UserError, sources_of
+from jaxgpt.preparation import source_files
+from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_facts, catalog_splits
+from jaxgpt.preparation.documents import BadRecord, BadRecords, Document, Record
+
+_CHAT_ONLY = ("support", "sgd")
+_TEXT_ONLY = ("stdlib", "text", "html")
+
+
+@dataclasses.dataclass
+class Reading:
+    """What `documents` leaves behind for a report, a number for each part of the mixture."""
+
+    num_documents: list[int] = dataclasses.field(default_factory=list)
+    num_bytes: list[int] = dataclasses.field(default_factory=list)
+    """UTF-8 handed on."""
+    ended_by: int | None = None
+    """The part that was used up when it was its turn, which ends a mixture; None where data.max_bytes did, or where
+    there is one part only."""
+
+
+def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading | None = None) -> Iterator[Document]:
+    """The documents of `data`, blank ones left out, up to `data.max_bytes` of UTF-8.
+
+    A file of text is one document (a long one in parts), so is a page, a line of JSON and a row of a table. Under
+    `max_bytes` a validation split of a catalog comes first and gets the share `validation_fraction`; the last
+    document is cut between two characters, the last conversation is left out if it is too long.
+
+    In a mixture the next document comes from the part that has given the fewest bytes for its weight; the mixture ends
+    when that part is used up, as going on would be another mixture.
+
+    Raises:
+        UserError: the source is missing, empty or broken; names the file and the line or byte.
+    """
+    bad = BadRecords(data.on_bad_record) if bad is None else bad
+    reading = Reading() if reading is None else reading
+    parts = sources_of(data)
+    _check_format(data)
+    reading.num_documents, reading.num_bytes, reading.ended_by = [0] * len(parts), [0] * len(parts), None
+    total = sum(part.weight for part in parts)
+    readers = [_nonempty(data, number, bad, part.weight / total) for number, part in enumerate(parts)]
+    source = readers[0] if len(parts) == 1 else _mixed(readers, [part.weight for part in parts], reading)
+    for document in _limited(source, data.max_bytes, data.format == "chat"):
+        reading.num_documents[document.part] += not document.continues
+        reading.num_bytes[document.part] += len(document.text.encode())
+        yield document
+    if not any(reading.num_documents):
+        raise UserError(f"{describe(data)}: no text in it; the corpus is empty")
+
+
+def describe(data: DataConfig) -> str:
+    """The source in a user's words, for messages."""
+    parts = sources_of(data)
+    if len(parts) == 1:
+        return _described(parts[0], "data.source")
+    return " and ".join(_described(part, f"data.source[{number}]") for number, part in enumerate(parts))
+
+
+def short_name(data: DataConfig) -> str:
+    """A name for folders: "stdlib", the stem of a file or folder, "tfds-NAME"; all of them for a mixture."""
+    names = [_short_name(part) for part in sources_of(data)]
+    return "-".join(names)[:60].strip("-")
+
+
+def source_key(data: DataConfig) -> str:
+    """A digest that changes when the source probably has: file names, sizes and times, or Python's version.
+
+    Raises:
+        UserError: the source is missing, or cannot be of data.format.
+    """
+    _check_format(data)
+    facts = []
+    for part in sources_of(data):
+        lines, found = _facts(part)
+        facts += lines
+        for name, file in found:
+            stat = file.stat()
+            facts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
+    """Lines that tell the state of a source, and the files whose sizes and times do."""
+    if part.source.startswith((TFDS, HUGGINGFACE)):
+        return catalog_facts(part)
+    if part.source == "stdlib":  # no times: the same on every machine of one version
+        sizes = [f"{name} {file.stat().st_size}" for name, file in source_files.source_files(part)]
+        return [platform.python_implementation(), platform.python_version(), *sizes], []
+    if part.source == "support":  # what it gives is decided by the code alone
+        from jaxgpt.preparation import dialogues, support
+
+        return [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (dialogues, support)], []
+    return [str(Path(part.path).resolve())], source_files.source_files(part)
+
+
+def _described(part: SourceConfig, name: str) -> str:
+    return f'{name} = "{part.source}"' + (f", data.path = {part.path}" if part.path else "")
+
+
+def _short_name(part: SourceConfig) -> str:
+    name = Path(part.path).resolve().stem if part.source in source_files.SUFFIXES and part.path else part.source
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or part.source
+
+
+def _check_format(data: DataConfig) -> None:
+    for part in sources_of(data):
+        if data.format == "chat" and part.source in _TEXT_ONLY:
+            raise UserError(f'data.source = "{part.source}" holds no conversations: set data.format = "text"')
+        if data.format == "text" and part.source in _CHAT_ONLY:
+            raise UserError(f'data.source = "{part.source}" holds conversations: set data.format = "chat"')
+
+
+# ---------------------------------------------------------------- reading one part
+
+
+def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
+    """The documents of one part of the mixture, of which there must be one; `share` of the text is to come from it."""
+    part = sources_of(data)[number]
+    found = False
+    for document in _documents(data, part, bad, data.max_bytes and max(1, int(data.max_bytes * share))):
+        found = True
+        yield document if number == 0 else document._replace(part=number)
+    if not found:
+        raise UserError(f"{_described(part, 'data.source')}: no text in it; the corpus is empty")
+
+
+def _documents(data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes: int | None) -> Iterator[Document]:
+    limit = data.max_record_bytes
+    if part.source in ("stdlib", "text"):
+        yield from source_files.text_documents(part, bad, limit)
+    elif part.source == "html":
+        yield from source_files.html_documents(part, bad, limit)
+    elif part.source.startswith((TFDS, HUGGINGFACE)):
+        for split, records in catalog_splits(part, bad, part.text_field if data.format == "text" else None):
+            share = max_bytes and max(1, int(max_bytes * data.validation_fraction)) if split == "validation" else None
+            yield from _limited(_texts(records, data, part, bad), share, data.format == "chat")
+    else:
+        yield from _texts(_records(data, part, bad), data, part, bad)
+
+
+def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[Record]:
+    if part.source == "jsonl":
+        return source_files.jsonl_records(part, bad, data.max_record_bytes)
+    if part.source == "parquet":
+        return source_files.parquet_records(part, bad, [part.text_field] if data.format == "text" else None)
+    if part.source == "sgd":
+        return source_files.sgd_dialogues(part, bad)
+    from jaxgpt.preparation.dialogues import support_records
+
+    return (Record(f"support, conversation {n}", record) for n, record in enumerate(support_records()))
+
+
+def _texts(records: Iterable[Record], data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[Document]:
+    """The text of each record; what has none is given to `bad`.
+
+    Raises:
+        UserError: the first record has no such field, which is then a wrong setting rather than a bad record.
+    """
+    from jaxgpt.data.chat import conversation
+
+    for number, record in enumerate(records):
+        try:
+            if data.format == "chat":
+                yield Document(conversation(record.value, record.where), record.split, where=record.where)
+                continue
+            text = source_files.text_of(record, part.text_field)
+        except BadRecord as error:
+            if number == 0 and data.format == "text" and part.text_field not in record.value:
+                raise UserError(str(error)) from None
+            bad.add(error)
+            continue
+        if text.strip():
+            yield Document(text, record.split)
+        else:
+            bad.empty(record.where)
+
+
+# ---------------------------------------------------------------- several parts, and a limit
+
+
+def _mixed(readers: Sequence[Iterator[Document]], weights: Sequence[float], reading: Reading) -> Iterator[Document]:
+    """Whole documents in turn, so that the bytes of each part follow its weight as closely as they can."""
+    heads = [next(reader) for reader in readers]
+    given = [0.0] * len(readers)  # bytes for a weight of 1
+    while True:
+        turn = given.index(min(given))
+        if heads[turn] is None:
+            reading.ended_by = turn
+            return
+        whole = True
+        while whole or (heads[turn] is not None and heads[turn].continues):
+            document, whole = heads[turn], False
+            given[turn] += len(document.text.encode()) / weights[turn]
+            yield document
+            heads[turn] = next(readers[turn], None)
+
+
+def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> Iterator[Document]:
+    """The documents up to `max_bytes`; the last one is cut, or left out where they must be `whole`."""
+    left = max_bytes
+    for document in source:
+        if left is None:
+            yield document
+            continue
+        text = _cut(document.text, left)
+        if len(text) < len(document.text) and whole:
+            return
+        left -= len(text.encode())
+        if text:
+            yield document._replace(text=text)
+        if left <= 0 or len(text) < len(document.text):
+            return
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """The beginning of `text` that fits into `max_bytes` of UTF-8."""
+    return text.encode()[:max_bytes].decode(errors="ignore")

@@ -1,0 +1,278 @@
+"""report.html: what a run did, in one file to look at or send. `write_report(workdir)` makes it.
+
+The page needs no network and no script: see reporting/figures.py, which draws it.
+"""
+
+import json
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.config import Config, flatten
+from jaxgpt.reporting import curves, evaluations, figures
+from jaxgpt.reporting.curves import ACTIVITIES
+from jaxgpt.reporting.figures import COLOURS, SMOOTHED, big, word
+from jaxgpt.training.metrics import read_metrics
+
+NOISY = ("loss", "grad_norm", "tokens_per_second")
+MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it under a megabyte
+
+
+def write_report(workdir: Path) -> Path:
+    """Write `workdir`/report.html from metrics.jsonl, and config.json, summary.json, evaluations.jsonl if there.
+
+    Of summary.json "status" and "versions" have their place; all else in it is listed as it is.
+
+    Raises:
+        UserError: the folder has no metrics.jsonl.
+    """
+    workdir = Path(workdir)
+    records = read_metrics(workdir)
+    columns = curves.columns(records)
+    summary = _read_json(workdir / "summary.json")
+    changed, unchanged = _settings(_read_json(workdir / "config.json"))
+    html = figures.page(
+        _BODY,
+        f"{workdir.resolve().name} · jaxgpt run report",
+        name=workdir.resolve().name,
+        status=summary.pop("status", "no summary yet: running, or killed"),
+        versions=summary.pop("versions", {}),
+        facts=_flat(summary),
+        headline=_headline(columns),
+        warnings=_warnings(records),
+        drawn=_figures(columns),
+        evaluated=evaluations.rows(workdir),
+        samples=_samples(records),
+        changed=changed,
+        unchanged=unchanged,
+    )
+    return figures.write_page(workdir / "report.html", html)
+
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, str]:
+    """{"mesh data": "8", ...}: nested objects under joined names, numbers with thousands commas."""
+    flat = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name} ")
+        elif isinstance(value, float) and not value.is_integer():
+            flat[name] = f"{value:,.5g}"
+        else:
+            flat[name] = f"{value:,.0f}" if type(value) in (int, float) else word(value)
+    return flat
+
+
+def _settings(config: dict) -> tuple[list[tuple], list[tuple]]:
+    """(name, value, default) of the settings that differ from the default, and of the others.
+
+    Read as plain JSON, so that a run made by another version still says what it did.
+    """
+    default = flatten(Config())
+    rows = ([], [])
+    for section, fields in config.items():
+        for key, value in fields.items():
+            name = f"{section}.{key}"
+            normal = default.get(name, "not a setting of this version")
+            rows[value == normal].append((name, word(value), word(normal)))
+    return rows
+
+
+def _headline(columns: dict) -> list[tuple[str, str, str]]:
+    """(name, figure, remark) of the numbers that a reader wants first."""
+    last = {key: values[-1] for key in columns if len(values := curves.known(columns, key)[1])}
+    found = []
+    if "eval_loss" in last:
+        steps, losses = curves.known(columns, "eval_loss")
+        best = losses.argmin()
+        found.append(("validation loss", f"{losses[-1]:.4f}", f"nats/token, step {steps[-1]:,.0f}"))
+        found.append(("best", f"{losses[best]:.4f}", f"step {steps[best]:,.0f}"))
+    elif "loss" in last:
+        found.append(("training loss", f"{last['loss']:.4f}", "nats/token; no evaluation yet"))
+    for key, name in (("eval_perplexity", "perplexity"), ("eval_bits_per_byte", "bits per byte")):
+        if key in last:
+            found.append((name, f"{last[key]:,.4g}", "validation"))
+    if "eval_stop_rate" in last:
+        found.append(("answers that stop", f"{last['eval_stop_rate']:.0%}", "by themselves, to validation prompts"))
+    if "tokens" in last:
+        epochs = f"{last['epoch']:.2f} epochs" if "epoch" in last else ""
+        found.append(("tokens seen", big(last["tokens"]), epochs))
+    if "tokens_per_second" in last:
+        speed = np.median(curves.known(columns, "tokens_per_second")[1])
+        used = f", MFU {np.median(curves.known(columns, 'mfu')[1]):.1%}" if "mfu" in last else ""
+        found.append(("tokens/s", big(speed), f"median{used}"))
+    if seconds := round(curves.seconds(columns).sum()):
+        found.append(("training time", str(timedelta(seconds=seconds)), f"{last['step']:,.0f} steps"))
+    return found
+
+
+def _warnings(records: list[dict]) -> list[str]:
+    bad = [record for record in records if record.get("nonfinite")]
+    if not bad:
+        return [] if records else ["No step has been logged yet."]
+    first = ", ".join(f"{key} was {value}" for key, value in bad[0]["nonfinite"].items())
+    return [f"Not finite: {first} at step {bad[0]['step']:,}; {len(bad):,} such lines in all."]
+
+
+def _samples(records: list[dict]) -> list[tuple[int, str]]:
+    """(step, text), newest first; thinned evenly from the newest on."""
+    found = [(record["step"], record["sample"]) for record in records if record.get("sample")]
+    every = math.ceil(len(found) / MAX_SAMPLES) or 1
+    return [(step, text[:MAX_SAMPLE_CHARACTERS]) for step, text in found[::-1][::every]]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _figures(columns: dict) -> list[dict]:
+    """{"title", "note", "svg", "width"} of every figure that there are points for."""
+    drawn, known = [], {key for key in columns if len(curves.known(columns, key)[0])}
+    if known & {"loss", "eval_loss"}:
+        drawn.append(_draw(_draw_loss, columns, "Loss", (10.4, 3.9), "wide"))
+        drawn.append(_draw(_draw_loss, columns, "Loss", (5, 3.6), "narrow"))
+    if known & {"learning_rate", "grad_norm"}:
+        drawn.append(_draw(_draw_optimizer, columns, "Learning rate and gradient norm"))
+    if "tokens_per_second" in known or curves.seconds(columns).any():
+        drawn.append(_draw(_draw_speed, columns, "Throughput and where the time goes"))
+    if curves.accuracies(columns):
+        for size, width in (((10.4, 3.4), "wide"), ((5, 3.4), "narrow")):
+            drawn.append(_draw(_draw_tasks, columns, "Tasks during training", size, width))
+            drawn[-1]["legend"] = list(enumerate(curves.accuracies(columns).values()))
+    return drawn
+
+
+def _draw(draw, columns: dict, title: str, size=(5, 3.9), width: str = "") -> dict:
+    """One figure over the steps by `draw(figure, columns) -> note`."""
+    notes = []
+
+    def over_steps(figure):
+        notes.append(draw(figure, columns))
+        for ax in figure.axes:
+            figures.whole_numbers(ax.xaxis)
+            ax.set_xlim(0, columns["step"].max(initial=1) * 1.01)
+        figure.axes[-1].set_xlabel("optimizer step")
+
+    svg = figures.svg(over_steps, f"{title} over the steps", size)
+    return {"title": title, "note": notes[0], "svg": svg, "width": width}
+
+
+def _line(ax, columns: dict, key: str, colour: str = "train", label: str = "") -> None:
+    """Draw a metric over the steps: few points are marked, many of a noisy one averaged too."""
+    steps, values = curves.known(columns, key)
+    style = {"color": COLOURS[colour], "linewidth": 1.6}
+    if key in NOISY and len(steps) >= SMOOTHED:
+        ax.plot(*figures.thin(steps, values), **style | {"linewidth": 0.8, "alpha": 0.35})
+        values = figures.trailing_mean(values, len(values) // 50)
+    marker = "o" if len(steps) < 40 else ""
+    ax.plot(*figures.thin(steps, values), label=label, marker=marker, markersize=3.5, **style)
+
+
+def _draw_loss(figure, columns: dict) -> str:
+    ax = figure.subplots()
+    ax.set_ylabel("loss (nats per token)")
+    losses = curves.known(columns, "loss")[1]
+    eval_steps, eval_losses = curves.known(columns, "eval_loss")
+    notes = []
+    if len(losses):
+        _line(ax, columns, "loss", label="training")
+    if len(losses) >= SMOOTHED:
+        notes.append(f"Training: mean of {len(losses) // 50} lines, each line pale behind it.")
+    if len(eval_losses):
+        _line(ax, columns, "eval_loss", "validation", "validation")
+        best, ring = eval_losses.argmin(), {"markersize": 11, "fillstyle": "none"}
+        ax.plot(eval_steps[best], eval_losses[best], "o", color=COLOURS["validation"], **ring)
+        notes.append("Ring: the best validation loss.")
+    notes.append(figures.clip(ax, [losses], [eval_losses]))
+    ax.legend()
+    return " ".join(notes)
+
+
+def _draw_optimizer(figure, columns: dict) -> str:
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.set_ylabel("learning rate")
+    bottom.set_ylabel("gradient norm")
+    _line(top, columns, "learning_rate")
+    top.set_ylim(bottom=0)
+    top.yaxis.set_major_formatter(lambda y, _: f"{y:.7f}".rstrip("0").rstrip("."))
+    _line(bottom, columns, "grad_norm")
+    clipped = figures.clip(bottom, [curves.known(columns, "grad_norm")[1]], [])
+    bottom.set_ylim(bottom=0)
+    return clipped and f"Gradient norm: {clipped}"
+
+
+def _draw_tasks(figure, columns: dict) -> str:
+    ax = figure.subplots()
+    ax.set_ylabel("questions answered right")
+    for number, key in enumerate(curves.accuracies(columns)):
+        figures.series_line(ax, *curves.known(columns, key), number)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    return ""
+
+
+def _draw_speed(figure, columns: dict) -> str:
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.set_ylabel("tokens per second")
+    _line(top, columns, "tokens_per_second")
+    top.set_ylim(bottom=0)
+    top.yaxis.set_major_formatter(lambda y, _: big(y))
+    bottom.set_ylabel("share of wall time")
+    bottom.set_ylim(0, 1)
+    bottom.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    seconds = curves.seconds(columns)
+    timed = np.flatnonzero(seconds.any(axis=0))
+    if not len(timed):
+        return ""
+    # Twenty stretches: wide enough that most hold an evaluation, which comes only now and then.
+    stretches = np.array_split(timed, min(20, len(timed)))
+    sums = np.stack([seconds[:, part].sum(axis=1) for part in stretches], axis=1)
+    shares = sums / sums.sum(axis=0)
+    edges = [0, *(columns["step"][part[-1]] for part in stretches)]
+    steps = np.concatenate([shares, shares[:, -1:]], axis=1)  # the last value closes the last step
+    style = {"colors": [COLOURS[name] for name in ACTIVITIES], "step": "post", "linewidth": 0}
+    bottom.stackplot(edges, steps, labels=ACTIVITIES, **style)
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    whole = zip(ACTIVITIES, seconds.sum(axis=1) / seconds.sum(), strict=True)
+    return "Whole run: " + ", ".join(f"{name} {share:.1%}" for name, share in whole) + "."
+
+
+# ---------------------------------------------------------------- the page
+
+_BODY = """{% macro settings(rows) %}<table><tr><th>setting<th>value<th>default</tr>
+{% for name, value, default in rows %}
+<tr><td>{{ name }}<td>{{ value }}<td class="muted">{{ default }}</tr>{% endfor %}
+</table>{% endmacro %}
+{% macro sample(step, text) %}<p class="muted">step {{ "{:,}".format(step) }}</p><pre>
+{{ text }}</pre>{% endmacro %}
+<h1>{{ name }}</h1><p class="muted">jaxgpt run · {{ status }}</p>
+{% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
+{% if headline %}<section><dl class="headline">{% for title, value, remark in headline %}
+<div><dt>{{ title }}</dt><dd class="value">{{ value }}</dd><dd class="note">{{ remark }}</dd></div>
+{% endfor %}</dl></section>{% endif %}{{ figures(drawn) }}
+{% if evaluated %}<section><h2>Evaluation</h2><div class="scroll"><table>
+<tr><th>task or text<th>metric<th class="number">value<th class="number">error<th class="number">step<th>how</tr>
+{% for row in evaluated %}<tr><td>{{ row.name }}<td>{{ row.metric }}<td class="number">{{ row.value }}
+<td class="number">{{ row.error }}<td class="number">{{ row.step }}<td class="muted">{{ row.how }}</tr>
+{% for line in row.beside %}<tr><td><td colspan="5" class="note">{{ line }}</tr>{% endfor %}{% endfor %}
+</table></div></section>{% endif %}
+{% if samples %}<section><h2>Samples</h2>{{ sample(*samples[0]) }}
+{% if samples[1:] %}<details><summary>{{ samples[1:] | length }} older</summary>
+{% for older in samples[1:] %}{{ sample(*older) }}{% endfor %}</details>{% endif %}
+</section>{% endif %}
+{% if facts %}<section><h2>Run</h2>{{ pairs(facts) }}</section>{% endif %}
+<section><h2>Settings</h2>
+{% if changed %}{{ settings(changed) }}{% endif %}
+{% if unchanged %}<details><summary>{{ unchanged | length }} settings at their defaults</summary>
+{{ settings(unchanged) }}</details>{% endif %}
+{% if not changed and not unchanged %}<p>There is no config.json.</p>{% endif %}</section>
+{% if versions %}<section><h2>Versions</h2>{{ pairs(versions) }}</section>{% endif %}
+"""

@@ -1,0 +1,264 @@
+"""The pictures of a sweep, each drawn on a given matplotlib figure; page.py puts them together.
+
+Losses far above the others would press those together that matter: the axis ends at `ceiling`, and marks at its top
+edge stand for what lies above.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxgpt.reporting import figures
+from jaxgpt.reporting.figures import COLOURS
+from jaxgpt.tuning import sweep_table
+from jaxgpt.tuning.scaling import LEVEL, Scaling
+from jaxgpt.tuning.space import Variable
+from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, PAUSED, Record, Records
+
+LOSS = "validation loss (nats per token)"
+MAX_NAMED = 6  # more lines cannot be told apart by name
+_UNITS = {
+    "optimizer.learning_rate": "peak learning rate (per step)",
+    "optimizer.muon_learning_rate": "peak learning rate of the matrices under muon (per step)",
+    "optimizer.weight_decay": "weight decay (per step, times the learning rate)",
+    "optimizer.warmup_steps": "warm-up (steps)",
+    "optimizer.min_lr_rate": "final learning rate (share of the peak)",
+    "model.dropout": "dropout (share of values)",
+    "model.n_layer": "layers",
+    "model.n_embd": "width (values of a token)",
+    "model.n_head": "attention heads",
+    "train.global_batch_size": "batch (sequences a step)",
+    "train.per_device_train_batch_size": "batch (sequences on a device)",
+    "train.max_steps": "training (steps)",
+    "train.seed": "seed",
+}
+
+
+def ceiling(losses: Sequence[float]) -> float:
+    """Where a loss axis ends: high enough for the better half of the trials to be told apart."""
+    known = sorted(loss for loss in losses if math.isfinite(loss))
+    middle = known[len(known) // 2]
+    return min(known[-1], middle + 2 * (middle - known[0])) if middle > known[0] else known[-1]
+
+
+def _limit(ax, losses: Sequence[float]) -> float:
+    """End the loss axis there, with a margin. Returns where marks for what lies above are to stand."""
+    low, high = min(losses), ceiling(losses)
+    margin = 0.12 * (high - low) or 0.05 * abs(low) or 1.0
+    ax.set_ylim(low - margin / 2, high + margin)
+    return high + margin / 2
+
+
+def draw_against(figure, variable: Variable, everything: Sequence[Record]) -> None:
+    ax = figure.subplots()
+    ax.set_ylabel(LOSS)
+    ax.set_xlabel(_UNITS.get(variable.name, variable.label))
+    positions = _axis_of(ax, variable)
+    finite = [record.loss for record in everything if math.isfinite(record.loss)]
+    edge, top = _limit(ax, finite), ceiling(finite)
+    for status, alpha in ((FINISHED, 1.0), (PAUSED, 0.4)):
+        shown = [record for record in everything if record.status == status]
+        for above in (False, True):
+            points = [
+                (positions(r), min(r.loss, edge) if not above else edge) for r in shown if (r.loss > top) == above
+            ]
+            if points:
+                style = {"color": COLOURS["train"], "alpha": alpha, "linestyle": "", "markersize": 6}
+                ax.plot(*zip(*points), marker="^" if above else "o", **style)
+    diverged = [positions(record) for record in everything if record.status == DIVERGED]
+    ax.plot(diverged, [edge] * len(diverged), "x", color=COLOURS["validation"], markersize=8, markeredgewidth=2)
+    finished = [record for record in everything if record.status == FINISHED and math.isfinite(record.loss)]
+    if not finished:
+        return
+    if not variable.is_range:
+        lowest: dict[float, float] = {}
+        for record in finished:
+            where = positions(record)
+            lowest[where] = min(record.loss, lowest.get(where, math.inf))
+        ax.plot(*zip(*sorted(lowest.items())), color=COLOURS["train"], linewidth=1.4)
+    best = min(finished, key=lambda record: record.loss)
+    ring = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "color": COLOURS["validation"]}
+    ax.plot(positions(best), best.loss, "o", **ring)
+
+
+def _axis_of(ax, variable: Variable) -> Callable[[Record], float]:
+    """Make the x axis that of a variable; returns where a trial lies on it."""
+    if not variable.is_number:
+        names = ["+".join(value) for value in variable.values]
+        ax.set_xticks(range(len(names)), names, rotation=0 if sum(map(len, names)) < 40 else 20)
+        ax.set_xlim(-0.5, len(names) - 0.5)
+        return lambda record: names.index(variable.of(record.settings))
+    low, high = sweep_table.ends(variable)
+    if variable.is_log:
+        _log_axis(ax, low, high, short)
+    else:
+        margin = 0.05 * (high - low) or 0.05 * abs(low) or 1.0
+        ax.set_xlim(low - margin, high + margin)
+        ax.xaxis.get_major_locator().set_params(integer=variable.is_integer, nbins=6)
+        ax.xaxis.set_major_formatter(lambda value, _: short(value))
+    return lambda record: sweep_table.number_of(variable, record)
+
+
+def _log_axis(ax, low: float, high: float, write: Callable[[float], str]) -> None:
+    """A logarithmic x axis for values from `low` to `high`, with a handful of numbers, each by `write`."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 200 else (1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(lambda value, _: write(value))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def short(value: float) -> str:
+    """A number on an axis: 0.001, 3e-05, 1,000."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.6g}"
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else f"{float(f'{value:.3g}'):.0e}".replace("e-0", "e-")
+
+
+def draw_parallel(figure, variables: Sequence[Variable], records: Records) -> None:
+    ax = figure.subplots()
+    shown = sorted((r for r in records.latest() if math.isfinite(r.loss)), key=lambda r: -r.loss)
+    losses = [record.loss for record in shown]
+    low, high = min(losses), ceiling(losses)
+    height = lambda loss: min((loss - low) / ((high - low) or 1.0), 1.0)
+    places = [_height_of(variable) for variable in variables]
+    best = sweep_table.best(records)
+    for record in shown:
+        heights = [*(place(record) for place in places), height(record.loss)]
+        is_best = best is not None and record.number == best.number
+        style = {"color": figures.ramp(height(record.loss)), "linewidth": 3.5 if is_best else 1.3}
+        ax.plot(heights, zorder=3 if is_best else 2, alpha=1 if is_best else 0.8, solid_joinstyle="round", **style)
+    names = [variable.label.replace("+", "\n+ ") for variable in variables]
+    ax.set_xticks(range(len(names) + 1), [*(_broken(name) for name in names), "validation loss\n(nats per token)"])
+    ax.set_yticks([])
+    ax.set_xlim(-0.25, len(names) + 0.45)
+    ax.set_ylim(-0.06, 1.06)
+    ax.grid(False)
+    for place, variable in enumerate(variables):
+        _draw_scale(ax, place, _marks(variable))
+    above = "≥ " if high < max(losses) else ""
+    _draw_scale(ax, len(names), [(share, f"{above if share == 1 else ''}{low + share * (high - low):.3f}")
+                                 for share in (0, 0.25, 0.5, 0.75, 1)])  # fmt: skip
+
+
+def _broken(name: str) -> str:
+    """A long name in two lines, so that neighbours do not touch."""
+    if len(name) < 12 or "\n" in name or "_" not in name:
+        return name
+    half = min(
+        (place for place, letter in enumerate(name) if letter == "_"), key=lambda place: abs(place - len(name) / 2)
+    )
+    return f"{name[: half + 1]}\n{name[half + 1 :]}"
+
+
+def _draw_scale(ax, place: int, marks: Sequence[tuple[float, str]]) -> None:
+    ax.axvline(place, color=COLOURS["muted"], linewidth=1, zorder=1)
+    for share, text in marks:
+        ax.plot([place - 0.015, place + 0.015], [share, share], color=COLOURS["muted"], linewidth=1)
+        behind = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
+        ax.text(place + 0.03, share, text, fontsize=9, va="center", color=COLOURS["ink"], zorder=4, bbox=behind)
+
+
+def _height_of(variable: Variable) -> Callable[[Record], float]:
+    """Where a trial lies on the variable's own scale, 0 to 1."""
+    if variable.is_number:
+        return lambda record: sweep_table.place(variable, record)
+    names = ["+".join(value) for value in variable.values]
+    return lambda record: names.index(variable.of(record.settings)) / max(len(names) - 1, 1)
+
+
+def _marks(variable: Variable) -> list[tuple[float, str]]:
+    """(height, text) of the marks on a variable's scale."""
+    names = ["+".join(value) for value in variable.values]
+    if not variable.is_number:
+        return [(place / max(len(names) - 1, 1), name) for place, name in enumerate(names)]
+    shares = [0, 0.25, 0.5, 0.75, 1] if variable.is_range or len(names) > 7 else None
+    low, high = sweep_table.ends(variable)
+    if shares is None:
+        scale = math.log if variable.is_log else float
+        width = (scale(high) - scale(low)) or 1.0
+        return [((scale(float(name)) - scale(low)) / width, short(float(name))) for name in names]
+    at = lambda share: low * (high / low) ** share if variable.is_log else low + share * (high - low)
+    return [(share, short(float(f"{at(share):.3g}"))) for share in shares]
+
+
+def _curves_of(everything: Sequence[Record]) -> tuple[str, list[list]]:
+    """(name of the loss, points of each trial): validation, or training where it was evaluated but once."""
+    if any(len(record.eval_losses) > 1 for record in everything):
+        return LOSS, [record.eval_losses for record in everything]
+    return "training loss (nats per token)", [record.losses for record in everything]
+
+
+def draw_curves(figure, variables: Sequence[Variable], records: Records) -> None:
+    ax = figure.subplots()
+    everything = records.ranking()
+    name, curves = _curves_of(everything)
+    ax.set_ylabel(name)
+    ax.set_xlabel("optimizer step")
+    figures.whole_numbers(ax.xaxis)
+    named, best = len(everything) <= MAX_NAMED, sweep_table.best(records)
+    for rank, (record, points) in reversed(list(enumerate(zip(everything, curves)))):
+        points = np.array([point for point in points if math.isfinite(point[1])], float).reshape(-1, 2)
+        if not len(points):
+            continue
+        label = ", ".join(f"{v.label} {v.of(record.settings)}" for v in variables) if named else None
+        style = figures.series(rank) if named else {"color": figures.ramp(rank / max(len(everything) - 1, 1))}
+        style["linewidth"] = 3 if best is not None and record.number == best.number else 1.3
+        if len(points) == 1:  # a line would not be seen
+            style |= {"marker": "o", "markersize": 4.5, "markevery": None}
+        ax.plot(*figures.thin(*points.T), label=label, **style)
+        if record.status == DIVERGED:
+            ax.plot(*points[-1], "x", color=COLOURS["validation"], markersize=8, markeredgewidth=2)
+    whole = [np.array([point[1] for point in points], float) for points in curves if len(points)]
+    whole = [line[np.isfinite(line)] for line in whole]
+    last = [line[-1] for line in whole if len(line)]
+    if last:
+        low, first = min(line.min() for line in whole if len(line)), max(line[0] for line in whole if len(line))
+        high = min(first, max(line.max() for line in whole if len(line)))
+        margin = 0.05 * (high - low) or 0.05 * abs(low) or 1.0
+        ax.set_ylim(low - margin, high + margin)
+    if named:
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles[::-1], labels[::-1], fontsize=9)
+
+
+def draw_scaling(figure, scaling: Scaling) -> None:
+    ax = figure.subplots()
+    ax.set_xlabel("parameters without embeddings")
+    ax.set_ylabel(LOSS)
+    band, guess = scaling.band, scaling.next
+    counts = [prediction.parameters for prediction in band]
+    low, high = [p.low for p in band], [p.high for p in band]
+    ax.fill_between(counts, low, high, color=COLOURS["train"], alpha=0.15, linewidth=0, label=f"{LEVEL:.0%} interval")
+    ax.plot(counts, scaling.law(counts), color=COLOURS["train"], label="fitted law")
+    ax.plot(
+        *zip(*((size.parameters, size.loss) for size in scaling.sizes)), "o", color=COLOURS["ink"], label="best trials"
+    )
+    reach = [[max(guess.loss - guess.low, 0)], [max(guess.high - guess.loss, 0)]]
+    style = {"color": COLOURS["validation"], "capsize": 4, "markersize": 7}
+    ax.errorbar([guess.parameters], [guess.loss], reach, fmt="D", label="predicted", **style)
+    _log_axis(ax, min(counts), max(counts), figures.big)
+    ax.legend(fontsize=9)
+
+
+def draw_range(figure, found: dict) -> None:
+    ax = figure.subplots()
+    ax.set_xlabel("learning rate (per step)")
+    ax.set_ylabel("training loss (nats per token)")
+    rates, losses = np.array(found["rates"], float), np.array(found["losses"], float)
+    known = np.isfinite(losses)
+    rates, losses = rates[known], losses[known]
+    ax.plot(*figures.thin(rates, losses), color=COLOURS["train"], linewidth=1.6, label="loss")
+    low, first = losses.min(), losses[: max(len(losses) // 10, 1)].mean()
+    margin = 0.15 * (first - low) or 1.0
+    ax.set_ylim(low - margin, first + 2 * margin)
+    marks = (("steepest", "steepest", "-"), ("highest_safe", "a tenth of the lowest's", (0, (4, 2))))
+    for name, words, style in marks:
+        label = f"{words}: {found[name]:.2g}"
+        ax.axvline(found[name], color=COLOURS["validation"], linestyle=style, label=label)
+    _log_axis(ax, rates[0], rates[-1], short)
+    ax.legend(fontsize=9)

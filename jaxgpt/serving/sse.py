@@ -1,0 +1,104 @@
+"""Answers that take long: sent as server-sent events while they are made, and given up when nobody waits for them.
+
+The event stream format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+
+from fastapi import Request, Response
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
+
+from jaxgpt.serving.generated_texts import Generation
+from jaxgpt.serving.http_errors import ApiError
+from jaxgpt.serving.responses import Chats, Completions
+
+PING_SECONDS = 15.0  # proxies cut a connection on which nothing comes; most wait for 60 s
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx hands on each event at once
+]
+
+
+def event(content: object) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+async def events(generation: Generation, shape: Completions | Chats) -> AsyncIterator[bytes]:
+    """The events of an answer; what goes wrong on the way is an event, too."""
+    try:
+        async for part in generation.parts(PING_SECONDS):
+            yield b": ping\n\n" if part is None else b"".join(map(event, shape.chunks(part)))
+    except ApiError as error:
+        yield event(error.body)
+    else:
+        usage = event(shape.last_chunk(generation.usage)) if generation.work.include_usage else b""
+        yield usage + b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """A response that sends events until they end or the client leaves."""
+
+    background = None
+
+    def __init__(
+        self,
+        source: AsyncIterator[bytes],
+        generation: Generation,
+        left: Callable[[], None],
+        ended: Callable[[], None],
+    ):
+        """`left` is called when the client leaves before the end, `ended` when nothing is left to send."""
+        self._source, self._generation, self._left, self._ended = source, generation, left, ended
+
+    async def __call__(self, scope, receive, send) -> None:
+        writing = asyncio.ensure_future(self._write(send))
+        gone = asyncio.ensure_future(_wait_until_gone(receive))
+        try:
+            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+            else:
+                self._left()
+        finally:
+            self._generation.cancel()
+            await _end(writing, gone)
+            self._ended()
+
+    async def _write(self, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        async with contextlib.aclosing(self._source):
+            async for content in self._source:
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def while_connected(request: Request, work: Coroutine):
+    """The result of `work`, which is given up when the client leaves.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_until_gone(request.receive))
+    try:
+        done, _ = await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working in done:
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        await _end(working, gone)
+
+
+async def _wait_until_gone(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

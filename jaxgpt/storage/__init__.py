@@ -1,0 +1,1 @@
+"""How is it kept? Atomic writes, digests, locks."""

@@ -1,0 +1,73 @@
+"""What a run is made of, and where it stands."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxgpt.config import Config
+from jaxgpt.data.dataset import TokenDataset
+from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.metrics import MetricLog
+from jaxgpt.training.signals import Activity, StopSignal
+from jaxgpt.training.step import Program
+
+GoOn = Callable[[], None]
+"""Called again and again in the midst of long work; raises where that is to be left."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of. Its config is resolved: max_steps and global_batch_size are numbers."""
+
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    dataset: TokenDataset
+    program: Program
+    checkpoints: Checkpoints
+    log: MetricLog
+    sample: Callable[[dict], dict[str, str | float]] | None
+    """Parameters -> metrics, such as "sample", a text that the model wrote; None turns samples off."""
+    stop: StopSignal
+    activity: Activity
+    skip: frozenset[int] = frozenset()
+    """Training rows that weigh nothing (data.skip_list)."""
+    score: Callable[[dict, GoOn], dict[str, float]] | None = None
+    """Parameters -> metrics of eval.tasks; None where there are none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands besides its state; kept in the metadata of its checkpoints."""
+
+    step: int = 0
+    """Steps done."""
+    data_offset: int = 0
+    """Batches left out so far: step n reads the rows of n + data_offset. A rollback adds to it."""
+    bad_steps: int = 0
+    """In a row, up to this step."""
+    evaluated: bool = True
+    """False where the evaluation that was due at this step is still to be done."""
+    loss_sum: float = 0.0
+    count: float = 0.0
+    """Of the steps since the last line of metrics, so that the next line is the same whatever happened between."""
+    best_loss: float | None = None
+    """The lowest validation loss so far; None before the first evaluation."""
+    best_step: int = 0
+    """Where that was."""
+    not_better: int = 0
+    """Evaluations in a row, up to this step, that were not better than the best before them."""
+
+
+def position(checkpoints: Checkpoints, step: int | None) -> Position:
+    """Where the run stood when it wrote the checkpoint of `step`; None: at its beginning.
+
+    A checkpoint of an older version lacks what was not counted then, which starts from nothing.
+    """
+    if step is None:
+        return Position()
+    saved = checkpoints.metadata(step)
+    names = [field.name for field in dataclasses.fields(Position)]
+    return Position(**{name: saved[name] for name in names if name in saved})

@@ -1,0 +1,205 @@
+"""The folder of a sweep: what was asked, a line for each trial, and the best settings as a config file.
+
+A line is on disk before the next trial begins, so that a sweep which is killed repeats no finished trial.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jaxgpt.config import Config, UserError, flatten, from_json, to_json
+from jaxgpt.training.summary import write_atomically
+from jaxgpt.tuning.space import Point, Space, differences
+
+TRIALS, ASKED, CONFIG, BEST, REPORT = "trials.jsonl", "sweep.json", "config.json", "best.toml", "report.html"
+FINISHED, PAUSED, DIVERGED = "finished", "paused", "diverged"
+
+# Where a trial runs and how it is watched, not what it computes: may differ when a sweep goes on.
+_FREE_SECTIONS = ("log", "checkpoint")
+_FREE = ("train.compilation_cache_dir", "data.num_threads", "data.prefetch_batches", "data.verify", "data.num_proc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of a trial: its settings, and the fields of tuning/trial_runner.py's Result."""
+
+    number: int
+    settings: Point
+    step: int
+    status: str
+    """FINISHED, PAUSED (at a rung of successive halving) or DIVERGED."""
+    eval_loss: float | None
+    """Nats per token at `step`; None where it diverged."""
+    losses: list
+    """[[step, mean training loss since the last point], ...]"""
+    eval_losses: list
+    """[[step, validation loss], ...]"""
+    parameters: int
+    tokens: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """For comparing: what diverged is worse than everything."""
+        usable = self.status != DIVERGED and self.eval_loss is not None and math.isfinite(self.eval_loss)
+        return self.eval_loss if usable else math.inf
+
+
+class Records:
+    """The lines of trials.jsonl, in memory and on disk."""
+
+    def __init__(self, folder: Path):
+        """Read what is there. A last line that was being written when the process died is cut off.
+
+        Raises:
+            UserError: a line is not what `add` wrote.
+        """
+        self._file = folder / TRIALS
+        self._lines: list[Record] = []
+        if not self._file.exists():
+            return
+        content = self._file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self._file, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self._lines.append(Record(**json.loads(line)))
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{self._file}:{number}: not a line that a sweep wrote; remove it, or choose another --workdir"
+                ) from None
+
+    def add(self, record: Record) -> None:
+        """Append a line; it is on disk when this returns."""
+        new = not self._file.exists()
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _sync_folder(self._file.parent)
+        self._lines.append(record)
+
+    def at(self, number: int, step: int) -> Record | None:
+        """The record of a trial at a step; one that diverged before it stands for all later steps, too."""
+        lines = [line for line in self._lines if line.number == number]
+        return next((line for line in lines if line.step == step or line.status == DIVERGED), None)
+
+    def latest(self) -> list[Record]:
+        """The last line of every trial, by number."""
+        last = {line.number: line for line in self._lines}
+        return [last[number] for number in sorted(last)]
+
+    def ended(self) -> dict[int, Record]:
+        """{number: record} of trials that will not go on: finished, or diverged."""
+        return {line.number: line for line in self._lines if line.status != PAUSED}
+
+    def ranking(self) -> list[Record]:
+        """All trials, the best first: those that finished, those that were stopped early, those that diverged."""
+        order = {FINISHED: 0, PAUSED: 1, DIVERGED: 2}
+        return sorted(self.latest(), key=lambda line: (order[line.status], -line.step, line.loss, line.number))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- what was asked
+
+
+def start(folder: Path, asked: dict, config: Config) -> None:
+    """Make `folder` that of this sweep."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, to_json(config))
+    write_atomically(folder / ASKED, json.dumps(asked, indent=2))
+
+
+def earlier(folder: Path) -> dict:
+    """What the sweep in `folder` was asked; {} for a new folder.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir {folder} is a file, not a folder")
+    if not (folder / ASKED).exists():
+        if (folder / TRIALS).exists() or (folder / "checkpoints").exists():
+            raise UserError(f"{folder} is no folder of a sweep (it has no {ASKED}); choose another --workdir")
+        return {}
+    try:
+        return dict(json.loads((folder / ASKED).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / ASKED}: not what a sweep wrote ({error}); choose another --workdir") from None
+
+
+def check_same(folder: Path, before: dict, asked: dict, config: Config) -> None:
+    """Refuse to go on with another sweep's trials; the number of trials may grow, see search.py.
+
+    Raises:
+        UserError: names all that differs, with both values.
+    """
+    differ = {key: (before.get(key), asked[key]) for key in asked if key != "trials" and before.get(key) != asked[key]}
+    if asked["method"] == "halving" and before.get("trials") != asked["trials"]:  # its rungs follow from the number
+        differ["trials"] = (before.get("trials"), asked["trials"])
+    old = flatten(from_json((folder / CONFIG).read_text(encoding="utf-8")))
+    for key, value in flatten(config).items():
+        free = key in _FREE or key.split(".")[0] in _FREE_SECTIONS
+        if old[key] != value and not free:
+            differ[key] = (old[key], value)
+    if differ:
+        listed = ", ".join(f"{key} was {_short(was)}, now {_short(now)}" for key, (was, now) in differ.items())
+        raise UserError(f"{folder} holds another sweep: {listed}; set back what differs or choose another --workdir")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={text}" for key, text in value.items())
+    return str(value)
+
+
+# ---------------------------------------------------------------- the winner
+
+
+def write_best(folder: Path, space: Space, record: Record, command: Callable[[Path], str]) -> Path:
+    """best.toml: the settings of a trial as a config file on top of the sweep's own."""
+    from jaxgpt import cli
+
+    file = folder / BEST
+    changed = differences(space.config(record.settings), cli.load_config(space.file))
+    base = Path(os.path.relpath(Path(space.file).resolve(), folder.resolve())).as_posix()
+    lines = [
+        f"# The best of a sweep: trial {record.number}, validation loss {record.eval_loss:.4f} nats per token at step "
+        f"{record.step:,}.",
+        f"#   {command(file)}",
+        f"base = {json.dumps(base, ensure_ascii=False)}",
+    ]
+    for section in dict.fromkeys(key.split(".")[0] for key in changed):
+        lines += ["", f"[{section}]"]
+        lines += [
+            f"{key.split('.')[1]} = {_toml(value)}" for key, value in changed.items() if key.startswith(section + ".")
+        ]
+    write_atomically(file, "\n".join(lines) + "\n")
+    return file
+
+
+def _toml(value: object) -> str:
+    """A setting's value in TOML; none is a word there, as on the command line."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings are JSON's
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value)

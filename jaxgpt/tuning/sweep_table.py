@@ -1,0 +1,172 @@
+"""What the trials of a sweep say, in lines: the table, how much each variable matters, and what to doubt."""
+
+import math
+import statistics
+
+import numpy as np
+
+from jaxgpt.tuning.scaling import Size, without_embeddings
+from jaxgpt.tuning.space import Space, Variable
+from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, Record, Records
+
+MAX_ROWS = 30
+SEED = "train.seed"
+# More of these is better or another question: that the best one is the largest tried is no news.
+_COSTS = ("model.n_layer", "model.n_embd", "model.n_head", "model.n_positions", "train.max_steps",
+          "train.num_train_epochs")  # fmt: skip
+_BORDER = 0.05  # of a range: this near its end the best may lie beyond it
+
+
+def best(records: Records) -> Record | None:
+    """The finished trial with the lowest validation loss."""
+    finished = [record for record in records.latest() if record.status == FINISHED and record.loss < float("inf")]
+    return min(finished, key=lambda record: (record.loss, record.number), default=None)
+
+
+def table(space: Space, records: Records) -> str:
+    """A line a trial, the best first."""
+    ranking = records.ranking()
+    steps = {record.step for record in ranking if record.status != DIVERGED}
+    head = ["trial", *(variable.label for variable in space.variables), "loss", "tokens", "seconds"]
+    head += ["step"] if len(steps) > 1 else []
+    rows = [head]
+    for record in ranking[:MAX_ROWS]:
+        cells = [str(record.number), *(variable.of(record.settings) for variable in space.variables), loss_of(record)]
+        cells += [f"{record.tokens:,}", f"{record.seconds:,.1f}"]
+        rows.append(cells + ([f"{record.step:,}"] if len(steps) > 1 else []))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    if len(ranking) > MAX_ROWS:
+        lines.append(f"... and {len(ranking) - MAX_ROWS} more in trials.jsonl")
+    return "\n".join(lines)
+
+
+def loss_of(record: Record) -> str:
+    if record.status == DIVERGED:
+        return "diverged"
+    return f"{record.eval_loss:.4f}" if record.eval_loss is not None else "-"
+
+
+def one_line(space: Space, record: Record) -> str:
+    """A trial that has just ended."""
+    settings = ", ".join(f"{variable.label} {variable.of(record.settings)}" for variable in space.variables)
+    return f"trial {record.number}: {settings}: step {record.step:,}, loss {loss_of(record)}"
+
+
+# ---------------------------------------------------------------- what matters
+
+
+def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
+    """(variable, nats) by weight: how far apart the losses lie that the values of a variable have on average.
+
+    Least squares of loss = constant + one number for each value of each variable; on a full grid these are the
+    differences of the means. Of a range its lower, middle and upper third count as values. Only trials that finished
+    tell; [] where they are too few.
+    """
+    finished = [record for record in records.latest() if record.status == FINISHED]
+    variables, columns = [], [[1.0] * len(finished)]
+    for variable in space.variables:
+        levels = [_level(variable, record) for record in finished]
+        others = sorted(set(levels), key=str)[1:]  # the first one is in the constant
+        if others:
+            variables.append((variable, len(others)))
+            columns += [[float(level == other) for level in levels] for other in others]
+    if len(finished) <= len(columns):
+        return []
+    losses = np.array([record.loss for record in finished])
+    found = np.linalg.lstsq(np.array(columns).T, losses, rcond=None)[0][1:]
+    shares = np.split(found, np.cumsum([count for _, count in variables])[:-1])
+    spreads = [float(np.ptp([0.0, *share])) for share in shares]
+    return sorted(((variable, nats) for (variable, _), nats in zip(variables, spreads)), key=lambda pair: -pair[1])
+
+
+def _level(variable: Variable, record: Record) -> object:
+    return min(int(3 * place(variable, record)), 2) if variable.is_range else variable.of(record.settings)
+
+
+def place(variable: Variable, record: Record) -> float:
+    """Where a trial lies in a variable of numbers, 0 at the lowest and 1 at the highest, along the variable's scale."""
+    scale = math.log if variable.is_log else float
+    low, high = ends(variable)
+    return (scale(number_of(variable, record)) - scale(low)) / ((scale(high) - scale(low)) or 1.0)
+
+
+def ends(variable: Variable) -> tuple[float, float]:
+    """The lowest and the highest value of a variable of numbers."""
+    if variable.is_range:
+        return variable.low, variable.high
+    numbers = [float(value) for (value,) in variable.values]
+    return min(numbers), max(numbers)
+
+
+def number_of(variable: Variable, record: Record) -> float:
+    return float(variable.of(record.settings))
+
+
+# ---------------------------------------------------------------- what to doubt
+
+
+def doubts(space: Space, records: Records) -> list[str]:
+    """Reasons to think that the winner is not the best there is."""
+    winner = best(records)
+    if winner is None:
+        return []
+    found = [line for variable in space.variables if (line := _at_the_border(variable, winner))]
+    return found + _within_noise(space, records)
+
+
+def _at_the_border(variable: Variable, winner: Record) -> str:
+    if not variable.is_number or variable.keys[0] in (*_COSTS, SEED):
+        return ""
+    if not variable.is_range and len(variable.values) < 3:  # of two, one is always at a border
+        return ""
+    low, high = ends(variable)
+    margin = _BORDER if variable.is_range else 1e-9
+    where = place(variable, winner)
+    if where >= 1 - margin:
+        side = "largest"
+    elif where <= margin and low != 0:
+        side = "smallest"
+    else:
+        return ""
+    near = "at" if not variable.is_range else "near"
+    value = variable.of(winner.settings)
+    return f"the best {variable.label}, {value}, is {near} the {side} tried; widen the range"
+
+
+def _within_noise(space: Space, records: Records) -> list[str]:
+    """Whether seeds alone make more of a difference than the best two settings show, where seeds were varied."""
+    others = [variable for variable in space.variables if SEED not in variable.keys]
+    if len(others) == len(space.variables) or not others:
+        return []
+    groups: dict[str, list[float]] = {}
+    for record in records.latest():
+        if record.status == FINISHED:
+            name = ", ".join(f"{variable.label} {variable.of(record.settings)}" for variable in others)
+            groups.setdefault(name, []).append(record.loss)
+    several = [losses for losses in groups.values() if len(losses) > 1]
+    if not several or len(groups) < 2:
+        return []
+    pooled = (sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
+              / sum(len(losses) - 1 for losses in several)) ** 0.5  # fmt: skip
+    first, second = sorted(groups.items(), key=lambda item: statistics.fmean(item[1]))[:2]
+    apart = statistics.fmean(second[1]) - statistics.fmean(first[1])
+    if apart >= pooled:
+        return []
+    return [
+        f"the best two settings ({first[0]}; {second[0]}) differ by {apart:.4f} in their mean loss, and seeds alone by "
+        f"{pooled:.4f} (one standard deviation): try more seeds before you choose between them"
+    ]
+
+
+def sizes(space: Space, records: Records) -> list[Size]:
+    """The best finished trial of each size of model."""
+    found: dict[int, Size] = {}
+    for record in records.latest():
+        if record.status != FINISHED:
+            continue
+        count = without_embeddings(space.config(record.settings).model)
+        size = Size(count, record.parameters, record.loss, record.number)
+        if count not in found or size.loss < found[count].loss:
+            found[count] = size
+    return sorted(found.values())

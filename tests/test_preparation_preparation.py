@@ -1,0 +1,433 @@
+"""A preparation in stages: shared out in any way, killed anywhere, it gives the same shards."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from processes import wait_for
+
+from jaxgpt.config import CleaningConfig, Config, UserError, from_json, to_json
+from jaxgpt.data.dataset import open_dataset
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.preparation import chunks, duplicates, preparation, preparation_report, reading, sources, splitting, stages
+from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
+from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.runners import Processes
+from jaxgpt.preparation.splitting import DROPPED, STARTS, TRAIN, VALIDATION
+
+WORDS = np.random.default_rng(0).choice(["cat", "sat", "on", "the", "mat", "中文", "https://x.org/a"], (120, 40))
+TEXTS = [f"number {number}  " + " ".join(words) + "\n" for number, words in enumerate(WORDS)]
+CHUNK = 4_000  # bytes: six or seven chunks
+CLEANING = {"urls": "mask", "whitespace": True, "min_chars": 100}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK_BYTES", CHUNK)
+
+
+def config_of(folder: Path, **sections) -> Config:
+    """Settings for the texts in `folder`; `sections` is {section: {setting: value}}."""
+    file = folder / "texts.jsonl"
+    if not file.exists():
+        file.write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "short  text"]), encoding="utf-8"
+        )
+    settings = {
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64},
+        "tokenizer": {"vocab_size": 300},
+        "data": {"source": "jsonl", "path": str(file), "validation_fraction": 0.2, "num_proc": 1},
+    }
+    for name, section in sections.items():
+        settings[name] = settings.get(name, {}) | section
+    settings["data"].setdefault("prepared_dir", str(folder / "prepared"))
+    return from_json(json.dumps(settings))
+
+
+def chat_config(folder: Path, **sections) -> Config:
+    data = {"source": "support", "format": "chat", "max_bytes": 30_000}
+    return config_of(folder, **{"data": data, "model": {"n_positions": 256}} | sections)
+
+
+AUGMENTED = {"augmentation": {"copies": 2, "typo_rate": 0.05}}
+
+
+def elsewhere(config: Config, folder: Path, **data) -> Config:
+    data = {"prepared_dir": str(folder), **data}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+def shards(path: Path) -> dict[str, str]:
+    """{name: SHA-256} of the shards and the tokenizer, and what the metadata says."""
+    files = [*path.glob("*.array_record-*"), *path.glob("tokenizer/*"), path / "metadata.json"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+class Recorder(Processes):
+    """Does the work in this process, and remembers which."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.done: list[tuple[str, int]] = []
+
+    def each(self, task, numbers, progress) -> None:
+        self.done += [(task.func.__name__ if hasattr(task.func, "__name__") else "?", number) for number in numbers]
+        super().each(task, numbers, progress)
+
+
+# ---------------------------------------------------------------- shared out in any way
+
+
+def test_the_shards_do_not_depend_on_chunks_or_processes(tmp_path, monkeypatch):
+    config = config_of(tmp_path, cleaning=CLEANING)
+    found = [shards(prepare(elsewhere(config, tmp_path / "two", num_proc=2)))]
+    found.append(shards(prepare(elsewhere(config, tmp_path / "one", num_proc=1))))
+    for size in (1500, 10**9):
+        monkeypatch.setattr(reading, "CHUNK_BYTES", size)
+        found.append(shards(prepare(elsewhere(config, tmp_path / str(size), num_proc=1))))
+    assert len(found[0]) == 5
+    assert all(other == found[0] for other in found)
+
+
+def test_conversations_do_not_depend_on_chunks(tmp_path, monkeypatch):
+    config = chat_config(tmp_path, **AUGMENTED)
+    found = shards(prepare(elsewhere(config, tmp_path / "small")))
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 10**9)
+    assert shards(prepare(elsewhere(config, tmp_path / "large"))) == found
+
+
+def test_the_setting_says_how_many_processes_work(tmp_path, monkeypatch):
+    seen = []
+    original = Processes.__init__
+    monkeypatch.setattr(Processes, "__init__", lambda self, count: seen.append(count) or original(self, 1))
+    for count in (3, None):
+        prepare(elsewhere(config_of(tmp_path), tmp_path / str(count), num_proc=count))
+    assert seen == [3, None]
+
+
+def test_workers_do_not_import_jax(tmp_path):
+    names = []
+    with Processes(2) as runner:
+        runner.each(count_jax, range(4), names.append)
+    assert names == [0] * 4
+
+
+def count_jax(_: int) -> int:
+    assert "jaxgpt.preparation.stages" in sys.modules or __import__("jaxgpt.preparation.stages")
+    return int("jax" in sys.modules)
+
+
+def test_where_nothing_is_cleaned_there_is_no_pass_for_it(tmp_path):
+    runners = [Recorder(), Recorder()]
+    prepare(config_of(tmp_path), runner=runners[0])
+    prepare(config_of(tmp_path, cleaning=CLEANING), runner=runners[1])
+    assert {name for name, _ in runners[0].done} == {"tokenize_chunk"}
+    assert {name for name, _ in runners[1].done} == {"clean_chunk", "tokenize_chunk"}
+
+
+# ---------------------------------------------------------------- killed anywhere
+
+KILLS = ["prepare.read:kill@3", "prepare.clean:kill@2", "prepare.decided:kill", "prepare.tokenize:kill@4"]
+KILLS += ["prepare.write:kill"]
+# A fork for each kill: the imports take longer than the work.
+KILLED = f"""
+import json, os, sys
+from jaxgpt.config import from_json
+from jaxgpt.preparation import preparation, reading, stages
+reading.CHUNK_BYTES = {CHUNK}
+for point, text in json.load(sys.stdin):
+    child = os.fork()
+    if not child:
+        os.environ["JAXGPT_FAILPOINT"] = point
+        preparation.prepare(from_json(text))
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.parametrize(("points", "sections"), [(KILLS, {"cleaning": CLEANING}), (KILLS[3:4], AUGMENTED)])
+def test_killed_in_any_stage_it_goes_on_and_gives_the_same_shards(points, sections, tmp_path):
+    config = (chat_config if sections is AUGMENTED else config_of)(tmp_path, **sections)
+    configs = [elsewhere(config, tmp_path / point, num_proc=1) for point in points]
+    words = json.dumps([(point, to_json(each)) for point, each in zip(points, configs)])
+    run = subprocess.run([sys.executable, "-c", KILLED], input=words, text=True, capture_output=True)
+    assert run.stdout.split() == [str(int(signal.SIGKILL))] * len(points), run.stderr
+    whole = Recorder()
+    expected = shards(prepare(elsewhere(config, tmp_path / "whole"), runner=whole))
+    spared = {}
+    for point, each in zip(points, configs):
+        recorder = Recorder()
+        assert shards(prepare(each, runner=recorder)) == expected
+        spared[point] = len(whole.done) - len(recorder.done)
+        (only,) = (tmp_path / point).iterdir()
+        assert not only.name.startswith("."), "the work folder is still there"
+    chunks = len(whole.done) // (1 if sections is AUGMENTED else 2)
+    wanted = {"read:kill@3": 0, "clean:kill@2": 2, "decided:kill": chunks, "write:kill": 2 * chunks}
+    wanted["tokenize:kill@4"] = 4 + len(whole.done) - chunks
+    assert spared == {point: wanted[point.removeprefix("prepare.")] for point in points}
+
+
+def test_what_was_read_before_a_kill_is_not_written_again(tmp_path, monkeypatch):
+    config, written = config_of(tmp_path), []
+    original = reading.write_rows
+
+    def write(path, rows) -> None:
+        original(path, rows)
+        written.append(path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reading, "write_rows", write)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    path = prepare(config)
+    assert written == [f"read-{number:05}.parquet" for number in range(len(written))]
+    assert len(written) > 5
+    assert shards(path) == shards(prepare(elsewhere(config, tmp_path / "whole")))
+
+
+def test_no_worker_outlives_a_killed_prepare(tmp_path):
+    config = elsewhere(config_of(tmp_path), tmp_path / "prepared", num_proc=2)
+    code = (
+        "import sys\nfrom jaxgpt.config import from_json\nfrom jaxgpt.data import preparation, reading\n"
+        f"reading.CHUNK_BYTES = {CHUNK}\npreparation.prepare(from_json(sys.stdin.read()))\n"
+    )
+    hanging = os.environ | {"JAXGPT_FAILPOINT": "prepare.tokenize:hang"}
+    run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=hanging, text=True)
+    run.stdin.write(to_json(config))
+    run.stdin.close()
+    wait_for(lambda: run.poll() is not None or len(list((tmp_path / "prepared").glob(".*/tokens-*.npz"))) == 2)
+    assert run.poll() is None
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 10)
+
+
+# ---------------------------------------------------------------- two at once, mistakes
+
+
+def test_a_second_preparation_of_the_same_waits_and_finds_the_first_ones_work(tmp_path, capsys):
+    config = config_of(tmp_path)
+    final = preparation.place_of(config, None)
+    found = []
+    second = threading.Thread(target=lambda: found.append(prepare(config)))
+    with chunks.held_work_folder(final, {}):
+        second.start()
+        told = []
+        wait_for(lambda: told.append(capsys.readouterr().err) or "waiting for it" in "".join(told))
+        assert f"process {os.getpid()} on " in "".join(told)
+        assert not final.exists()
+        prepare(elsewhere(config, tmp_path / "other")).rename(final)
+    second.join()
+    assert found == [final]
+    assert "found, nothing to do" in capsys.readouterr().out
+    assert list(final.parent.iterdir()) == [final]
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused_and_nothing_left(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    original = sources.documents
+
+    def changed_on_the_way(*arguments):
+        yield from original(*arguments)
+        Path(config.data.path).write_text('{"text": "something else"}\n')
+
+    monkeypatch.setattr(sources, "documents", changed_on_the_way)
+    with pytest.raises(UserError, match="changed while it was read; prepare again"):
+        prepare(config)
+    assert not Path(config.data.prepared_dir).exists()
+
+
+def test_cleaning_that_leaves_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"\[cleaning\] drops all of its .* documents"):
+        prepare(config_of(tmp_path, cleaning={"min_chars": 10_000}))
+
+
+def test_a_file_that_is_read_in_parts_is_one_document(tmp_path):
+    text = "".join(TEXTS)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    data = {"source": "text", "path": str(tmp_path / "long.txt"), "max_record_bytes": 1000, "validation_fraction": 0.3}
+    dataset = open_dataset(prepare(config_of(tmp_path, data=data)))
+    assert dataset.train.num_documents == dataset.validation.num_documents == 1
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    parts = [split.read(0, split.num_tokens).tolist() for split in (dataset.train, dataset.validation)]
+    assert [part.count(dataset.end_of_text) for part in parts] == [1, 1]
+    found = [tokenizer.decode(part[1:]) for part in parts]
+    border = int(len(text) * 0.7)
+    assert found == [text[:border], text[border:]]
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def test_changed_copies_are_for_training_only_and_carry_their_origin(tmp_path):
+    plain, augmented = (open_dataset(prepare(chat_config(tmp_path, **sections))) for sections in ({}, AUGMENTED))
+    of_split = lambda split: [n for row in range(split.num_rows) for n, _, _ in split.row(row).conversations()]
+    assert sorted(of_split(plain.validation)) == sorted(of_split(augmented.validation))
+    before, after = of_split(plain.train), of_split(augmented.train)
+    assert set(before) == set(after)
+    assert len(after) > 2 * len(before)
+    assert augmented.train.num_documents == plain.train.num_documents
+
+
+def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
+    records = [{"prompt": "hello", "response": "word " * size} for size in (2, 3, 100, *range(4, 20))]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = {"format": "chat", "path": str(tmp_path / "chat.jsonl")}
+    settings = {"data": data, "tokenizer": {"type": "char"}, "model": {"n_positions": 128}}
+    with pytest.raises(UserError, match=r"chat.jsonl:3, turns 1 and 2: .* data.block_size = 128"):
+        prepare(config_of(tmp_path, **settings))
+    data["on_bad_record"] = "skip"
+    path = prepare(config_of(tmp_path, **settings))
+    dataset, report = open_dataset(path), preparation_report.read(path)
+    assert dataset.train.num_documents + dataset.validation.num_documents == len(records) - 1
+    (told,) = report["bad_records"].values()
+    assert told["count"] == 1
+    assert "chat.jsonl:3, turns 1 and 2" in told["where"][0]
+
+
+# ---------------------------------------------------------------- which settings make another dataset
+
+
+CHAT = {"data": {"format": "chat"}}
+
+
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [
+        ({}, {"cleaning": {"whitespace": True}}),
+        ({}, {"data": {"on_bad_record": "skip"}}),
+        ({}, {"data": {"max_record_bytes": 1000}}),
+        ({}, CHAT),
+        (CHAT, {"data": {"format": "chat", "block_size": 32}}),
+        (CHAT, {**CHAT, "chat": {"packing": False}}),
+        (CHAT, {**CHAT, "chat": {"system": "Be kind."}}),
+        (CHAT, {**CHAT, **AUGMENTED}),
+    ],
+)
+def test_each_of_these_settings_makes_another_dataset(base, more, tmp_path):
+    places = {preparation.place_of(config_of(tmp_path, **sections), None) for sections in (base, more)}
+    assert len(places) == 2
+
+
+def test_other_synonyms_make_another_dataset_and_num_proc_does_not(tmp_path):
+    table = tmp_path / "synonyms.txt"
+    table.write_text("hello, hi\n")
+    augmentation = {"copies": 1, "synonyms": str(table), "synonym_rate": 0.5}
+    config = chat_config(tmp_path, augmentation=augmentation)
+    before = preparation.place_of(config, None)
+    assert preparation.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None) == before
+    table.write_text("hello, hi, good day\n")
+    assert preparation.place_of(config, None) != before
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_the_report_counts_what_each_step_dropped_and_changed_with_examples(tmp_path):
+    path = prepare(config_of(tmp_path, cleaning=CLEANING))
+    report = preparation_report.read(path)
+    steps = {step["step"]: step for step in report["steps"]}
+    assert report["read"]["documents"] == len(TEXTS) + 1
+    assert steps["whitespace"]["changed"] == len(TEXTS) + 1
+    assert steps["urls"]["changed"] == sum("https:" in text for text in TEXTS)
+    assert (steps["min_chars"]["dropped"], steps["min_chars"]["documents_out"]) == (1, len(TEXTS))
+    assert steps["min_chars"]["drops"] == ["short  text"]
+    assert len(steps["urls"]["changes"]) == 5
+    assert all(len(text) <= 200 for example in steps["urls"]["changes"] for text in example.values())
+    assert "<url>" in steps["urls"]["changes"][0]["after"]
+    assert sum(split["num_documents"] for split in report["splits"].values()) == len(TEXTS)
+    page = (path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;url&gt;" in page
+    assert "<url>" not in page
+
+
+def test_a_training_document_that_repeats_the_sources_own_validation_split_is_dropped(tmp_path):
+    cleaning, work, rows = CleaningConfig(drop_duplicates=True), WorkFolder(tmp_path), Rows()
+    for number, (text, split) in enumerate([("held out", "train"), ("other", "train"), ("held out", "validation")]):
+        rows.append(text, SPLIT_CODES[split], 0, number, False)
+        rows.signatures.append(duplicates.signature(text, cleaning))
+    write_rows(work.rows("clean", 0), rows)
+    plan = splitting.decide(work, "clean", 1, 0.1, cleaning)
+    assert plan.codes.tolist() == [DROPPED, TRAIN + STARTS, VALIDATION + STARTS]
+    assert plan.overlap == 1
+
+
+def test_duplicates_are_dropped_and_none_is_left_between_the_splits(tmp_path):
+    lines = [*TEXTS[:60], *TEXTS[:60], *(text + "x" for text in TEXTS[:20])]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    path = prepare(config_of(tmp_path, cleaning={"drop_duplicates": True, "near_duplicates": 0.8}))
+    report = preparation_report.read(path)
+    exact, near = report["steps"]
+    assert (exact["step"], exact["dropped"], near["step"], near["dropped"]) == (
+        "drop_duplicates",
+        60,
+        "near_duplicates",
+        20,
+    )
+    assert sum(split["num_documents"] for split in report["splits"].values()) == 60
+    assert report["splits"]["validation"]["num_documents"] < 30  # the share of what is left, not of what was read
+    dropped, kept = near["drops"][0].split("\n\nrepeats\n\n")
+    assert len(dropped) > 100
+    assert dropped[:100] == kept[:100]
+
+
+def test_the_report_belongs_to_the_dataset(tmp_path):
+    path = prepare(config_of(tmp_path))
+    open_dataset(path)
+    (path / "report.html").write_text("other")
+    with pytest.raises(UserError, match="report.html: changed"):
+        open_dataset(path)
+
+
+def test_the_report_shows_the_shares_of_a_mixture(tmp_path):
+    for name, words in (("a", "one two three "), ("b", "four five six ")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": words * 9}) + "\n" for _ in range(60)))
+    parts = [
+        {"source": "jsonl", "path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3), ("b", 1))
+    ]
+    path = prepare(config_of(tmp_path, data={"source": parts, "path": None}))
+    found = preparation_report.read(path)["sources"]
+    assert [source["weight"] for source in found] == [0.75, 0.25]
+    assert abs(found[0]["share_of_tokens"] - 0.75) < 0.1
+    assert sum(source["num_documents"] for source in found) > 60
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"num_train_epochs": 3.0}, 3.0),
+        ({"max_steps": 100, "global_batch_size": 8}, 800),
+        ({"max_steps": 100, "per_device_train_batch_size": 2}, 200),
+        ({"max_steps": 100, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, 600),
+        ({"max_steps": 100, "per_device_train_batch_size": "auto"}, None),
+    ],
+)
+def test_the_epochs_are_those_that_the_config_implies(train, expected, tmp_path):
+    config = config_of(tmp_path, train=train, optimizer={"warmup_steps": 1})
+    told = preparation_report.epochs(config, open_dataset(prepare(config)))["epochs"]
+    if expected is None:
+        assert "unknown" in told
+    else:
+        assert told["epochs"] == (expected if expected == 3.0 else round(expected / told["rows"], 3))
+
+
+def test_examples_show_the_place_that_changed():
+    from jaxgpt.preparation.examples import difference
+
+    before = "x" * 1000 + "a\tb" + "y" * 1000
+    shown = difference(before, before.replace("\t", " "))
+    assert "a\tb" in shown["before"]
+    assert "a b" in shown["after"]
+    assert stages.EXAMPLES == 5

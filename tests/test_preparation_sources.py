@@ -1,0 +1,561 @@
+"""Documents come in one fixed order, and what is wrong with a source is named by file and place."""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import os
+import pickle
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxgpt.config import DataConfig, SourceConfig, UserError
+from jaxgpt.preparation.documents import BadRecord, BadRecords
+from jaxgpt.preparation.source_files import source_files
+from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key
+
+
+def texts(**settings) -> list[str]:
+    return [document.text for document in documents(DataConfig(**settings))]
+
+
+def test_a_text_file_is_one_document_to_the_byte(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("one\r\ntwo\n\n中文 🙂".encode())
+    assert list(documents(DataConfig(source="text", path=str(file)))) == [Document("one\r\ntwo\n\n中文 🙂")]
+
+
+def test_a_folder_is_read_recursively_in_the_order_of_relative_paths(tmp_path):
+    for name in ("b/z.md", "b.txt", "a.py", "b/.hidden.txt", ".git/x.txt", "c.bin", "blank.txt"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(" \n" if name == "blank.txt" else name)
+    assert texts(source="text", path=str(tmp_path)) == ["a.py", "b.txt", "b/z.md"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert texts(source="text", path=str(tmp_path)) == ["hello"]
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match=r"bad\.txt: not UTF-8 at byte 3 \(0xe9\)"):
+        texts(source="text", path=str(tmp_path))
+
+
+def test_a_missing_or_empty_source_is_a_user_error(tmp_path):
+    gone = str(tmp_path / "gone.txt")
+    for use in (texts, lambda **settings: source_key(DataConfig(**settings))):
+        with pytest.raises(UserError, match="gone.txt: no such file or folder"):
+            use(source="text", path=gone)
+        with pytest.raises(UserError, match="no .jsonl file in this folder"):
+            use(source="jsonl", path=str(tmp_path))
+    (tmp_path / "blank.txt").write_text("\n \n")
+    with pytest.raises(UserError, match=f"{tmp_path}: no text in it; the corpus is empty"):
+        texts(source="text", path=str(tmp_path))
+
+
+def test_jsonl_gives_the_text_field_of_each_line(tmp_path):
+    lines = [json.dumps({"id": i, "body": f"text {i}\n中"}) for i in range(3)]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(lines))
+    (tmp_path / "a.jsonl").write_text('{"body": "first"}\n')
+    expected = ["first", "text 0\n中", "text 1\n中", "text 2\n中"]
+    assert texts(source="jsonl", path=str(tmp_path), text_field="body") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', r"a\.jsonl:2: not JSON"),
+        (b'{"body": "x", "id": 1}', r'a\.jsonl:2: no field "text"; it has body, id: set data.text_field'),
+        (b'{"text": 3}', r'a\.jsonl:2: field "text" is not text but int'),
+        (b'["text"]', r"a\.jsonl:2: a JSON list"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 at byte 10 of the line"),
+        (b'{"text": "\\ud800"}', r"a\.jsonl:2: .*U\+D800"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_number(line, message, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        texts(source="jsonl", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "expected"),
+    [
+        (2, ["ab"]),
+        (3, ["abc"]),
+        (4, ["abc"]),
+        (5, ["abc"]),
+        (6, ["abc", "中"]),
+        (8, ["abc", "中"]),
+        (99, ["abc", "中文"]),
+    ],
+)
+def test_max_bytes_cuts_the_last_document_between_characters(max_bytes, expected, tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("中文")
+    assert texts(source="text", path=str(tmp_path), max_bytes=max_bytes) == expected
+
+
+def test_stdlib_is_clean_source_in_a_fixed_order():
+    data = DataConfig(max_bytes=1_000_000)
+    first = list(documents(data))
+    assert first == list(documents(data))
+    assert sum(len(document.text.encode()) for document in first) == 1_000_000
+    names = [name for name, _ in source_files(SourceConfig(source="stdlib"))]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    unwanted = ("/test/", "/tests/", "site-packages", "idlelib", "__pycache__", "_sysconfigdata")
+    assert not [name for name in names if any(word in f"/{name}" for word in unwanted)]
+
+
+def test_source_key_changes_with_the_files_and_only_then(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    data = DataConfig(source="text", path=str(tmp_path))
+    before = source_key(data)
+    assert source_key(data) == before
+    os.utime(file, (1, 1))
+    assert source_key(data) != before
+    before = source_key(data)
+    (tmp_path / "b.txt").write_text("two")
+    assert source_key(data) != before
+    assert source_key(DataConfig()) == source_key(DataConfig())
+
+
+def test_short_name_is_fit_for_a_folder(tmp_path):
+    assert short_name(DataConfig()) == "stdlib"
+    assert short_name(DataConfig(source="text", path=str(tmp_path / "my file.v2.txt"))) == "my-file-v2"
+    assert short_name(DataConfig(source="tfds:lm1b/sub:1.0.0")) == "tfds-lm1b-sub-1-0-0"
+
+
+# ---------------------------------------------------------------- compressed, long, HTML, Parquet
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
+)
+def test_compressed_files_are_read_as_what_is_in_them_and_damaged_ones_are_named(suffix, compress, tmp_path):
+    (tmp_path / f"a.txt.{suffix}").write_bytes(compress("one\n中文".encode()))
+    assert texts(source="text", path=str(tmp_path)) == ["one\n中文"]
+    whole = compress(b'{"text": "line"}\n' * 9)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(whole)
+    assert texts(source="jsonl", path=str(tmp_path)) == ["line"] * 9
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{suffix}: damaged, or not {suffix}"):
+        texts(source="jsonl", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A line.\nAnother one, longer.\n\n" * 50,
+        "word " * 500,
+        "中文🙂" * 200,
+        "x" * 1500,
+        "a\r\n\r\nb\r\n" * 90,
+        "\n" * 999 + "x" * 300,
+    ],
+    ids=["paragraphs", "words", "no space", "one word", "carriage returns", "blank"],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_long_text_comes_in_parts_that_joined_give_it_again(text, compressed, tmp_path):
+    file = tmp_path / ("a.txt.gz" if compressed else "a.txt")
+    content = b"\xef\xbb\xbf" + text.encode()
+    file.write_bytes(gzip.compress(content) if compressed else content)
+    found = list(documents(DataConfig(source="text", path=str(file), max_record_bytes=200)))
+    assert "".join(document.text for document in found).strip() == text.strip()
+    assert all(len(document.text.encode()) <= 201 for document in found)
+    assert [document.continues for document in found] == [False] + [True] * (len(found) - 1)
+    assert len(found) > 1
+
+
+def test_parts_are_cut_before_paragraphs_and_tokens_are_those_of_the_whole(tmp_path):
+    from jaxgpt.data.tokenizer import train_bpe
+
+    text = "The first paragraph,\nin two lines.\n\nA second  one.\n\n\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    parts = texts(source="text", path=str(tmp_path), max_record_bytes=300)
+    assert all(part.startswith("\n\n") for part in parts[1:])
+    tokenizer = train_bpe([text], 300)
+    assert list(itertools.chain(*(tokenizer.encode(part) for part in parts))) == list(tokenizer.encode(text))
+
+
+def test_a_long_text_needs_little_memory_and_is_used_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"word " * 6_000_000)
+    data = DataConfig(source="text", path=str(file), max_record_bytes=1_000_000)
+    tracemalloc.start()
+    size = sum(len(document.text) for document in documents(data))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == 30_000_000 and peak < 8_000_000
+    with open(file, "r+b") as content:
+        content.seek(25_000_000)
+        content.write(b"\xe4\xb8")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 25000000 \(0xe4\)"):
+        next(documents(data))
+
+
+def test_html_is_one_document_a_page_with_its_tags(tmp_path):
+    for name in ("b.html", "a.htm", "c.txt"):
+        (tmp_path / name).write_text(f"<p>{name}</p>")
+    assert texts(source="html", path=str(tmp_path)) == ["<p>a.htm</p>", "<p>b.html</p>"]
+
+
+def write_parquet(file, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=2)
+
+
+def test_parquet_gives_the_column_of_each_row(tmp_path):
+    write_parquet(tmp_path / "a.parquet", body=["one", "中文", "three"], id=[1, 2, 3])
+    data = {"source": "parquet", "path": str(tmp_path)}
+    assert texts(**data, text_field="body") == ["one", "中文", "three"]
+    with pytest.raises(UserError, match=r'a\.parquet: no field "text"; it has body, id: set data.text_field'):
+        texts(**data, on_bad_record="skip")
+    with pytest.raises(UserError, match=r'a\.parquet, row 0: field "id" is not text but int'):
+        texts(**data, text_field="id")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"b\.parquet, from row 0 on: damaged, or not Parquet"):
+        texts(**data, text_field="body")
+
+
+# ---------------------------------------------------------------- bad records
+
+
+def bad_jsonl(folder) -> None:
+    turns = [("user", "q"), ("assistant", "a")]
+    lines = [
+        json.dumps({"text": "good", "messages": messages(*turns)}),
+        '{"text": "cut',
+        json.dumps({"text": 3, "messages": [{"content": "no role"}]}),
+        json.dumps({"body": "no text", "messages": messages(("system", "x"), ("system", "y"), *turns)}),
+        json.dumps({"text": " ", "messages": messages(("user", "no answer"))}),
+        '"' + "x" * 1000 + '"',
+        "[" * 500,
+        json.dumps({"text": "last", "messages": messages(*turns)}),
+    ]
+    (folder / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}')
+    (folder / "b.jsonl").write_bytes(b"")
+
+
+def messages(*turns) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_bad_records_are_skipped_and_counted_with_their_places(tmp_path):
+    bad_jsonl(tmp_path)
+    data = DataConfig(source="jsonl", path=str(tmp_path), on_bad_record="skip", max_record_bytes=800)
+    bad = BadRecords("skip")
+    assert [document.text for document in documents(data, bad)] == ["good", "last"]
+    assert sum(bad.counts.values()) == 8
+    places = {place.partition("a.jsonl:")[2].partition(":")[0] for _, _, examples in bad for place in examples}
+    assert places == {"2", "3", "4", "5", "6", "7", "9", ""}  # "" is the empty file
+    assert bad.counts["empty"] == 2 and any("b.jsonl" in place for place in bad.examples["empty"])
+    assert bad.counts["longer than data.max_record_bytes = N"] == 1
+
+
+def test_bad_conversations_are_skipped_and_counted_or_refused(tmp_path):
+    bad_jsonl(tmp_path)
+    data = {"source": "jsonl", "path": str(tmp_path), "format": "chat", "max_record_bytes": 800}
+    bad = BadRecords("skip")
+    canonical = json.dumps(messages(("user", "q"), ("assistant", "a")))
+    found = documents(DataConfig(**data, on_bad_record="skip"), bad)
+    assert [document.text for document in found] == [canonical, canonical]
+    assert sum(bad.counts.values()) == 8  # the last line has no turns, and is no UTF-8
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON.*data.on_bad_record = .skip. leaves such records out"):
+        texts(**data)
+
+
+def test_counts_of_several_processes_are_added_and_errors_travel_between_them():
+    first, second = BadRecords("skip"), BadRecords("skip")
+    for number in range(9):
+        first.add(BadRecord(f"a:{number}", "not JSON: x"))
+        second.add(pickle.loads(pickle.dumps(BadRecord(f"b:{number}", f"turn {number}; why"))))
+    second.empty("c")
+    first.add_all(second)
+    assert first.counts == {"not JSON": 9, "turn N": 9, "empty": 1}
+    assert first.examples["turn N"] == [f"b:{number}: turn {number}; why" for number in range(5)]
+
+
+def test_reasons_that_quote_the_data_stay_few():
+    bad = BadRecords("skip")
+    for number in range(1000):
+        bad.add(BadRecord("a", "x" * number))
+    assert len(bad.counts) <= 51 and sum(bad.counts.values()) == 1000
+
+
+def test_a_line_of_200_megabytes_is_passed_over_without_being_held(tmp_path):
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "before"}\n')
+        file.seek(200_000_000, os.SEEK_CUR)  # zeros that take no place on the disk
+        file.write(b'\n{"text": "after"}\n')
+    bad = BadRecords("skip")
+    tracemalloc.start()
+    found = list(documents(DataConfig(source="jsonl", path=str(tmp_path), max_record_bytes=3_000_000), bad))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [document.text for document in found] == ["before", "after"]
+    assert bad.examples == {
+        "longer than data.max_record_bytes = N": [f"{tmp_path}/a.jsonl:2: longer than data.max_record_bytes = 3000000"]
+    }
+    assert peak < 10_000_000
+
+
+def test_a_line_may_be_as_long_as_the_limit_and_no_longer(tmp_path):
+    line = json.dumps({"text": "x" * 88})
+    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n{line}\n{line}".encode())
+    data = {"source": "jsonl", "path": str(tmp_path)}
+    assert texts(**data, max_record_bytes=len(line)) == ["x" * 88] * 3
+    with pytest.raises(UserError, match=r"a\.jsonl:1: longer than data.max_record_bytes = 99"):
+        texts(**data, max_record_bytes=99)
+
+
+def test_a_wrong_field_is_a_wrong_setting_even_where_bad_records_are_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 3)
+    with pytest.raises(UserError, match=r'a\.jsonl:1: no field "text"; it has body: set data.text_field'):
+        texts(source="jsonl", path=str(tmp_path), on_bad_record="skip")
+
+
+def test_text_files_that_cannot_be_read_are_skipped_and_empty_ones_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.txt").write_text("good")
+    bad = BadRecords("skip")
+    assert [document.text for document in documents(DataConfig(source="text", path=str(tmp_path)), bad)] == ["good"]
+    assert bad.counts == {"not UTF-8 at byte N": 1, "empty": 1}
+    (tmp_path / "c.txt").unlink()
+    with pytest.raises(UserError, match="no text in it; the corpus is empty"):
+        list(documents(DataConfig(source="text", path=str(tmp_path)), bad))
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def test_the_made_up_dialogues_and_those_of_files_are_conversations(tmp_path):
+    first = next(documents(DataConfig(source="support", format="chat")))
+    assert [turn["role"] for turn in json.loads(first.text)][:2] == ["user", "assistant"]
+    turns = [{"speaker": "USER", "utterance": "A table, please."}, {"speaker": "SYSTEM", "utterance": "For when?"}]
+    (tmp_path / "dialogues_001.json").write_text(json.dumps([{"dialogue_id": "1", "turns": turns}]))
+    (tmp_path / "schema.json").write_text("[]")
+    expected = json.dumps(messages(("user", "A table, please."), ("assistant", "For when?")))
+    assert texts(source="sgd", path=str(tmp_path), format="chat") == [expected]
+
+
+def test_a_conversation_is_never_cut_by_max_bytes():
+    data = DataConfig(source="support", format="chat", max_bytes=2000)
+    found = list(documents(data))
+    assert found and all(json.loads(document.text) for document in found)
+    assert 0 < sum(len(document.text.encode()) for document in found) <= 2000
+
+
+@pytest.mark.parametrize(("source", "format"), [("stdlib", "chat"), ("support", "text")])
+def test_text_is_no_conversation_and_a_conversation_no_text(source, format):
+    for use in (source_key, lambda data: next(documents(data))):
+        with pytest.raises(UserError, match=f'data.source = "{source}" holds (no )?conversations.*set data.format'):
+            use(DataConfig(source=source, format=format))
+
+
+def test_turns_stored_as_columns_are_turns(tmp_path):
+    columns = {"role": ["user", "assistant"], "content": ["q", "a"]}
+    write_parquet(tmp_path / "a.parquet", messages=[messages(("user", "q"), ("assistant", "a"))])
+    from jaxgpt.preparation.catalogs import _turns
+
+    assert _turns(columns) == messages(("user", "q"), ("assistant", "a"))
+    assert _turns({"a": [1], "b": [1, 2]}) == {"a": [1], "b": [1, 2]}
+    found = texts(source="parquet", path=str(tmp_path), format="chat")
+    assert found == [json.dumps(_turns(columns))]
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def mixture(tmp_path, **settings) -> DataConfig:
+    """a: 40 documents of 10 bytes, b: 100 of 30 bytes, one byte of a for three of b."""
+    for name, count, size in (("a", 40, 10), ("b", 100, 30)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({name: name * size}) + "\n" for _ in range(count)))
+    parts = tuple(
+        SourceConfig(source="jsonl", path=str(tmp_path / f"{name}.jsonl"), text_field=name, weight=weight)
+        for name, weight in (("a", 0.5), ("b", 1.5))
+    )
+    return DataConfig(source=parts, **settings)
+
+
+def test_a_mixture_follows_its_weights_all_along_and_tells_what_ended_it(tmp_path):
+    data, reading = mixture(tmp_path), Reading()
+    found = list(documents(data, reading=reading))
+    given = np.cumsum([[len(d.text) * (d.part == part) for part in (0, 1)] for d in found], axis=0)
+    assert np.abs(given[:, 0] * 3 - given[:, 1]).max() <= 30  # never more than a document off
+    assert [set(d.text) for d in found if d.part == 1][0] == {"b"}
+    assert reading.ended_by == 0 and reading.num_documents == [40, 40] and reading.num_bytes == [400, 1200]
+    assert found == list(documents(data))
+
+
+def test_max_bytes_ends_a_mixture_without_a_part_being_used_up(tmp_path):
+    reading = Reading()
+    assert sum(len(d.text) for d in documents(mixture(tmp_path, max_bytes=800), reading=reading)) == 800
+    assert reading.ended_by is None and reading.num_bytes == [200, 600]
+
+
+def test_parts_of_a_long_text_stay_together_in_a_mixture(tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 100)
+    (tmp_path / "short").mkdir()
+    for number in range(9):
+        (tmp_path / "short" / f"{number}.txt").write_text("short")
+    parts = tuple(SourceConfig(source="text", path=str(tmp_path / name)) for name in ("long.txt", "short"))
+    found = list(documents(DataConfig(source=parts, max_record_bytes=100)))
+    long = [number for number, document in enumerate(found) if document.part == 0]
+    assert len(long) > 4 and long == list(range(long[0], long[-1] + 1))
+
+
+def test_a_mixture_is_described_named_and_keyed_by_all_its_parts(tmp_path):
+    data = mixture(tmp_path)
+    assert describe(data).count(".jsonl") == 2 and short_name(data) == "a-b"
+    before = source_key(data)
+    os.utime(tmp_path / "b.jsonl", (1, 1))
+    assert source_key(data) != before
+
+
+def test_an_empty_part_of_a_mixture_is_named(tmp_path):
+    data = mixture(tmp_path)
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"b\.jsonl: no text in it"):
+        list(documents(data))
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def test_huggingface_keeps_its_splits_and_names_a_wrong_column(tmp_path, monkeypatch):
+    monkeypatch.setenv("USE_TORCH", "0")  # seconds of imports
+    pytest.importorskip("datasets")
+    write_parquet(tmp_path / "train.parquet", text=["one", "two"], id=[1, 2])
+    write_parquet(tmp_path / "test.parquet", text=["held out"], id=[3])
+    data = DataConfig(source="huggingface:parquet", path=str(tmp_path))
+    expected = [Document("held out", "validation"), Document("one", "train"), Document("two", "train")]
+    assert list(documents(data)) == expected
+    before = source_key(data)
+    assert source_key(data) == before and short_name(data) == "huggingface-parquet"
+    os.utime(tmp_path / "train.parquet", (1, 1))
+    assert source_key(data) != before
+    with pytest.raises(UserError, match='huggingface:parquet: no feature "body"; it has text, id: set data.text_field'):
+        texts(source="huggingface:parquet", path=str(tmp_path), text_field="body")
+    with pytest.raises(UserError, match="huggingface:parquet: datasets cannot open it"):
+        texts(source="huggingface:parquet", path=str(tmp_path / "gone"))
+
+
+def test_without_the_datasets_package_the_fix_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"needs the package datasets: pip install 'jaxgpt\[huggingface\]'"):
+        source_key(DataConfig(source="huggingface:some/set"))
+
+
+# ---------------------------------------------------------------- TFDS
+
+
+def write_tfds(folder, splits: dict[str, list], name="small", file_format="array_record", version="1.0.0"):
+    """A TFDS dataset of texts as TFDS itself writes it, without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    place = folder / name / version
+    place.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=name.split("/")[0], version=tfds.core.Version(version), data_dir=str(place), module_name="tests"
+    )
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": tfds.features.Scalar(np.int64)})
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    if file_format != "array_record":
+        info.set_file_format(file_format)
+        info.set_splits(tfds.core.splits.SplitDict([]))
+        info.write_to_directory(str(place))
+        return
+    writer = tfds.core.SequentialWriter(info, 2, file_format=file_format)
+    writer.initialize_splits(list(splits))
+    writer.add_examples({k: [{"text": text, "label": 0} for text in v] for k, v in splits.items()})
+    writer.close_all()
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test"])
+def test_tfds_keeps_its_splits_and_takes_test_for_want_of_validation(held_out, tmp_path):
+    train = ["one\n", "two 中文", "three", "four", "five"]
+    write_tfds(tmp_path, {"train": train, held_out: ["six", "seven"]})
+    found = list(documents(DataConfig(source="tfds:small", path=str(tmp_path))))
+    assert [d.text for d in found if d.split == "train"] == train
+    assert [d.text for d in found if d.split == "validation"] == ["six", "seven"]
+
+
+def test_tfds_without_a_held_out_split_leaves_the_split_open(tmp_path):
+    write_tfds(tmp_path, {"train": ["one", "two"]}, name="small/config")
+    found = list(documents(DataConfig(source="tfds:small/config", path=str(tmp_path))))
+    assert found == [Document("one"), Document("two")]
+
+
+def test_tfds_takes_the_newest_version_and_its_key_changes_with_it(tmp_path):
+    data = DataConfig(source="tfds:small", path=str(tmp_path))
+    write_tfds(tmp_path, {"train": ["old"]}, version="2.0.0")
+    before = source_key(data)
+    write_tfds(tmp_path, {"train": ["new"]}, version="10.0.0")
+    assert [d.text for d in documents(data)] == ["new"]
+    assert source_key(data) != before
+
+
+def test_max_bytes_leaves_both_splits_of_tfds_their_share(tmp_path):
+    write_tfds(tmp_path, {"train": ["t" * 10] * 20, "validation": ["v" * 10] * 20})
+    found = list(documents(DataConfig(source="tfds:small", path=str(tmp_path), max_bytes=100, validation_fraction=0.2)))
+    sizes = {s: sum(len(d.text) for d in found if d.split == s) for s in ("train", "validation")}
+    assert sizes == {"train": 80, "validation": 20}
+
+
+def test_a_wrong_text_field_of_tfds_names_the_features(tmp_path):
+    write_tfds(tmp_path, {"train": ["one"]})
+    with pytest.raises(UserError, match='no feature "body"; it has .*text.*: set data.text_field'):
+        texts(source="tfds:small", path=str(tmp_path), text_field="body")
+    with pytest.raises(UserError, match='example 0: field "label" is not text but int'):
+        texts(source="tfds:small", path=str(tmp_path), text_field="label")
+
+
+def test_a_tfrecord_dataset_is_refused_with_the_fix(tmp_path):
+    write_tfds(tmp_path, {}, file_format="tfrecord")
+    with pytest.raises(UserError, match="stored as tfrecord.*tfds build small --file_format=array_record"):
+        texts(source="tfds:small", path=str(tmp_path))
+
+
+def test_an_unknown_tfds_name_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="tfds:no_such_set_here: TFDS knows no dataset of this name"):
+        texts(source="tfds:no_such_set_here", path=str(tmp_path))
+
+
+def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
+    import requests
+    import tensorflow_datasets as tfds
+
+    class Builder:
+        def download_and_prepare(self, **_):
+            request = requests.Request("GET", "https://example.org/data.zip").prepare()
+            raise requests.ConnectionError("a very\nlong story", request=request)
+
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: Builder())
+    with pytest.raises(UserError, match=r"no answer from https://example.org/data.zip") as caught:
+        source_key(DataConfig(source="tfds:small", path=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_sources_imports_nothing_heavy():
+    code = (
+        "import sys, jaxgpt.preparation.sources, jaxgpt.data.tokenizer, jaxgpt.data.dataset\n"
+        "print(sorted({'jax', 'tensorflow_datasets', 'tokenizers', 'transformers', 'grain'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
