@@ -90,8 +90,8 @@ def attention_seconds(shape: str, dtype: str) -> tuple[float, float]:
     import jax.numpy as jnp
     import torch
 
-    from jaxgpt.config import ModelConfig
     from jaxgpt.model.backend_choice import choose_backend
+    from jaxgpt.settings import ModelConfig
 
     layers, heads, width, positions, _, rows, _ = SHAPES[shape]
     model = ModelConfig(n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, dtype=dtype)

@@ -50,9 +50,9 @@ def write_model(name: str, folder: Path) -> None:
     """Random weights as a Hugging Face folder, with a tokenizer that has a token for each word."""
     import jax
 
-    from jaxgpt.config import ModelConfig
     from jaxgpt.data.tokenizer import train_bpe
     from jaxgpt.model import gpt2
+    from jaxgpt.settings import ModelConfig
     from jaxgpt.training.models import write_huggingface
 
     layers, heads, width, positions, vocabulary = MODELS[name]

@@ -45,9 +45,9 @@ def write_weights(model: str, folder: Path) -> None:
     """Random weights as a Hugging Face folder. Matrices of three times the usual size: the argmax is then decided."""
     import jax
 
-    from jaxgpt.config import ModelConfig
     from jaxgpt.model import gpt2
     from jaxgpt.model.huggingface import write_model
+    from jaxgpt.settings import ModelConfig
 
     layers, heads, width, positions, vocabulary = MODELS[model]
     config = ModelConfig(n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, dtype="float32")
@@ -198,13 +198,13 @@ def perplexity(run: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxgpt.config import MeshConfig
     from jaxgpt.data.dataset import open_dataset
     from jaxgpt.data.pipeline import eval_batches
     from jaxgpt.model.quantized import pack
     from jaxgpt.parallel import sharding
     from jaxgpt.parallel.mesh import build_mesh
     from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.settings import MeshConfig
     from jaxgpt.training.models import load_model
     from jaxgpt.training.step import build_program
 

@@ -61,11 +61,12 @@ class Ours:
         import jax
         import numpy as np
 
-        from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+        from jaxgpt.config import Config
         from jaxgpt.data.pipeline import Batch
         from jaxgpt.model.sizes import flops_per_token
         from jaxgpt.parallel.mesh import build_mesh
         from jaxgpt.parallel.sharding import micro_batches_sharding
+        from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
         from jaxgpt.training.metrics import peak_flops
         from jaxgpt.training.step import build_program
 

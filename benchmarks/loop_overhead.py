@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from train_step import machine
 
-from jaxgpt import cli
+from jaxgpt.config import load_config
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.preparation.preparation import prepare
@@ -80,7 +80,7 @@ def main() -> None:
         words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "after", "it"]
         text.write_text(" ".join(np.random.default_rng(0).choice(words, 200_000)))
         settings = SETTINGS | {"data.path": str(text), "data.prepared_dir": str(Path(folder) / "prepared")}
-        config = cli.load_config(None, settings)
+        config = load_config(None, settings)
         rounds = []
         for number in range(3):
             rounds.append((loop_seconds(config, Path(folder) / f"run{number}"), bare_seconds(config)))

@@ -24,8 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxgpt import cli
-from jaxgpt.config import CleaningConfig, Config
+from jaxgpt.config import Config, load_config
+from jaxgpt.settings import CleaningConfig
 
 PROCESSES = 2
 BLOCK_SIZE = 1024
@@ -73,9 +73,9 @@ def main() -> None:
 
 def write_texts(folder: Path, size: int, vocab_size: int) -> list[str]:
     """`folder`/texts.jsonl of about `size` bytes, and `folder`/tokenizer; returns the texts."""
-    from jaxgpt.config import DataConfig
     from jaxgpt.data.tokenizer import spread, train_bpe
     from jaxgpt.preparation.sources import documents
+    from jaxgpt.settings import DataConfig
 
     pages = [page for document in documents(DataConfig()) for page in pieces(document.text)]
     texts, written = [], 0
@@ -121,7 +121,7 @@ def settings(folder: Path, prepared_dir: Path) -> Config:
         "tokenizer.type": "folder",
         "tokenizer.path": folder / "tokenizer",
     }
-    return cli.load_config(None, {name: str(value) for name, value in values.items()})
+    return load_config(None, {name: str(value) for name, value in values.items()})
 
 
 def ours(folder: Path) -> dict:

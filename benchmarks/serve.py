@@ -214,9 +214,9 @@ def write_model(folder: Path) -> None:
     """124M random weights as a Hugging Face folder, with a tokenizer that has a token for each word."""
     import jax
 
-    from jaxgpt.config import ModelConfig
     from jaxgpt.data.tokenizer import train_bpe
     from jaxgpt.model import gpt2
+    from jaxgpt.settings import ModelConfig
     from jaxgpt.training.models import write_huggingface
 
     config, vocabulary = ModelConfig(n_layer=12, n_head=12, n_embd=768, n_positions=1024, dtype="float32"), 50257

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED
 from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.compile import compile_step
@@ -25,6 +25,7 @@ from jaxgpt.planning.plan_table import calibration_lines
 from jaxgpt.planning.prices import read_prices
 from jaxgpt.planning.topology import parse_slice
 from jaxgpt.planning.verdict import Verdict, judge
+from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 GLOBAL_BATCH = 512  # x 1024 = 524,288 tokens
 

@@ -48,9 +48,10 @@ class Ours:
         keep_freed_memory()  # as `train` does
         import jax
 
-        from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+        from jaxgpt.config import Config
         from jaxgpt.model.huggingface import write_model
         from jaxgpt.parallel.mesh import build_mesh
+        from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
         from jaxgpt.training.step import build_program
 
         layers, heads, width, positions, vocabulary, _, _ = SHAPES[shape]

@@ -8,8 +8,8 @@ import html
 import re
 from pathlib import Path
 
-from jaxgpt import cli
-from jaxgpt.config import SourceConfig
+from jaxgpt.config import describe_type, sections
+from jaxgpt.settings import SourceConfig
 from jaxgpt.training.resume_rules import ON_RESUME
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -57,7 +57,7 @@ def reference() -> str:
     """The whole page."""
     kinds = {entry: kind for kind, entries in ON_RESUME.items() for entry in entries}
     parts = [HEAD]
-    for name, section in cli.sections().items():
+    for name, section in sections().items():
         parts += [f"## [{name}]: {TITLES[name]}", ""]
         parts += ["| setting | what it may be | default | on resume | what it does |", "|---|---|---|---|---|"]
         for field in dataclasses.fields(section):
@@ -84,7 +84,7 @@ def row(section: type, field: dataclasses.Field, *more: str) -> str:
 
 def _kind(field: dataclasses.Field) -> str:
     """Its type and limits; the choices of a pattern are listed, since a regular expression helps nobody."""
-    words = cli.describe_type(field.type)
+    words = describe_type(field.type)
     if "stdlib" in words:
         return "a source" if "list" not in words else "a source, or a list of tables"
     if field.name == "profile":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 
 @cli.command

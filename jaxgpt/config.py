@@ -1,317 +1,44 @@
-"""Every setting, once: typed, frozen, validated when built. No jax import.
+"""The settings of an experiment as one `Config`: built from TOML files and overrides, written and read as JSON.
 
-The name of a field is Hugging Face's where `TrainingArguments` or `GPT2Config` has the thing. The text
-under a field is its help; `python -m jaxgpt.train --help` prints it with the type and the default.
-Reading TOML files and the command line is `cli.py`'s work.
+A config file holds sections of settings; `base = "other.toml"` names a file whose settings it starts from. Overrides
+(`--section.field value` on the command line) go before both. No jax import.
 """
 
 import dataclasses
-from typing import Annotated, Literal
+import difflib
+import functools
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-section = dataclass(
-    frozen=True,
-    kw_only=True,
-    config=ConfigDict(extra="forbid", use_attribute_docstrings=True),
+from jaxgpt import checks
+from jaxgpt.errors import UserError
+from jaxgpt.settings import (
+    AugmentationConfig,
+    ChatConfig,
+    CheckpointConfig,
+    CleaningConfig,
+    DataConfig,
+    EvalConfig,
+    FaultsConfig,
+    InitConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    section,
 )
-
-
-class UserError(Exception):
-    """The user's input is wrong: one line that says what, where, and the fix. Exit code 2."""
-
-
-@section
-class ModelConfig:
-    n_layer: PositiveInt = 12
-    """Transformer blocks."""
-    n_head: PositiveInt = 12
-    """Attention heads; must divide n_embd."""
-    n_embd: PositiveInt = 768
-    """Width of the residual stream."""
-    n_positions: PositiveInt = 1024
-    """Learned positions: the longest sequence the model can read, in tokens."""
-    dropout: Fraction = 0.0
-    """Dropout rate on embeddings, attention weights and residual branches (GPT-2's three rates in one)."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type of matmuls and activations; parameters, softmax, LayerNorm statistics and loss stay float32."""
-    scan_layers: bool = False
-    """Run the layers under lax.scan instead of a Python loop: compiles faster, runs slower; same parameters."""
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but matmuls and the attention kernel, or each whole block."""
-    attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
-    """How attention is computed: flash is a TPU kernel, cudnn NVIDIA's, xla runs anywhere; auto fits the device."""
-
-
-@section
-class TokenizerConfig:
-    type: Literal["bpe", "char", "folder"] = "bpe"
-    """bpe trains a byte-level BPE on the data; char is one token a character; folder loads tokenizer.path."""
-    path: str | None = None
-    """Hugging Face tokenizer folder, or hf:NAME for that of a model on the hub; for type = folder."""
-    vocab_size: Annotated[int, Field(ge=257)] = 8192
-    """Entries of a trained BPE, the 256 bytes and the end-of-text token included."""
-    train_bytes: PositiveInt = 20_000_000
-    """The BPE is trained on documents spread evenly over the corpus, up to this many bytes of UTF-8."""
-    special_tokens: tuple[str, ...] = ()
-    """Tokens added to the vocabulary, one id each, that ordinary text never becomes (roles of a chat)."""
-
-
-Source = Annotated[str, Field(pattern=r"^(stdlib|text|html|jsonl|parquet|support|sgd|tfds:.+|huggingface:.+)$")]
-
-
-@section
-class SourceConfig:
-    """One part of a mixture."""
-
-    source: Source
-    path: str | None = None
-    text_field: str = "text"
-    weight: PositiveFloat = 1.0
-    """Share of the text that comes from it, beside the weights of the others."""
-
-
-@section
-class DataConfig:
-    source: Source | tuple[SourceConfig, ...] = "stdlib"
-    """Where documents come from: stdlib (this Python's own library), text, html, jsonl, parquet, tfds:NAME,
-    huggingface:NAME, support (made-up customer service dialogues), sgd (Schema-Guided Dialogue), or a list of them,
-    each a table of source, path, text_field and weight."""
-    path: str | None = None
-    """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
-    text_field: str = "text"
-    """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
-    format: Literal["text", "chat"] = "text"
-    """text: documents, every token is learned; chat: conversations, of which only the answers are learned."""
-    on_bad_record: Literal["refuse", "skip"] = "refuse"
-    """A record that cannot be used (broken JSON, a missing role, not UTF-8) ends the preparation, or is left out and
-    counted in the report."""
-    max_record_bytes: PositiveInt = 50_000_000
-    """A longer JSON line or HTML page is a bad record; a text file comes in parts of at most 8 MB, or of this."""
-    max_bytes: PositiveInt | None = None
-    """Stop reading the source after this many bytes of UTF-8; none reads it all."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share held out: whole documents, or the tail of a single one; a TFDS validation split goes before it."""
-    prepared_dir: str = "prepared"
-    """Folder that holds prepared datasets, one subfolder for each combination of data and tokenizer settings."""
-    block_size: PositiveInt | None = None
-    """Tokens in a training window; none means model.n_positions."""
-    num_threads: PositiveInt = 2
-    """Threads of a process that read and assemble batches."""
-    prefetch_batches: PositiveInt = 4
-    """Batches kept ready ahead of the step."""
-    verify: Literal["digests", "sizes"] = "digests"
-    """Check of the prepared data at each start: every byte (about a second a GB), or the sizes of the shards."""
-    num_proc: PositiveInt | None = None
-    """Processes that clean and tokenize; none means one a core."""
-    skip_list: str | None = None
-    """File of training rows that weigh nothing, one number a line, as `jaxgpt replay` writes it."""
-
-
-@section
-class CleaningConfig:
-    """What happens to each document before it is tokenized, in this order; by default nothing."""
-
-    html: bool = False
-    """Take the text out of HTML."""
-    fix_encoding: bool = False
-    """Repair text that was decoded wrongly (mojibake)."""
-    unicode: Literal["keep", "NFC", "NFKC"] = "keep"
-    """Unicode normalisation; NFKC also turns full-width letters into plain ones."""
-    control_characters: bool = False
-    """Remove control characters other than line breaks and tabs, and invisible ones."""
-    emoji: Literal["keep", "strip"] = "keep"
-    """Emoji."""
-    urls: Literal["keep", "mask"] = "keep"
-    """mask writes <url> in place of web addresses."""
-    emails: Literal["keep", "mask"] = "keep"
-    """mask writes <email> in place of e-mail addresses."""
-    whitespace: bool = False
-    """Collapse runs of spaces and blank lines, and strip the ends of lines."""
-    min_chars: NonNegativeInt = 0
-    """Drop documents of fewer characters."""
-    max_chars: PositiveInt | None = None
-    """Drop documents of more characters."""
-    max_symbol_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Drop documents with a larger share of characters that are neither letters, digits nor whitespace; 1 is off."""
-    language: str = ""
-    """Drop documents in other languages than these codes, commas between (en,zh); empty is off."""
-    drop_duplicates: bool = False
-    """Drop documents that were there before, letter for letter."""
-    near_duplicates: Fraction = 0.0
-    """Drop documents whose estimated Jaccard similarity with an earlier one is at least this (0.8); 0 is off."""
-
-
-@section
-class ChatConfig:
-    """Conversations, where data.format = chat."""
-
-    system: str = ""
-    """System message of conversations that have none; empty for none."""
-    packing: bool = True
-    """Put several conversations into one row, none of which sees another; false pads each to a row of its own."""
-
-
-@section
-class AugmentationConfig:
-    """Changed copies of training conversations; user turns are changed, answers never."""
-
-    copies: NonNegativeInt = 0
-    """Changed copies of each training conversation; 0 turns augmentation off."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of all changes."""
-    shuffle_sentences: Fraction = 0.0
-    """Chance that the sentences of a user turn change places."""
-    synonyms: str | None = None
-    """File of words that may replace each other, one group a line, commas between."""
-    synonym_rate: Fraction = 0.0
-    """Chance of a word of the synonyms file to be replaced."""
-    typo_rate: Fraction = 0.0
-    """Chance of a letter to be mistyped."""
-    drop_turns: Fraction = 0.0
-    """Chance of a pair of turns before the last one to be left out."""
-
-
-@section
-class OptimizerConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon orthogonalises the updates of the weight matrices and leaves the rest to AdamW."""
-    learning_rate: PositiveFloat = 6e-4
-    """Peak learning rate of AdamW."""
-    muon_learning_rate: PositiveFloat = 0.02
-    """Peak learning rate of the matrices under muon; same schedule."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps over which the learning rate rises linearly from 0 to its peak."""
-    min_lr_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Final learning rate as a share of the peak, for linear, cosine and warmup_stable_decay."""
-    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of max_steps that warmup_stable_decay spends decaying."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay on matrices and embeddings; biases and LayerNorms are never decayed."""
-    adam_beta1: Fraction = 0.9
-    """Decay of the first moment."""
-    adam_beta2: Fraction = 0.95
-    """Decay of the second moment."""
-    adam_mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the first moment is kept; bfloat16 saves 2 bytes a parameter."""
-    adam_epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
-
-
-@section
-class TrainConfig:
-    max_steps: PositiveInt | None = None
-    """Optimizer steps; when given, it goes before num_train_epochs."""
-    num_train_epochs: PositiveFloat = 1.0
-    """Passes over the training tokens."""
-    per_device_train_batch_size: PositiveInt | Literal["auto"] = 8
-    """Sequences a micro-batch holds on each device of the data and fsdp axes; auto takes the most that fit."""
-    gradient_accumulation_steps: PositiveInt | None = None
-    """Micro-batches whose gradients are summed inside one step; none derives it from global_batch_size, else 1."""
-    global_batch_size: PositiveInt | None = None
-    """Sequences in one step over all devices; none means per-device size x devices x accumulation."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    """Seed of the initial weights, the order of the data and dropout."""
-    compilation_cache_dir: str = "~/.cache/jaxgpt/xla"
-    """Folder that keeps compiled programs for the next start; empty turns it off."""
-
-
-@section
-class MeshConfig:
-    data: Annotated[int, Field(ge=-1)] = -1
-    """Devices that hold copies of the model and split the batch; -1 takes all that are left."""
-    fsdp: PositiveInt = 1
-    """Devices that split the batch and the parameters."""
-    tensor: PositiveInt = 1
-    """Devices that split heads, the MLP and the vocabulary; must divide n_head."""
-    zero1: bool = True
-    """Split the optimizer state over the data axis (ZeRO stage 1)."""
-    distributed: Literal["auto", "on", "off"] = "auto"
-    """Train with the processes of other hosts: on requires them, off is this one alone, auto asks the environment."""
-
-
-@section
-class CheckpointConfig:
-    save_steps: PositiveInt = 500
-    """Steps between checkpoints; the last step is always saved."""
-    save_total_limit: PositiveInt = 2
-    """Latest checkpoints kept."""
-    keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss besides; save_steps must then be a multiple of eval_steps."""
-
-
-@section
-class FaultsConfig:
-    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
-    """What to do at a loss or gradient that is no number, or a spike: stop; skip the update; or go back to the last
-    checkpoint and on with other data."""
-    spike_sigma: NonNegativeFloat = 0.0
-    """A loss or gradient norm this many standard deviations above the mean of the last 128 steps is bad; 0: never."""
-    max_bad_steps: PositiveInt = 10
-    """Bad steps in a row, or rollbacks without a new checkpoint between them, after which the run stops."""
-    hang_seconds: NonNegativeFloat = 300.0
-    """No step for this long, and for ten times the usual, ends the run with every thread's stack; 0: never."""
-    host_timeout_seconds: Annotated[float, Field(ge=2)] = 15.0
-    """Another host that gives no sign of life for this long is taken for dead, and the run ends on all of them."""
-
-
-@section
-class EvalConfig:
-    eval_steps: PositiveInt = 500
-    """Steps between evaluations; the last step is always evaluated."""
-    eval_batches: PositiveInt | None = None
-    """Validation batches of an evaluation; none reads the whole split."""
-    per_device_eval_batch_size: PositiveInt | None = None
-    """Sequences on each device during evaluation; none means per_device_train_batch_size."""
-    sample_prompt: str = ""
-    """Prompt continued at each evaluation; empty starts from the end-of-text token. (A chat model: chat_prompts.)"""
-    sample_tokens: NonNegativeInt = 100
-    """Tokens sampled at each evaluation, the most of an answer; 0 turns it off."""
-    chat_prompts: NonNegativeInt = 16
-    """Validation conversations answered at each evaluation of a chat model, to see which answers stop; 0: none."""
-    tasks: tuple[str, ...] = ()
-    """Questions scored at each evaluation, written as for `evaluate --task`; metrics eval_NAME_acc and so on."""
-    early_stopping_patience: PositiveInt | None = None
-    """Evaluations in a row without a better validation loss after which the run ends, and hf/ gets the best checkpoint;
-    none: never. The learning rate stays as it is for all of max_steps. Needs checkpoint.keep_best."""
-    early_stopping_threshold: NonNegativeFloat = 0.0
-    """For early stopping a loss is better if it is lower than the best before it by more than this, in nats."""
-
-
-@section
-class LogConfig:
-    logging_steps: PositiveInt = 10
-    """Steps between lines of metrics."""
-    tensorboard: bool = True
-    """Write TensorBoard files beside metrics.jsonl."""
-    wandb_project: str | None = None
-    """Also send the metrics to this Weights & Biases project (pip install wandb)."""
-    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]*:[1-9][0-9]*)$")] = ""
-    """Steps to trace for XProf, first:last (10:13); empty for none."""
-
-
-@section
-class InitConfig:
-    from_checkpoint: str | None = None
-    """Start from the weights of this jaxgpt run or step folder, with a fresh optimizer; none starts from scratch."""
-    from_huggingface: str | None = None
-    """Start from the GPT-2 weights of this Hugging Face folder or hub name (gpt2), with a fresh optimizer."""
 
 
 @section
 class Config:
-    """All settings of an experiment. Build it with `cli.load_config` or directly; either way it is validated."""
+    """All settings of an experiment. Build it with `load_config` or directly; either way it is validated."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
@@ -329,21 +56,57 @@ class Config:
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
     def __post_init__(self):
-        from jaxgpt.checks import check  # which needs the types of this file
-
-        check(self)
+        checks.check_shapes(self.model, self.mesh, self.data)
+        checks.check_data(self.data, self.tokenizer, self.augmentation)
+        checks.check_schedule(self.train, self.optimizer, self.eval, self.checkpoint, self.log)
+        checks.check_start(self.init, self.tokenizer)
 
     @property
     def block_size(self) -> int:
         """Tokens in a training window."""
         return self.data.block_size or self.model.n_positions
 
+    # What a user may leave open, once the devices and the data have settled it (training/start.py).
 
-def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
-    """The parts of the mixture; a single source is a mixture of one."""
-    if isinstance(data.source, str):
-        return (SourceConfig(source=data.source, path=data.path, text_field=data.text_field),)
-    return data.source
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return _resolved(self.train.max_steps)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences in one step, over all devices."""
+        return _resolved(self.train.global_batch_size)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches in one step."""
+        return _resolved(self.train.gradient_accumulation_steps)
+
+    @property
+    def per_device_train_batch_size(self) -> int:
+        """Sequences of a micro-batch on each device of the data and fsdp axes."""
+        return _resolved(self.train.per_device_train_batch_size)
+
+    @property
+    def per_device_eval_batch_size(self) -> int:
+        """Sequences on each device of an evaluation."""
+        return self.eval.per_device_eval_batch_size or self.per_device_train_batch_size
+
+
+def _resolved(value: int | str | None) -> int:
+    assert isinstance(value, int), f"{value}: the config is not resolved yet"
+    return value
+
+
+def with_settings(config: Config, **settings: object) -> Config:
+    """`config` with other values: with_settings(config, model_remat="block", mesh_fsdp=8)."""
+    changed: dict[str, dict] = {}
+    for name, value in settings.items():
+        section, _, field = name.partition("_")
+        changed.setdefault(section, {})[field] = value
+    parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changed.items()}
+    return dataclasses.replace(config, **parts)
 
 
 def to_json(config: Config) -> str:
@@ -369,3 +132,152 @@ def flatten(config: Config) -> dict[str, object]:
     return {
         f"{name}.{key}": value for name, fields in dataclasses.asdict(config).items() for key, value in fields.items()
     }
+
+
+def sections() -> dict[str, type]:
+    """{"model": ModelConfig, ...}"""
+    return {field.name: field.type for field in dataclasses.fields(Config)}
+
+
+def config_fields() -> dict[str, dataclasses.Field]:
+    """{"model.n_layer": field, ...}, in the order of the file config.py."""
+    return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
+
+
+# ---------------------------------------------------------------- files and overrides to a Config
+
+
+def load_config(path: str | Path | None, overrides: dict[str, str] | None = None) -> Config:
+    """Read `path` and its bases, apply `overrides` ({"model.n_layer": "4"}), validate.
+
+    Raises:
+        UserError: a missing file, bad TOML, an unknown key or a bad value; names the file and the key.
+    """
+    settings: dict[str, object] = {}
+    origin: dict[str, str] = {}
+    if path is not None:
+        for file in _with_bases(Path(path)):
+            for key, value in _read_settings(file).items():
+                settings[key], origin[key] = value, str(file)
+    for key, value in (overrides or {}).items():
+        settings[key], origin[key] = value, "command line"
+    return _build(settings, origin)
+
+
+def _with_bases(path: Path) -> list[Path]:
+    """`path` preceded by the file it is based on, and that by its own, the root first."""
+    chain: list[Path] = []
+    while path is not None:
+        if path.resolve() in [seen.resolve() for seen in chain]:
+            raise UserError(f"{path}: its chain of base files comes back to itself")
+        chain.append(path)
+        base = _read_toml(path).get("base")
+        path = path.parent / base if base else None
+    return chain[::-1]
+
+
+@functools.cache
+def _read_toml(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file{_nearest_file(path)}") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: TOML syntax error: {error}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    """{"model.n_layer": 4, ...} of one file, `base` left out."""
+    settings = {}
+    for name, fields in _read_toml(path).items():
+        if name == "base":
+            continue
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: {unknown_setting(name)}")
+        if name not in sections():
+            raise UserError(f"{path}: there is no section [{name}]{_suggest(name, sections())}")
+        settings |= {f"{name}.{key}": value for key, value in fields.items()}
+    return settings
+
+
+def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
+    known = config_fields()
+    for key in settings:
+        if key not in known:
+            raise UserError(f"{origin[key]}: {unknown_setting(key)}")
+    nested: dict[str, dict] = {}
+    for key, value in settings.items():
+        name, field = key.split(".")
+        if value == "none" and type(None) in typing.get_args(known[key].type):
+            value = None
+        elif isinstance(value, str) and _takes_list(known[key].type, value):
+            value = _read_list(value)
+        nested.setdefault(name, {})[field] = value
+    try:
+        return Config(**{name: cls(**nested[name]) for name, cls in sections().items() if name in nested})
+    except ValidationError as error:
+        section = next(name for name, cls in sections().items() if cls.__name__ == error.title)
+        first = error.errors()[0]
+        key = f"{section}.{first['loc'][0]}"
+        raise UserError(
+            f"{origin[key]}: {key} = {first['input']!r}, but it must be {describe_type(known[key].type)}"
+        ) from None
+
+
+def _takes_list(annotation, text: str) -> bool:
+    """Whether the text of a command line stands for a list; where text is allowed besides, a list is JSON."""
+    if typing.get_origin(annotation) is tuple:
+        return True
+    return any(typing.get_origin(arg) is tuple for arg in typing.get_args(annotation)) and text.lstrip().startswith("[")
+
+
+def _read_list(text: str) -> list | str:
+    """The list that a command line writes as JSON or with commas; text that is no JSON comes back as it is."""
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",")] if text else []
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # which is no list: the settings' own check says so
+
+
+def unknown_setting(key: str) -> str:
+    return f"there is no setting {key}{_suggest(key, config_fields())}"
+
+
+def _suggest(word: str, known) -> str:
+    """The nearest known name, comparing whole dotted names first and then the part after the dot."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    if not near:
+        tails = {name.split(".")[-1]: name for name in known}
+        near = [tails[t] for t in difflib.get_close_matches(word.split(".")[-1], tails, n=1)]
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(list(known)[:12])}"
+
+
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def describe_type(annotation) -> str:
+    """A field's type in a user's words: "int > 0 or none", "one of adamw, muon"."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(args)
+    if origin is tuple:
+        return f"a list of {describe_type(args[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(arg) for arg in args)
+    if origin is typing.Annotated:
+        limits = args[1].metadata
+        bounds = [f"{sign} {getattr(m, key)}" for m in limits for key, sign in _SIGNS if hasattr(m, key)]
+        patterns = [f"matching {m.pattern}" for m in limits if hasattr(m, "pattern")]
+        return " ".join([describe_type(args[0]), *patterns, " and ".join(bounds)]).strip()
+    if dataclasses.is_dataclass(annotation):
+        return "tables of " + ", ".join(field.name for field in dataclasses.fields(annotation))
+    return {type(None): "none", bool: "true or false", str: "text"}.get(annotation, annotation.__name__)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
+from jaxgpt.errors import RunFailed
+from jaxgpt.storage import files
 
 FORMATS = ("huggingface", "jaxgpt")
 
@@ -49,22 +51,22 @@ def convert(source: str, to: Path, to_format: str | None) -> None:
     started = time.monotonic()
     from jaxgpt.training import models
 
-    models.check_new(to)
+    files.check_new(to)
     from_huggingface = models.is_huggingface(source)
     to_format = to_format or FORMATS[from_huggingface]
     model = read(source, f"reading {source}")
     shape, vocab_size = model.config.model, model.vocab_size
     expected = models.check_logits(shape, vocab_size, model.params)
     try:
-        with models.new_folder(to) as partial:
+        with files.new_folder(to) as partial:
             write(partial, to_format, model)
             del model  # memory holds one copy of the weights at a time
             again = read(str(partial), "checking what was written")
             logits = models.check_logits(shape, again.vocab_size, again.params)
             if logits.tobytes() != expected.tobytes():
-                raise cli.RunFailed(f"what was written gives other logits than {source}; nothing of it was kept")
+                raise RunFailed(f"what was written gives other logits than {source}; nothing of it was kept")
     except OSError as error:
-        raise cli.RunFailed(f"{to} could not be written ({error}); nothing of it was kept") from None
+        raise RunFailed(f"{to} could not be written ({error}); nothing of it was kept") from None
 
     from jaxgpt.model.sizes import parameter_count
 

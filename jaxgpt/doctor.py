@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxgpt import __version__, cli
-from jaxgpt.config import UserError
+from jaxgpt.config import load_config
 from jaxgpt.diagnosis.finding import OK, PROBLEM, STATUSES, Case, Finding
 from jaxgpt.diagnosis.probe_process import Child, Probe
+from jaxgpt.errors import EXIT_DONE, EXIT_FAILED, UserError
 
 PROBES = (
     Probe(("python", "jax"), "software", "versions", "make a fresh virtual environment and pip install jaxgpt into it"),
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary(findings, seconds))
     if arguments.json:
         write_json(arguments.json, findings, seconds)
-    return cli.EXIT_FAILED if any(finding.status == PROBLEM for finding in findings) else cli.EXIT_DONE
+    return EXIT_FAILED if any(finding.status == PROBLEM for finding in findings) else EXIT_DONE
 
 
 def _seconds(text: str) -> float:
@@ -77,7 +78,7 @@ def _seconds(text: str) -> float:
 
 def case_of(arguments: argparse.Namespace) -> Case:
     overrides = {key: value for key, value in vars(arguments).items() if "." in key}
-    config = cli.load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     name = Path(arguments.config).stem if arguments.config else ""
     return Case(
         config, arguments.workdir or str(Path("runs") / name), bool(arguments.config or overrides), arguments.expect

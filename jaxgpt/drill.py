@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import EXIT_DONE, EXIT_RESUME, RunFailed, UserError
 
 TIMED = ("tokens_per_second", "mfu")  # and seconds_*: what the clock decides
 TERM_SECONDS = 10.0  # a run that is told to stop has to be gone by then
@@ -103,7 +104,7 @@ class Drill:
         began = time.monotonic()
         process = self._start("undisturbed")
         if (code := process.wait()) != 0:
-            raise cli.RunFailed(f"the undisturbed run ended with exit code {code}; see {self._log}")
+            raise RunFailed(f"the undisturbed run ended with exit code {code}; see {self._log}")
         self._report.undisturbed_seconds = time.monotonic() - began
         for kill in self._plan():
             self._say(f"{self._report.kills + self._report.terms + 1}: {kill or 'random instant'}")
@@ -218,7 +219,7 @@ class Drill:
         self._report.terms += 1
         self._report.term_seconds.append(time.monotonic() - sent)
         # Python itself has no handler yet in the first tenths of a second; after its last step the run is done.
-        if code not in (cli.EXIT_RESUME, cli.EXIT_DONE, -signal.SIGTERM):
+        if code not in (EXIT_RESUME, EXIT_DONE, -signal.SIGTERM):
             self._fail(f"SIGTERM ended start {self._starts} with exit code {code}; see {self._log}")
         if self._report.term_seconds[-1] > TERM_SECONDS:
             self._fail(f"SIGTERM took {self._report.term_seconds[-1]:.1f} s")

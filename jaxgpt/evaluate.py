@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 NEW_TOKENS = 100
 OF_THE_RUN = Path()  # --generate without a FILE
@@ -127,12 +127,12 @@ def evaluate(
     """
     import jax
 
-    from jaxgpt.config import MeshConfig
+    from jaxgpt.config import with_settings
     from jaxgpt.evaluation.published import with_published
     from jaxgpt.model.sizes import parameter_count
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import build_mesh
-    from jaxgpt.training.memory import with_settings
+    from jaxgpt.settings import MeshConfig
     from jaxgpt.training.models import load_model
 
     model = load_model(arguments.checkpoint)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from jaxgpt import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 JOINING_VERBS = ("train",)
 _PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import RunFailed, UserError
 
 TOLERANCE = 0.02  # of the recorded cycles: what a gate lets pass, for changes of no account move them a little
 
@@ -200,7 +201,7 @@ def check_bounds(file: Path, bounds: dict[str, dict], rows: Sequence) -> None:
             now, before = row.cycles / 1e6, bound["cycles"] / 1e6
             broken.append(f"{row.where.name} takes {now:.1f} M cycles, {before:.1f} M were recorded")
     if broken:
-        raise cli.RunFailed(f"gate {file}: {'; '.join(broken)}")
+        raise RunFailed(f"gate {file}: {'; '.join(broken)}")
     print(f"gate {file}: holds")
 
 

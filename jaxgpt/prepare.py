@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
 
 _MEASURED_SECONDS = 1.0
 _MEASURED_ROWS = 64  # a batch

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
 
 _LONGEST = 2000  # characters of a text on the screen
 

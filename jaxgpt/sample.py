@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference.prompts import Prompt, check_unicode, ctrl_c, read_prompts, typed_lines
 
 RULE = "-" * 80

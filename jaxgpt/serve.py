@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import EXIT_DONE, RunFailed, UserError
 
 OPENABLE = ("page", "metrics", "models")
 KEYS = "JAXGPT_API_KEYS"
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"listening on http://{arguments.host}:{port}", file=sys.stderr, flush=True)
     if not keys and arguments.host not in LOCAL:
         print("warning: no API keys: whoever reaches this port may use the model", file=sys.stderr)
-    code = cli.EXIT_DONE
+    code = EXIT_DONE
     try:
         serve(listener, served, options, build, arguments.drain_seconds)
-    except cli.RunFailed as error:
+    except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         code = error.exit_code
     cli.leave(code)  # a thread that still compiles would crash on the way out, and one on a dead device hang

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import Interrupted, UserError
 
 
 @cli.command
@@ -72,7 +73,7 @@ def sweep(config: Config, arguments: argparse.Namespace) -> None:
 
     Raises:
         UserError: the input is wrong; found before anything is written.
-        cli.Interrupted: told to stop; what was recorded stays.
+        Interrupted: told to stop; what was recorded stays.
     """
     from jaxgpt.storage.lease import Lease
     from jaxgpt.tuning import sweep_folder as recording
@@ -107,7 +108,7 @@ def sweep(config: Config, arguments: argparse.Namespace) -> None:
         describe(search, bench, found, side_by_side, folder)
         try:
             run_rounds(search, found, bench, side_by_side, folder)
-        except cli.Interrupted:
+        except Interrupted:
             if found.latest():
                 conclude(search, found, arguments)
             raise
@@ -369,8 +370,8 @@ def _write_json(file: Path, content: dict) -> None:
 def find_learning_rate(config: Config, arguments: argparse.Namespace) -> None:
     """One run whose learning rate rises at every step (Smith 2017, section 3.3): which rates are worth a sweep?"""
     from jaxgpt.reporting import sweep_page
+    from jaxgpt.storage.files import write_file
     from jaxgpt.storage.lease import Lease
-    from jaxgpt.training.summary import write_atomically
     from jaxgpt.tuning import learning_rate, sweep_folder
 
     folder = arguments.workdir
@@ -382,7 +383,7 @@ def find_learning_rate(config: Config, arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with Lease(folder):
         found = learning_rate.find(bench.configs[0], bench.dataset, bench.mesh)
-        write_atomically(folder / sweep_page.RANGE_TEST, json.dumps(dataclasses.asdict(found)))
+        write_file(folder / sweep_page.RANGE_TEST, json.dumps(dataclasses.asdict(found)))
         report = sweep_page.write_page(folder, None)
     low, high = sorted([found.steepest / 4, max(found.highest_safe, found.steepest) * 2])
     print(f"range    {len(found.rates)} steps, learning rate {found.rates[0]:.2g} to {found.rates[-1]:.2g}")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config, UserError, to_json
+from jaxgpt.config import Config, to_json
+from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 
 PREPARE_SECONDS = 24 * 3600.0  # that other processes wait for the one which prepares the data
 
@@ -54,7 +55,7 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
                 with crashes_recorded(config, workdir, activity):
                     run(inputs, workdir, stop, activity, held)
             ended_well = True
-        except cli.Interrupted:
+        except Interrupted:
             ended_well = True
             raise
         finally:
@@ -196,7 +197,7 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
             try:
                 state, early = fit(whole, state, start)
                 status = f"finished ({early})" if early else "finished"
-            except cli.Interrupted:
+            except Interrupted:
                 status = "interrupted"
                 raise
             finally:
@@ -229,10 +230,10 @@ def crashes_recorded(config: Config, workdir: Path, activity) -> Iterator[None]:
 
     try:
         yield
-    except (UserError, cli.StorageFailed, cli.HostLost):
+    except (UserError, StorageFailed, HostLost):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in cli.STORAGE_ERRNOS:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
             raise
         facts = {
             "step": activity.now[1],
@@ -249,10 +250,11 @@ def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None
     An "auto" batch needs the vocabulary to be tried; until that is known, only what can be wrong is found. A run that
     goes on keeps the sequences of a step that it began with.
     """
+    from jaxgpt.config import with_settings
     from jaxgpt.parallel.mesh import batch_shards
     from jaxgpt.training.auto_batch import largest_batch
     from jaxgpt.training.checkpoint import finished_steps, read_config
-    from jaxgpt.training.memory import batch_sizes, with_settings
+    from jaxgpt.training.memory import batch_sizes
     from jaxgpt.training.step import resolve_batch
 
     shards = batch_shards(mesh)
@@ -270,10 +272,10 @@ def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None
 
 def start_run_folder(workdir: Path, config: Config, dataset) -> None:
     from jaxgpt.data.tokenizer import load_tokenizer
-    from jaxgpt.training.summary import write_atomically
+    from jaxgpt.storage.files import write_file
 
     workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "config.json", to_json(config))
+    write_file(workdir / "config.json", to_json(config))
     load_tokenizer(dataset.path / "tokenizer").save(workdir / "tokenizer", config.model.n_positions)
 
 
@@ -335,7 +337,7 @@ def export(run, params: dict, is_writer: bool) -> None:
     try:
         export_model(folder, *model, replace=True, whole=whole, is_writer=is_writer)
     except OSError as error:
-        raise cli.RunFailed(
+        raise RunFailed(
             f"the run is finished and saved, but {folder} cannot be written ({error}); make room and run the same "
             "command again, which writes it"
         ) from None

@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from jaxgpt.config import Config, DataConfig, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.diagnosis.finding import Case
+from jaxgpt.settings import DataConfig, TrainConfig
 
 SECRET = "canary-7391"  # must never be printed
 

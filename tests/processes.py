@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxgpt import cli
+from jaxgpt.errors import StorageFailed
 from jaxgpt.launch import local_environments
 
 HOST_TIMEOUT = 2.0
@@ -44,7 +45,7 @@ def main(argv=None) -> None:
                 if step == 3:
                     (folder / f"runs-{process}").touch()
                 if step == FAIL_AT and fault == "fails":
-                    raise cli.StorageFailed("the disk is full")
+                    raise StorageFailed("the disk is full")
                 if vote.poll(step == STOP_AT and fault == "stops"):
                     print(f"stopped at {step}", flush=True)
                     break

@@ -41,7 +41,7 @@ import numpy as np
 import pytest
 from processes import wait_for
 
-from jaxgpt.config import ChatConfig, Config, ModelConfig, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.tokenizer import Tokenizer, train_bpe
 from jaxgpt.inference.decode import build_decoder
@@ -49,6 +49,7 @@ from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.text import token_bytes
 from jaxgpt.model import gpt2
 from jaxgpt.serving.served_model import Served
+from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig
 from jaxgpt.training.models import LoadedModel, export_model, is_huggingface, save_as_run
 
 KEYS = ("first-key-9f3c", "second-key-77ab")

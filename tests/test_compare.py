@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import compare
-from jaxgpt.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
+from jaxgpt.config import Config, to_json
 from jaxgpt.reporting import figures
 from jaxgpt.reporting.comparison import (
     comparability,
@@ -19,6 +19,7 @@ from jaxgpt.reporting.comparison import (
     read_runs,
 )
 from jaxgpt.reporting.comparison_page import write_page
+from jaxgpt.settings import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 CONFIG = Config(
     model=ModelConfig(n_layer=2),

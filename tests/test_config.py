@@ -8,7 +8,9 @@ import pytest
 
 import jaxgpt
 from jaxgpt import cli, config
-from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from jaxgpt.config import Config, load_config, sections
+from jaxgpt.errors import UserError
+from jaxgpt.settings import DataConfig, ModelConfig, TrainConfig
 from jaxgpt.training import resume_rules
 
 CONFIGS = sorted((Path(jaxgpt.__file__).parent.parent / "configs").glob("*.toml"))
@@ -26,14 +28,14 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_loads(path):
-    cli.load_config(path)
+    load_config(path)
     assert path.read_text().startswith("# "), "a config begins with what it is, its command and its result"
 
 
 def test_command_line_goes_before_file_and_file_before_base(write):
     write("base.toml", "[model]\nn_layer = 2\nn_head = 2\nn_embd = 64\n[train]\nseed = 1\n")
     child = write("child.toml", 'base = "base.toml"\n[model]\nn_layer = 3\n[train]\nmax_steps = 200\n')
-    built = cli.load_config(child, {"model.n_head": "4", "optimizer.learning_rate": "1e-3", "train.max_steps": "none"})
+    built = load_config(child, {"model.n_head": "4", "optimizer.learning_rate": "1e-3", "train.max_steps": "none"})
     assert (built.model.n_layer, built.model.n_head, built.model.n_embd) == (3, 4, 64)
     assert built.train.max_steps is None
     assert built.train.seed == 1
@@ -79,7 +81,7 @@ def test_command_line_goes_before_file_and_file_before_base(write):
 def test_a_mistake_is_one_line_that_names_it(write, text, overrides, words):
     path = write("config.toml", text)
     with pytest.raises(UserError) as error:
-        cli.load_config(path, overrides)
+        load_config(path, overrides)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -89,22 +91,22 @@ def test_a_mistake_is_one_line_that_names_it(write, text, overrides, words):
 @pytest.mark.parametrize("text", ["<|a|>,b c", " <|a|> , b c ", '["<|a|>", "b c"]', ' ["<|a|>",\n"b c"]'])
 def test_a_list_is_the_same_from_file_json_and_commas(write, text):
     path = write("config.toml", '[tokenizer]\nspecial_tokens = ["<|a|>", "b c"]\n')
-    in_file = cli.load_config(path)
+    in_file = load_config(path)
     assert in_file.tokenizer.special_tokens == ("<|a|>", "b c")
-    assert cli.load_config(None, {"tokenizer.special_tokens": text}) == in_file
+    assert load_config(None, {"tokenizer.special_tokens": text}) == in_file
     assert config.from_json(config.to_json(in_file)) == in_file
-    assert cli.load_config(path, {"tokenizer.special_tokens": ""}) == Config()
+    assert load_config(path, {"tokenizer.special_tokens": ""}) == Config()
 
 
 def test_json_alone_can_hold_a_comma_in_a_list():
-    built = cli.load_config(None, {"tokenizer.special_tokens": '["<a, b>"]'})
+    built = load_config(None, {"tokenizer.special_tokens": '["<a, b>"]'})
     assert built.tokenizer.special_tokens == ("<a, b>",)
 
 
 def test_missing_config_suggests_the_nearest(write, tmp_path):
     write("quickstart.toml", "")
     with pytest.raises(UserError, match=r"did you mean .*quickstart\.toml"):
-        cli.load_config(tmp_path / "quikstart.toml")
+        load_config(tmp_path / "quikstart.toml")
 
 
 def test_json_gives_the_same_config_back():
@@ -207,7 +209,7 @@ def test_every_setting_has_help_and_is_read_by_the_package():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    for name, cls in cli.sections().items():
+    for name, cls in sections().items():
         for field in dataclasses.fields(cls):
             assert cls.__pydantic_fields__[field.name].description, f"{name}.{field.name} has no help"
             if f"{name}.{field.name}" != "data.block_size":  # read through Config.block_size

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+import jaxgpt.storage.files
 from jaxgpt import convert
-from jaxgpt.config import ModelConfig
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.model import gpt2
+from jaxgpt.settings import ModelConfig
 from jaxgpt.training import models
 from jaxgpt.training.models import export_model, load_model
 
@@ -99,7 +100,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(folder, tmp_path, ca
     def no_space(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(models, "fsync", no_space)
+    monkeypatch.setattr(jaxgpt.storage.files, "fsync", no_space)
     assert run(folder, tmp_path / "new") == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"failed: {tmp_path / 'new'} could not be written") and "No space left" in line

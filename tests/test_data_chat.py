@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from jaxgpt.config import ChatConfig
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
 from jaxgpt.preparation.documents import BadRecord
+from jaxgpt.settings import ChatConfig
 
 TEXTS = [
     "user\nassistant\nsystem\nWhere is my parcel? It's on its way. 你好，世界！ don't worry 🙂",

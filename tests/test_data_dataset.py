@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config, DataConfig, ModelConfig, TokenizerConfig, UserError
+from jaxgpt.config import Config
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.dataset import RECORD_TOKENS, SPLITS, TokenStream, open_dataset
 from jaxgpt.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.preparation import preparation, writer
 from jaxgpt.preparation.preparation import prepare
 from jaxgpt.preparation.stages import PIECE
-from jaxgpt.preparation.writer import DatasetWriter, finished_together
+from jaxgpt.preparation.writer import DatasetWriter
+from jaxgpt.settings import DataConfig, ModelConfig, TokenizerConfig
 from jaxgpt.storage import manifest
+from jaxgpt.storage.files import new_folder
 
 LINES = [f"line {i}: the cat sat on the mat, 中文 {i * i}\n" for i in range(900)]
 
@@ -218,7 +221,7 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(poin
     code = (
         "import os, signal, sys\n"
         "from jaxgpt.config import from_json\n"
-        "from jaxgpt.data import preparation, writer\n"
+        "from jaxgpt.preparation import preparation, writer\n"
         f"writer.{point} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "preparation.prepare(from_json(sys.stdin.read()))\n"
     )
@@ -235,11 +238,11 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(poin
 
 def test_what_a_live_process_is_making_is_left_alone(tmp_path, monkeypatch):
     final = tmp_path / "data-1"
-    with finished_together(final) as other:
+    with new_folder(final, existing="keep") as other:
         (other / "x").write_text("from another process")
         mine = os.getpid()
         monkeypatch.setattr(os, "getpid", lambda: mine + 1)
-        with finished_together(final) as folder:
+        with new_folder(final, existing="keep") as folder:
             (folder / "x").write_text("first")
         assert other.exists()
     assert (final / "x").read_text() == "first"
@@ -247,7 +250,7 @@ def test_what_a_live_process_is_making_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), finished_together(tmp_path / "data-1"):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "data-1", existing="keep"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 

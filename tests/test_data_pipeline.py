@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config import UserError
 from jaxgpt.data.dataset import RECORD_TOKENS, Batch, TokenStream
 from jaxgpt.data.pipeline import _local_rows, eval_batches, train_batches, train_rows
+from jaxgpt.errors import UserError
 
 
 def stream_of(size: int) -> TokenStream:

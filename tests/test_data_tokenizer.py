@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import END_OF_TEXT, char_tokenizer, cut, load_tokenizer, spread, train_bpe
+from jaxgpt.errors import UserError
 
 ODD = "Hello  world\r\n\n\t  你好，世界 🙂👩‍👩‍👧 e\u0301 \x00\x07\x1c\x7f\u2028\u00a0\ufeff fin \n"
 CORPUS = ["the cat sat on the mat.\n" * 20, "def f(x):\n    return x + 1\n" * 20, ODD]

@@ -23,7 +23,7 @@ import yaml
 
 from jaxgpt import __version__, cli
 from jaxgpt.__main__ import VERBS
-from jaxgpt.config import UserError
+from jaxgpt.errors import EXIT_FAILED, EXIT_RESUME, EXIT_STORAGE, EXIT_USER, EXIT_WATCHDOG, UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
 from jaxgpt.serving.middleware import ALWAYS_OPEN
@@ -366,16 +366,16 @@ def decision(document: dict, exit_code: int, disrupted: bool = False) -> str:
 def test_only_what_a_restart_can_mend_is_restarted():
     for name in ("JobSet gpt2-124m", "JobSet gpt2-124m-2-slices"):
         document = files()[name]
-        assert decision(document, cli.EXIT_USER) == "FailJobSet"
-        assert decision(document, cli.EXIT_RESUME) == "RestartJobSetAndIgnoreMaxRestarts"
+        assert decision(document, EXIT_USER) == "FailJobSet"
+        assert decision(document, EXIT_RESUME) == "RestartJobSetAndIgnoreMaxRestarts"
         assert decision(document, 143, disrupted=True) == "RestartJobSetAndIgnoreMaxRestarts"
-        for code in (cli.EXIT_FAILED, cli.EXIT_STORAGE, cli.EXIT_WATCHDOG, 137):
+        for code in (EXIT_FAILED, EXIT_STORAGE, EXIT_WATCHDOG, 137):
             assert decision(document, code) == "counted"
         assert document["spec"]["failurePolicy"]["maxRestarts"] > 0
     job = files()["Job gpt2-124m-gpu"]
-    assert decision(job, cli.EXIT_USER) == "FailJob"
-    assert decision(job, cli.EXIT_RESUME) == decision(job, 143, disrupted=True) == "Ignore"
-    assert decision(job, cli.EXIT_WATCHDOG) == "counted"
+    assert decision(job, EXIT_USER) == "FailJob"
+    assert decision(job, EXIT_RESUME) == decision(job, 143, disrupted=True) == "Ignore"
+    assert decision(job, EXIT_WATCHDOG) == "counted"
 
 
 @pytest.mark.parametrize("name", ["JobSet gpt2-124m", "JobSet gpt2-124m-2-slices"])

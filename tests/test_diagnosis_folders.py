@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from machines import case
 
-from jaxgpt.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from jaxgpt.config import Config
 from jaxgpt.diagnosis import experiment, folders, machine
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
+from jaxgpt.settings import DataConfig, ModelConfig, TokenizerConfig
 from jaxgpt.storage.lease import Lease
 
 

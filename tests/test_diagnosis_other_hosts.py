@@ -8,11 +8,12 @@ import pytest
 from fake_metadata import attributes, metadata_server
 from machines import SECRET, with_tpu
 
-from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config import Config
 from jaxgpt.diagnosis import other_hosts
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
 from jaxgpt.parallel.cluster_env import OWN, group_of
 from jaxgpt.parallel.tpu_metadata import METADATA
+from jaxgpt.settings import MeshConfig
 
 
 @pytest.fixture

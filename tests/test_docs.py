@@ -25,13 +25,14 @@ from pages import FENCE, ROOT, arguments_of, blocks, commands, our_commands, rel
 
 from jaxgpt import cli
 from jaxgpt.__main__ import VERBS
-from jaxgpt.config import UserError
+from jaxgpt.config import load_config, sections
+from jaxgpt.errors import UserError
 from jaxgpt.tuning.space import read_space
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIALS = {"en": ROOT / "docs" / "tutorial.md", "zh": ROOT / "docs" / "zh" / "tutorial.md"}
-SETTINGS = tuple(f"--{name}." for name in cli.sections())
+SETTINGS = tuple(f"--{name}." for name in sections())
 # What a command line says instead of a value of the reader's own, and a value to parse it with.
 PLACEHOLDERS = {
     "C": "configs/quickstart.toml",
@@ -87,7 +88,7 @@ def parse(monkeypatch, tmp_path):
             return
         config = written.get(config, config)
         overrides = {key: value for key, value in vars(namespace).items() if "." in key and value != "VALUE"}
-        built = cli.load_config(config, overrides)
+        built = load_config(config, overrides)
         if verb == "sweep" and namespace.vary:
             read_space(namespace.vary, built)
 

@@ -13,11 +13,13 @@ import pytest
 from machines import SECRET, case, with_gpu, with_process, with_tpu
 from tiny import RUN
 
-from jaxgpt import cli, doctor
-from jaxgpt.config import Config, MeshConfig, TrainConfig
+from jaxgpt import doctor
+from jaxgpt.config import Config
 from jaxgpt.diagnosis import accelerators, file_holders, software
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, WARNING, Case
 from jaxgpt.diagnosis.probe_process import Child
+from jaxgpt.errors import EXIT_USER
+from jaxgpt.settings import MeshConfig, TrainConfig
 
 NAMES = [name for probe in doctor.PROBES for name in probe.names]
 
@@ -88,7 +90,7 @@ def test_a_missing_tpu_is_a_problem_with_one_fix_line(tmp_path):
     ],
 )
 def test_wrong_arguments_cost_one_line_and_exit_2(arguments, message, capsys):
-    assert doctor.main(arguments) == cli.EXIT_USER
+    assert doctor.main(arguments) == EXIT_USER
     out, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and not out
 

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from tiny import ONE_DEVICE
 
-from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UserError
+from jaxgpt.config import Config
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.pipeline import Batch
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation import harness
 from jaxgpt.evaluation.scoring import Scorer, encode_pair
 from jaxgpt.evaluation.tasks import read_task, results
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training.models import export_model, load_model
 from jaxgpt.training.step import build_program
 

@@ -10,12 +10,12 @@ import pytest
 from tiny import CONFIG, MODEL, RUN, VOCAB
 
 from jaxgpt import evaluate, train
-from jaxgpt.config import MeshConfig
 from jaxgpt.evaluation.perplexity import score, text_batches, text_of, windows
 from jaxgpt.model import gpt2
 from jaxgpt.model.huggingface import write_model
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.parallel.sharding import rows_sharding
+from jaxgpt.settings import MeshConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import build_eval_step
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from tiny import CONFIG, MODEL, ONE_DEVICE, VOCAB
 
-from jaxgpt.config import MeshConfig
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.evaluation.scoring import Score, Scorer, encode_pair
 from jaxgpt.evaluation.scoring_rows import Request, rows_of
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import MeshConfig
 
 BLOCK = MODEL.n_positions
 SIZES = [(1, 1), (1, 31), (5, 2), (20, 12), (31, 1), (9, 9), (2, 17), (40, 5), (3, 60), (7, 1)]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation.task_catalog import read_tasks
 from jaxgpt.evaluation.tasks import read_task
 

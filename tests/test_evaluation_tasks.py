@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import Score
 from jaxgpt.evaluation.tasks import FORMATS, Question, Task, read_task, results
 

@@ -8,13 +8,15 @@ import pytest
 from tiny import RUN
 
 from jaxgpt import evaluate, train
-from jaxgpt.config import Config, ModelConfig, UserError
+from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation.text_statistics import Prompts, Written, check, figures, validation_prompts, written_prompts
 from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
+from jaxgpt.settings import ModelConfig
 from jaxgpt.training.checkpoint import find_step
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import LoadedModel, load_model, save_as_run

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import Score
 from jaxgpt.evaluation.wikitext import Pages, detokenize, read_pages, rolling
 

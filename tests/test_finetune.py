@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny import RUN
 
-from jaxgpt import cli, train
-from jaxgpt.config import Config
+from jaxgpt import train
+from jaxgpt.config import Config, load_config
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.model import gpt2
@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(folder: Path, settings: dict) -> Config:
-    return cli.load_config(folder / "config.toml", {name: str(value) for name, value in settings.items()})
+    return load_config(folder / "config.toml", {name: str(value) for name, value in settings.items()})
 
 
 @pytest.fixture(scope="module")

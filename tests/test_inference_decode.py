@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.config import MeshConfig, ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference import decode
 from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, stream
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2, quantized
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.parallel.sharding import param_shardings
+from jaxgpt.settings import MeshConfig, ModelConfig
 
 VOCAB = 65  # 128 rows with the padding
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=40, dtype="float32")

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference import slots
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.engine import Engine, Piece, QueueFull, Request
 from jaxgpt.inference.sampling import SamplingOptions, rules_of, sample
 from jaxgpt.model import gpt2
+from jaxgpt.settings import ModelConfig
 
 VOCAB = 300  # more than the sampler's small vocabulary: all of its ways are used
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, dtype="float32")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference import sampling
 from jaxgpt.inference.sampling import Rules, SamplingOptions, rules_of
 

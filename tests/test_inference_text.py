@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.config import ModelConfig, UserError
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer, char_tokenizer, train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import TextGeneration, TextStream, complete, fit_prompt
 from jaxgpt.model import gpt2
+from jaxgpt.settings import ModelConfig
 
 ODD = "你好，世界。 🙂👩‍👩‍👧‍👦🇫🇷 e\u0301o\u0302 \u200d\ufffd\ufeff\x00\x07\x7f \u00a0ñ end\r\n\t"
 CORPUS = ["the cat sat on the mat.\n" * 20, "def f(x):\n    return x + 1\n" * 20, "你好，世界。你们好。" * 9, ODD]

@@ -12,13 +12,14 @@ from jaxgpt.__main__ import VERBS
 
 PACKAGE = Path(jaxgpt.__file__).parent
 LEVELS = {
-    **dict.fromkeys(["config", "checks", "cli", "failpoints"], 0),
+    **dict.fromkeys(["errors", "settings", "checks", "config", "cli", "failpoints", "storage"], 0),
     **dict.fromkeys(["model", "parallel", "data"], 1),
-    **dict.fromkeys(["training", "inference"], 2),
+    **dict.fromkeys(["training", "inference", "preparation"], 2),
     **dict.fromkeys(["evaluation", "serving", "planning", "diagnosis", "tuning"], 3),
-    **dict.fromkeys(VERBS, 4),
-    "__main__": 5,
-    "__init__": 5,
+    "reporting": 4,  # draws what the others found
+    **dict.fromkeys(VERBS, 5),
+    "__main__": 6,
+    "__init__": 6,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

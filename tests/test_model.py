@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from tiny import MODEL, VOCAB
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt2
 from jaxgpt.model.attention import attend, dropout
 from jaxgpt.model.loss import cross_entropy
 from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED, flops_per_token, parameter_count
+from jaxgpt.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")

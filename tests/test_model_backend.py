@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.model import backend, gpt2, tpu
 from jaxgpt.model.attention import attend
 from jaxgpt.model.backend import PLAIN
 from jaxgpt.model.backend_choice import choose_backend
 from jaxgpt.model.flash import LONGEST, flash_attention
 from jaxgpt.model.loss import FAST_UP_TO, cross_entropy
+from jaxgpt.settings import ModelConfig
 
 # The kernel itself, run without a TPU.
 interpreted = functools.partial(flash_attention, interpret=True)

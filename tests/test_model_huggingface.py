@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.data.pipeline import Batch
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.model.huggingface import NAMES, open_model, read_params, write_model
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training.step import build_program, summed_loss
 
 torch = pytest.importorskip("torch")

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt2
 from jaxgpt.model import quantized as packed_module
 from jaxgpt.model.quantized import LAYOUTS, STREAMED_TILE, pack
+from jaxgpt.settings import ModelConfig
 
 KINDS = ("int8", "bfloat16", "float32")
 

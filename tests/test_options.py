@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from tiny import VOCAB, batch
 
-from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, config_fields, load_config
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.pipeline import train_batches
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
 from jaxgpt.preparation.augmentation import Augmenter
@@ -76,7 +76,7 @@ def folder(tmp_path_factory) -> Path:
 
 def load(folder: Path, settings: dict) -> Config:
     settings = {"data.path": folder / "texts", "data.prepared_dir": folder / "prepared"} | BASE | settings
-    return cli.load_config(None, {name: str(value) for name, value in settings.items()})
+    return load_config(None, {name: str(value) for name, value in settings.items()})
 
 
 # ---------------------------------------------------------------- what a user would look at
@@ -348,7 +348,7 @@ ELSEWHERE = {
 
 
 def test_the_table_holds_every_setting():
-    assert list(OPTIONS) == list(cli.config_fields())
+    assert list(OPTIONS) == list(config_fields())
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ELSEWHERE])

@@ -14,13 +14,13 @@ from fake_metadata import CHIPS, HOSTS, KINDS, attributes, metadata_server
 from machines import with_gpu, with_tpu
 from processes import started
 
-from jaxgpt import cli
-from jaxgpt.config import MeshConfig, UserError
+from jaxgpt.errors import EXIT_WATCHDOG, HostLost, UserError
 from jaxgpt.parallel.cluster_env import Unclear, group_of
 from jaxgpt.parallel.distributed import Place, place_in
 from jaxgpt.parallel.join import roll_call
 from jaxgpt.parallel.mesh import AXES, build_mesh
 from jaxgpt.parallel.tpu_metadata import METADATA
+from jaxgpt.settings import MeshConfig
 
 # What GKE gives a pod of a v6e-16 slice.
 GKE = {
@@ -318,7 +318,7 @@ def main(argv=None):
     import numpy as np
     from jax.experimental import mesh_utils
     from jax.sharding import NamedSharding, PartitionSpec
-    from jaxgpt.config import MeshConfig
+    from jaxgpt.settings import MeshConfig
     from jaxgpt.parallel.mesh import build_mesh
     if mesh is None:
         return
@@ -371,7 +371,7 @@ def test_a_host_whose_others_do_not_come_names_them(vm, capfd, monkeypatch):
     told = attributes("v6e-16", 0)
     told["worker-network-endpoints"] = "a:b:127.0.0.1,a:b:10.0.0.3,a:b:10.0.0.4,a:b:10.0.0.5"
     place = asked(told, vm("v6e-16"), JAX_COORDINATOR_PORT=free_port())
-    with pytest.raises(cli.HostLost) as lost:
+    with pytest.raises(HostLost) as lost:
         roll_call(place, 0.5)
     missing = "process 1 (10.0.0.3), 2 (10.0.0.4), 3 (10.0.0.5) of 4 within 0.5 s at 127.0.0.1:"
     assert f"no sign of {missing}" in str(lost.value) and "start the same command on every host" in str(lost.value)
@@ -386,6 +386,6 @@ def test_hosts_of_which_one_lacks_its_chips_do_not_join(tmp_path):
     roots = [with_tpu(tmp_path / "whole", chips=4), tmp_path / "bare"]
     commands = [["-c", HOST, root, "null"] for root in roots]
     with started(tmp_path / "output", commands, machines) as processes:
-        assert [processes.code(number) for number in range(2)] == [cli.EXIT_WATCHDOG] * 2
+        assert [processes.code(number) for number in range(2)] == [EXIT_WATCHDOG] * 2
         outputs = [processes.output(number) for number in range(2)]
     assert all("TPU chips: none in process 1 on " in text and "4 x TPU v5e in process 0" in text for text in outputs)

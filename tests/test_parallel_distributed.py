@@ -20,8 +20,7 @@ import pytest
 from processes import FAIL_AT, HOST_TIMEOUT, STOP_AT, environments, joined, started
 from tiny import RUN
 
-from jaxgpt import cli
-from jaxgpt.config import UserError
+from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, UserError
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.distributed import Place, StopVote, place_in
 from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, Peers, PeerWatch, Sign
@@ -151,7 +150,7 @@ def test_two_processes_with_one_number_do_not_join():
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(cli.HostLost, match=f"port {port} of this host is taken"):
+        with pytest.raises(HostLost, match=f"port {port} of this host is taken"):
             roll_call(Place(f"127.0.0.1:{port}", 2, 0), 0.5)
 
 
@@ -214,7 +213,7 @@ def test_a_lost_process_ends_the_others_and_is_named(tmp_path, count, lost, numb
         processes.started[lost].send_signal(number)
         began = time.monotonic()
         others = [process for process in range(count) if process != lost]
-        assert [processes.code(process) for process in others] == [cli.EXIT_WATCHDOG] * len(others)
+        assert [processes.code(process) for process in others] == [EXIT_WATCHDOG] * len(others)
         assert time.monotonic() - began < HOST_TIMEOUT + 8
         for process in others:
             assert f"failed: process {lost} on {os.uname().nodename} " in processes.output(process)
@@ -228,14 +227,14 @@ def test_a_lost_process_ends_the_others_and_is_named(tmp_path, count, lost, numb
 @pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.chaos), 1])
 def test_a_process_that_fails_keeps_its_exit_code_and_takes_the_others_with_it(tmp_path, failing):
     with joined(tmp_path, 2, {failing: "fails"}) as processes:
-        assert processes.code(failing) == cli.EXIT_STORAGE
-        assert processes.code(1 - failing) == cli.EXIT_WATCHDOG
+        assert processes.code(failing) == EXIT_STORAGE
+        assert processes.code(1 - failing) == EXIT_WATCHDOG
         assert "failed: StorageFailed: the disk is full; process" in processes.output(1 - failing)
 
 
 def test_processes_that_fail_alike_keep_their_exit_codes(tmp_path):
     with joined(tmp_path, 2, {0: "fails", 1: "fails"}) as processes:
-        assert [processes.code(0), processes.code(1)] == [cli.EXIT_STORAGE] * 2
+        assert [processes.code(0), processes.code(1)] == [EXIT_STORAGE] * 2
     assert FAIL_AT and not (tmp_path / "run").exists()
 
 
@@ -332,7 +331,7 @@ def test_sigterm_to_one_of_two_saves_the_same_step_in_both(folder):
         processes.wait_for(lambda: len(lines_if_any(folder / "told")) >= 3)
         processes.started[1].send_signal(signal.SIGTERM)
         began = time.monotonic()
-        assert [processes.code(0), processes.code(1)] == [cli.EXIT_RESUME] * 2
+        assert [processes.code(0), processes.code(1)] == [EXIT_RESUME] * 2
         assert time.monotonic() - began < 10
         steps = {re.search(r"stopped: .* step (\d+)", processes.output(number)).group(1) for number in range(2)}
     assert [str(step) for step in finished_steps(folder / "told")] == list(steps)
@@ -359,7 +358,7 @@ def test_a_training_that_lost_a_process_goes_on_as_if_it_had_not(folder, undistu
         processes.started[lost].kill()
         began = time.monotonic()
         codes = {processes.code(process) for process in range(count) if process != lost}
-        assert codes == {cli.EXIT_WATCHDOG}
+        assert codes == {EXIT_WATCHDOG}
         assert time.monotonic() - began < 30
     assert max(lines(folder / name)) < 100
     resumed = trained(folder, name, count, 1, *longer(count))
@@ -388,7 +387,7 @@ def test_a_training_whose_others_do_not_come_fails_before_it_writes_anything(fol
     alone = first | {"JAXGPT_JOIN_TIMEOUT": "1"}
     command = ["-m", "jaxgpt", "train", "--config", folder / "config.toml", "--workdir", folder / "alone"]
     with started(folder / "alone-output", [command], [alone]) as processes:
-        assert processes.code(0) == cli.EXIT_WATCHDOG
+        assert processes.code(0) == EXIT_WATCHDOG
     [line] = processes.output(0).splitlines()
     assert line.startswith("failed: the processes did not join: no sign of process 1 of 2 within 1 s at 127.0.0.1:")
     assert not (folder / "alone").exists()

@@ -64,7 +64,7 @@ def test_the_price_of_a_token_is_chips_times_hours(run, tmp_path):
 
 
 def test_the_fastest_settings_are_printed_as_a_config_takes_them(run, tmp_path):
-    from jaxgpt.cli import load_config
+    from jaxgpt.config import load_config
 
     _, out, _ = run("--tpu", "v5e-8")
     fragment = out.split("The fastest that fits:\n")[1].split("\nPrice")[0]
@@ -152,9 +152,9 @@ def test_the_gate_lets_two_percent_pass_and_stops_the_rest(tmp_path, capsys):
     bounds = {"v5e-8": {"cycles": 100e6}}
     plan.check_bounds(tmp_path, bounds, [Row(101.9e6)])
     assert "holds" in capsys.readouterr().out
-    with pytest.raises(plan.cli.RunFailed, match="v5e-8 takes 102.1 M cycles, 100.0 M were recorded"):
+    with pytest.raises(plan.RunFailed, match="v5e-8 takes 102.1 M cycles, 100.0 M were recorded"):
         plan.check_bounds(tmp_path, bounds, [Row(102.1e6)])
-    with pytest.raises(plan.cli.RunFailed, match="v5e-8 no longer fits"):
+    with pytest.raises(plan.RunFailed, match="v5e-8 no longer fits"):
         plan.check_bounds(tmp_path, bounds, [Row(None, fits=False)])
 
 

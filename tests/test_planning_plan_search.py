@@ -5,11 +5,13 @@ import itertools
 
 import pytest
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig, TrainConfig, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
 from jaxgpt.planning import plan_search
 from jaxgpt.planning.compile import CompiledStep
 from jaxgpt.planning.plan_search import Limits, candidates, own_candidate
 from jaxgpt.planning.topology import parse_slice
+from jaxgpt.settings import MeshConfig, ModelConfig, TrainConfig
 
 VOCAB = 50257
 SMALL = Config(train=TrainConfig(global_batch_size=512, per_device_train_batch_size=16))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.topology import FAMILIES, known_slices, parse_slice, parse_slices
 

@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: plan)")
 
-from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.planning.compile import compile_step
 from jaxgpt.planning.program import read_program
 from jaxgpt.planning.topology import compile_only_devices, known_slices, parse_slice
+from jaxgpt.settings import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxgpt.training.auto_batch import largest_batch
 from jaxgpt.training.step import resolve_batch
 

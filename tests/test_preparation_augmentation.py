@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from jaxgpt.config import AugmentationConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.augmentation import Augmenter
+from jaxgpt.settings import AugmentationConfig
 
 TURNS = [
     {"role": "system", "content": "Be kind. Be brief."},

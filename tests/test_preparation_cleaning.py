@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from jaxgpt.config import CleaningConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.cleaning import CHANGES, STEPS, Cleaned, Cleaner, symbol_ratio
+from jaxgpt.settings import CleaningConfig
 
 EVERYTHING = {
     "fix_encoding": True,

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from jaxgpt.config import CleaningConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation import duplicates
 from jaxgpt.preparation.duplicates import algorithm, bands, find_repeats, is_on, signature, signature_bytes
+from jaxgpt.settings import CleaningConfig
 
 EXACT = CleaningConfig(drop_duplicates=True)
 NEAR = CleaningConfig(near_duplicates=0.8)

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from jaxgpt.config import ChatConfig, UserError
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.preparation import lint
 from jaxgpt.preparation.writer import PackedWriter
+from jaxgpt.settings import ChatConfig
 
 PLAIN = train_bpe(["user\nassistant\nWhere is my parcel? 你好"] * 3, 300)
 TOKENIZER = chat.with_chat_tokens(PLAIN)

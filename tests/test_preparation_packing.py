@@ -13,18 +13,19 @@ import pytest
 import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config import MeshConfig, UserError
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.dataset import Batch, PackedRows, open_dataset
 from jaxgpt.data.pipeline import eval_batches, train_batches, train_rows
 from jaxgpt.data.skip_list import add_to_skip_list, read_skip_list
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
 from jaxgpt.model.backend import PLAIN
 from jaxgpt.model.cpu import CPU
 from jaxgpt.model.flash import flash_attention
 from jaxgpt.preparation.writer import OPEN_ROWS, PackedWriter
+from jaxgpt.settings import MeshConfig
 from jaxgpt.training.step import batch_hash, summed_loss
 
 BLOCK = 32

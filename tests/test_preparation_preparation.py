@@ -15,14 +15,16 @@ import psutil
 import pytest
 from processes import wait_for
 
-from jaxgpt.config import CleaningConfig, Config, UserError, from_json, to_json
+from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.preparation import chunks, duplicates, preparation, preparation_report, reading, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
 from jaxgpt.preparation.preparation import prepare
 from jaxgpt.preparation.runners import Processes
 from jaxgpt.preparation.splitting import DROPPED, STARTS, TRAIN, VALIDATION
+from jaxgpt.settings import CleaningConfig
 
 WORDS = np.random.default_rng(0).choice(["cat", "sat", "on", "the", "mat", "中文", "https://x.org/a"], (120, 40))
 TEXTS = [f"number {number}  " + " ".join(words) + "\n" for number, words in enumerate(WORDS)]
@@ -198,7 +200,7 @@ def test_what_was_read_before_a_kill_is_not_written_again(tmp_path, monkeypatch)
 def test_no_worker_outlives_a_killed_prepare(tmp_path):
     config = elsewhere(config_of(tmp_path), tmp_path / "prepared", num_proc=2)
     code = (
-        "import sys\nfrom jaxgpt.config import from_json\nfrom jaxgpt.data import preparation, reading\n"
+        "import sys\nfrom jaxgpt.config import from_json\nfrom jaxgpt.preparation import preparation, reading\n"
         f"reading.CHUNK_BYTES = {CHUNK}\npreparation.prepare(from_json(sys.stdin.read()))\n"
     )
     hanging = os.environ | {"JAXGPT_FAILPOINT": "prepare.tokenize:hang"}

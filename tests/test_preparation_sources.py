@@ -16,10 +16,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxgpt.config import DataConfig, SourceConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import BadRecord, BadRecords
 from jaxgpt.preparation.source_files import source_files
 from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key
+from jaxgpt.settings import DataConfig, SourceConfig
 
 
 def texts(**settings) -> list[str]:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from tiny import RUN
 
-from jaxgpt import cli, replay, train
+from jaxgpt import replay, train
+from jaxgpt.config import load_config
 from jaxgpt.data import pipeline
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
 from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
 from jaxgpt.training.metrics import read_metrics
@@ -60,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(folder: Path, settings: dict | None = None):
-    return cli.load_config(folder / "config.toml", {name: str(value) for name, value in (settings or {}).items()})
+    return load_config(folder / "config.toml", {name: str(value) for name, value in (settings or {}).items()})
 
 
 def write_text(data: Path) -> None:
@@ -205,7 +207,7 @@ def test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them(fo
     assert {int(line) for line in (run / "skip.txt").read_text().splitlines() if "#" not in line} == skipped
     with open(run / "skip.txt", "a") as file:  # and all the rows of step 5
         file.writelines(f"{row}\n" for row in range(32, 40))
-    with pytest.raises(cli.UserError, match="data.skip_list was None"):
+    with pytest.raises(UserError, match="data.skip_list was None"):
         train_on("text", folder, run, {"data.skip_list": run / "skip.txt"})
     train_on("text", folder, run, {"data.skip_list": run / "skip.txt"}, force=True)
     lines, before = lines_of(run), lines_of(folder / "text")

@@ -8,8 +8,10 @@ import matplotlib
 import pytest
 from matplotlib._pylab_helpers import Gcf
 
-from jaxgpt.config import Config, ModelConfig, UserError, to_json
+from jaxgpt.config import Config, to_json
+from jaxgpt.errors import UserError
 from jaxgpt.reporting.run_page import write_report
+from jaxgpt.settings import ModelConfig
 
 EVIL = "</pre><script>alert('x')</script> & \"quoted\""
 

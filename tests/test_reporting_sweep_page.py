@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxgpt import cli
+from jaxgpt.config import load_config
 from jaxgpt.reporting import sweep_figures, sweep_page
 from jaxgpt.tuning import scaling, sweep_table
 from jaxgpt.tuning.search import Search
@@ -39,7 +39,7 @@ class Page(HTMLParser):
 def made(folder, *words, loss=lambda settings: 3.0, status=lambda settings: "finished") -> str:
     file = folder / "base.toml"
     file.write_text("[data]\nblock_size = 16\n[model]\nn_layer = 1\nn_head = 1\nn_embd = 32\n")
-    space = Space(str(file), {}, read_space(words, cli.load_config(file)))
+    space = Space(str(file), {}, read_space(words, load_config(file)))
     points, records = grid(space.variables), Records(folder)
     for number, settings in enumerate(points):
         known = None if status(settings) == "diverged" else loss(settings)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from jaxgpt import sample
-from jaxgpt.config import Config, ModelConfig, to_json
+from jaxgpt.config import Config, to_json
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
+from jaxgpt.settings import ModelConfig
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.models import load_model
 from jaxgpt.training.step import TrainState

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from test_sample import Terminal, run, stdin_of
 
-from jaxgpt.config import ChatConfig, Config, ModelConfig, UserError
+from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.inference.conversation import ChatPrompts, ChatSession
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
+from jaxgpt.settings import ChatConfig, ModelConfig
 from jaxgpt.training.models import LoadedModel, load_model, save_as_run, write_huggingface
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=256, dtype="float32")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.storage import lease
 from jaxgpt.storage.lease import FILE, Lease
 

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import cli, sweep
-from jaxgpt.config import UserError
+from jaxgpt import sweep
+from jaxgpt.config import load_config
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.model import gpt2
 from jaxgpt.training.models import LoadedModel, save_as_run
 from jaxgpt.tuning import learning_rate
@@ -112,8 +113,8 @@ def test_best_toml_is_the_config_of_the_lowest_loss(folder, grid):
     best = min(trials, key=lambda trial: trial["eval_loss"])
     assert sorted(trial["number"] for trial in trials) == [0, 1, 2, 3]
     assert len({trial["eval_loss"] for trial in trials}) == 4
-    config = cli.load_config(grid / recording.BEST)
-    assert config == cli.load_config(folder / "tiny.toml", best["settings"])
+    config = load_config(grid / recording.BEST)
+    assert config == load_config(folder / "tiny.toml", best["settings"])
     assert json.loads((folder / "grid.json").read_text())["best"]["number"] == best["number"]
     assert "report.html" in os.listdir(grid) and not any((grid / "states").iterdir())
 
@@ -160,23 +161,23 @@ def test_the_estimator_goes_on_with_the_same_proposals(folder, monkeypatch):
 def test_a_sweep_that_is_told_to_stop_shows_what_it_has(folder, monkeypatch, capsys):
     def stopped(self, trials, until=None):
         yield from pretended(self, trials[:1])
-        raise cli.Interrupted("SIGTERM")
+        raise Interrupted("SIGTERM")
 
     monkeypatch.setattr(Runner, "run", stopped)
     assert run(folder, "stopped", "--vary", RATES, "--side-by-side", "1") == 42
     assert "stopped: SIGTERM" in (said := capsys.readouterr()).err and "best     trial 0" in said.out
     assert len(lines(folder, "stopped")) == 1
-    assert cli.load_config(folder / "stopped" / recording.BEST).optimizer.learning_rate == 1e-4
+    assert load_config(folder / "stopped" / recording.BEST).optimizer.learning_rate == 1e-4
 
 
 def test_trials_get_the_weights_that_init_names(folder, grid):
-    config = cli.load_config(folder / "tiny.toml")
+    config = load_config(folder / "tiny.toml")
     tokenizer = load_tokenizer(next((folder / "prepared").iterdir()) / "tokenizer")
     params = gpt2.init_params(config.model, tokenizer.vocab_size, jax.random.key(5))
     save_as_run(folder / "given", LoadedModel(config, tokenizer.vocab_size, params, tokenizer, 0))
-    config = cli.load_config(folder / "tiny.toml", {"init.from_checkpoint": str(folder / "given")})
+    config = load_config(folder / "tiny.toml", {"init.from_checkpoint": str(folder / "given")})
     jax.tree.map(np.testing.assert_array_equal, sweep.prepare_bench(config, [config]).weights, params)
-    other = cli.load_config(folder / "tiny.toml", {"init.from_checkpoint": str(folder / "given"), "model.n_layer": "2"})
+    other = load_config(folder / "tiny.toml", {"init.from_checkpoint": str(folder / "given"), "model.n_layer": "2"})
     with pytest.raises(UserError, match="model.n_layer = 1, but this config has 2"):
         sweep.prepare_bench(config, [config, other])
 

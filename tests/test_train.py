@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from tiny import RUN
 
-from jaxgpt import cli, train
-from jaxgpt.config import Config, UserError
+from jaxgpt import train
+from jaxgpt.config import Config, load_config
+from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.model import huggingface
 from jaxgpt.training import bad_steps, signals
 from jaxgpt.training.checkpoint import Checkpoints
@@ -53,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(folder: Path, **overrides) -> Config:
-    return cli.load_config(folder / "config.toml", {key.replace("__", "."): str(v) for key, v in overrides.items()})
+    return load_config(folder / "config.toml", {key.replace("__", "."): str(v) for key, v in overrides.items()})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_three_plus_restore_plus_three_is_six_bit_for_bit(folder, finished, monk
 
     workdir = folder / "halves"
     monkeypatch.setattr(signals, "StopSignal", StopAtThree)
-    with pytest.raises(cli.Interrupted, match="run the same command again"):
+    with pytest.raises(Interrupted, match="run the same command again"):
         train.train(load(folder), workdir)
     monkeypatch.undo()
     interrupted = max(steps(workdir))

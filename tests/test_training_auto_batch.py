@@ -6,11 +6,11 @@ import jax
 import pytest
 import tiny
 
-from jaxgpt.cli import RunFailed
-from jaxgpt.config import Config, MeshConfig, TrainConfig, UserError
+from jaxgpt.config import Config, with_settings
+from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import MeshConfig, TrainConfig
 from jaxgpt.training import auto_batch
-from jaxgpt.training.memory import with_settings
 from jaxgpt.training.step import resolve_batch
 
 

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny import CONFIG, ONE_DEVICE, VOCAB, batch, program
 
-from jaxgpt.config import FaultsConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.data.pipeline import Batch
+from jaxgpt.settings import FaultsConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training import bad_steps, step
 from jaxgpt.training.bad_steps import BadStep, BadSteps
 

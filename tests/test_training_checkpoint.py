@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny import CONFIG, batch, program
 
-from jaxgpt.cli import RunFailed, StorageFailed
-from jaxgpt.config import CheckpointConfig, FaultsConfig, MeshConfig, UserError
+from jaxgpt.errors import RunFailed, StorageFailed, UserError
+from jaxgpt.settings import CheckpointConfig, FaultsConfig, MeshConfig
 from jaxgpt.storage import manifest
 from jaxgpt.training import checkpoint, recovery
 from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, find_step, finished_steps

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from tiny import RUN
 
-from jaxgpt import cli, evaluate, train
-from jaxgpt.config import Config, EvalConfig, MeshConfig, TrainConfig, UserError
+from jaxgpt import evaluate, train
+from jaxgpt.config import Config, load_config
+from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.evaluation import in_training
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import EvalConfig, MeshConfig, TrainConfig
 from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import load_model
@@ -55,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(folder: Path, **settings) -> Config:
-    return cli.load_config(folder / "config.toml", {key.replace("__", "."): str(v) for key, v in settings.items()})
+    return load_config(folder / "config.toml", {key.replace("__", "."): str(v) for key, v in settings.items()})
 
 
 def traced_steps(workdir: Path) -> list[int]:
@@ -215,7 +217,7 @@ def test_a_run_told_to_stop_while_it_scores_goes_on_and_stops_early_as_an_undist
         return real(self, params, go_on)
 
     monkeypatch.setattr(in_training.TaskScores, "__call__", scores)
-    with pytest.raises(cli.Interrupted, match=f"at step {told_at} of"):
+    with pytest.raises(Interrupted, match=f"at step {told_at} of"):
         train.train(load(overfitting, **settings(overfitting)), workdir)
     assert list(evaluations(workdir)) == list(whole)[:-2]
     monkeypatch.undo()

@@ -6,17 +6,11 @@ import jax
 import pytest
 import tiny
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig, TrainConfig, UserError
+from jaxgpt.config import Config, with_settings
+from jaxgpt.errors import UserError
 from jaxgpt.planning.compile import state_bytes
-from jaxgpt.training.memory import (
-    Layout,
-    arithmetic_memory,
-    batch_sizes,
-    layout_of,
-    mesh_sizes,
-    ways_to_save,
-    with_settings,
-)
+from jaxgpt.settings import MeshConfig, ModelConfig, TrainConfig
+from jaxgpt.training.memory import Layout, arithmetic_memory, batch_sizes, layout_of, mesh_sizes, ways_to_save
 from jaxgpt.training.step import resolve_batch
 
 VOCAB = 50257

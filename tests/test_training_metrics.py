@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxgpt.config import LogConfig, UserError
+from jaxgpt.errors import UserError
+from jaxgpt.settings import LogConfig
 from jaxgpt.training import metrics
 from jaxgpt.training.metrics import MetricLog, TimeSplit, peak_flops, read_metrics
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt.config import Config, ModelConfig, UserError
+from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, locate, open_model, read_params, write_model
+from jaxgpt.settings import ModelConfig
 from jaxgpt.training import models
 from jaxgpt.training.models import LoadedModel, check_logits, export_model, load_model, save_as_run
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from tiny import RUN
 
-from jaxgpt import cli, train
-from jaxgpt.config import Config, OptimizerConfig, TrainConfig, UserError, to_json
+from jaxgpt import train
+from jaxgpt.config import Config, load_config, to_json
 from jaxgpt.data.dataset import SPLITS, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.preparation import prepare
 from jaxgpt.preparation.writer import DatasetWriter
+from jaxgpt.settings import OptimizerConfig, TrainConfig
 from jaxgpt.storage import manifest
 from jaxgpt.training import resume, step
 from jaxgpt.training.optimizer import arguments, build_optimizer, schedule
@@ -231,7 +233,7 @@ def test_shards_of_another_tokenizer_are_refused_although_they_belong_together(r
     other = train_bpe(["another text altogether, with other pairs of letters"] * 9, 270)
     replace(data, other, whole.fingerprint, whole.settings)
     assert manifest.problems(data) == []
-    assert prepare(cli.load_config(Path(arguments[1]))) == data
+    assert prepare(load_config(Path(arguments[1]))) == data
     before = files(folder / "run")
     refused(arguments, capsys, str(data), "tokenizer_digest was", "choose another --workdir")
     assert untouched(before)

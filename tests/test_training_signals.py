@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from tiny import RUN
 
-from jaxgpt import cli, train
+from jaxgpt import train
+from jaxgpt.config import load_config
+from jaxgpt.errors import RunFailed
 from jaxgpt.storage import manifest
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
@@ -232,7 +234,7 @@ def test_a_second_writer_refuses_in_a_moment_and_a_dead_owners_place_is_taken(fo
 
 
 def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(folder, monkeypatch):
-    config = cli.load_config(folder / "config.toml", {"mesh.data": "1"} if jax.device_count() == 1 else {})
+    config = load_config(folder / "config.toml", {"mesh.data": "1"} if jax.device_count() == 1 else {})
     workdir, said = folder / "loop", io.StringIO()
 
     def crash_at(step):
@@ -257,7 +259,7 @@ def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(
             train.train(config, workdir)
     assert "going one checkpoint back, to step 4" in said.getvalue()
     assert (workdir / "quarantine" / "8" / manifest.NAME).is_file()
-    with pytest.raises(cli.RunFailed, match="also from one checkpoint earlier.*not tried again"):
+    with pytest.raises(RunFailed, match="also from one checkpoint earlier.*not tried again"):
         train.train(config, workdir)
     monkeypatch.undo()
     (workdir / "faults.jsonl").unlink()  # what the message says
@@ -289,11 +291,11 @@ def hashes(workdir: Path) -> list[int]:
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after_the_bad_step(folder, bad_data, capsys):
     settings = {"faults.on_bad_step": "rollback", "optimizer.lr_scheduler_type": "constant"}
     workdir = folder / "rollback"
-    train.train(cli.load_config(folder / "config.toml", settings), workdir)
+    train.train(load_config(folder / "config.toml", settings), workdir)
     assert "step 7: loss = nan" in capsys.readouterr().out
     assert [fault["what"] for fault in read_faults(workdir)] == ["bad step"]
     # What an undisturbed run reads: 15 batches; of these, 5, 6 and 7 are left out.
-    longer = cli.load_config(folder / "config.toml", settings | {"train.max_steps": "15", "eval.eval_steps": "4"})
+    longer = load_config(folder / "config.toml", settings | {"train.max_steps": "15", "eval.eval_steps": "4"})
     undisturbed = hashes_of_the_data(folder, longer)
     assert hashes(workdir) == undisturbed[:4] + undisturbed[7:15]
     assert all(np.isfinite(line["loss"]) for line in read_metrics(workdir) if "loss" in line)
@@ -312,7 +314,7 @@ def hashes_of_the_data(folder: Path, config) -> list[int]:
 
 def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, bad_data, capsys):
     workdir = folder / "skip"
-    train.train(cli.load_config(folder / "config.toml", {"faults.on_bad_step": "skip"}), workdir)
+    train.train(load_config(folder / "config.toml", {"faults.on_bad_step": "skip"}), workdir)
     lines = {line["step"]: line for line in read_metrics(workdir) if "batch_hash" in line}
     assert list(lines) == list(range(1, 13))
     assert lines[7]["loss"] is None and "skipped_steps" not in lines[6]

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from tiny import CONFIG, VOCAB, batch, losses, program, train
 
-from jaxgpt.config import Config, MeshConfig, OptimizerConfig, TrainConfig, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import MeshConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training.optimizer import arguments, decay_mask, muon_dimensions, schedule
 from jaxgpt.training.step import build_program, resolve_batch
 

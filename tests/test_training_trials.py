@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxgpt import cli
-from jaxgpt.config import Config, MeshConfig, flatten
+from jaxgpt.config import Config, flatten, load_config
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import MeshConfig
 from jaxgpt.training.optimizer import Arguments, arguments
 from jaxgpt.training.step import build_program
 from jaxgpt.training.trials import ARGUMENTS, build_trial_program, program_key, stack
@@ -132,5 +132,5 @@ def test_fresh_optimizers_around_given_weights_are_all_alike():
 
 
 def test_a_learning_rate_of_the_command_line_is_the_one_of_the_program():
-    given = stack([cli.load_config(None, {"optimizer.learning_rate": "3e-4"})])
+    given = stack([load_config(None, {"optimizer.learning_rate": "3e-4"})])
     assert given.learning_rate.dtype == np.float32 and given.learning_rate[0] == np.float32(3e-4)

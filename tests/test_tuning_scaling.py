@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
+from jaxgpt.settings import ModelConfig
 from jaxgpt.tuning import scaling
 from jaxgpt.tuning.scaling import Law, Size, fit, predict
 

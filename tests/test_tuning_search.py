@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from jaxgpt import cli
-from jaxgpt.config import CheckpointConfig, Config, EvalConfig, OptimizerConfig, TrainConfig, UserError
+from jaxgpt.config import Config, load_config
+from jaxgpt.errors import UserError
+from jaxgpt.settings import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
 from jaxgpt.tuning import search as searching
 from jaxgpt.tuning import sweep_folder as recording
 from jaxgpt.tuning import sweep_table
@@ -31,7 +32,7 @@ def search(tmp_path):
     file.write_text("[optimizer]\nlearning_rate = 1e-3\n")
 
     def make(method: str, *words: str, **options) -> Search:
-        space = Space(str(file), {}, read_space(words, cli.load_config(file)))
+        space = Space(str(file), {}, read_space(words, load_config(file)))
         return Search(**{"method": method, "space": space, "seed": 0, "trials": 9, "together": 3} | options)
 
     return make
@@ -183,7 +184,7 @@ def test_the_winner_is_a_config_file_with_the_settings_that_differ_only(tmp_path
     settings = {RATE: "2e-3", "train.global_batch_size": "none"}
     (tmp_path / "sweep").mkdir()
     file = recording.write_best(tmp_path / "sweep", space, record(3, settings), lambda file: f"train {file}")
-    assert cli.load_config(file) == space.config(settings)
+    assert load_config(file) == space.config(settings)
     assert 'base = "../configs/base.toml"' in file.read_text(encoding="utf-8")
     assert "source" not in file.read_text(encoding="utf-8")
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from jaxgpt import cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, load_config
+from jaxgpt.errors import UserError
 from jaxgpt.tuning.space import Space, corners, draw, grid, read_space, read_variable
 
 RATE = "optimizer.learning_rate"
@@ -110,7 +110,7 @@ def file(tmp_path) -> str:
 
 def space(file: str, *words: str, **overrides) -> Space:
     overrides = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Space(file, overrides, read_space(words, cli.load_config(file)))
+    return Space(file, overrides, read_space(words, load_config(file)))
 
 
 def refusal(space: Space) -> str:
@@ -134,7 +134,7 @@ def test_windows_of_several_lengths_do_not_compare(file):
 
 
 def test_all_batch_sizes_are_evaluated_on_the_same_rows(file):
-    base = cli.load_config(file)
+    base = load_config(file)
     fixed = space(file, "train.per_device_train_batch_size=2,4").fixed(base)
     sizes = {fixed.config(point).eval.per_device_eval_batch_size for point in grid(fixed.variables)}
     assert sizes == {base.train.per_device_train_batch_size}

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import cli
-from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config import Config, load_config
 from jaxgpt.data.dataset import TokenDataset, open_dataset
+from jaxgpt.errors import Interrupted
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.preparation.preparation import prepare
+from jaxgpt.settings import MeshConfig
 from jaxgpt.train import train
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
@@ -52,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 def config(folder: Path, **changed) -> Config:
     paths = {"data.path": folder / "text.txt", "data.prepared_dir": folder / "prepared"}
     settings = SETTINGS | paths | {name.replace("__", "."): value for name, value in changed.items()}
-    return cli.load_config(None, {name: str(value) for name, value in settings.items()})
+    return load_config(None, {name: str(value) for name, value in settings.items()})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_a_stop_signal_saves_and_the_same_trials_go_on(folder, dataset, undistur
         return evaluate(*args)
 
     monkeypatch.setattr(trial_runner, "evaluate", interrupted)
-    with pytest.raises(cli.Interrupted, match="SIGTERM"):
+    with pytest.raises(Interrupted, match="SIGTERM"):
         list(runner(tmp_path, dataset, 12).run(by_rate(folder, dataset)))
     assert set(runner(tmp_path, dataset, 12)._states.steps().values()) == {6}
     for one, other in zip(runner(tmp_path, dataset, 12).run(by_rate(folder, dataset)), undisturbed, strict=True):

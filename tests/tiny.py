@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.data.pipeline import Batch
 from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training.step import build_program
 
 VOCAB = 65

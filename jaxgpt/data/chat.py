@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import ChatConfig
 from jaxgpt.preparation.documents import BadRecord
+from jaxgpt.settings import ChatConfig
 
 if TYPE_CHECKING:  # tokenizer.py writes this file's template beside a tokenizer
     from jaxgpt.data.tokenizer import Tokenizer

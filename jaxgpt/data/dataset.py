@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.storage import manifest
 
 if TYPE_CHECKING:

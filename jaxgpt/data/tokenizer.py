@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import UserError
 from jaxgpt.data.chat import END_OF_TURN, START_OF_TURN, TEMPLATE
+from jaxgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"

@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.config import UserError
 from jaxgpt.diagnosis.file_holders import describe, file_users, lock_owners
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.diagnosis.other_hosts import Unclear, group_of
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.accelerator import Accelerator, accelerators, asks_for_cpu, plugin_to_install
 
 LOCK = "tmp/libtpu_lockfile"  # libtpu locks it (lockf) as long as its process holds the chips

@@ -7,11 +7,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.config import UserError, sources_of
 from jaxgpt.diagnosis.file_holders import describe, lock_owners
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.diagnosis.folders import check_folder
 from jaxgpt.diagnosis.machine import in_words
+from jaxgpt.errors import UserError
+from jaxgpt.settings import sources_of
 
 _SPARE = 1.2  # of the room that checkpoints need: logs, the report and hf/ lie beside them
 _READING = 2.0  # seconds to spend on reading cache entries

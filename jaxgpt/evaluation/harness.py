@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, MeshConfig, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
+from jaxgpt.settings import MeshConfig
 from jaxgpt.training.models import LoadedModel, load_model
 
 if TYPE_CHECKING:  # lm_eval is loaded when something is asked of it

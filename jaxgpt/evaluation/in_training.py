@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation import task_catalog
 from jaxgpt.evaluation.scoring import Request, Scorer
 from jaxgpt.evaluation.tasks import Task

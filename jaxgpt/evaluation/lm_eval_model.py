@@ -17,9 +17,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 from jaxgpt.data.chat import TEMPLATE
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import Request, Score, Scorer
 from jaxgpt.inference.decode import Decoder, build_decoder
 from jaxgpt.inference.sampling import SamplingOptions

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxgpt.config import SourceConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation import wikitext
 from jaxgpt.evaluation.tasks import FORMATS, Task, read_task, task_of
 from jaxgpt.preparation import catalogs
 from jaxgpt.preparation.documents import BadRecords
+from jaxgpt.settings import SourceConfig
 
 
 def read_tasks(

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import Request, Score, encode_pair
 
 _LONGEST_LINE = 10_000_000

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import UserError
 from jaxgpt.data.dataset import PackedRows, TokenDataset, TokenStream
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.inference.answers import prompts_of
 from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.decode import Decoder, generate

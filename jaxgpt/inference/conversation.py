@@ -7,9 +7,10 @@ together, and the system message stays; so the model never reads half a turn, as
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxgpt.config import ChatConfig, UserError
 from jaxgpt.data.chat import END_OF_TURN, ChatEncoder
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.settings import ChatConfig
 
 
 class ChatPrompt(NamedTuple):

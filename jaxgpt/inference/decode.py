@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference.sampling import Rules, SamplingOptions, draw_keys, rules_of, sample
 from jaxgpt.model import gpt2
 from jaxgpt.model.attention import KVCache
 from jaxgpt.parallel.sharding import replicated
+from jaxgpt.settings import ModelConfig
 
 SMALLEST_BUCKET = 16
 NO_TOKEN = -1

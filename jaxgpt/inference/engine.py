@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference import slots as programs
 from jaxgpt.inference.decode import NO_TOKEN, SMALLEST_BUCKET, Decoder, bucket, checked_prompt
 from jaxgpt.inference.sampling import SamplingOptions, rules_of

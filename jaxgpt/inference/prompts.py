@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

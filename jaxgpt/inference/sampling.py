@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 FLOAT = jnp.finfo(jnp.float32)
 CANDIDATES = 64

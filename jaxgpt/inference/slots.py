@@ -10,11 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.inference.decode import NO_TOKEN, Decoder
 from jaxgpt.inference.sampling import Rules, SamplingOptions, draw_keys, rules_of, sample
 from jaxgpt.model import gpt2
 from jaxgpt.model.attention import KVCache
+from jaxgpt.settings import ModelConfig
 
 STOPS = 8  # stop tokens of a request, the end-of-text token among them
 ALTERNATIVES = 20  # the likeliest tokens that can be told beside each one; OpenAI's limit

@@ -12,8 +12,8 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.inference.decode import Continuation, Decoder, generate, stream
 from jaxgpt.inference.sampling import SamplingOptions
 

@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.model import attention, flash
 from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.cpu import CPU
 from jaxgpt.model.tpu import TPU
+from jaxgpt.settings import ModelConfig
 
 
 def cudnn_attend(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, dropout_rate=0.0, dropout_key=None):

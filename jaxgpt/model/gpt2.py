@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import KVCache, attend_cached
 from jaxgpt.model.attention import dropout as drop_out
 from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.quantized import PackedMatrix, pack
+from jaxgpt.settings import ModelConfig
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
 from jaxgpt.model.backend import LAYER_NORM_EPSILON
 from jaxgpt.model.tensor_file import DTYPES, StoredTensor, read_header, read_into, write_tensors
+from jaxgpt.settings import ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """How big is it? Published sizes, parameter counts, and the FLOPs that MFU divides by."""
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.settings import ModelConfig
 
 GPT2_VOCAB = 50257
 

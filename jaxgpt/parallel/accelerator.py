@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 # Google's chips on the PCI bus, as jax knows them (jax/_src/hardware_utils.py). The vendor alone is no sign: a
 # virtual machine's network card and disks come from Google too.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.accelerator import accelerators
 from jaxgpt.parallel.tpu_metadata import METADATA, SliceMetadata, slice_metadata
 

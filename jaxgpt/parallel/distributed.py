@@ -17,8 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.cli import HostLost, RunFailed
-from jaxgpt.config import UserError
+from jaxgpt.errors import HostLost, RunFailed, UserError
 from jaxgpt.parallel.accelerator import accelerators
 from jaxgpt.parallel.cluster_env import NUM_PROCESSES, SET_OWN, Place, group_of
 from jaxgpt.parallel.host_watch import HOST_OF_0, hold_aborts

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxgpt.cli import EXIT_WATCHDOG, Interrupted
+from jaxgpt.errors import EXIT_WATCHDOG, Interrupted
 
 _INTERVAL = 0.5  # seconds between two signs of life
 _FAILED_SECONDS = 5.0  # for the others to fail for the same reason, before one that failed ends them

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 
-from jaxgpt.cli import HostLost
+from jaxgpt.errors import HostLost
 from jaxgpt.parallel.cluster_env import Place
 
 _RETRY_SECONDS = 0.2

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxgpt.config import MeshConfig, UserError
+from jaxgpt.errors import UserError
+from jaxgpt.settings import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both, so each of their devices sees other rows

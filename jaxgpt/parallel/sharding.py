@@ -9,7 +9,7 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.mesh import BATCH_AXES
 
 logger = logging.getLogger(__name__)

@@ -4,27 +4,20 @@ A compiled program is kept on disk under a key of everything that went into it, 
 """
 
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
 import logging
-import math
-import re
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.data.dataset import Batch
-from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.planning.topology import Slice, compile_only_devices, tpu_compiler_version
-from jaxgpt.training.step import Program, build_program
+from jaxgpt.training.memory import lower_step, out_of_memory_bytes, state_bytes, step_memory
 
 logger = logging.getLogger(__name__)
 
@@ -78,45 +71,7 @@ def compile_step(config: Config, vocab_size: int, where: Slice, cache: Path | No
     return step
 
 
-def lower_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Program, jax.stages.Lowered]:
-    """The train step that `train` would run on `mesh`, traced for it and not compiled."""
-    if config.train.max_steps is None:  # the length of the schedule, a constant in the program that changes no cost
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=10_000))
-    program = build_program(config, vocab_size, mesh)
-    accumulation = config.train.gradient_accumulation_steps
-    shape = (accumulation, config.train.global_batch_size // accumulation, config.block_size)
-    array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding.micro_batches_sharding(mesh))
-    segments = array(dtype=jnp.int32) if config.data.format == "chat" else None
-    batch = Batch(array(dtype=jnp.int32), array(dtype=jnp.int32), array(dtype=jnp.float32), segments)
-    return program, program.train_step.lower(program.abstract_state, batch)
-
-
-def state_bytes(program: Program) -> dict[str, int]:
-    """Bytes of parameters and optimizer on one device."""
-    state = program.abstract_state
-    return {"parameters": _device_bytes(state.params), "optimizer": _device_bytes(state.opt_state)}
-
-
-def _device_bytes(tree) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 # ---------------------------------------------------------------- the compiler's answer
-
-
-def step_memory(compiled: jax.stages.Compiled, state: dict[str, int]) -> dict[str, int]:
-    """Bytes by kind on one device."""
-    sizes = compiled.memory_analysis()
-    fresh = max(sizes.output_size_in_bytes - sizes.alias_size_in_bytes, 0)  # results that reuse no argument's place
-    temporary = sizes.temp_size_in_bytes + fresh
-    gradients = min(state["parameters"], temporary)  # float32, one for each parameter that the device holds
-    return {
-        **state,
-        "batch": max(sizes.argument_size_in_bytes - sum(state.values()), 0),
-        "gradients": gradients,
-        "activations": temporary - gradients,
-        "program": sizes.generated_code_size_in_bytes,
-    }
 
 
 def _accepted(compiled: jax.stages.Compiled, state: dict[str, int], where: Slice, seconds: float) -> CompiledStep:
@@ -135,19 +90,6 @@ def _refused(told: str, state: dict[str, int], where: Slice, seconds: float) -> 
     rest = max(needed - sum(state.values()) - gradients, 0)
     memory = {**state, "batch": 0, "gradients": gradients, "activations": rest, "program": 0}
     return CompiledStep(False, memory, needed, limit, 0, seconds)
-
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-
-
-def out_of_memory_bytes(told: str) -> tuple[int, int]:
-    """(needed, available) of libtpu's complaint that a program is too large; (0, 0) where it says something else."""
-    match = re.search(r"\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)", told)
-    if match is None:  # before libtpu 0.0.30
-        match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", told)
-    if match is None:
-        return 0, 0
-    return round(float(match[1]) * _UNITS[match[2]]), round(float(match[3]) * _UNITS[match[4]])
 
 
 # ---------------------------------------------------------------- the cache

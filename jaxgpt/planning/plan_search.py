@@ -11,12 +11,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, with_settings
+from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import flops_per_token, parameter_count
 from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.compile import CompiledStep, compile_step
 from jaxgpt.planning.topology import Slice
-from jaxgpt.training.memory import Layout, arithmetic_memory, batch_sizes, layout_of, mesh_sizes, with_settings
+from jaxgpt.training.memory import Layout, arithmetic_memory, batch_sizes, layout_of, mesh_sizes
 from jaxgpt.training.step import resolve_batch
 
 _SURELY_TOO_LARGE = 1.5  # arithmetic over limit: beyond this, no compiler makes it fit

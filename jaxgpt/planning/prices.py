@@ -4,7 +4,7 @@ import dataclasses
 import tomllib
 from pathlib import Path
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.planning.topology import FAMILIES
 
 PRICES_FILE = Path(__file__).with_name("prices.toml")

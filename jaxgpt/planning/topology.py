@@ -10,7 +10,7 @@ import os
 import re
 from importlib.metadata import version
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 _FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _CUBIC = {

@@ -5,7 +5,8 @@ import logging
 import subprocess
 from pathlib import Path
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, with_settings
+from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.compile import CompiledStep
@@ -15,7 +16,7 @@ from jaxgpt.planning.plan_search import Candidate, candidates
 from jaxgpt.planning.prices import Price
 from jaxgpt.planning.program import ProgramCost, read_program
 from jaxgpt.planning.topology import FAMILIES, Slice, known_slices
-from jaxgpt.training.memory import arithmetic_memory, with_settings
+from jaxgpt.training.memory import arithmetic_memory
 
 logger = logging.getLogger(__name__)
 

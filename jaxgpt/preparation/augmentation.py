@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.config import AugmentationConfig, UserError
+from jaxgpt.errors import UserError
+from jaxgpt.settings import AugmentationConfig
 
 _KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _SENTENCE_BORDER = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*(?=\S)")

@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxgpt.config import SourceConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import BadRecord, BadRecords, Record
+from jaxgpt.settings import SourceConfig
 
 TFDS, HUGGINGFACE = "tfds:", "huggingface:"
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 LAYOUT = 2  # of the files in the work folder
 

@@ -13,8 +13,9 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jaxgpt.config import CleaningConfig, UserError
 from jaxgpt.data.chat import to_text
+from jaxgpt.errors import UserError
+from jaxgpt.settings import CleaningConfig
 
 CHANGES = ("html", "fix_encoding", "unicode", "control_characters", "emoji", "urls", "emails", "whitespace")
 FILTERS = ("min_chars", "max_chars", "max_symbol_ratio", "language")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 
 _EXAMPLES = 5
 _REASONS = 50  # kinds kept apart: a reason that quotes the data could be another one in each record

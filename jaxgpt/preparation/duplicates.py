@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import CleaningConfig, UserError
+from jaxgpt.errors import UserError
+from jaxgpt.settings import CleaningConfig
 
 STEPS = ("drop_duplicates", "near_duplicates")
 

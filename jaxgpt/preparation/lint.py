@@ -10,11 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from jaxgpt.config import UserError
 from jaxgpt.data.chat import END_OF_TURN, START_OF_TURN
 from jaxgpt.data.dataset import PackedRows, TokenDataset
 from jaxgpt.data.marking import BRACKETS, marked, marks, pieces
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 
 MOST_ROWS = 5000  # two seconds; of more, as many that lie evenly spread
 _EXAMPLES = 3

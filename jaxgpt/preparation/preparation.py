@@ -24,18 +24,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jaxgpt.config import ChatConfig, CleaningConfig, Config, DataConfig, UserError, sources_of
+from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import FORMAT_VERSION, TokenDataset, check_window, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
+from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.preparation.chunks import WorkFolder, held_work_folder, read_json, read_rows, remove, whole, write_json
 from jaxgpt.preparation.reading import progress, read
 from jaxgpt.preparation.runners import Processes, Runner
-from jaxgpt.preparation.writer import DatasetWriter, PackedWriter, finished_together
+from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
+from jaxgpt.settings import ChatConfig, CleaningConfig, DataConfig, sources_of
 from jaxgpt.storage import manifest
+from jaxgpt.storage.files import new_folder
 
 Inspect = Callable[[TokenDataset], dict[str, object]]
 """Further facts for the report, told by the finished dataset."""
@@ -122,7 +125,7 @@ def _prepare(
     _each(runner, tokenize, work, config, chunks, "tokenizing", facts)
     clock.lap("tokenize")
     settings = _settings(config, tokenizer)
-    with finished_together(final) as folder:
+    with new_folder(final, existing="keep") as folder:
         tokenizer = load_tokenizer(work.path / "tokenizer")
         counts = _write(folder, tokenizer, work, chunks, config, {**plan["about"], "settings": settings})
         clock.lap("write")

@@ -7,16 +7,18 @@ well hold `<script>`.
 import json
 from pathlib import Path
 
-from jaxgpt.config import Config, UserError, sources_of
+from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
 from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
 from jaxgpt.preparation.duplicates import STEPS
 from jaxgpt.preparation.examples import EXAMPLES as EXAMPLES
 from jaxgpt.preparation.examples import shortened
 from jaxgpt.preparation.splitting import Plan
 from jaxgpt.preparation.stages import add_counts
+from jaxgpt.settings import sources_of
 
 FILES = ("report.html", "report.json")
 _SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared

@@ -4,12 +4,13 @@ import dataclasses
 
 from tqdm import tqdm
 
-from jaxgpt.config import DataConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import sources
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, read_json, read_rows, write_json, write_rows
 from jaxgpt.preparation.documents import BadRecords
 from jaxgpt.preparation.stages import told
+from jaxgpt.settings import DataConfig
 
 CHUNK_BYTES = 4_000_000  # of text: a second or two of work, so that cores stay busy to the end and little is lost
 _FACTS = "read.json"

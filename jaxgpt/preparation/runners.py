@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jaxgpt.cli import RunFailed
-from jaxgpt.config import UserError
+from jaxgpt.errors import RunFailed, UserError
 
 _INLINE = 3  # so few chunks are done here about as soon, and tokenizing uses all cores by itself
 

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxgpt.config import SourceConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import BadRecord, BadRecords, Document, Record
+from jaxgpt.settings import SourceConfig
 
 SUFFIXES = {
     "stdlib": (".py", ".txt"),

@@ -10,10 +10,11 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxgpt.config import DataConfig, SourceConfig, UserError, sources_of
+from jaxgpt.errors import UserError
 from jaxgpt.preparation import source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_facts, catalog_splits
 from jaxgpt.preparation.documents import BadRecord, BadRecords, Document, Record
+from jaxgpt.settings import DataConfig, SourceConfig, sources_of
 
 _CHAT_ONLY = ("support", "sgd")
 _TEXT_ONLY = ("stdlib", "text", "html")

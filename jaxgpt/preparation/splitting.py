@@ -8,10 +8,10 @@ import hashlib
 
 import numpy as np
 
-from jaxgpt.config import CleaningConfig
 from jaxgpt.preparation import duplicates
 from jaxgpt.preparation.chunks import SPLIT_CODES, WorkFolder, read_rows
 from jaxgpt.preparation.duplicates import Repeats
+from jaxgpt.settings import CleaningConfig
 
 # What becomes of a row of a chunk: it is left out, or goes to a split, or is cut in two at Plan.border.
 DROPPED, TRAIN, VALIDATION, CUT = 0, 1, 2, 3

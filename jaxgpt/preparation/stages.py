@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxgpt.config import CleaningConfig, Config
+from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.failpoints import failpoint
@@ -31,6 +31,7 @@ from jaxgpt.preparation.chunks import (
 from jaxgpt.preparation.documents import BadRecord, BadRecords
 from jaxgpt.preparation.examples import EXAMPLES, difference, shortened
 from jaxgpt.preparation.splitting import CUT, DROPPED, SPLITS, STARTS, TRAIN
+from jaxgpt.settings import CleaningConfig
 
 if TYPE_CHECKING:
     from jaxgpt.preparation.cleaning import Cleaned, Cleaner

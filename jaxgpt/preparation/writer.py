@@ -4,18 +4,10 @@ Conversations are packed by a bounded best fit: of the OPEN_ROWS rows that are b
 one that has room for it. The same conversations in the same order give the same rows.
 """
 
-import contextlib
-import errno
-import os
-import shutil
-import socket
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import UserError
 from jaxgpt.data.dataset import FORMAT_VERSION, RECORD_TOKENS, SHARDS, SPLITS
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.storage import manifest
@@ -222,53 +214,3 @@ class PackedWriter(_Writer):
                 self._end(split, row)
             self._flush(split)
         self._close({**about, "format": "chat", "block_size": self._block_size})
-
-
-# ---------------------------------------------------------------- whole or not there
-@contextlib.contextmanager
-def finished_together(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place when the block ends well, and else disappears.
-
-    Two processes may make the same folder at once: the first to end wins and the other's work is dropped.
-    What a killed process left is removed by the next one on the same host.
-    """
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"data.prepared_dir = {final.parent}: cannot be made ({error.strerror})") from None
-    host = socket.gethostname()
-    for leftover in final.parent.glob(f".*.{host}.*.partial"):
-        pid = int(leftover.name.split(".")[-3])
-        if pid == os.getpid() or not _is_alive(pid):  # a restarted container gets the same pid again
-            shutil.rmtree(leftover, ignore_errors=True)
-    folder = final.parent / f".{final.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
-    folder.mkdir()
-    try:
-        yield folder
-        for file in [*folder.rglob("*"), folder]:
-            fsync(file)
-        try:
-            os.rename(folder, final)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        fsync(final.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH  # another error: it is alive, and another user's
-    return True
-
-
-def fsync(path: Path) -> None:
-    """Have the kernel write a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

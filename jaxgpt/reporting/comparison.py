@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import Config, UserError, flatten
+from jaxgpt.config import Config, flatten
+from jaxgpt.errors import UserError
 from jaxgpt.reporting import curves
 from jaxgpt.reporting.figures import big
 from jaxgpt.training.metrics import read_metrics

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from jaxgpt import __version__
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.serving import schemas
 from jaxgpt.serving.generated_texts import Generation, retry_seconds
 from jaxgpt.serving.http_errors import ApiError, bad_request, too_busy

@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.inference.engine import Engine, Request
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.serving.http_errors import ApiError, bad_request

@@ -3,8 +3,8 @@
 import dataclasses
 import time
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.text import token_bytes

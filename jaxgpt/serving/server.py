@@ -19,8 +19,7 @@ from collections.abc import Callable
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxgpt.cli import RunFailed
-from jaxgpt.config import UserError
+from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
 from jaxgpt.serving.served_model import Served

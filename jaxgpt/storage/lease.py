@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from jaxgpt.config import UserError
+from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 
 FILE = "lease.json"

@@ -9,18 +9,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt.cli import RunFailed
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, with_settings
+from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.parallel.mesh import batch_shards
-from jaxgpt.planning.compile import lower_step, out_of_memory_bytes, state_bytes, step_memory
 from jaxgpt.training.memory import (
     ACTIVATIONS,
     arithmetic_memory,
     batch_sizes,
     in_gib,
     layout_of,
+    lower_step,
+    out_of_memory_bytes,
+    state_bytes,
+    step_memory,
     ways_to_save,
-    with_settings,
 )
 from jaxgpt.training.step import resolve_batch
 

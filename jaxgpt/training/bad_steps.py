@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Literal
 
-from jaxgpt.cli import RunFailed
-from jaxgpt.config import FaultsConfig
+from jaxgpt.errors import RunFailed
+from jaxgpt.settings import FaultsConfig
 
 WINDOW = 128  # good steps; the number of OLMo-core and Levanter
 # The least standard deviation, as a share of the value: a window of equal values must not make rounding a spike.

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt.cli import STORAGE_ERRNOS, StorageFailed
-from jaxgpt.config import CheckpointConfig, Config, UserError, from_json
+from jaxgpt.config import Config, from_json
+from jaxgpt.errors import STORAGE_ERRNOS, StorageFailed, UserError
 from jaxgpt.failpoints import failpoint
-from jaxgpt.preparation.writer import fsync
+from jaxgpt.settings import CheckpointConfig
 from jaxgpt.storage import manifest
+from jaxgpt.storage.files import fsync
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxgpt.cli import Interrupted
 from jaxgpt.data.dataset import Batch, TokenDataset
 from jaxgpt.data.pipeline import eval_batches, train_batches
+from jaxgpt.errors import Interrupted
 from jaxgpt.failpoints import failpoint
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding

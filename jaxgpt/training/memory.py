@@ -4,10 +4,22 @@ The arithmetic orders what is worth compiling; the compiler has the last word.
 """
 
 import dataclasses
+import functools
+import math
+import re
 from collections.abc import Iterator
 
-from jaxgpt.config import Config, MeshConfig, UserError
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxgpt.config import Config, with_settings
+from jaxgpt.data.dataset import Batch
+from jaxgpt.errors import UserError
 from jaxgpt.model.gpt2 import padded_vocab
+from jaxgpt.parallel import sharding
+from jaxgpt.settings import MeshConfig
+from jaxgpt.training.step import Program, build_program
 
 # Values of width D that the backward pass reads of each token and layer, and that are not computed again. 16 are
 # written (inputs and outputs of both norms, query, key, value, attention's output, 4 + 4 of the MLP), of which the TPU
@@ -96,6 +108,60 @@ def arithmetic_memory(config: Config, vocab_size: int, layout: Layout, *, kernel
     }
 
 
+# ---------------------------------------------------------------- what the compiler says
+
+
+def lower_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Program, jax.stages.Lowered]:
+    """The train step that `train` would run on `mesh`, traced for it and not compiled."""
+    if config.train.max_steps is None:  # the length of the schedule, a constant in the program that changes no cost
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=10_000))
+    program = build_program(config, vocab_size, mesh)
+    accumulation = config.train.gradient_accumulation_steps
+    shape = (accumulation, config.train.global_batch_size // accumulation, config.block_size)
+    array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding.micro_batches_sharding(mesh))
+    segments = array(dtype=jnp.int32) if config.data.format == "chat" else None
+    batch = Batch(array(dtype=jnp.int32), array(dtype=jnp.int32), array(dtype=jnp.float32), segments)
+    return program, program.train_step.lower(program.abstract_state, batch)
+
+
+def state_bytes(program: Program) -> dict[str, int]:
+    """Bytes of parameters and optimizer on one device."""
+    state = program.abstract_state
+    return {"parameters": _device_bytes(state.params), "optimizer": _device_bytes(state.opt_state)}
+
+
+def _device_bytes(tree) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def step_memory(compiled: jax.stages.Compiled, state: dict[str, int]) -> dict[str, int]:
+    """Bytes by kind on one device."""
+    sizes = compiled.memory_analysis()
+    fresh = max(sizes.output_size_in_bytes - sizes.alias_size_in_bytes, 0)  # results that reuse no argument's place
+    temporary = sizes.temp_size_in_bytes + fresh
+    gradients = min(state["parameters"], temporary)  # float32, one for each parameter that the device holds
+    return {
+        **state,
+        "batch": max(sizes.argument_size_in_bytes - sum(state.values()), 0),
+        "gradients": gradients,
+        "activations": temporary - gradients,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def out_of_memory_bytes(told: str) -> tuple[int, int]:
+    """(needed, available) of libtpu's complaint that a program is too large; (0, 0) where it says something else."""
+    match = re.search(r"\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)", told)
+    if match is None:  # before libtpu 0.0.30
+        match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", told)
+    if match is None:
+        return 0, 0
+    return round(float(match[1]) * _UNITS[match[2]]), round(float(match[3]) * _UNITS[match[4]])
+
+
 # ---------------------------------------------------------------- other settings, same tokens a step
 
 MAX_ROWS = 64  # where no global batch is given, "auto" stops here: more rows a step is another experiment
@@ -121,16 +187,6 @@ def batch_sizes(config: Config, shards: int) -> list[int]:
     if accumulation:
         return [rows // accumulation]
     return [size for size in range(1, rows + 1) if rows % size == 0]
-
-
-def with_settings(config: Config, **settings) -> Config:
-    """`config` with other values: with_settings(config, model_remat="block", mesh_fsdp=8)."""
-    changed: dict[str, dict] = {}
-    for name, value in settings.items():
-        section, _, field = name.partition("_")
-        changed.setdefault(section, {})[field] = value
-    parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changed.items()}
-    return dataclasses.replace(config, **parts)
 
 
 def ways_to_save(config: Config, devices: int) -> Iterator[tuple[list[str], list[Config]]]:

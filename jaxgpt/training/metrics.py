@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from jaxgpt.config import LogConfig, UserError
+from jaxgpt.errors import UserError
+from jaxgpt.settings import LogConfig
 from jaxgpt.training.trackers import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"

@@ -10,21 +10,22 @@ import dataclasses
 import functools
 import gc
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt.config import Config, ModelConfig, TokenizerConfig, UserError, to_json
+from jaxgpt.config import Config, to_json
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
-from jaxgpt.preparation.writer import fsync
+from jaxgpt.settings import ModelConfig, TokenizerConfig
 from jaxgpt.storage import manifest
+from jaxgpt.storage.files import new_folder
 from jaxgpt.training.checkpoint import FOLDER, METADATA, find_step, quiet_orbax, read_config, read_metadata
 from jaxgpt.training.recovery import check_weights
 
@@ -150,52 +151,6 @@ def _load_huggingface(folder: Path, read) -> LoadedModel:
 # ---------------------------------------------------------------- writing
 
 
-@contextlib.contextmanager
-def new_folder(final: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill, which is called `final` once the block has ended; if the block fails it is deleted.
-
-    With `replace` a complete folder takes the place of an older one; the old one is lost only after the new one
-    is on disk.
-
-    Raises:
-        UserError: `final` exists and may not be replaced.
-    """
-    final = Path(os.path.abspath(final))  # "." has no name to put a word before
-    partial, old = (final.with_name(f".{final.name}.{word}") for word in ("partial", "old"))
-    if old.exists() and not final.exists():  # killed between the two renames below
-        os.rename(old, final)
-    if not replace:
-        check_new(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left in (partial, old):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        _flush(partial)
-        if final.exists():
-            os.rename(final, old)
-        os.rename(partial, final)
-        fsync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new(folder: Path) -> None:
-    """Refuse to write into a folder that holds something, or over a file."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; choose another name, or remove it first")
-
-
-def _flush(folder: Path) -> None:
-    """Have the kernel write everything below `folder` to disk, so that a power cut cannot empty a named file."""
-    for where, _, names in os.walk(folder):
-        for name in names:
-            fsync(Path(where) / name)
-        fsync(Path(where))
-
-
 def export_model(
     folder: Path,
     config: ModelConfig,
@@ -212,7 +167,8 @@ def export_model(
     Raises:
         UserError: the folder exists, and `replace` is not set.
     """
-    with new_folder(folder, replace) if is_writer else contextlib.nullcontext(folder) as partial:
+    existing: Literal["replace", "refuse"] = "replace" if replace else "refuse"
+    with new_folder(folder, existing) if is_writer else contextlib.nullcontext(folder) as partial:
         write_huggingface(partial, config, vocab_size, params, tokenizer, whole=whole, is_writer=is_writer)
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxgpt.config import Config, OptimizerConfig
+from jaxgpt.config import Config
+from jaxgpt.settings import OptimizerConfig
 
 # Matrices and embeddings are decayed, biases and LayerNorms are not (the mask of nanoGPT and of GPT-3).
 DECAYED = ("kernel", "wte", "wpe")

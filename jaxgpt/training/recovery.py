@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxgpt.cli import RunFailed
-from jaxgpt.config import UserError
+from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.storage import manifest
 from jaxgpt.training.checkpoint import DELETING, FOLDER, SAVING, finished_steps, read_metadata

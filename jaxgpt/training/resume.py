@@ -14,13 +14,15 @@ import jax
 import numpy as np
 
 from jaxgpt import __version__
-from jaxgpt.config import Config, ModelConfig, UserError, to_json
+from jaxgpt.config import Config, to_json
 from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
 from jaxgpt.model.gpt2 import padded_vocab
 from jaxgpt.model.huggingface import HuggingFaceModel
 from jaxgpt.parallel import distributed
+from jaxgpt.settings import ModelConfig
 from jaxgpt.training.checkpoint import (
     FOLDER,
     Checkpoints,

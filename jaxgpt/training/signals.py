@@ -14,7 +14,7 @@ from types import FrameType
 
 import jax
 
-from jaxgpt.cli import EXIT_RESUME, EXIT_WATCHDOG, Interrupted
+from jaxgpt.errors import EXIT_RESUME, EXIT_WATCHDOG, Interrupted
 from jaxgpt.training.recovery import record_fault
 
 START, DATA, STEP, EVAL, SAVE = "start", "data", "step", "eval", "save"

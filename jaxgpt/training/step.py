@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 from jaxgpt.data.dataset import Batch
+from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
 from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.backend_choice import choose_backend

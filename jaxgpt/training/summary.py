@@ -1,7 +1,6 @@
 """What a run says at its start and its end: lines for a person, summary.json and run_page.html for later."""
 
 import json
-import os
 import platform
 import shutil
 from importlib.metadata import version
@@ -14,15 +13,10 @@ from jaxgpt.config import Config
 from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.reporting import run_page
+from jaxgpt.storage.files import write_file
 from jaxgpt.training.checkpoint import bytes_needed
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import Program, TrainState
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def warn_of_little_room(state: TrainState, config: Config, workdir: Path) -> None:
@@ -93,7 +87,7 @@ def write_report(run, status: str, seconds: float) -> None:
             **{name: version(name) for name in packages},
         },
     }
-    write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2))
+    write_file(run.workdir / "summary.json", json.dumps(summary, indent=2))
     if (run.workdir / "metrics.jsonl").exists():  # a run that failed in its first step has none
         run_page.write_report(run.workdir)
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import ModelConfig, UserError
+from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import parameter_count
+from jaxgpt.settings import ModelConfig
 
 MIN_SIZES = 4  # three for the three numbers of the law, and one that it has to hit
 LEVEL = 0.9  # of the interval: one prediction in ten may lie outside

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
 from jaxgpt.tuning.space import Point, Space, Variable, draw, grid
 from jaxgpt.tuning.sweep_folder import Record, Records
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt import cli
-from jaxgpt.config import Config, UserError, flatten
+from jaxgpt.config import Config, config_fields, flatten, load_config
+from jaxgpt.errors import UserError
 
 SECTIONS = ("model", "optimizer", "train")
 MAX_GRID = 10_000
@@ -135,8 +135,8 @@ def read_variable(word: str) -> Variable:
 
 
 def _check_key(key: str, word: str) -> None:
-    if key not in cli.config_fields():
-        cli.load_config(None, {key: ""})  # which refuses it, with the nearest name
+    if key not in config_fields():
+        load_config(None, {key: ""})  # which refuses it, with the nearest name
     if key.split(".")[0] not in SECTIONS:
         raise UserError(
             f"--vary {word}: only settings of [model], [optimizer] and [train] can be varied; under another "
@@ -170,7 +170,7 @@ def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:
 def _read_range(keys: tuple[str, ...], text: str, found: re.Match, word: str) -> Variable:
     if len(keys) > 1:
         raise UserError(f"--vary {word}: settings that vary together need a list, such as 2+64,4+128")
-    kinds = _number_types(cli.config_fields()[keys[0]].type)
+    kinds = _number_types(config_fields()[keys[0]].type)
     if not kinds:
         raise UserError(f"--vary {word}: {keys[0]} is no number, so it has no range; give a list of values")
     is_integer = float not in kinds
@@ -276,7 +276,7 @@ class Space:
             UserError: these settings contradict each other or the others; names the point.
         """
         try:
-            return cli.load_config(self.file, self.overrides | point)
+            return load_config(self.file, self.overrides | point)
         except UserError as error:
             raise UserError(f"{write_point(point)}: {error}") from None
 

@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jaxgpt.config import Config, UserError, flatten, from_json, to_json
-from jaxgpt.training.summary import write_atomically
+from jaxgpt.config import Config, flatten, from_json, load_config, to_json
+from jaxgpt.errors import UserError
+from jaxgpt.storage.files import write_file
 from jaxgpt.tuning.space import Point, Space, differences
 
 TRIALS, ASKED, CONFIG, BEST, REPORT = "trials.jsonl", "sweep.json", "config.json", "best.toml", "report.html"
@@ -118,8 +119,8 @@ def _sync_folder(folder: Path) -> None:
 def start(folder: Path, asked: dict, config: Config) -> None:
     """Make `folder` that of this sweep."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, to_json(config))
-    write_atomically(folder / ASKED, json.dumps(asked, indent=2))
+    write_file(folder / CONFIG, to_json(config))
+    write_file(folder / ASKED, json.dumps(asked, indent=2))
 
 
 def earlier(folder: Path) -> dict:
@@ -170,10 +171,9 @@ def _short(value: object) -> str:
 
 def write_best(folder: Path, space: Space, record: Record, command: Callable[[Path], str]) -> Path:
     """best.toml: the settings of a trial as a config file on top of the sweep's own."""
-    from jaxgpt import cli
 
     file = folder / BEST
-    changed = differences(space.config(record.settings), cli.load_config(space.file))
+    changed = differences(space.config(record.settings), load_config(space.file))
     base = Path(os.path.relpath(Path(space.file).resolve(), folder.resolve())).as_posix()
     lines = [
         f"# The best of a sweep: trial {record.number}, validation loss {record.eval_loss:.4f} nats per token at step "
@@ -186,7 +186,7 @@ def write_best(folder: Path, space: Space, record: Record, command: Callable[[Pa
         lines += [
             f"{key.split('.')[1]} = {_toml(value)}" for key, value in changed.items() if key.startswith(section + ".")
         ]
-    write_atomically(file, "\n".join(lines) + "\n")
+    write_file(file, "\n".join(lines) + "\n")
     return file
 
 

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt.cli import Interrupted
 from jaxgpt.config import Config
 from jaxgpt.data.dataset import Batch, TokenDataset
 from jaxgpt.data.pipeline import eval_rows, train_rows
 from jaxgpt.data.skip_list import read_skip_list
+from jaxgpt.errors import Interrupted
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.signals import EVAL, SAVE, START, STEP, Activity, StopSignal

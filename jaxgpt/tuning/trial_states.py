@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import CheckpointConfig
+from jaxgpt.settings import CheckpointConfig
 from jaxgpt.training.checkpoint import Checkpoints, finished_steps, read_metadata
 from jaxgpt.training.step import TrainState
 

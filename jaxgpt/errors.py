@@ -1,0 +1,36 @@
+"""The exceptions that end a command with one line, and the exit codes they lead to."""
+
+import errno
+
+# What a disk or a mounted bucket says when it is full, broken or no longer writable.
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG = 0, 1, 2, 42, 74, 75
+
+
+class UserError(Exception):
+    """The user's input is wrong: one line that says what, where, and the fix. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on, for a reason that fits in a line. Exit code 1, unless a subclass says another one."""
+
+    exit_code = EXIT_FAILED
+
+
+class StorageFailed(RunFailed):
+    """A disk or bucket refused what the run has to write. Exit code 74 (EX_IOERR of sysexits.h)."""
+
+    exit_code = EXIT_STORAGE
+
+
+class HostLost(RunFailed):
+    """A host of the run is dead or hangs. Exit code 75 (EX_TEMPFAIL): run the same command again."""
+
+    exit_code = EXIT_WATCHDOG
+
+
+class Interrupted(BaseException):
+    """The run was told to stop and has saved its state: run the same command again. Exit code 42.
+
+    Not an Exception, as KeyboardInterrupt is none: a signal raises it anywhere, and no library may swallow it.
+    """

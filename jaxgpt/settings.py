@@ -1,0 +1,311 @@
+"""Every setting, once: typed and frozen. No jax import.
+
+The name of a field is Hugging Face's where `TrainingArguments` or `GPT2Config` has the thing. The text under a field
+is its help; `python -m jaxgpt.train --help` prints it with the type and the default. `config.py` puts the sections
+together and reads them from files; `checks.py` says what must hold between them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+section = dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True),
+)
+
+
+@section
+class ModelConfig:
+    n_layer: PositiveInt = 12
+    """Transformer blocks."""
+    n_head: PositiveInt = 12
+    """Attention heads; must divide n_embd."""
+    n_embd: PositiveInt = 768
+    """Width of the residual stream."""
+    n_positions: PositiveInt = 1024
+    """Learned positions: the longest sequence the model can read, in tokens."""
+    dropout: Fraction = 0.0
+    """Dropout rate on embeddings, attention weights and residual branches (GPT-2's three rates in one)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type of matmuls and activations; parameters, softmax, LayerNorm statistics and loss stay float32."""
+    scan_layers: bool = False
+    """Run the layers under lax.scan instead of a Python loop: compiles faster, runs slower; same parameters."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass recomputes: nothing, all but matmuls and the attention kernel, or each whole block."""
+    attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
+    """How attention is computed: flash is a TPU kernel, cudnn NVIDIA's, xla runs anywhere; auto fits the device."""
+
+
+@section
+class TokenizerConfig:
+    type: Literal["bpe", "char", "folder"] = "bpe"
+    """bpe trains a byte-level BPE on the data; char is one token a character; folder loads tokenizer.path."""
+    path: str | None = None
+    """Hugging Face tokenizer folder, or hf:NAME for that of a model on the hub; for type = folder."""
+    vocab_size: Annotated[int, Field(ge=257)] = 8192
+    """Entries of a trained BPE, the 256 bytes and the end-of-text token included."""
+    train_bytes: PositiveInt = 20_000_000
+    """The BPE is trained on documents spread evenly over the corpus, up to this many bytes of UTF-8."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens added to the vocabulary, one id each, that ordinary text never becomes (roles of a chat)."""
+
+
+Source = Annotated[str, Field(pattern=r"^(stdlib|text|html|jsonl|parquet|support|sgd|tfds:.+|huggingface:.+)$")]
+
+
+@section
+class SourceConfig:
+    """One part of a mixture."""
+
+    source: Source
+    path: str | None = None
+    text_field: str = "text"
+    weight: PositiveFloat = 1.0
+    """Share of the text that comes from it, beside the weights of the others."""
+
+
+@section
+class DataConfig:
+    source: Source | tuple[SourceConfig, ...] = "stdlib"
+    """Where documents come from: stdlib (this Python's own library), text, html, jsonl, parquet, tfds:NAME,
+    huggingface:NAME, support (made-up customer service dialogues), sgd (Schema-Guided Dialogue), or a list of them,
+    each a table of source, path, text_field and weight."""
+    path: str | None = None
+    """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
+    text_field: str = "text"
+    """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
+    format: Literal["text", "chat"] = "text"
+    """text: documents, every token is learned; chat: conversations, of which only the answers are learned."""
+    on_bad_record: Literal["refuse", "skip"] = "refuse"
+    """A record that cannot be used (broken JSON, a missing role, not UTF-8) ends the preparation, or is left out and
+    counted in the report."""
+    max_record_bytes: PositiveInt = 50_000_000
+    """A longer JSON line or HTML page is a bad record; a text file comes in parts of at most 8 MB, or of this."""
+    max_bytes: PositiveInt | None = None
+    """Stop reading the source after this many bytes of UTF-8; none reads it all."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share held out: whole documents, or the tail of a single one; a TFDS validation split goes before it."""
+    prepared_dir: str = "prepared"
+    """Folder that holds prepared datasets, one subfolder for each combination of data and tokenizer settings."""
+    block_size: PositiveInt | None = None
+    """Tokens in a training window; none means model.n_positions."""
+    num_threads: PositiveInt = 2
+    """Threads of a process that read and assemble batches."""
+    prefetch_batches: PositiveInt = 4
+    """Batches kept ready ahead of the step."""
+    verify: Literal["digests", "sizes"] = "digests"
+    """Check of the prepared data at each start: every byte (about a second a GB), or the sizes of the shards."""
+    num_proc: PositiveInt | None = None
+    """Processes that clean and tokenize; none means one a core."""
+    skip_list: str | None = None
+    """File of training rows that weigh nothing, one number a line, as `jaxgpt replay` writes it."""
+
+
+@section
+class CleaningConfig:
+    """What happens to each document before it is tokenized, in this order; by default nothing."""
+
+    html: bool = False
+    """Take the text out of HTML."""
+    fix_encoding: bool = False
+    """Repair text that was decoded wrongly (mojibake)."""
+    unicode: Literal["keep", "NFC", "NFKC"] = "keep"
+    """Unicode normalisation; NFKC also turns full-width letters into plain ones."""
+    control_characters: bool = False
+    """Remove control characters other than line breaks and tabs, and invisible ones."""
+    emoji: Literal["keep", "strip"] = "keep"
+    """Emoji."""
+    urls: Literal["keep", "mask"] = "keep"
+    """mask writes <url> in place of web addresses."""
+    emails: Literal["keep", "mask"] = "keep"
+    """mask writes <email> in place of e-mail addresses."""
+    whitespace: bool = False
+    """Collapse runs of spaces and blank lines, and strip the ends of lines."""
+    min_chars: NonNegativeInt = 0
+    """Drop documents of fewer characters."""
+    max_chars: PositiveInt | None = None
+    """Drop documents of more characters."""
+    max_symbol_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Drop documents with a larger share of characters that are neither letters, digits nor whitespace; 1 is off."""
+    language: str = ""
+    """Drop documents in other languages than these codes, commas between (en,zh); empty is off."""
+    drop_duplicates: bool = False
+    """Drop documents that were there before, letter for letter."""
+    near_duplicates: Fraction = 0.0
+    """Drop documents whose estimated Jaccard similarity with an earlier one is at least this (0.8); 0 is off."""
+
+
+@section
+class ChatConfig:
+    """Conversations, where data.format = chat."""
+
+    system: str = ""
+    """System message of conversations that have none; empty for none."""
+    packing: bool = True
+    """Put several conversations into one row, none of which sees another; false pads each to a row of its own."""
+
+
+@section
+class AugmentationConfig:
+    """Changed copies of training conversations; user turns are changed, answers never."""
+
+    copies: NonNegativeInt = 0
+    """Changed copies of each training conversation; 0 turns augmentation off."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of all changes."""
+    shuffle_sentences: Fraction = 0.0
+    """Chance that the sentences of a user turn change places."""
+    synonyms: str | None = None
+    """File of words that may replace each other, one group a line, commas between."""
+    synonym_rate: Fraction = 0.0
+    """Chance of a word of the synonyms file to be replaced."""
+    typo_rate: Fraction = 0.0
+    """Chance of a letter to be mistyped."""
+    drop_turns: Fraction = 0.0
+    """Chance of a pair of turns before the last one to be left out."""
+
+
+@section
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of the weight matrices and leaves the rest to AdamW."""
+    learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """Peak learning rate of the matrices under muon; same schedule."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    min_lr_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Final learning rate as a share of the peak, for linear, cosine and warmup_stable_decay."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of max_steps that warmup_stable_decay spends decaying."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay on matrices and embeddings; biases and LayerNorms are never decayed."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    adam_mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the first moment is kept; bfloat16 saves 2 bytes a parameter."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+
+
+@section
+class TrainConfig:
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; when given, it goes before num_train_epochs."""
+    num_train_epochs: PositiveFloat = 1.0
+    """Passes over the training tokens."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = 8
+    """Sequences a micro-batch holds on each device of the data and fsdp axes; auto takes the most that fit."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches whose gradients are summed inside one step; none derives it from global_batch_size, else 1."""
+    global_batch_size: PositiveInt | None = None
+    """Sequences in one step over all devices; none means per-device size x devices x accumulation."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Seed of the initial weights, the order of the data and dropout."""
+    compilation_cache_dir: str = "~/.cache/jaxgpt/xla"
+    """Folder that keeps compiled programs for the next start; empty turns it off."""
+
+
+@section
+class MeshConfig:
+    data: Annotated[int, Field(ge=-1)] = -1
+    """Devices that hold copies of the model and split the batch; -1 takes all that are left."""
+    fsdp: PositiveInt = 1
+    """Devices that split the batch and the parameters."""
+    tensor: PositiveInt = 1
+    """Devices that split heads, the MLP and the vocabulary; must divide n_head."""
+    zero1: bool = True
+    """Split the optimizer state over the data axis (ZeRO stage 1)."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """Train with the processes of other hosts: on requires them, off is this one alone, auto asks the environment."""
+
+
+@section
+class CheckpointConfig:
+    save_steps: PositiveInt = 500
+    """Steps between checkpoints; the last step is always saved."""
+    save_total_limit: PositiveInt = 2
+    """Latest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss besides; save_steps must then be a multiple of eval_steps."""
+
+
+@section
+class FaultsConfig:
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do at a loss or gradient that is no number, or a spike: stop; skip the update; or go back to the last
+    checkpoint and on with other data."""
+    spike_sigma: NonNegativeFloat = 0.0
+    """A loss or gradient norm this many standard deviations above the mean of the last 128 steps is bad; 0: never."""
+    max_bad_steps: PositiveInt = 10
+    """Bad steps in a row, or rollbacks without a new checkpoint between them, after which the run stops."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """No step for this long, and for ten times the usual, ends the run with every thread's stack; 0: never."""
+    host_timeout_seconds: Annotated[float, Field(ge=2)] = 15.0
+    """Another host that gives no sign of life for this long is taken for dead, and the run ends on all of them."""
+
+
+@section
+class EvalConfig:
+    eval_steps: PositiveInt = 500
+    """Steps between evaluations; the last step is always evaluated."""
+    eval_batches: PositiveInt | None = None
+    """Validation batches of an evaluation; none reads the whole split."""
+    per_device_eval_batch_size: PositiveInt | None = None
+    """Sequences on each device during evaluation; none means per_device_train_batch_size."""
+    sample_prompt: str = ""
+    """Prompt continued at each evaluation; empty starts from the end-of-text token. (A chat model: chat_prompts.)"""
+    sample_tokens: NonNegativeInt = 100
+    """Tokens sampled at each evaluation, the most of an answer; 0 turns it off."""
+    chat_prompts: NonNegativeInt = 16
+    """Validation conversations answered at each evaluation of a chat model, to see which answers stop; 0: none."""
+    tasks: tuple[str, ...] = ()
+    """Questions scored at each evaluation, written as for `evaluate --task`; metrics eval_NAME_acc and so on."""
+    early_stopping_patience: PositiveInt | None = None
+    """Evaluations in a row without a better validation loss after which the run ends, and hf/ gets the best checkpoint;
+    none: never. The learning rate stays as it is for all of max_steps. Needs checkpoint.keep_best."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """For early stopping a loss is better if it is lower than the best before it by more than this, in nats."""
+
+
+@section
+class LogConfig:
+    logging_steps: PositiveInt = 10
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    wandb_project: str | None = None
+    """Also send the metrics to this Weights & Biases project (pip install wandb)."""
+    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]*:[1-9][0-9]*)$")] = ""
+    """Steps to trace for XProf, first:last (10:13); empty for none."""
+
+
+@section
+class InitConfig:
+    from_checkpoint: str | None = None
+    """Start from the weights of this jaxgpt run or step folder, with a fresh optimizer; none starts from scratch."""
+    from_huggingface: str | None = None
+    """Start from the GPT-2 weights of this Hugging Face folder or hub name (gpt2), with a fresh optimizer."""
+
+
+def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
+    """The parts of the mixture; a single source is a mixture of one."""
+    if isinstance(data.source, str):
+        return (SourceConfig(source=data.source, path=data.path, text_field=data.text_field),)
+    return data.source
