@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 # What a shell starts in the background ignores Ctrl-C, and so do its children; the tests send it to some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,7 +20,14 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # no test may depend on, or leave anything in, the user's cache
+# Compiled programs are kept for the next run of the tests, for the other workers and for child processes, in a folder
+# of the tests' own: no test depends on, or leaves anything in, the user's cache.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 import jax  # noqa: E402 - reads the environment
 

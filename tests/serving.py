@@ -50,7 +50,7 @@ from jaxgpt.inference.text import token_bytes
 from jaxgpt.model import gpt2
 from jaxgpt.serving.served_model import Served
 from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig
-from jaxgpt.training.models import LoadedModel, export_model, is_huggingface, save_as_run
+from jaxgpt.training.models import LoadedModel, export_model, save_as_run
 
 KEYS = ("first-key-9f3c", "second-key-77ab")
 ORIGIN = "https://chat.example.com"
@@ -215,8 +215,6 @@ def started(
     log = checkpoint.parent / f"log-{os.urandom(4).hex()}.txt"
     command = [*python, "-m", "jaxgpt.serve", "--checkpoint", str(checkpoint), "--port", "0", *flags]
     settings = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUTF8": "1"}
-    # A run folder says where its programs are kept; a Hugging Face folder's would come to the user's cache.
-    settings["JAX_ENABLE_COMPILATION_CACHE"] = str(int(not is_huggingface(checkpoint)))
     settings.pop("JAXGPT_API_KEYS", None)
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=settings | (environment or {}))

@@ -34,7 +34,9 @@ print("hits", sum(name.endswith("cache_hits") for name in hits))
 
 def run(directory, code: str = TRAIN) -> dict[str, str]:
     """What a fresh process prints, {first word: rest}, and its warnings."""
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_ENABLE_COMPILATION_CACHE"}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
+    }
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code, str(directory)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -52,7 +54,7 @@ def test_a_second_start_takes_the_programs_from_the_cache_and_computes_the_same_
 
 
 @pytest.fixture
-def settings():
+def settings(monkeypatch):
     """jax's settings as they were before the test."""
     names = (
         "jax_enable_compilation_cache",
@@ -61,6 +63,7 @@ def settings():
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     jax.config.update("jax_enable_compilation_cache", True)
     yield
     for name, value in before.items():
@@ -88,6 +91,12 @@ def test_a_damaged_entry_is_compiled_anew(tmp_path, settings, monkeypatch):
         entry.write_bytes(entry.read_bytes()[:50])
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
         assert compute() == expected
+
+
+def test_a_folder_that_jax_was_given_goes_before_the_setting(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    assert use_compilation_cache(str(tmp_path / "other")) == tmp_path / "mine"
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_empty_setting_turns_the_cache_off(tmp_path, settings):

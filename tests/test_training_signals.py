@@ -44,7 +44,6 @@ tensorboard = false
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-    "JAX_ENABLE_COMPILATION_CACHE": "1",  # as users have it: the next start takes what the first has compiled
 }
 
 

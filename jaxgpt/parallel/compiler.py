@@ -24,7 +24,10 @@ def use_compilation_cache(directory: str) -> Path | None:
     jax's key of an entry holds the program, the compiler's version and options and the device, but of a CPU neither
     its instructions nor its cores, and a program for another CPU crashes: so each kind of CPU has a folder of its own.
     Returns that folder, or None where nothing is kept: a folder that cannot be written costs a warning and no more.
+    Where jax's own variable JAX_COMPILATION_CACHE_DIR names a folder (or bucket), jax uses that and no other.
     """
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(given)
     folder = _writable_folder(directory) if directory else None
     compilation_cache.reset_cache()  # jax asks once a process for the folder, and some process has asked before
     jax.config.update("jax_compilation_cache_dir", str(folder) if folder else None)
