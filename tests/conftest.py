@@ -12,6 +12,7 @@ Fixtures:
     trained_copy: a copy of it below the test's `tmp_path`, which the test may damage, resume or retrain.
 """
 
+import collections
 import contextlib
 import fcntl
 import os
@@ -49,7 +50,8 @@ os.environ |= {
 import jax  # noqa: E402 - reads the environment
 from tiny import Trained  # noqa: E402
 
-from jaxgpt import train  # noqa: E402
+from jaxgpt import failpoints, train  # noqa: E402
+from jaxgpt.training import signals  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -84,3 +86,16 @@ def trained(tmp_path_factory) -> Trained:
 @pytest.fixture
 def trained_copy(trained, tmp_path) -> Trained:
     return trained.copy(tmp_path / "trained")
+
+
+@pytest.fixture
+def failpoint(monkeypatch):
+    """A function that has this process pass the named points of JAXGPT_FAILPOINT, counted from now on."""
+
+    def set_points(points: str) -> None:
+        monkeypatch.setattr(failpoints, "_passes", collections.Counter())
+        monkeypatch.setenv("JAXGPT_FAILPOINT", points)
+
+    # A loaded machine may compile an evaluation for longer than a run that is told to stop usually has.
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 600.0)
+    return set_points

@@ -37,14 +37,18 @@ def program(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE):
     return build_program(config, VOCAB, build_mesh(mesh, jax.devices()[:devices]))
 
 
-def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 10, accumulation: int = 1):
-    """(state, list of metrics) after `steps` steps."""
-    compiled = program(config, mesh)
+def run_steps(compiled, steps: int = 10, accumulation: int = 1):
+    """(state, list of metrics) after `steps` steps of a program."""
     state, metrics = compiled.init(), []
     for step in range(steps):
         state, values = compiled.train_step(state, batch(step, accumulation))
         metrics.append({name: value.item() for name, value in values.items()})
     return state, metrics
+
+
+def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 10, accumulation: int = 1):
+    """(state, list of metrics) after `steps` steps."""
+    return run_steps(program(config, mesh), steps, accumulation)
 
 
 def losses(metrics: list[dict]) -> np.ndarray:
@@ -70,6 +74,12 @@ validation_fraction = 0.1
 [optimizer]
 learning_rate = 1e-2
 """
+
+
+def overrides(**settings) -> list[str]:
+    """Settings as options of a command: `model__n_layer=3` is --model.n_layer 3."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('__', '.')}", str(value))]
+
 
 # One finished run for all tests that read one (see conftest.py): 6 steps, evaluations with a sample and checkpoints at
 # steps 3 and 6.
