@@ -113,7 +113,7 @@ def test_three_plus_restore_plus_three_is_six_bit_for_bit(folder, finished, monk
             pass
 
     workdir = folder / "halves"
-    monkeypatch.setattr(signals, "StopSignal", StopAtThree)
+    monkeypatch.setattr("jaxgpt.training.run.StopSignal", StopAtThree)
     with pytest.raises(Interrupted, match="run the same command again"):
         train.train(load(folder), workdir)
     monkeypatch.undo()

@@ -315,7 +315,7 @@ BAD_TASKS = [
 def test_bad_questions_are_one_line_before_anything_is_built(
     overfitting, tasks, questions, words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("jaxgpt.training.step.build_program", None)
+    monkeypatch.setattr("jaxgpt.training.start.build_program", None)
     file = tmp_path / "bad.jsonl"
     file.write_text("\n\n".join(map(json.dumps, questions)), encoding="utf-8")
     config = load(overfitting, **settings(overfitting, eval__tasks=tasks.format(file=file)))
