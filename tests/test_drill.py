@@ -38,6 +38,7 @@ def report(folder) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.system
 def test_a_run_killed_anywhere_ends_as_the_undisturbed_one(report):
     assert report["failures"] == []
     assert report["kills"] + report["terms"] >= 7
@@ -46,6 +47,7 @@ def test_a_run_killed_anywhere_ends_as_the_undisturbed_one(report):
     assert report["finished"] >= 1
 
 
+@pytest.mark.system
 def test_a_difference_in_the_record_or_the_state_is_told(folder, report):
     whole, other = folder / "runs" / "undisturbed", folder / "other"
     shutil.copytree(whole, other)
