@@ -15,12 +15,13 @@ BASE = "base"  # the modules of level 0 are one room, whether they lie at the to
 LEVELS = {
     **dict.fromkeys(["errors", "settings", "checks", "config", "cli", "failpoints", "storage"], 0),
     **dict.fromkeys(["model", "parallel", "data"], 1),
-    **dict.fromkeys(["training", "inference", "preparation"], 2),
-    **dict.fromkeys(["evaluation", "serving", "planning", "diagnosis", "tuning"], 3),
-    "reporting": 4,  # draws what the others found
-    **dict.fromkeys(VERBS, 5),
-    "__main__": 6,
-    "__init__": 6,
+    **dict.fromkeys(["inference", "preparation"], 2),
+    "training": 3,  # prepares its data, and has the model write while it learns
+    **dict.fromkeys(["evaluation", "serving", "planning", "diagnosis", "tuning"], 4),
+    "reporting": 5,  # draws what the others found
+    **dict.fromkeys(VERBS, 6),
+    "__main__": 7,
+    "__init__": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
