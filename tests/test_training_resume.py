@@ -158,6 +158,7 @@ def run(tmp_path_factory, trained) -> tuple[Path, list[str]]:
     copy = trained.copy(tmp_path_factory.mktemp("resume") / "trained")
     shutil.rmtree(copy.folder / "prepared")
     assert train.main(copy.arguments) == 0  # prepares the data again, and trains no more
+    (copy.run / CHANGES).unlink()  # the data has moved
     return copy.folder, copy.arguments
 
 
