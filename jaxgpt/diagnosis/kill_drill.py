@@ -119,7 +119,7 @@ class Drill:
             devices = self._devices[self._starts % len(self._devices)] if name == "disturbed" else self._devices[0]
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-            settings["train.per_device_train_batch_size"] = str(self._config.train.global_batch_size // devices)
+            settings["train.per_device_train_batch_size"] = str(self._config.global_batch_size // devices)
         self._starts += 1
         command = [sys.executable, "-m", "jaxgpt.train", "--config", self._asked.config_file]
         command += ["--workdir", str(self._workdir / name)]

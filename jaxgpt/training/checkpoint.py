@@ -159,7 +159,8 @@ class Checkpoints:
 
     def _kept(self) -> set[int]:
         kept = set(self.steps()[-self._config.save_total_limit :])
-        return kept | {self.best_step()} if self._config.keep_best else kept
+        best = self.best_step() if self._config.keep_best else None
+        return kept if best is None else kept | {best}
 
     def _delete(self, step: int) -> None:
         """The name goes first, so that no reader finds half a checkpoint."""
@@ -301,7 +302,7 @@ def best_step(run: Path) -> int | None:
         with contextlib.suppress(UserError):
             if (loss := read_metadata(run, step).get("eval_loss")) is not None:
                 scored[step] = loss
-    return min(scored, key=scored.get) if scored else None
+    return min(scored, key=lambda step: scored[step]) if scored else None
 
 
 def find_step(path: Path) -> tuple[Path, int]:
@@ -326,8 +327,8 @@ def find_step(path: Path) -> tuple[Path, int]:
     return run, int(path.name)
 
 
-def restore_params(run: Path, step: int, shapes: dict, sharding) -> dict:
-    """The weights alone, laid out by `sharding`: one for all arrays, or a tree of them."""
+def restore_params(run: Path, step: int, shapes: dict, sharding: jax.sharding.Sharding | dict) -> dict:
+    """The weights alone, in the shapes of the tree `shapes`, laid out by `sharding`: one for all arrays, or a tree."""
     quiet_orbax()
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, shapes)
@@ -342,6 +343,7 @@ def whole(array: jax.Array) -> np.ndarray:
     Only where other hosts hold parts of it do the devices exchange them, so a single host needs no device memory.
     """
     if not array.is_fully_addressable:
+        assert isinstance(array.sharding, jax.sharding.NamedSharding)
         everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
         array = jax.jit(lambda x: x, out_shardings=everywhere)(array).addressable_data(0)
     return np.asarray(array)
