@@ -233,7 +233,7 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
 
 
 def _takes_list(annotation: typing.Any, text: str) -> bool:
-    """Whether the text of a command line stands for a list; where text is allowed besides, a list is JSON."""
+    """Is the text of a command line a list? Where the setting also allows text, only JSON is."""
     if typing.get_origin(annotation) is tuple:
         return True
     return any(typing.get_origin(arg) is tuple for arg in typing.get_args(annotation)) and text.lstrip().startswith("[")

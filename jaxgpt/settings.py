@@ -86,7 +86,7 @@ class DataConfig:
     text_field: str = "text"
     """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
     format: Literal["text", "chat"] = "text"
-    """text: documents, every token is learned; chat: conversations, of which only the answers are learned."""
+    """text: documents, every token is learned; chat: conversations, only their answers are learned."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
     """A record that cannot be used (broken JSON, a missing role, not UTF-8) ends the preparation, or is left out and
     counted in the report."""
@@ -114,7 +114,7 @@ class DataConfig:
 
 @section(frozen=True, kw_only=True)
 class CleaningConfig:
-    """What happens to each document before it is tokenized, in this order; by default nothing."""
+    """Steps that each document passes before it is tokenized, in this order; all are off by default."""
 
     html: bool = False
     """Take the text out of HTML."""
@@ -153,7 +153,7 @@ class ChatConfig:
     system: str = ""
     """System message of conversations that have none; empty for none."""
     packing: bool = True
-    """Put several conversations into one row, none of which sees another; false pads each to a row of its own."""
+    """Put several conversations into one row, hidden from each other; false pads each to a row of its own."""
 
 
 @section(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def unless(bad: jax.Array, new: Tree, old: Tree) -> Tree:
 
 @jax.jit
 def all_finite(tree: object) -> jax.Array:
-    """Whether every number of a tree of arrays is finite: a bool scalar on the device.
+    """A bool scalar on the device: is every number of a tree of arrays finite?
 
     For the state about to be saved. A finite loss and gradient can still make an update that overflows, which only
     the loss of the next step would tell.

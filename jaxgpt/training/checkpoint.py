@@ -94,7 +94,7 @@ class Checkpoints:
             time.sleep(max(self._retry_at - time.monotonic(), 0.0))
 
     def poll(self) -> bool:
-        """Whether a save has failed and it is time to save again; does not wait.
+        """True if a save has failed and it is time to try again; does not wait.
 
         Raises:
             StorageFailed: as `save`.
@@ -134,7 +134,7 @@ class Checkpoints:
         self._saving = self._background.submit(self._finish, step, staging, metadata)
 
     def _finish(self, step: int, staging: Path, metadata: dict) -> int:
-        """What comes after the arrays, in the background thread."""
+        """Write metadata and manifest, rename, delete old steps; in the background thread."""
         self._orbax.wait_until_finished()
         failpoint("save.arrays")
         if not self._is_writer:
@@ -174,7 +174,7 @@ class Checkpoints:
     # ------------------------------------------------------------ when storage fails
 
     def _settle(self) -> None:
-        """Wait for the save in hand, and note how it ended."""
+        """Wait for the unfinished save and record its result."""
         if not self._saving:
             return
         saving, self._saving = self._saving, None
@@ -224,7 +224,7 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, dict]:
-    """What lies apart on disk. `state` may be abstract."""
+    """The items of a checkpoint, {folder: arrays}. `state` may be abstract."""
     items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
     return items | {"recent": state.recent} if state.recent else items
 
@@ -272,7 +272,7 @@ def read_config(run: Path) -> Config:
 
 
 def read_metadata(run: Path, step: int) -> dict:
-    """What was saved beside the arrays of a finished step.
+    """The metadata of a finished step: data, tokenizer, validation loss, position.
 
     Raises:
         UserError: the file is damaged.

@@ -44,7 +44,7 @@ def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
 
     Raises:
         BadStep: a loss or gradient that ends the run by faults.on_bad_step; nothing after it was saved.
-        Interrupted: SIGTERM or Ctrl-C arrived; the state after the step in hand was saved.
+        Interrupted: SIGTERM or Ctrl-C arrived; the state after the current step was saved.
         StorageFailed: a checkpoint could not be written.
     """
     bad_steps = BadSteps(run.config.faults, start.bad_steps)

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
+"""The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
 
 metrics.jsonl is the record and the other three are views of it. It holds one strict JSON object a
 logged step, whatever was killed or resumed in between: on resume the lines that the dead run wrote

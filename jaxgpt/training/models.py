@@ -52,7 +52,7 @@ class LoadedModel:
 
 
 def is_huggingface(path: str | Path) -> bool:
-    """Whether `path` names a Hugging Face folder or a model on the hub, rather than a run or a step."""
+    """True if `path` names a Hugging Face folder or a model on the hub, not a run or a step."""
     if str(path).startswith(HUB):
         return True
     file = Path(path) / "config.json"
@@ -68,8 +68,8 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     """The weights and tokenizer of a run folder (its latest step), of one step's folder, of a Hugging Face folder
     or of "hf:NAME" on the hub.
 
-    The arrays lie on the default device, whatever mesh wrote them. `read` is told of each array of a Hugging Face
-    folder that has been read.
+    The arrays lie on the default device, whatever mesh wrote them. `read` is called with the path of each
+    array of a Hugging Face folder once it is read.
 
     Raises:
         UserError: it is none of these, or cannot be represented; says what was looked for.

@@ -1,4 +1,4 @@
-"""Where a run starts: its own latest checkpoint, else another model's weights, else fresh ones. Nothing is guessed.
+"""The state a run starts from: its own latest checkpoint, else another model's weights, else fresh ones.
 
 Everything here that can refuse does so before the run writes anything.
 """
@@ -126,7 +126,7 @@ class Weights:
 
 
 def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
-    """What init.from_checkpoint or init.from_huggingface names; None for a run that goes on from its own `step`.
+    """The weights that init.from_checkpoint or init.from_huggingface names; None for a run that goes on from `step`.
 
     Raises:
         UserError: there is no such model, or it has another shape; names both numbers.

@@ -25,7 +25,7 @@ class Scorer(Protocol):
         """{"eval_NAME_acc": 0.5, ...}; `go_on` is called after each batch."""
 
     def describe(self) -> str:
-        """What will be scored, a line for each task."""
+        """One line for each task that will be scored."""
 
 
 @dataclasses.dataclass(frozen=True)
