@@ -90,7 +90,7 @@ class Inputs:
 def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.ExitStack) -> Inputs:
     """Find what is wrong with the input. A run that is there is taken into `held`, and nothing else is written."""
     from jaxgpt.data.dataset import open_dataset
-    from jaxgpt.data.skip_list import read_skip_list
+    from jaxgpt.data.pipeline import read_skip_list
     from jaxgpt.data.tokenizer import load_tokenizer
     from jaxgpt.evaluation.in_training import read_tasks, task_scores
     from jaxgpt.model.huggingface import locate
@@ -98,7 +98,7 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
     from jaxgpt.parallel.accelerator import refuse_silent_cpu
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import build_mesh
-    from jaxgpt.preparation.preparation import given_tokenizer
+    from jaxgpt.preparation.make_dataset import given_tokenizer
     from jaxgpt.storage.lease import Lease
     from jaxgpt.training import resume
     from jaxgpt.training.step import build_program, resolve_steps
@@ -142,7 +142,7 @@ def checked_inputs(config: Config, workdir: Path, force: bool, held: contextlib.
 def prepared(config: Config, tokenizer) -> Path:
     """The folder of the prepared data. One process makes it, the others wait for that and find it."""
     from jaxgpt.parallel import distributed
-    from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.preparation.make_dataset import prepare
 
     if not distributed.is_writer():
         distributed.barrier("prepared", PREPARE_SECONDS)
@@ -287,10 +287,9 @@ def linted(dataset) -> Callable[[], None] | None:
     """
     if dataset.format == "text":
         return None
-    from jaxgpt.data.tokenizer import load_tokenizer
     from jaxgpt.preparation import lint
 
-    found = lint.check(dataset, load_tokenizer(dataset.path / "tokenizer"))
+    found = lint.check(dataset)
     return lambda: print(lint.show(found), flush=True)
 
 

@@ -18,7 +18,7 @@ from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
-from jaxgpt.preparation.preparation import given_tokenizer, prepare
+from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.training import loop, resume
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import export_model, load_model, save_as_run

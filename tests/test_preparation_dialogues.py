@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from jaxgpt.data import chat
+from jaxgpt.errors import BadRecord
 from jaxgpt.preparation.dialogues import COUNT, sgd_records, support_records
-from jaxgpt.preparation.documents import BadRecord
 
 
 @pytest.fixture(scope="module")

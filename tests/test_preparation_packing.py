@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.dataset import Batch, PackedRows, open_dataset
-from jaxgpt.data.pipeline import eval_batches, train_batches, train_rows
-from jaxgpt.data.skip_list import add_to_skip_list, read_skip_list
+from jaxgpt.data.pipeline import add_to_skip_list, eval_batches, read_skip_list, train_batches, train_rows
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
@@ -221,7 +220,7 @@ def test_a_skip_list_is_read_and_added_to(tmp_path):
 @pytest.mark.parametrize("line", ["x", "-1", "1 2", "1.5", "²"])
 def test_a_line_of_a_skip_list_that_is_no_row_is_named(line, tmp_path):
     (tmp_path / "skip.txt").write_text(f"# rows\n5\n{line}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"skip\.txt:3: '{re.escape(line)}' is no row"):
+    with pytest.raises(UserError, match=rf"skip\.txt:3: '{re.escape(line)}' is not a row"):
         read_skip_list(tmp_path / "skip.txt")
     with pytest.raises(UserError, match="cannot be read"):
         read_skip_list(tmp_path / "gone.txt")

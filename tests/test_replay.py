@@ -228,7 +228,7 @@ def test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them(fo
         (["--step", "2", "--data", "gone"], "gone: the data of the run is not there"),
         (["--step", "2", "--data", "{folder}/chat-data"], "is not the data that the run in .* has read"),
         (["--step", "2", "--skip", "3"], "--skip 3: step 2 has the rows 8 to 15"),
-        (["--step", "2", "--skip", "x"], "'x' is no list of rows"),
+        (["--step", "2", "--skip", "x"], "'x' is not a list of rows"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(arguments, message, folder, capsys):
