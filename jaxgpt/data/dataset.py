@@ -12,9 +12,10 @@ is complete or not there: it is written under another name and renamed at the en
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,37 +52,6 @@ class Batch(NamedTuple):
     """int32: number of the conversation at each position, 0 for padding. None: one segment a row."""
 
 
-class Split(Protocol):
-    """The interface of a split for training and evaluation. Threads may read at the same time."""
-
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    """UTF-8 bytes of the learned text."""
-
-    @property
-    def targets_per_byte(self) -> float:
-        """Learned tokens per byte of that text: converts a loss per token into one per byte."""
-
-    def facts(self) -> dict[str, int]:
-        """Further counts for a report."""
-
-    def check(self, block_size: int) -> None:
-        """Raise UserError if no training row of `block_size` positions can be read."""
-
-    def rows_per_epoch(self, block_size: int) -> int:
-        """Rows in one pass over the split."""
-
-    def rows_to_evaluate(self, block_size: int) -> int:
-        """Number of rows that hold every possible target once, in the order of the documents."""
-
-    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
-        """Training rows as numpy arrays [len(places), T]. A place is (row in its epoch, random bits of the epoch)."""
-
-    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
-        """Evaluation rows as numpy arrays [len(numbers), T]; rows from `rows_to_evaluate` on have weight 0."""
-
-
 # ---------------------------------------------------------------- text
 
 
@@ -94,8 +64,9 @@ def check_window(num_tokens: int, block_size: int) -> None:
         )
 
 
+@dataclasses.dataclass(eq=False)
 class TokenStream:
-    """A split of text: `num_tokens` tokens in a circle.
+    """A split of text: `num_tokens` tokens in a circle. Threads may read at the same time.
 
     Epoch e starts at a pseudo-random position o_e and cuts the circle into W = ceil(N / T) windows; window k holds the
     T targets that follow position o_e + kT:
@@ -108,44 +79,50 @@ class TokenStream:
     once in an epoch.
     """
 
-    def __init__(self, records: Records, num_tokens: int, num_bytes: int, num_documents: int, dtype: npt.DTypeLike):
-        """`records[i]["tokens"]` holds the tokens of record i."""
-        self.num_tokens = num_tokens
-        self.num_bytes = num_bytes
-        self.num_documents = num_documents
-        self._records = records
+    records: Records
+    """records[i]["tokens"] holds the tokens of record i."""
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of the learned text."""
+    num_documents: int
+    dtype: npt.DTypeLike
+
+    def __post_init__(self) -> None:
         # A split that fits is kept in memory as it is read: 64-token windows then cost 3 us, not 40.
-        fits = num_tokens * np.dtype(dtype).itemsize <= _CACHE_BYTES
-        self._cache = np.empty(num_tokens, dtype) if fits else None
-        self._cached = np.zeros(len(records), bool)
+        fits = self.num_tokens * np.dtype(self.dtype).itemsize <= _CACHE_BYTES
+        self._cache = np.empty(self.num_tokens, self.dtype) if fits else None
+        self._cached = np.zeros(len(self.records), bool)
 
     @property
     def targets_per_byte(self) -> float:
+        """Learned tokens per byte of their text: converts a loss per token into one per byte."""
         return self.num_tokens / self.num_bytes
 
     def facts(self) -> dict[str, int]:
+        """Further counts for a report."""
         return {}
 
     def check(self, block_size: int) -> None:
+        """Raise UserError if no training row of `block_size` positions can be read."""
         check_window(self.num_tokens, block_size)
 
     def rows_per_epoch(self, block_size: int) -> int:
+        """Number of rows in one pass over the split."""
         return -(-self.num_tokens // block_size)
 
     def rows_to_evaluate(self, block_size: int) -> int:
-        """Number of windows without overlap: every token but the first is a target once."""
+        """Number of rows that hold every possible target once, in order: every token but the first."""
         return -(-(self.num_tokens - 1) // block_size)
 
     def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
-        spans, starts = [], []
-        for window, draw in places:
-            start = block_size * window
-            spans.append(self.read(draw % self.num_tokens + start, block_size + 1))
-            starts.append(start)
+        """Training rows as numpy arrays [len(places), T]. A place is (row in its epoch, random bits of the epoch)."""
+        starts = [block_size * window for window, _ in places]
+        spans = [self.read(draw % self.num_tokens + block_size * window, block_size + 1) for window, draw in places]
         positions_BT = np.array(starts, np.int64).reshape(-1, 1) + np.arange(block_size)
         return _windows(spans, block_size, positions_BT < self.num_tokens)
 
     def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        """Evaluation rows as numpy arrays [len(numbers), T]; rows from `rows_to_evaluate` on have weight 0."""
         spans = [self.read(window * block_size, block_size + 1) for window in numbers]
         targets_BT = np.array(numbers, np.int64).reshape(-1, 1) * block_size + np.arange(1, block_size + 1)
         return _windows(spans, block_size, targets_BT < self.num_tokens)
@@ -171,10 +148,10 @@ class TokenStream:
 
     def _record(self, record: int) -> np.ndarray:
         if self._cache is None:
-            return self._records[record]["tokens"]
+            return self.records[record]["tokens"]
         kept = self._cache[record * RECORD_TOKENS : (record + 1) * RECORD_TOKENS]
         if not self._cached[record]:  # two threads may both fill it, with the same tokens
-            kept[:] = self._records[record]["tokens"]
+            kept[:] = self.records[record]["tokens"]
             self._cached[record] = True
         return kept
 
@@ -217,37 +194,33 @@ class PackedRow(NamedTuple):
         return found
 
 
+@dataclasses.dataclass(eq=False)
 class PackedRows:
-    """A split of conversations: rows of `block_size` positions, each read once in an epoch."""
+    """A split of conversations: rows of `block_size` positions, each read once in an epoch.
 
-    def __init__(
-        self,
-        records: Records,
-        dtype: npt.DTypeLike,
-        block_size: int,
-        num_rows: int,
-        num_conversations: int,
-        num_supervised: int,
-        num_tokens: int,
-        num_bytes: int,
-        num_documents: int,
-    ):
-        """`records[i]` is row i: the fields of PackedRow."""
-        self.block_size = block_size
-        self.num_rows = num_rows
-        self.num_conversations = num_conversations
-        """Packed parts; a long document gives several."""
-        self.num_supervised = num_supervised
-        self.num_tokens = num_tokens
-        """Without padding."""
-        self.num_bytes = num_bytes
-        """Text of the supervised tokens only."""
-        self.num_documents = num_documents
-        self._records = records
-        parts: dict[str, npt.DTypeLike] = {"tokens": dtype, "supervised": np.uint8, "segments": np.uint16}
-        fits = num_rows * block_size * sum(np.dtype(kind).itemsize for kind in parts.values()) <= _CACHE_BYTES
-        self._cache = {name: np.empty((num_rows, block_size), kind) for name, kind in parts.items()} if fits else None
-        self._cached = np.zeros(num_rows, bool)
+    Its methods are those of TokenStream, so that training and evaluation read both alike.
+    """
+
+    records: Records
+    """records[i] holds the fields of PackedRow i."""
+    dtype: npt.DTypeLike
+    block_size: int
+    num_rows: int
+    num_conversations: int
+    """Packed parts; a long document gives several."""
+    num_supervised: int
+    num_tokens: int
+    """Without padding."""
+    num_bytes: int
+    """UTF-8 bytes of the supervised tokens only."""
+    num_documents: int
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, npt.DTypeLike] = {"tokens": self.dtype, "supervised": np.uint8, "segments": np.uint16}
+        shape = (self.num_rows, self.block_size)
+        fits = math.prod(shape) * sum(np.dtype(kind).itemsize for kind in kinds.values()) <= _CACHE_BYTES
+        self._cache = {name: np.empty(shape, kind) for name, kind in kinds.items()} if fits else None
+        self._cached = np.zeros(self.num_rows, bool)
 
     @property
     def targets_per_byte(self) -> float:
@@ -281,7 +254,7 @@ class PackedRows:
 
     def row(self, number: int) -> PackedRow:
         """Row `number` (0 <= number < num_rows) with the numbers of its documents."""
-        record = self._records[number]
+        record = self.records[number]
         return PackedRow(record["tokens"], record["supervised"].astype(bool), record["segments"], record["documents"])
 
     def _batch(self, numbers: list[int]) -> Batch:
@@ -299,9 +272,9 @@ class PackedRows:
 
     def _read(self, number: int) -> Mapping[str, np.ndarray]:
         if self._cache is None:
-            return self._records[number]
+            return self.records[number]
         if not self._cached[number]:  # two threads may both fill it, with the same row
-            record = self._records[number]
+            record = self.records[number]
             for name, kept in self._cache.items():
                 kept[number] = record[name]
             self._cached[number] = True
@@ -309,6 +282,8 @@ class PackedRows:
 
 
 # ---------------------------------------------------------------- datasets
+
+Split = TokenStream | PackedRows
 
 
 @dataclasses.dataclass(frozen=True)

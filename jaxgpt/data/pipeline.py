@@ -9,6 +9,7 @@ import collections
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,17 +82,11 @@ def train_batches(
     if global_batch_size % accumulation:
         raise ValueError(f"accumulation {accumulation} does not divide batch {global_batch_size}")
 
+    how: dict[str, Any] = {"seed": seed, "global_batch_size": global_batch_size, "block_size": block_size, "skip": skip}
+
     def read(step: int, rows: np.ndarray) -> Batch:
         failpoint("data.read")
-        return train_rows(
-            split,
-            seed=seed,
-            step=step,
-            global_batch_size=global_batch_size,
-            block_size=block_size,
-            rows=rows.tolist(),
-            skip=skip,
-        )
+        return train_rows(split, step=step, rows=rows.tolist(), **how)
 
     shape = (accumulation, global_batch_size // accumulation, block_size)
     steps = range(start_step, stop_step)
@@ -115,13 +110,8 @@ def eval_batches(
     """
 
     def read(step: int, rows: np.ndarray) -> Batch:
-        return eval_rows(
-            split,
-            step=step,
-            global_batch_size=global_batch_size,
-            block_size=block_size,
-            rows=rows.tolist(),
-        )
+        size = global_batch_size
+        return eval_rows(split, step=step, global_batch_size=size, block_size=block_size, rows=rows.tolist())
 
     count = -(-split.rows_to_evaluate(block_size) // global_batch_size)
     steps = range(count if max_batches is None else min(count, max_batches))

@@ -23,6 +23,7 @@ from jaxgpt.preparation.stages import EXAMPLES, add_counts, shortened
 from jaxgpt.settings import sources_of
 
 FILES = ("report.html", "report.json")
+_PAGE = Path(__file__).with_suffix(".html")
 _SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared
 _GPT2_END_OF_TEXT = 50_256
 _MEASURED_SECONDS = 1.0
@@ -277,7 +278,7 @@ def _epochs_line(epochs: dict) -> str:
 
 def write(folder: Path, report: dict) -> None:
     """Write both files into `folder`."""
-    page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE.read_text(encoding="utf-8"))
     rows = [("epochs", _epochs_line(report["epochs"])), ("vocabulary", f"{report['vocabulary']:,}")]
     rows.append(("bytes per token", f"{report['bytes_per_token']:.3f}"))
     gpt2 = report["gpt2"]
@@ -297,51 +298,3 @@ def read(folder: Path) -> dict[str, Any]:
     """The report of a dataset; {} if a version of jaxgpt without reports made it."""
     file = folder / "report.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>jaxgpt data report</title>
-<style>
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2227; --muted: #626b75; --grid: #e3e6e9 }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea;
-  --muted: #99a3ad; --grid: #343a41 } }
-body { margin: 0 auto; max-width: 1100px; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 0 0 .5rem } .muted, th { color: var(--muted) }
-section { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: 1rem; margin-top: 1rem }
-pre { margin: .25rem 0 0; padding: .5rem; background: var(--page); border-radius: 6px; white-space: pre-wrap;
-  font: 13px/1.45 ui-monospace, monospace }
-table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 400 } .n { text-align: right }
-td, th { padding: .2rem .75rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--grid) }
-</style></head><body>
-{% macro number(n) %}<td class="n">{{ "{:,}".format(n) }}{% endmacro %}
-<h1>Prepared data</h1>
-<p class="muted">read {{ "{:,}".format(report.read.documents) }} documents,
-{{ "{:,}".format(report.read.bytes) }} bytes</p>
-<section><h2>Splits</h2><table><tr><th>split{% for name in report.splits.train %}
-<th class="n">{{ name | replace("num_", "") }}{% endfor %}</tr>
-{% for split, counts in report.splits.items() %}<tr><td>{{ split }}{% for n in counts.values() %}{{ number(n) }}
-{% endfor %}</tr>{% endfor %}</table></section>
-<section><h2>Sources</h2><table><tr><th>source<th class="n">documents<th class="n">bytes<th class="n">tokens
-<th class="n">weight<th class="n">share of tokens</tr>
-{% for s in report.sources %}<tr><td>{{ s.source }}{{ number(s.num_documents) }}{{ number(s.num_bytes) }}
-{{ number(s.num_tokens) }}<td class="n">{{ "{:.1%}".format(s.weight) }}
-<td class="n">{{ "{:.1%}".format(s.share_of_tokens) }}</tr>{% endfor %}</table></section>
-<section><h2>Facts</h2><table>{% for name, value in facts %}<tr><th>{{ name }}<td>{{ value }}</tr>{% endfor %}
-</table></section>
-{% if report.bad_records %}<section><h2>Records that were left out</h2><table>
-{% for reason, bad in report.bad_records.items() %}<tr><td>{{ reason }}{{ number(bad.count) }}
-<td>{{ bad.where | join("; ") }}</tr>{% endfor %}</table></section>{% endif %}
-{% if report.steps %}<section><h2>Cleaning</h2><table><tr><th>step<th class="n">documents in<th class="n">changed
-<th class="n">dropped<th class="n">documents out</tr>{% for s in report.steps %}<tr><td>{{ s.step }}
-{{ number(s.documents_in) }}{{ number(s.changed) }}{{ number(s.dropped) }}{{ number(s.documents_out) }}</tr>
-{% endfor %}</table></section>{% for s in report.steps %}{% if s.changes or s.drops %}
-<section><h2>{{ s.step }}: examples</h2>
-{% for e in s.changes %}<p class="muted">changed</p><pre>{{ e.before }}</pre><pre>{{ e.after }}</pre>{% endfor %}
-{% for e in s.drops %}<p class="muted">dropped</p><pre>{{ e }}</pre>{% endfor %}</section>{% endif %}{% endfor %}
-{% endif %}
-<section><h2>Settings</h2><table>{% for name, value in report.settings.items() %}
-<tr><th>{{ name }}<td>{{ value }}</tr>{% endfor %}</table></section>
-</body></html>
-"""

@@ -16,7 +16,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.dialogues import sgd_records
@@ -24,8 +24,9 @@ from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord
 from jaxgpt.settings import SourceConfig
 
 if TYPE_CHECKING:
-    import pyarrow
+    pass
 
+T = TypeVar("T")
 SUFFIXES = {
     "stdlib": (".py", ".txt"),
     "text": (".txt", ".md", ".py"),
@@ -141,20 +142,35 @@ def _not_utf8(where: str, position: int, byte: int) -> BadRecord:
 # ---------------------------------------------------------------- text and HTML
 
 
-def text_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
-    """One document for each file; one of more than PART_BYTES or `max_record_bytes` comes in parts."""
+def _each_file(part: SourceConfig, bad: BadRecords, read: Callable[[Path], Iterable[T]]) -> Iterator[T]:
+    """The items that `read` yields for each file of the source; damaged and empty files go to `bad`.
+
+    Raises:
+        UserError: no permission to read a file.
+    """
     for _, file in source_files(part):
         count = 0
         try:
-            for text in _parts(file, min(PART_BYTES, max_record_bytes)):
-                if text.strip():
-                    yield Document(text, continues=count > 0)
-                    count += 1
+            for item in read(file):
+                count += 1
+                yield item
+        except PermissionError:
+            raise UserError(f"{file}: no permission to read it") from None
         except BadRecord as error:
             bad.add(error)
         else:
             if not count:
                 bad.empty(str(file))
+
+
+def text_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
+    """One document for each file; one of more than PART_BYTES or `max_record_bytes` comes in parts."""
+
+    def read(file: Path) -> Iterator[Document]:
+        texts = (text for text in _parts(file, min(PART_BYTES, max_record_bytes)) if text.strip())
+        return (Document(text, continues=number > 0) for number, text in enumerate(texts))
+
+    return _each_file(part, bad, read)
 
 
 def _parts(file: Path, size: int) -> Iterator[str]:
@@ -205,20 +221,17 @@ def _check_utf8(file: Path) -> None:
 
 def html_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
     """One document for each page, with its tags: `cleaning.html` extracts the text."""
-    for _, file in source_files(part):
-        try:
-            with _opened(file) as stream:
-                content = stream.read(max_record_bytes + 1)
-            if len(content) > max_record_bytes:
-                raise BadRecord(str(file), f"longer than data.max_record_bytes = {max_record_bytes}")
-            text = _decoded(content.removeprefix(codecs.BOM_UTF8), str(file))
-        except BadRecord as error:
-            bad.add(error)
-            continue
+
+    def read(file: Path) -> Iterator[Document]:
+        with _opened(file) as stream:
+            content = stream.read(max_record_bytes + 1)
+        if len(content) > max_record_bytes:
+            raise BadRecord(str(file), f"longer than data.max_record_bytes = {max_record_bytes}")
+        text = _decoded(content.removeprefix(codecs.BOM_UTF8), str(file))
         if text.strip():
             yield Document(text)
-        else:
-            bad.empty(str(file))
+
+    return _each_file(part, bad, read)
 
 
 # ---------------------------------------------------------------- rows
@@ -226,24 +239,19 @@ def html_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -
 
 def jsonl_records(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[SourceRecord]:
     """One record for each line that is not blank."""
-    for _, file in source_files(part):
-        count = 0
+
+    def read(file: Path) -> Iterator[tuple[str, bytes | None]]:
+        with _opened(file) as stream:
+            for number, line in _lines(stream, max_record_bytes):
+                yield f"{file}:{number}", line
+
+    for where, line in _each_file(part, bad, read):
         try:
-            with _opened(file) as stream:
-                for number, line in _lines(stream, max_record_bytes):
-                    where = f"{file}:{number}"
-                    count += 1
-                    try:
-                        if line is None:
-                            raise BadRecord(where, f"longer than data.max_record_bytes = {max_record_bytes}")
-                        yield SourceRecord(where, _json_object(line, where))
-                    except BadRecord as error:
-                        bad.add(error)
+            if line is None:
+                raise BadRecord(where, f"longer than data.max_record_bytes = {max_record_bytes}")
+            yield SourceRecord(where, _json_object(line, where))
         except BadRecord as error:
             bad.add(error)
-        else:
-            if not count:
-                bad.empty(str(file))
 
 
 def _lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -282,53 +290,38 @@ def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | No
     import pyarrow
     import pyarrow.parquet
 
-    for file_number, (_, file) in enumerate(source_files(part)):
+    first = source_files(part)[0][1]
+
+    def read(file: Path) -> Iterator[tuple[str, pyarrow.RecordBatch, int]]:
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
                 missing = [name for name in columns or [] if name not in table.schema_arrow.names]
                 if missing:
                     message = _no_field(missing[0], table.schema_arrow.names)
-                    raise UserError(f"{file}: {message}") if file_number == 0 else BadRecord(str(file), message)
+                    raise UserError(f"{file}: {message}") if file == first else BadRecord(str(file), message)
                 for rows in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                     for row in range(len(rows)):
-                        yield from _row(rows, row, f"{file}, row {number}", bad)
+                        yield f"{file}, row {number}", rows, row
                         number += 1
-            if not number:
-                bad.empty(str(file))
         except PermissionError:
-            raise UserError(f"{file}: no permission to read it") from None
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             reason = f"damaged, or not Parquet: {error}".partition("\n")[0]
-            bad.add(BadRecord(f"{file}, from row {number} on", reason))
-        except BadRecord as error:
-            bad.add(error)
+            raise BadRecord(f"{file}, from row {number} on", reason) from None
 
-
-def _row(rows: "pyarrow.RecordBatch", number: int, where: str, bad: BadRecords) -> Iterator[SourceRecord]:
-    try:
-        yield SourceRecord(
-            where, {name: column[number].as_py() for name, column in zip(rows.schema.names, rows.columns)}
-        )
-    except UnicodeDecodeError as error:
-        bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
+    for where, rows, row in _each_file(part, bad, read):
+        try:
+            values = {name: column[row].as_py() for name, column in zip(rows.schema.names, rows.columns)}
+        except UnicodeDecodeError as error:
+            bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
+        else:
+            yield SourceRecord(where, values)
 
 
 def sgd_dialogues(part: SourceConfig, bad: BadRecords) -> Iterator[SourceRecord]:
     """The dialogues of files in the form of the Schema-Guided Dialogue dataset."""
-    for _, file in source_files(part):
-        count = 0
-        try:
-            for where, record in sgd_records(file):
-                yield SourceRecord(where, record)
-                count += 1
-        except PermissionError:
-            raise UserError(f"{file}: no permission to read it") from None
-        except BadRecord as error:
-            bad.add(error)
-        else:
-            if not count:
-                bad.empty(str(file))
+    return (SourceRecord(where, record) for where, record in _each_file(part, bad, sgd_records))
 
 
 def _no_field(field: str, names: Iterable[object]) -> str:

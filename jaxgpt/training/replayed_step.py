@@ -1,10 +1,10 @@
 """Replays a step of a run: reads its batch again and gives each text in it the loss under a checkpoint's weights."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +77,10 @@ def replay(run: Path, step: int, weights_step: int | None = None, data: Path | N
     weights_step = _weights_step(run, config, step, weights_step)
     dataset = dataset_read_by(run, weights_step, data)
     logged, size = _logged_hash(run, step), config.global_batch_size
-    read = functools.partial(
-        train_rows,
-        dataset.train,
-        seed=config.train.seed,
-        global_batch_size=size,
-        block_size=config.block_size,
-        rows=range(size),
-    )
+    how: dict[str, Any] = {"seed": config.train.seed, "global_batch_size": size, "block_size": config.block_size}
     for offset in _offsets(run, step):
         position = step - 1 + offset
-        batch = read(step=position)
+        batch = train_rows(dataset.train, step=position, rows=range(size), **how)
         found_hash = int(batch_hash(batch))
         if found_hash == logged:
             break
