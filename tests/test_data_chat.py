@@ -133,6 +133,7 @@ def characters(_):
     return chat.with_chat_tokens(char_tokenizer([*TEXTS, *(random_text(rng) for _ in range(300))]))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("make", [lambda _: TOKENIZER, gpt2_like, characters], ids=["bpe", "trimmed", "char"])
 def test_ids_and_mask_are_those_of_transformers(make, tmp_path):
     from transformers import AutoTokenizer
@@ -174,6 +175,7 @@ def test_supervised_are_exactly_the_answers_and_their_stop_tokens():
     assert TOKENIZER.decode(made.tokens) == whole
 
 
+@pytest.mark.system
 def test_letters_of_a_special_token_are_text_here_and_a_token_in_transformers_unless_it_is_told(tmp_path):
     from transformers import AutoTokenizer
 

@@ -214,6 +214,7 @@ def test_other_settings_or_another_source_make_another_dataset(one_file):
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("point", ["DatasetWriter.add", "DatasetWriter.finish", "manifest.write"])
 def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(point, one_file):
     from jaxgpt.config import to_json

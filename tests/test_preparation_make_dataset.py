@@ -89,15 +89,20 @@ class Recorder(Processes):
 # ---------------------------------------------------------------- shared out in any way
 
 
-def test_the_shards_do_not_depend_on_chunks_or_processes(tmp_path, monkeypatch):
-    config = config_of(tmp_path, cleaning=CLEANING)
-    found = [shards(prepare(elsewhere(config, tmp_path / "two", num_proc=2)))]
-    found.append(shards(prepare(elsewhere(config, tmp_path / "one", num_proc=1))))
-    for size in (1500, 10**9):
+def test_the_shards_do_not_depend_on_chunks(tmp_path, monkeypatch):
+    config, found = config_of(tmp_path, cleaning=CLEANING), []
+    for size in (1500, CHUNK, 10**9):
         monkeypatch.setattr(stages, "CHUNK_BYTES", size)
-        found.append(shards(prepare(elsewhere(config, tmp_path / str(size), num_proc=1))))
+        found.append(shards(prepare(elsewhere(config, tmp_path / str(size)))))
     assert len(found[0]) == 5
-    assert all(other == found[0] for other in found)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.system
+def test_the_shards_do_not_depend_on_processes(tmp_path):
+    config = config_of(tmp_path, cleaning=CLEANING)
+    one, two = (shards(prepare(elsewhere(config, tmp_path / str(count), num_proc=count))) for count in (1, 2))
+    assert one == two
 
 
 def test_conversations_do_not_depend_on_chunks(tmp_path, monkeypatch):
@@ -116,6 +121,7 @@ def test_the_setting_says_how_many_processes_work(tmp_path, monkeypatch):
     assert seen == [3, None]
 
 
+@pytest.mark.system
 def test_workers_do_not_import_jax(tmp_path):
     names = []
     with Processes(2) as runner:
@@ -156,6 +162,7 @@ for point, text in json.load(sys.stdin):
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("points", "sections"), [(KILLS, {"cleaning": CLEANING}), (KILLS[3:4], AUGMENTED)])
 def test_killed_in_any_stage_it_goes_on_and_gives_the_same_shards(points, sections, tmp_path):
     config = (chat_config if sections is AUGMENTED else config_of)(tmp_path, **sections)
@@ -197,6 +204,7 @@ def test_what_was_read_before_a_kill_is_not_written_again(tmp_path, monkeypatch)
     assert shards(path) == shards(prepare(elsewhere(config, tmp_path / "whole")))
 
 
+@pytest.mark.system
 def test_no_worker_outlives_a_killed_prepare(tmp_path):
     config = elsewhere(config_of(tmp_path), tmp_path / "prepared", num_proc=2)
     code = (

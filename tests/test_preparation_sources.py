@@ -555,6 +555,7 @@ def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.system
 def test_importing_sources_imports_nothing_heavy():
     code = (
         "import sys, jaxgpt.preparation.sources, jaxgpt.data.tokenizer, jaxgpt.data.dataset\n"

@@ -69,6 +69,7 @@ def test_beam_that_is_not_installed_is_a_users_mistake(config, tmp_path, capsys,
     assert not (tmp_path / "prepared").exists()
 
 
+@pytest.mark.system
 def test_preparing_and_reading_never_import_tensorflow_or_torch(config):
     code = (
         "import sys, jax\n"

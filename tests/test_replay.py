@@ -28,8 +28,10 @@ TRAIN = """lr_scheduler_type = "constant"
 warmup_steps = 1
 [train]
 max_steps = 6
-per_device_train_batch_size = 1
+per_device_train_batch_size = 8
 compilation_cache_dir = ""
+[mesh]
+data = 1
 [eval]
 eval_steps = 6
 eval_batches = 1

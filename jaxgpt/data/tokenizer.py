@@ -195,18 +195,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         if (folder / FILE).is_file():
             text = (folder / FILE).read_text(encoding="utf-8")
-            known = _tokens(json.loads(text))
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             text = _gpt2_json(folder)
-            known = _tokens(json.loads(text))
         else:
             raise UserError(f"{folder}: no tokenizer here; it must hold tokenizer.json, or vocab.json and merges.txt")
+        known = _tokens(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: JSON and UTF-8
         raise UserError(f"{folder}: the tokenizer's files are broken ({error!r})") from None
-    end_of_text = _declared_end_of_text(folder)
-    if END_OF_TEXT in known:
-        end_of_text = END_OF_TEXT
-    if end_of_text not in known:
+    declared = _declared_end_of_text(folder)
+    end_of_text = END_OF_TEXT if END_OF_TEXT in known else declared
+    if end_of_text is None or end_of_text not in known:
         raise UserError(
             f"{folder}: the tokenizer has no end-of-text token: neither {END_OF_TEXT} nor an eos_token in "
             "tokenizer_config.json; add one"

@@ -33,7 +33,7 @@ def catalog_splits(
             (split, tfds_rows(builder, name, part, split, field, bad))
             for split, name in _splits(part, list(builder.info.splits))
         ]
-    splits = _huggingface_splits(part)
+    splits = _huggingface_call(part, "load_dataset", streaming=True)
     return [
         (split, _huggingface_rows(splits[name], name, part, split, field))
         for split, name in _splits(part, list(splits))
@@ -107,10 +107,6 @@ def tfds_rows(
             bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
 
 
-def _tfds_name(part: SourceConfig) -> str:
-    return part.source.removeprefix(TFDS)
-
-
 def _tfds_folder(part: SourceConfig) -> Path:
     """The data_dir: data.path, or TFDS's own default."""
     if part.path:
@@ -120,7 +116,7 @@ def _tfds_folder(part: SourceConfig) -> Path:
 
 def _tfds_on_disk(part: SourceConfig) -> list[Path]:
     """The dataset_info.json of every version of the dataset in the data_dir."""
-    pattern = f"{_tfds_name(part).replace(':', '/')}/**/dataset_info.json"
+    pattern = f"{part.source.removeprefix(TFDS).replace(':', '/')}/**/dataset_info.json"
     return [file for file in sorted(_tfds_folder(part).glob(pattern)) if "incomplete" not in file.parent.name]
 
 
@@ -128,7 +124,7 @@ def tfds_builder(part: SourceConfig) -> "tfds.core.DatasetBuilder":
     """The dataset on disk in ArrayRecord form, else the one that TFDS downloads and writes in that form."""
     import tensorflow_datasets as tfds
 
-    name, folder = _tfds_name(part), _tfds_folder(part)
+    name, folder = part.source.removeprefix(TFDS), _tfds_folder(part)
     array_record = tfds.core.FileFormat.ARRAY_RECORD
     found = [file.parent for file in _tfds_on_disk(part)]
     on_disk = [tfds.builder_from_directory(path) for path in found]
@@ -185,10 +181,6 @@ def _huggingface_call(part: SourceConfig, function: str, **options: object) -> A
             f"{part.source}: datasets cannot open it ({_first_line(error)}); check the name on "
             "https://huggingface.co/datasets, or give huggingface:json, csv, parquet or text and data.path, a folder"
         ) from None
-
-
-def _huggingface_splits(part: SourceConfig) -> dict:
-    return dict(_huggingface_call(part, "load_dataset", streaming=True))
 
 
 def _huggingface_rows(

@@ -221,44 +221,6 @@ def placed(text: str, code: int, border: int) -> Iterator[tuple[int, bool, str]]
         yield where - TRAIN, starts, text
 
 
-class _Streams:
-    """The tokens of a chunk's documents, as one stream for each split, with counts."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._end_of_text = np.array([tokenizer.end_of_text], np.int32)
-        self._batch: list[tuple[int, bool, int, str]] = []
-        self._size = 0
-        self._tokens: list[list[np.ndarray]] = [[], []]
-        self.counts = [{"num_bytes": 0, "num_documents": 0} for _ in SPLITS]
-        self.parts: dict[int, dict[str, int]] = {}
-
-    def add(self, split: int, starts: bool, part: int, text: str) -> None:
-        for number, piece in enumerate(self._tokenizer.pieces(text, PIECE)):
-            self._batch.append((split, starts and number == 0, part, piece))
-            self._size += len(piece)
-            if self._size >= BATCH:
-                self._encode()
-
-    def _encode(self) -> None:
-        encoded = self._tokenizer.encode_batch([text for *_, text in self._batch])
-        for (split, starts, part, text), tokens in zip(self._batch, encoded, strict=True):
-            size = len(text.encode())
-            if starts:
-                self._tokens[split].append(self._end_of_text)
-            self._tokens[split].append(tokens)
-            self.counts[split]["num_bytes"] += size
-            self.counts[split]["num_documents"] += starts
-            add_counts(self.parts, part, num_documents=starts, num_bytes=size, num_tokens=len(tokens) + starts)
-        self._batch, self._size = [], 0
-
-    def end(self) -> dict[str, np.ndarray]:
-        self._encode()
-        kind = self._tokenizer.dtype
-        whole = [np.concatenate([np.empty(0, np.int32), *parts]).astype(kind) for parts in self._tokens]
-        return dict(zip(SPLITS, whole, strict=True))
-
-
 def add_counts(counts: dict[Any, dict[str, Any]], key: int | str, **values: int) -> None:
     """Add the values to the counts under `key`."""
     there = counts.setdefault(key, {})
@@ -268,12 +230,34 @@ def add_counts(counts: dict[Any, dict[str, Any]], key: int | str, **values: int)
 
 def _text_tokens(rows: Rows, codes: list[int], border: int, tokenizer: Tokenizer) -> tuple[dict, dict]:
     """({"train": tokens, "validation": tokens}, counts); end-of-text precedes each document."""
-    streams = _Streams(tokenizer)
+    found: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in SPLITS]
+    splits: dict[str, dict[str, int]] = {name: {"num_bytes": 0, "num_documents": 0} for name in SPLITS}
+    parts: dict[int, dict[str, int]] = {}
+    for batch in _batches(rows, codes, border, tokenizer):
+        encoded = tokenizer.encode_batch([text for *_, text in batch])
+        for (split, starts, part, text), tokens in zip(batch, encoded, strict=True):
+            size = len(text.encode())
+            found[split] += [np.array([tokenizer.end_of_text], np.int32), tokens] if starts else [tokens]
+            add_counts(splits, SPLITS[split], num_bytes=size, num_documents=starts)
+            add_counts(parts, part, num_documents=starts, num_bytes=size, num_tokens=len(tokens) + starts)
+    arrays = {name: np.concatenate(arrays).astype(tokenizer.dtype) for name, arrays in zip(SPLITS, found)}
+    return arrays, {"splits": splits, "parts": parts}
+
+
+def _batches(
+    rows: Rows, codes: list[int], border: int, tokenizer: Tokenizer
+) -> Iterator[list[tuple[int, bool, int, str]]]:
+    """Lists of (split, whether a document starts, part of the mixture, text), each of about BATCH characters."""
+    batch, size = [], 0
     for text, part, code in zip(rows.texts, rows.parts, codes, strict=True):
         for split, starts, span in placed(text, code, border):
-            streams.add(split, starts, part, span)
-    arrays = streams.end()
-    return arrays, {"splits": dict(zip(SPLITS, streams.counts)), "parts": streams.parts}
+            for number, piece in enumerate(tokenizer.pieces(span, PIECE)):
+                batch.append((split, starts and number == 0, part, piece))
+                size += len(piece)
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+    yield batch
 
 
 def conversations(rows: Rows, codes: list[int], config: Config) -> Iterator[tuple[int, int, int, str, str]]:
