@@ -16,15 +16,12 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.dialogues import sgd_records
 from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord
 from jaxgpt.settings import SourceConfig
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 SUFFIXES = {
