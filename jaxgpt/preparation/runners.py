@@ -5,18 +5,18 @@ A stage is a function of a chunk's number that writes the chunk's file, so the r
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Protocol
 
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.preparation.chunks import WorkFolder
 from jaxgpt.storage.files import write_file
-
-if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
 
 _INLINE = 3  # so few chunks take no longer in this process, and tokenizing uses all cores by itself
 
@@ -58,8 +58,6 @@ class Processes:
             for number in numbers:
                 progress(task(number))
             return
-        from concurrent.futures.process import BrokenProcessPool
-
         try:
             for size in self._started().map(task, numbers):
                 progress(size)
@@ -70,11 +68,8 @@ class Processes:
                 "data.num_proc = 1 for less memory and no further process"
             ) from None
 
-    def _started(self) -> "ProcessPoolExecutor":
+    def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            import multiprocessing
-            from concurrent.futures import ProcessPoolExecutor
-
             # Not fork: a forked copy of a process with threads (JAX's, the tokenizer's) may hang.
             spawn = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._count, spawn, initializer=_begin_worker)
@@ -87,8 +82,6 @@ def _cores() -> int:
 
 def _begin_worker() -> None:
     """Set up a worker: one tokenizer thread, Ctrl-C is left to the parent, and the worker ends with its parent."""
-    import multiprocessing
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
