@@ -209,7 +209,7 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
     config = elsewhere(config_of(tmp_path), tmp_path / "prepared", num_proc=2)
     code = (
         "import sys\nfrom jaxgpt.config import from_json\nfrom jaxgpt.preparation import make_dataset, stages\n"
-        f"stages.CHUNK_BYTES = {CHUNK}\npreparation.prepare(from_json(sys.stdin.read()))\n"
+        f"stages.CHUNK_BYTES = {CHUNK}\nmake_dataset.prepare(from_json(sys.stdin.read()))\n"
     )
     hanging = os.environ | {"JAXGPT_FAILPOINT": "prepare.tokenize:hang"}
     run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=hanging, text=True)
