@@ -211,7 +211,7 @@ def prepare_bench(config: Config, trials: Sequence[Config]) -> Bench:
     from jaxgpt.parallel.accelerator import refuse_silent_cpu
     from jaxgpt.parallel.compiler import use_compilation_cache
     from jaxgpt.parallel.mesh import batch_shards, build_mesh
-    from jaxgpt.preparation.preparation import given_tokenizer, prepare
+    from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
     from jaxgpt.training import resume
     from jaxgpt.training.step import lay_out, resolve_batch
 

@@ -12,7 +12,7 @@ from jaxgpt.config import Config, load_config
 from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.errors import Interrupted
 from jaxgpt.parallel.mesh import build_mesh
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.settings import MeshConfig
 from jaxgpt.train import train
 from jaxgpt.training.metrics import read_metrics

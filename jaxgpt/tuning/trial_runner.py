@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.data.dataset import Batch, TokenDataset
-from jaxgpt.data.pipeline import eval_rows, train_rows
-from jaxgpt.data.skip_list import read_skip_list
+from jaxgpt.data.pipeline import eval_rows, read_skip_list, train_rows
 from jaxgpt.errors import Interrupted
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.mesh import batch_shards
