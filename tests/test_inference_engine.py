@@ -23,7 +23,7 @@ SLOTS = 4
 
 
 def model_params() -> dict:
-    params = gpt2.init_params(CONFIG, VOCAB, jax.random.key(0))
+    params = jax.jit(gpt2.init_params, static_argnums=(0, 1))(CONFIG, VOCAB, jax.random.key(0))
     return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params)  # it looks at its context
 
 
@@ -111,7 +111,7 @@ def test_a_request_gets_what_it_gets_alone_and_what_generate_gives(engine, decod
 
 
 def test_nothing_compiles_once_it_stands(engine):
-    programs = ("admit", "score", "decode_chunk", "release", "read", "_with_positions")
+    programs = ("admit", "score", "decode_chunk", "release", "prefill", "_with_positions")
     compiled = lambda: [getattr(slots, name)._cache_size() for name in programs]
     before = compiled()
     for number, request in enumerate(requests(8)):
@@ -170,7 +170,7 @@ def test_a_prompt_is_scored_as_the_model_scores_it(engine):
 
 
 def test_requests_that_belong_together_come_in_together_or_not_at_all(decoder):
-    with Engine(decoder, slots=1, chunk=3, queue=4) as engine:
+    with Engine(decoder, slots=SLOTS, chunk=3, queue=4) as engine:
         request = engine.check(Request([1], SamplingOptions(max_new_tokens=5)))
         with pytest.raises(QueueFull):
             engine.submit([(request, Reader())] * 5)

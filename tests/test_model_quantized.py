@@ -51,7 +51,7 @@ def shape_in_memory(layout: str, kind: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 5)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3)])
 def test_the_product_is_that_of_the_matrix_it_stands_for(kind, layout, rows):
     packed = pack(jnp.asarray(matrix(48, 2, 96)), 1, kind, layout)
     assert packed.tiles.shape == shape_in_memory(layout, kind)

@@ -12,6 +12,8 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import tokenizers
+
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.inference.decode import Continuation, Decoder, generate, stream
@@ -126,7 +128,7 @@ def complete(
         return generation.completions
     prompts = _token_ids(tokenizer, prompts)
 
-    def completion(prompt, made):
+    def completion(prompt: list[int], made: Continuation) -> Completion:
         text = TextStream(tokenizer, after=prompt)
         return Completion(text.add(made.tokens) + text.finish(), made.tokens, made.logprobs, made.finish_reason)
 
@@ -230,16 +232,18 @@ def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bo
 
 
 def _token_text(tokenizer: Tokenizer, after: Sequence[int]) -> "_ByteText | _WindowText":
-    from tokenizers import decoders
-
     backend = tokenizer.backend
-    return _ByteText(backend) if isinstance(backend.decoder, decoders.ByteLevel) else _WindowText(backend, after)
+    return (
+        _ByteText(backend)
+        if isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        else _WindowText(backend, after)
+    )
 
 
 class _ByteText:
     """Tokens that are bytes in GPT-2's alphabet: UTF-8 says by itself where a character ends."""
 
-    def __init__(self, backend):
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._token_of = backend.id_to_token
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -257,7 +261,7 @@ class _ByteText:
 class _WindowText:
     """Any other tokenizer: what a token adds is seen by decoding it together with the tokens right before it."""
 
-    def __init__(self, backend, after: Sequence[int]):
+    def __init__(self, backend: tokenizers.Tokenizer, after: Sequence[int]) -> None:
         self._backend = backend
         self._window = list(after)
         self._known = len(self._window)
@@ -287,11 +291,9 @@ class _WindowText:
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """What a token writes by itself; it may be a part of a character."""
-    from tokenizers import decoders
-
     backend = tokenizer.backend
     written = backend.id_to_token(token) or ""
-    if not isinstance(backend.decoder, decoders.ByteLevel):
+    if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
         is_byte = _BYTE_TOKEN.fullmatch(written)
         return bytes.fromhex(written[3:5]) if is_byte else tokenizer.decode([token]).encode()
     byte_of = _byte_of_character()
