@@ -27,7 +27,7 @@ def sampler(config: Config, dataset: TokenDataset) -> Sampler | None:
     """
     if not config.eval.sample_tokens:
         return None
-    if dataset.format == "text":
+    if not isinstance(dataset.validation, PackedRows):
         return continuing(config, dataset.vocab_size, dataset.tokenizer)
     if not config.eval.chat_prompts:
         return None

@@ -48,7 +48,7 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What the model wrote after a prompt."""
+    """The text that a model adds to a prompt, or a part of it."""
 
     tokens: list[int]
     """Without the token that ended it."""

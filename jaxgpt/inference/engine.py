@@ -1,11 +1,10 @@
 """Continuous batching: requests come and go while others are under way, each in a slot of one fixed batch.
 
-The idea: the device only ever runs a few programs, all compiled at the start (slots.py). `read` reads a prompt (one
-program for each bucket of lengths), `admit` puts it into the cache of a free slot, `decode_chunk` makes a few tokens
-for all slots. The cache is as long as the longest text needs, one of few sizes: `resize` changes it.
-Between two chunks, which take milliseconds, requests are admitted, their new tokens handed out, and those that were
-cancelled leave. A request has its own rules, seed and length, so it gets the tokens that `generate` gives it, whoever
-is beside it.
+The device only runs a few programs, all compiled at the start (slots.py). `prefill` reads a prompt (one program for
+each bucket of lengths), `admit` puts it into a free slot, `decode_chunk` makes a few tokens for all slots. The cache
+is as long as the longest text needs, one of few sizes: `resize` changes it. Between two chunks, which take
+milliseconds, requests are admitted, new tokens handed out, and cancelled requests removed. A request gets the tokens
+that `generate` gives it, whatever runs beside it.
 
 A thread of the engine's own does all of this; `submit` and `cancel` may be called from any other.
 
@@ -120,13 +119,13 @@ class Engine:
         self._closing: str | None = None  # "drain" or "now"
         self._outbox: list[tuple[Ticket, Piece]] = []
         self.failure: BaseException | None = None
-        """What ended the engine; it does nothing any more."""
+        """The exception that ended the engine."""
         self.chunks = 0
         """Made so far."""
         self.tokens = 0
         """Made so far, over all requests."""
         self.moved_at = time.monotonic()
-        """When the work in hand began, one chunk at most: long ago while requests run, and the device is stuck."""
+        """Start of the current chunk, by time.monotonic(); if that is long ago while requests run, the device is stuck."""
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -141,7 +140,7 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """How many requests can be under way."""
+        """The number of requests that can run at once."""
         return len(self._tickets)
 
     @property
@@ -157,7 +156,7 @@ class Engine:
         """The request as it can be carried out.
 
         Raises:
-            UserError: it does not fit the model, or asks for what there is not.
+            UserError: it does not fit the model, or a number in it is out of range.
         """
         options = request.options
         prompt = checked_prompt(self._decoder, request.prompt, options.max_new_tokens if request.continues else 0)
@@ -175,8 +174,8 @@ class Engine:
     ) -> list[Ticket]:
         """Have requests (from `check`) carried out, all of them or none; each one's function gets its pieces.
 
-        `run` has the functions called: at once, by the engine's thread, or with an event loop's `call_soon_threadsafe`
-        there, which is woken once for all that a chunk has made.
+        `run` calls these functions: at once in the engine's thread, or with `call_soon_threadsafe` in an event loop,
+        which then wakes once a chunk.
 
         Raises:
             QueueFull: try again later.
@@ -193,13 +192,13 @@ class Engine:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """Its slot is free after the chunk in hand; it gets a last piece that says "cancelled"."""
+        """End a request after the current chunk; its last piece has the reason "cancelled"."""
         with self._changed:
             ticket.cancelled = True
             self._changed.notify()
 
     def close(self, drain: bool = False, seconds: float | None = None) -> bool:
-        """Stop; with `drain` after all requests have ended, those that wait included. Whether it did in `seconds`."""
+        """Stop, with `drain` after all requests have ended, waiting ones included; returns whether it did in `seconds`."""
         with self._changed:
             self._closing = "drain" if drain else "now"
             self._changed.notify()
@@ -214,7 +213,7 @@ class Engine:
                 self.moved_at = time.monotonic()
                 self._admit_waiting()
                 self._make_chunk()
-        finally:  # whatever it was, nobody may wait for it for ever
+        finally:  # also after a failure: no request may wait for ever
             self.failure = sys.exception()
             self._end_all("error" if self.failure else "cancelled")
 

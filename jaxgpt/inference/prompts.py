@@ -1,4 +1,4 @@
-"""What a model is asked: prompts as users write them, and the prompts made of conversations. No jax import.
+"""Prompts: as users write them on the command line and in files, and as made of conversations. No jax import.
 
 The prompt of a conversation is whole turns or nothing. Where the context is full, the oldest question and answer are
 left out together, and the system message stays; so the model never reads half a turn, as it never did in training.
@@ -20,7 +20,7 @@ from jaxgpt.settings import ChatConfig
 class Prompt:
     text: str
     where: str
-    """Where the user wrote it, for messages."""
+    """The place where the user wrote it, for messages."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:

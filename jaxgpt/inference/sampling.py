@@ -1,8 +1,7 @@
 """The rules that turn logits into the next token, each row of a batch by its own: repetition penalty, temperature,
 top-k, top-p, min-p, in Hugging Face's order.
 
-A token is drawn by inverse cumulative distribution: line the tokens up, the likeliest first and of equal ones
-the lower id first, and take the first at which the summed weight exceeds a uniform number times the weight
+A token is drawn by inverse cumulative distribution: line the tokens up, the likeliest first and equal ones by id, and take the first at which the summed weight exceeds a uniform number times the weight
 that may be drawn. Top-k, top-p and min-p all keep a prefix of that line, so each only lowers this weight.
 
 Sorting GPT-2's vocabulary takes longer than a small model's whole step. So only the candidates are lined up: a
@@ -181,8 +180,8 @@ def _best(scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
 
 
 def _draw_each_its_way(few_B: Array, scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
-    """Tokens (B,) of rows of which some need the whole vocabulary. The others are drawn as they are without these: the
-    two ways add up in another order, and a row's token may not depend on the rows beside it."""
+    """Tokens (B,) where some rows need the whole vocabulary. The other rows are drawn as if these were not there: the two
+    ways sum in another order, and a row's token may not depend on the rows beside it."""
     from_all_B = _draw_from_all(scores_BV, uniform_B, rules)
     from_few = lambda: jnp.where(few_B, _draw_from_candidates(scores_BV, uniform_B, rules), from_all_B)
     return jax.lax.cond(few_B.any(), from_few, lambda: from_all_B)
@@ -265,7 +264,7 @@ def _at_mass(scores_BNL: Array, weights_BNL: Array, mass_B11: Array, uniform_B11
     held_B11 = jnp.minimum(jnp.round((mass_B11 - above_B11) / weight_B11), _total(jnp.where(tied_BNL, 1.0, 0.0)))
     place_B11 = jnp.clip(jnp.floor((target_B11 - above_B11) / weight_B11), 0, jnp.maximum(held_B11 - 1, 0))
 
-    # Of equal tokens the lower id goes first. float32 holds ids up to 2^24.
+    # The lower id of equal tokens goes first. float32 holds ids up to 2^24.
     blocks, block = scores_BNL.shape[1:]
     ids_1NL = jnp.arange(blocks * block, dtype=jnp.float32).reshape(1, blocks, block)
     order_BNL = jnp.where(tied_BNL, -ids_1NL, -jnp.inf)
@@ -300,7 +299,7 @@ def _threshold(x_BNL: Array, weights_BNL: Array, target_B11: Array, reaches: Cal
 
     order_B11 = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(target_B11.shape, jnp.uint32))
     lowest_B11 = jnp.where(weights_BNL > 0, x_BNL, jnp.inf).min(axis=(1, 2), keepdims=True)
-    # Of two numbers, one NaN, fmax takes the other: the order below that of -inf is of NaN.
+    # fmax prefers the number to a NaN, which the lowest orders stand for.
     return jnp.fmax(_float_at(order_B11), lowest_B11)
 
 

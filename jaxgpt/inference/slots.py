@@ -213,8 +213,7 @@ def _likeliest_if(wanted: Array, logits_BV: Array, count: int) -> tuple[Array, A
 @functools.partial(jax.jit, donate_argnames="slots")
 def admit(slots: Slots, one: Slots, slot: Array) -> Slots:
     """`slots` with one new row, as `prefill` gives it, at `slot`; its cache may be shorter."""
-    # What lies after the prompt in the slot's cache is an earlier request's: each place is overwritten before it is
-    # read.
+    # The cache after the prompt is an earlier request's: each place is overwritten before it is read.
     put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, slot * part.shape[0], axis=0)
     return jax.tree.map(put, slots, one)
 

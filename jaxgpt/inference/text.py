@@ -105,7 +105,7 @@ class TextGeneration:
 
     @property
     def completions(self) -> list[list[Completion]]:
-        """What was made so far, num_return_sequences entries a prompt."""
+        """The continuations so far, num_return_sequences a prompt."""
         made, count = [row.completion() for row in self._rows], self._options.num_return_sequences
         return [made[i : i + count] for i in range(0, len(made), count)]
 
@@ -150,7 +150,7 @@ def fit_prompt(ids: Sequence[int], options: SamplingOptions, n_positions: int, t
         )
     excess = len(ids) + new - n_positions
     if excess > 0 and not truncate:
-        # Where the prompt alone fits, fewer new tokens are the other way out.
+        # If the prompt alone fits, fewer new tokens help, too.
         fewer = f"ask for at most {n_positions - len(ids)} new tokens, " if len(ids) < n_positions else ""
         raise UserError(
             f"a prompt of {len(ids)} tokens and {new} new ones are {excess} more than the model's "
@@ -171,7 +171,7 @@ class GrowingText:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.offsets: list[int] = []
-        """Where the text of each of the first tokens begins, as far as `given_tokens` has come."""
+        """Start in the text of each of the first `given_tokens` tokens."""
         self._stream = TextStream(tokenizer, stop, after=prompt)
         self._counter = TextStream(tokenizer, after=prompt)
         self._pieces: list[str] = []
@@ -215,8 +215,8 @@ class GrowingText:
 def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bool]:
     """How much of the text is certain, and whether a stop text begins there.
 
-    Of several stop texts the one that begins first counts: where one is whole and another that began earlier
-    is not yet, only the next token tells.
+    The stop text that begins first counts: if one is complete and another began earlier but is not yet, the next token
+    decides.
     """
     whole = min((at for at in (text.find(end) for end in stop) if at >= 0), default=len(text) + 1)
     begun = len(text) + 1
@@ -290,7 +290,7 @@ class _WindowText:
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """What a token writes by itself; it may be a part of a character."""
+    """The bytes of a token; they may be part of a character."""
     backend = tokenizer.backend
     written = backend.id_to_token(token) or ""
     if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):

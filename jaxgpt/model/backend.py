@@ -54,6 +54,28 @@ def loss_gradients(dlogits_RV: Array, hidden_RD: Array, wte_VD: Array) -> tuple[
     return dhidden_RD, jnp.einsum("RV,RD->VD", dlogits_RV, hidden_RD, preferred_element_type=jnp.float32)
 
 
+def without_dropout(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """`attention.attend` by a kernel (q_BTNH, k_BSNH, v_BSNH, segments_BT) that has no dropout.
+
+    It raises a ValueError when it is called with a dropout key.
+    """
+
+    def attend(
+        q_BTNH: Array,
+        k_BSNH: Array,
+        v_BSNH: Array,
+        *,
+        segments_BT: Array | None = None,
+        dropout_rate: float | Array = 0.0,
+        dropout_key: Array | None = None,
+    ) -> Array:
+        if dropout_key is not None:
+            raise ValueError("this attention kernel has no dropout")
+        return kernel(q_BTNH, k_BSNH, v_BSNH, segments_BT)
+
+    return attend
+
+
 LinearOperation = Callable[[Array, Array, Array], Array]
 """(x_BTI, kernel_IO, bias_O) -> (B, T, O)"""
 LossGradients = Callable[[Array, Array, Array], tuple[Array, Array]]

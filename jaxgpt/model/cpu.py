@@ -1,9 +1,9 @@
 """The network's heavy operations in the forms that XLA runs fastest on CPU cores.
 
-The values are those of `backend.PLAIN` up to rounding; what differs is what XLA makes of them (docs/benchmarks.md has
-the measurements). Four things count: matrix products in a form that reaches the fast kernels, in bfloat16 above
-all; gradients written out, so that the backward pass reads what the forward pass kept; no score of a key that a
-query may not see; and borders where XLA would compute a cheap thing again for each of its readers.
+The values are those of `backend.PLAIN` up to rounding (docs/benchmarks.md has the measurements). Four things make the
+difference: matrix products in a form for which XLA has fast kernels, above all in bfloat16; gradients written out, so
+that the backward pass reads what the forward pass kept; no scores of keys that a query may not see; and optimization
+barriers where XLA would compute a cheap value again for each of its readers.
 
 Axes in names: B batch, T query position, S key position, D width, N heads, H head size, I inputs, O outputs,
 M = B x T rows of a matrix, Q queries of one chunk.
@@ -73,7 +73,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def loss_gradients(dlogits_RV: Array, hidden_RD: Array, wte_VD: Array) -> tuple[Array, Array]:
-    """As backend.loss_gradients. Behind the border, or XLA computes the softmax anew inside both products."""
+    """As `backend.loss_gradients`; without the barrier XLA computes the softmax again inside both products."""
     dlogits_RV = lax.optimization_barrier(dlogits_RV)
     dhidden_RD = _product(dlogits_RV, wte_VD, (1, 0)).astype(hidden_RD.dtype)
     return dhidden_RD, kernel_gradient(dlogits_RV, hidden_RD)
@@ -127,9 +127,9 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def residual(x_BTD: Array) -> Array:
-    """The identity, and a border that XLA fuses nothing across, in both directions.
+    """The identity, with an optimization barrier in both directions.
 
-    Without it XLA computes the whole sum of the branches, and the whole gradient, anew inside every reader.
+    Without it XLA computes the whole sum of the branches, and the whole gradient, again inside every reader.
     """
     return lax.optimization_barrier(x_BTD)
 
@@ -166,7 +166,7 @@ def _chunks(length: int) -> list[tuple[int, int]]:
 
 
 Factors = tuple[Array, ...] | None
-"""What dropout multiplies the weights of each chunk by; None without dropout."""
+"""The factors of dropout for the weights of each chunk; None without dropout."""
 
 
 @jax.custom_vjp

@@ -201,10 +201,23 @@ class GPT2(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
-        rate, key = dropout
+        (rate, key), layers = dropout, self.config.n_layer
         if key is not None:
-            x_BTD = drop_out(x_BTD, rate, jax.random.fold_in(key, self.config.n_layer))
-        return self.ln_f(self._layers(x_BTD, segments_BT, dropout, gather_block, backend), backend)
+            x_BTD = drop_out(x_BTD, rate, jax.random.fold_in(key, layers))
+        graph, state = nnx.split(self.blocks)
+        stacked = nnx.to_pure_dict(state)
+
+        def layer(x_BTD: Array, block: dict, index: int | Array) -> Array:
+            here = None if key is None else jax.random.fold_in(key, index)
+            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout=(rate, here), backend=backend)[0]
+
+        layer = _remat(layer, self.config)
+        if self.config.scan_layers:
+            x_BTD, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, jnp.arange(layers)))
+        else:
+            for index, block in enumerate(_unstack(stacked, layers)):
+                x_BTD = layer(x_BTD, block, index)
+        return self.ln_f(x_BTD, backend)
 
     def embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         """The sum of the embeddings, rounded once, to the compute type."""
@@ -221,30 +234,6 @@ class GPT2(nnx.Module):
             wte_VD = wte.astype(hidden_BTD.dtype)
             logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, wte_VD, preferred_element_type=jnp.float32)
         return logits[..., : self.vocab_size]
-
-    def _layers(
-        self,
-        x_BTD: Array,
-        segments_BT: Array | None,
-        dropout: Dropout,
-        gather_block: Callable[[dict], dict],
-        backend: Backend,
-    ) -> Array:
-        (rate, key), layers = dropout, self.config.n_layer
-        graph, state = nnx.split(self.blocks)
-        stacked = nnx.to_pure_dict(state)
-
-        def layer(x_BTD: Array, block: dict, index: int | Array) -> Array:
-            here = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout=(rate, here), backend=backend)[0]
-
-        layer = _remat(layer, self.config)
-        if self.config.scan_layers:
-            indices_L = jnp.arange(layers)
-            return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, indices_L))[0]
-        for index, block in enumerate(_unstack(stacked, layers)):
-            x_BTD = layer(x_BTD, block, index)
-        return x_BTD
 
 
 def _positions(segments_BT: Array) -> Array:
@@ -314,7 +303,7 @@ def decoding_weights(config: ModelConfig, params: dict, kind: str, layout: str) 
     Taken apart once: slicing the stacked parameters anew for each token would read and write all of them.
     `kind` is "float32", "bfloat16" or "int8"; `layout` says how they lie (quantized.py).
     """
-    # What each projection sums over: the width, the heads' outputs, the width, the hidden units.
+    # The number of input axes of each projection.
     inputs = {("attn", "c_attn"): 1, ("attn", "c_proj"): 2, ("mlp", "c_fc"): 1, ("mlp", "c_proj"): 1}
     blocks = {part: dict(content) for part, content in params["blocks"].items()}
     for (part, name), axes in inputs.items():

@@ -1,8 +1,7 @@
 """Hugging Face's GPT-2 folders, read and written: config.json and the weights as safetensors.
 
-One table (`NAMES`) says how each of our arrays is called there and which shape one layer of it has; reading and
-writing both walk that table. The numbers are the same and lie in the same order, so a reshape is all there is to
-do. Nothing here can run code: pickles are refused, and so are models that bring their own.
+One table (`NAMES`) has the name of each of our arrays there and the shape of one layer; reading and writing both use
+it. The numbers are the same in the same order, so only shapes change. Nothing here can run code: pickles are refused, and so are models that bring their own.
 """
 
 import dataclasses
@@ -52,7 +51,7 @@ BUFFERS = ("h.{}.attn.bias", "h.{}.attn.masked_bias")  # the causal mask, stored
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# What transformers.GPT2Config takes for a setting that config.json does not name.
+# The defaults of transformers.GPT2Config for settings that config.json leaves out.
 DEFAULTS: dict[str, Any] = dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None)
 DEFAULTS |= dict(activation_function="gelu_new", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 # GPT2Config reads these too.

@@ -24,7 +24,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's numbers lie."""
+    """The place of a tensor's numbers."""
 
     file: Path
     dtype: str

@@ -15,25 +15,6 @@ Kept = tuple[Array, Array]
 """Inputs and kernel of a linear layer, for its gradients."""
 
 
-def attend(
-    q_BTNH: Array,
-    k_BSNH: Array,
-    v_BSNH: Array,
-    *,
-    segments_BT: Array | None = None,
-    dropout_rate: float | Array = 0.0,
-    dropout_key: Array | None = None,
-) -> Array:
-    """`attention.attend` by the kernel, which has no dropout.
-
-    Raises:
-        ValueError: it is called with a dropout key.
-    """
-    if dropout_key is not None:
-        raise ValueError("the attention kernel has no dropout")
-    return flash_attention(q_BTNH, k_BSNH, v_BSNH, segments_BT)
-
-
 @jax.custom_vjp
 def layer_norm(x_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
     """As `backend.layer_norm`."""
@@ -102,4 +83,10 @@ linear.defvjp(_linear_saving_inputs, _linear_gradients)
 linear_apart.defvjp(_linear_saving_inputs, _linear_apart_gradients)
 
 # Logits of 2,048 tokens of GPT-2's vocabulary are 206 MB; all of 16,384 at once are no faster (v5e), and 1.2 GiB more.
-TPU = Backend(attend=attend, linear=linear, layer_norm=layer_norm, linear_apart=linear_apart, loss_rows=2048)
+TPU = Backend(
+    attend=backend.without_dropout(flash_attention),
+    linear=linear,
+    layer_norm=layer_norm,
+    linear_apart=linear_apart,
+    loss_rows=2048,
+)
