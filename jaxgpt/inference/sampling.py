@@ -1,13 +1,13 @@
 """The rules that turn logits into the next token, each row of a batch by its own: repetition penalty, temperature,
 top-k, top-p, min-p, in Hugging Face's order.
 
-A token is drawn by inverse cumulative distribution: line the tokens up, the likeliest first and equal ones by id, and take the first at which the summed weight exceeds a uniform number times the weight
-that may be drawn. Top-k, top-p and min-p all keep a prefix of that line, so each only lowers this weight.
+A token is drawn by inverse cumulative distribution: sort the tokens, the likeliest first and equal ones by id, and take
+the first at which the summed weight exceeds a uniform number times the weight that may be drawn. Top-k, top-p and
+min-p all keep a prefix of that order, so each only lowers this weight.
 
-Sorting GPT-2's vocabulary takes longer than a small model's whole step. So only the candidates are lined up: a
-vocabulary of bytes or characters whole, of a larger one the 64 best tokens. Where a row may draw others, a search
-over the bits of a float32 finds the cuts instead, a pass over the vocabulary for each bit. All rules are traced
-values: changing them compiles nothing.
+Sorting GPT-2's vocabulary takes longer than a small model's whole step, so only candidates are sorted: a vocabulary of
+bytes or characters whole, of a larger one the 64 best tokens. Where a row may draw others, a search over the bits of a
+float32 finds the cuts, a pass over the vocabulary for each bit. All rules are traced: changing them compiles nothing.
 
 Axes in names: B rows, V vocabulary, K candidates, N blocks of the vocabulary, L tokens of a block, 1 an axis of
 size one.
@@ -180,7 +180,7 @@ def _best(scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
 
 
 def _draw_each_its_way(few_B: Array, scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
-    """Tokens (B,) where some rows need the whole vocabulary. The other rows are drawn as if these were not there: the two
+    """Tokens (B,) where some rows need the whole vocabulary. The others are drawn as if these were not there: the two
     ways sum in another order, and a row's token may not depend on the rows beside it."""
     from_all_B = _draw_from_all(scores_BV, uniform_B, rules)
     from_few = lambda: jnp.where(few_B, _draw_from_candidates(scores_BV, uniform_B, rules), from_all_B)

@@ -1,7 +1,8 @@
 """Hugging Face's GPT-2 folders, read and written: config.json and the weights as safetensors.
 
 One table (`NAMES`) has the name of each of our arrays there and the shape of one layer; reading and writing both use
-it. The numbers are the same in the same order, so only shapes change. Nothing here can run code: pickles are refused, and so are models that bring their own.
+it. The numbers are the same in the same order, so only shapes change. Nothing here can run code: pickles are refused,
+and so are models that bring their own.
 """
 
 import dataclasses
