@@ -125,7 +125,7 @@ class Engine:
         self.tokens = 0
         """Made so far, over all requests."""
         self.moved_at = time.monotonic()
-        """Start of the current chunk, by time.monotonic(); if that is long ago while requests run, the device is stuck."""
+        """Start of the current chunk (time.monotonic()); long ago while requests run, the device is stuck."""
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -198,7 +198,7 @@ class Engine:
             self._changed.notify()
 
     def close(self, drain: bool = False, seconds: float | None = None) -> bool:
-        """Stop, with `drain` after all requests have ended, waiting ones included; returns whether it did in `seconds`."""
+        """Stop, with `drain` after all requests have ended, waiting ones too; returns whether it did in `seconds`."""
         with self._changed:
             self._closing = "drain" if drain else "now"
             self._changed.notify()

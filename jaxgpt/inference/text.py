@@ -16,7 +16,7 @@ import tokenizers
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import Continuation, Decoder, generate, stream
+from jaxgpt.inference.decode import Continuation, Decoder, stream
 from jaxgpt.inference.sampling import SamplingOptions
 
 REPLACEMENT = "\ufffd"
@@ -77,9 +77,10 @@ class TextGeneration:
         tokenizer: Tokenizer,
         prompts: Sequence[str | Sequence[int]],
         options: SamplingOptions,
+        chunk: int = 8,
     ):
-        """A prompt is text, or token ids."""
-        self._decoder, self._options = decoder, options
+        """A prompt is text, or token ids; `chunk` tokens are made between two looks at the stop texts."""
+        self._decoder, self._options, self._chunk = decoder, options, chunk
         self._prompts = _token_ids(tokenizer, prompts)
         self._rows = [
             GrowingText(tokenizer, options.stop, prompt)
@@ -89,7 +90,7 @@ class TextGeneration:
 
     def __iter__(self) -> Iterator[list[str]]:
         """The new text of each row, again and again; "" for a row that has none."""
-        parts = stream(self._decoder, self._prompts, self._options)
+        parts = stream(self._decoder, self._prompts, self._options, self._chunk)
         try:
             new = next(parts)
             while True:
@@ -121,19 +122,11 @@ def complete(
     Raises:
         UserError: prompt and new tokens do not fit the context, or the prompt cannot be read.
     """
-    if options.stop:
-        generation = TextGeneration(decoder, tokenizer, prompts, options)
-        for _ in generation:
-            pass
-        return generation.completions
-    prompts = _token_ids(tokenizer, prompts)
-
-    def completion(prompt: list[int], made: Continuation) -> Completion:
-        text = TextStream(tokenizer, after=prompt)
-        return Completion(text.add(made.tokens) + text.finish(), made.tokens, made.logprobs, made.finish_reason)
-
-    batch = generate(decoder, prompts, options)  # one compiled call, with no stop on the way
-    return [[completion(prompt, made) for made in row] for prompt, row in zip(prompts, batch, strict=True)]
+    # One call of the device if there is no stop text to look for.
+    generation = TextGeneration(decoder, tokenizer, prompts, options, 8 if options.stop else options.max_new_tokens)
+    for _ in generation:
+        pass
+    return generation.completions
 
 
 def fit_prompt(ids: Sequence[int], options: SamplingOptions, n_positions: int, truncate: bool) -> list[int]:
