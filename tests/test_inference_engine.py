@@ -149,13 +149,14 @@ def test_alternatives_are_the_likeliest_tokens_of_the_model_itself(engine, decod
 
 def test_a_prompt_is_scored_as_the_model_scores_it(engine):
     params = model_params()
+    all_logits = jax.jit(lambda tokens_1T: gpt2.bind(CONFIG, VOCAB, params)(tokens_1T))
     for length, continues in ((1, True), (2, False), (30, True), (63, True), (64, False)):
         prompt = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
         free = SamplingOptions(max_new_tokens=1, temperature=0.0)
         reader = ask(engine, prompt, free, scores_prompt=True, continues=continues, alternatives=5).wait()
         told = reader.pieces[0].prompt
-        logits_TV = gpt2.bind(CONFIG, VOCAB, params)(np.array([prompt], np.int32))[0]
-        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        padded = np.array([prompt + [0] * (CONFIG.n_positions - length)], np.int32)
+        logprobs_TV = np.asarray(jax.nn.log_softmax(all_logits(padded)[0]))
         assert told.tokens == prompt and told.logprobs[0] is None and told.alternatives[0] == []
         np.testing.assert_allclose(
             told.logprobs[1:], logprobs_TV[np.arange(length - 1), prompt[1:]].astype(float), atol=1e-4
