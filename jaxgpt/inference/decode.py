@@ -10,6 +10,7 @@ K stop tokens.
 
 import dataclasses
 from collections.abc import Generator, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ def build_decoder(
     if on_cpu and _mesh(params) is None:
         layout = "streamed" if rows == 1 else "turned"
     packed = _pack(config, params, kind, layout)
-    compute = "float32" if on_cpu or kind == "float32" else "bfloat16"
+    compute: Literal["float32", "bfloat16"] = "float32" if on_cpu or kind == "float32" else "bfloat16"
     return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text)
 
 
