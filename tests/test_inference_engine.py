@@ -18,7 +18,7 @@ from jaxgpt.model import gpt2
 from jaxgpt.settings import ModelConfig
 
 VOCAB = 300  # more than the sampler's small vocabulary: all of its ways are used
-CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, dtype="float32")
+CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=64, dtype="float32")
 SLOTS = 4
 
 

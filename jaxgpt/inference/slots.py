@@ -154,28 +154,24 @@ def decode_chunk(
     rows = slots.token_B.shape[0]
 
     def unfinished(carry: tuple) -> Array:
-        step, slots, _ = carry
-        return (step < max_steps) & (slots.left_B > 0).any()
+        step, _, _, left_B, _, _ = carry
+        return (step < max_steps) & (left_B > 0).any()
 
     def add_token(carry: tuple) -> tuple:
-        step, slots, out = carry
-        busy_B = slots.left_B > 0
-        logits_BV, cache = gpt2.read_token(config, vocab_size, weights, slots.token_B, slots.cache)
-        token_B, logprob_B = sample(logits_BV, uniform_SB[step], rules, slots.seen_BV)
+        step, cache, token_B, left_B, seen_BV, out = carry
+        busy_B, length_B = left_B > 0, cache.length_B
+        logits_BV, cache = gpt2.read_token(config, vocab_size, weights, token_B, cache)
+        new_B, logprob_B = sample(logits_BV, uniform_SB[step], rules, seen_BV)
         others = _likeliest_if(wanted, logits_BV, count) if count else ()
-        stopped_B = (token_B[:, None] == slots.stops_BK).any(axis=1)
-        new = (jnp.where(busy_B, token_B, NO_TOKEN), logprob_B, *others)
+        new = (jnp.where(busy_B, new_B, NO_TOKEN), logprob_B, *others)
         out = tuple(jax.lax.dynamic_update_index_in_dim(whole, part, step, 1) for whole, part in zip(out, new))
-        seen_BV = slots.seen_BV
-        slots = dataclasses.replace(
-            slots,
-            # A row that is not busy stays where it is, or its length would outgrow the cache.
-            cache=dataclasses.replace(cache, length_B=jnp.where(busy_B, cache.length_B, slots.cache.length_B)),
-            token_B=jnp.where(busy_B, token_B, slots.token_B),
-            left_B=jnp.where(busy_B & ~stopped_B, slots.left_B - 1, 0),
-            seen_BV=None if seen_BV is None else seen_BV.at[jnp.arange(rows), token_B].max(busy_B),
-        )
-        return step + 1, slots, out
+        # A row that is not busy stays where it is, or its length would outgrow the cache.
+        cache = dataclasses.replace(cache, length_B=jnp.where(busy_B, cache.length_B, length_B))
+        stopped_B = (new_B[:, None] == slots.stops_BK).any(axis=1)
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(rows), new_B].max(busy_B)
+        left_B = jnp.where(busy_B & ~stopped_B, left_B - 1, 0)
+        return step + 1, cache, jnp.where(busy_B, new_B, token_B), left_B, seen_BV, out
 
     # A row that is not busy must not choose how the others' tokens are drawn.
     idle = jax.tree.map(jnp.asarray, rules_of([FREE], vocab_size))
@@ -188,8 +184,10 @@ def decode_chunk(
     empty = [jnp.full((rows, most), NO_TOKEN, jnp.int32), jnp.zeros((rows, most), jnp.float32)]
     if count:
         empty += [jnp.zeros((rows, most, count), jnp.int32), jnp.zeros((rows, most, count), jnp.float32)]
-    _, slots, out = jax.lax.while_loop(unfinished, add_token, (jnp.int32(0), slots, tuple(empty)))
-    out = (*out, slots.left_B)
+    start = (jnp.int32(0), slots.cache, slots.token_B, slots.left_B, slots.seen_BV, tuple(empty))
+    _, cache, token_B, left_B, seen_BV, out = jax.lax.while_loop(unfinished, add_token, start)
+    slots = dataclasses.replace(slots, cache=cache, token_B=token_B, left_B=left_B, seen_BV=seen_BV)
+    out = (*out, left_B)
     if mesh is not None:
         # The compiler may leave the answer split over the mesh; whole on each device, any process can read it.
         out = jax.lax.with_sharding_constraint(out, replicated(mesh))
