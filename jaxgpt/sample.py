@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else None)
     prompts = _prompts(arguments)
 
-    from jaxgpt.parallel.host_memory import keep_freed_memory
+    from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
 

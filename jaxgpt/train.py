@@ -36,7 +36,7 @@ def train(config: Config, workdir: Path, force: bool = False) -> None:
     What is wrong with the input is found before anything is written; `force` accepts settings that change what
     follows in a run and not what was.
     """
-    from jaxgpt.parallel.host_memory import keep_freed_memory
+    from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
     from jaxgpt.parallel import distributed

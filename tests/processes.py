@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxgpt import cli
 from jaxgpt.errors import StorageFailed
-from jaxgpt.launch import local_environments
+from jaxgpt.parallel.local_launch import local_environments
 
 HOST_TIMEOUT = 2.0
 STOP_AT, FAIL_AT = 5, 5

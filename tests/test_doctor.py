@@ -15,17 +15,17 @@ from tiny import RUN
 
 from jaxgpt import doctor
 from jaxgpt.config import Config
-from jaxgpt.diagnosis import accelerators, file_holders, software
+from jaxgpt.diagnosis import accelerators, checkup, machine, software
+from jaxgpt.diagnosis.checkup import PROBES, Child
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, WARNING, Case
-from jaxgpt.diagnosis.probe_process import Child
 from jaxgpt.errors import EXIT_USER
 from jaxgpt.settings import MeshConfig, TrainConfig
 
-NAMES = [name for probe in doctor.PROBES for name in probe.names]
+NAMES = [name for probe in PROBES for name in probe.names]
 
 
 def probe(name: str):
-    return next(probe for probe in doctor.PROBES if name in probe.names)
+    return next(probe for probe in PROBES if name in probe.names)
 
 
 def run(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -117,7 +117,7 @@ def test_a_probe_that_hangs_ends_itself_in_time_and_says_where(hanging):
     assert time.monotonic() - started < 8
     assert (memory.name, memory.status) == ("memory", PROBLEM)
     assert memory.text.startswith("no answer in 1 s (in ") and memory.fix == "restart the machine"
-    assert "host.py" in memory.facts["stack"]
+    assert "machine.py" in memory.facts["stack"]
     assert open_files.status == NOT_APPLICABLE
     assert is_gone(child)
 
@@ -139,7 +139,7 @@ def test_a_probe_that_crashes_is_a_problem_and_not_the_end(hanging):
 
 def test_nobody_is_left_when_the_doctor_is_stopped(hanging):
     before = set(psutil.Process().children())  # other tests' process pools keep a tracker
-    answers = doctor.diagnose(hanging, 30.0)
+    answers = checkup.diagnose(hanging, 30.0)
     assert next(answers).name == "python"
     children = set(psutil.Process().children()) - before
     assert children
@@ -206,7 +206,7 @@ def test_the_holder_of_libtpus_lock_is_named_by_the_kernel(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code, lock], stdin=-1, stdout=-1) as owner:
         assert owner.stdout.readline() == b"locked\n"
-        assert file_holders.lock_owners(lock, Path("/")) == [owner.pid]
+        assert machine.lock_owners(lock, Path("/")) == [owner.pid]
         with_tpu(tmp_path)
         (tmp_path / "proc").symlink_to("/proc")
         [held] = accelerators.holder(case(tmp_path, root=str(tmp_path)))

@@ -10,7 +10,7 @@ import pytest
 from processes import is_alive, wait_for
 
 from jaxgpt import launch
-from jaxgpt.launch import local_environments, run_together
+from jaxgpt.parallel.local_launch import local_environments, run_together
 
 NUMBER = "import os, sys, time; number = int(os.environ['JAXGPT_PROCESS_ID'])\n"
 
@@ -67,8 +67,11 @@ def launcher(tmp_path):
         f"open(rf'{tmp_path}/{{number}}', 'w').write(str(os.getpid()))\n"
         "time.sleep(60)"
     )
-    run = f"from jaxgpt.launch import *\nsys.exit(run_together([sys.executable, '-c', {NUMBER + code!r}], "
-    process = subprocess.Popen([sys.executable, "-c", run + "local_environments(2, 1), 30))"])
+    run = (
+        "import sys; from jaxgpt.parallel.local_launch import local_environments, run_together\n"
+        f"sys.exit(run_together([sys.executable, '-c', {NUMBER + code!r}], local_environments(2, 1), 30))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", run])
     wait_for(lambda: all((tmp_path / str(n)).exists() and (tmp_path / str(n)).read_text() for n in range(2)))
     yield process, [int((tmp_path / str(n)).read_text()) for n in range(2)]
     process.kill()

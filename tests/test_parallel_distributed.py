@@ -22,7 +22,8 @@ from tiny import RUN
 
 from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, UserError
 from jaxgpt.parallel import distributed
-from jaxgpt.parallel.distributed import Place, StopVote, place_in
+from jaxgpt.parallel.cluster_env import ProcessPlace
+from jaxgpt.parallel.distributed import StopVote, place_in
 from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, Peers, PeerWatch, Sign
 from jaxgpt.parallel.join import roll_call
 from jaxgpt.training.checkpoint import finished_steps
@@ -43,15 +44,15 @@ SLURM = {
 
 
 def test_the_setting_decides_whether_a_pod_is_joined():
-    assert place_in(OURS, "auto") == place_in(OURS, "on") == Place("10.0.0.1:8476", 4, 2)
+    assert place_in(OURS, "auto") == place_in(OURS, "on") == ProcessPlace("10.0.0.1:8476", 4, 2)
     assert place_in(OURS, "off") is None
     assert place_in({}, "auto") is None
-    with pytest.raises(UserError, match="nothing here speaks of other processes; set JAXGPT_COORDINATOR"):
+    with pytest.raises(UserError, match="nothing here names other processes; set JAXGPT_COORDINATOR"):
         place_in({}, "on")
 
 
 def test_a_cluster_is_recognised_by_its_environment():
-    assert place_in(SLURM, "auto") == Place(f"node001:{77 + 65535 - 2**12 + 1}", 2, 1)
+    assert place_in(SLURM, "auto") == ProcessPlace(f"node001:{77 + 65535 - 2**12 + 1}", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,9 @@ def roll_calls(processes: list[tuple[int, int]], timeout: float, versions: tuple
     [first] = environments(1)
     address = first["JAXGPT_COORDINATOR"]
     code = (
-        "import sys; from jaxgpt.parallel.cluster_env import Place; from jaxgpt.parallel.join import roll_call\n"
+        "import sys; from jaxgpt.parallel.cluster_env import ProcessPlace; from jaxgpt.parallel.join import roll_call\n"
         "count, process, seconds = map(int, sys.argv[2:5])\n"
-        "roll_call(Place(sys.argv[1], count, process), seconds, {'jax': sys.argv[5]})"
+        "roll_call(ProcessPlace(sys.argv[1], count, process), seconds, {'jax': sys.argv[5]})"
     )
     running = [
         subprocess.Popen(
@@ -151,7 +152,7 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(HostLost, match=f"port {port} of this host is taken"):
-            roll_call(Place(f"127.0.0.1:{port}", 2, 0), 0.5)
+            roll_call(ProcessPlace(f"127.0.0.1:{port}", 2, 0), 0.5)
 
 
 # ---------------------------------------------------------------- who is lost

@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.diagnosis.file_holders import describe, file_users, lock_owners
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
-from jaxgpt.diagnosis.other_hosts import Unclear, group_of
+from jaxgpt.diagnosis.machine import describe, file_users, lock_owners
 from jaxgpt.errors import UserError
 from jaxgpt.parallel.accelerator import Accelerator, accelerators, asks_for_cpu, plugin_to_install
+from jaxgpt.parallel.cluster_env import Unclear, find_place
 
 LOCK = "tmp/libtpu_lockfile"  # libtpu locks it (lockf) as long as its process holds the chips
 
@@ -173,7 +173,7 @@ def _arithmetic(devices: list) -> Finding:
 
 def _is_one_of_several(case: Case) -> bool:
     try:
-        return group_of(os.environ, Path(case.root)) is not None
+        return find_place(os.environ, Path(case.root)) is not None
     except Unclear:
         return True
 
