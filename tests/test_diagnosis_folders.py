@@ -15,6 +15,7 @@ from machines import case
 from jaxgpt.config import Config
 from jaxgpt.diagnosis import experiment, machine
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
+from jaxgpt.preparation.preparation import prepare
 from jaxgpt.settings import DataConfig, ModelConfig, TokenizerConfig
 from jaxgpt.storage.lease import Lease
 
@@ -33,6 +34,7 @@ def run_folder_on(mount: str, here: Case, before: str = "true") -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.system
 def test_a_read_only_run_folder_is_a_problem(tmp_path):
     finding, room = run_folder_on("-t tmpfs -o ro none", case(tmp_path))
     assert finding["status"] == PROBLEM and "Read-only file system" in finding["text"]
@@ -47,6 +49,7 @@ def test_a_run_folder_of_somebody_else_is_a_problem(tmp_path):
     assert finding.status == PROBLEM and "chown" in finding.fix
 
 
+@pytest.mark.system
 def test_a_full_disk_is_a_problem_and_a_small_one_too(tmp_path):
     here, size = case(tmp_path, is_given=True), "-t tmpfs -o size=4m none"
     full, _ = run_folder_on(size, here, f"head -c 8000000 /dev/zero > {here.workdir}/filled 2> /dev/null")
@@ -107,8 +110,6 @@ def test_a_bucket_has_to_be_mounted():
 
 
 def test_prepared_data_is_found_and_damage_is_a_problem(tmp_path):
-    from jaxgpt.preparation.preparation import prepare
-
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     settings = DataConfig(source="text", path=str(tmp_path / "text.txt"), prepared_dir=str(tmp_path / "prepared"))
     config = Config(data=settings, tokenizer=TokenizerConfig(type="char"), model=ModelConfig(n_positions=32))

@@ -19,6 +19,7 @@ def ran(code: str, count: int = 2, grace: float = 30) -> int:
     return run_together([sys.executable, "-c", NUMBER + code], local_environments(count, 1), grace)
 
 
+@pytest.mark.system
 def test_each_process_gets_its_place_and_its_devices(capfd):
     names = "JAXGPT_COORDINATOR JAXGPT_NUM_PROCESSES JAXGPT_PROCESS_ID JAX_PLATFORMS XLA_FLAGS"
     assert ran(f"print(*(os.environ[name] for name in {names.split()}))") == 0
@@ -31,6 +32,7 @@ def test_each_process_gets_its_place_and_its_devices(capfd):
     assert first[4].endswith("--xla_force_host_platform_device_count=1")
 
 
+@pytest.mark.system
 def test_lines_of_different_processes_do_not_mix(capfd):
     assert ran("[print(str(number) * 200, flush=True) for _ in range(300)]", count=3) == 0
     lines = capfd.readouterr().out.splitlines()
@@ -38,6 +40,7 @@ def test_lines_of_different_processes_do_not_mix(capfd):
     assert set(lines) == {f"[{number}] {str(number) * 200}" for number in range(3)}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -52,6 +55,7 @@ def test_the_exit_code_is_that_of_the_first_process_that_failed(code, expected):
     assert ran(code) == expected
 
 
+@pytest.mark.system
 def test_once_one_failed_the_others_have_a_bounded_time(capfd):
     began = time.monotonic()
     assert ran("number or sys.exit(3); time.sleep(60)", grace=0.5) == 3
@@ -77,6 +81,7 @@ def launcher(tmp_path):
     process.kill()
 
 
+@pytest.mark.system
 def test_what_the_launcher_is_sent_reaches_all(launcher):
     process, children = launcher
     process.send_signal(signal.SIGTERM)
@@ -84,6 +89,7 @@ def test_what_the_launcher_is_sent_reaches_all(launcher):
     assert not any(map(is_alive, children))
 
 
+@pytest.mark.system
 def test_no_process_outlives_a_launcher_that_is_killed(launcher):
     process, children = launcher
     process.kill()
@@ -106,6 +112,7 @@ def test_wrong_arguments_are_one_line(arguments, complaint, capsys):
     assert line.startswith("error: ") and complaint in line
 
 
+@pytest.mark.system
 def test_the_exit_code_of_what_was_launched_is_the_launchers(tmp_path):
     command = ["-m", "jaxgpt", "launch", "--local-procs", "2", "--", "train", "--config", str(tmp_path / "no.toml")]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ)

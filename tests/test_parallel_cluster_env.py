@@ -283,6 +283,7 @@ def test_an_axis_that_would_cross_slices_is_refused():
         build_mesh(MeshConfig(), jax.devices()[:7], halves)
 
 
+@pytest.mark.system
 def test_the_devices_of_tpu_slices_say_which_they_are_in(monkeypatch):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: plan)")
     from jax.experimental import topologies
@@ -347,6 +348,7 @@ def free_port() -> str:
         return str(unused.getsockname()[1])
 
 
+@pytest.mark.system
 def test_two_slices_find_each_other_by_their_metadata_and_only_data_crosses(tmp_path, vm):
     """Two hosts that know of each other from two metadata servers alone; their two devices each are a slice."""
     root, port = vm("v6e-8"), free_port()
@@ -378,6 +380,7 @@ def test_a_host_whose_others_do_not_come_names_them(vm, capfd, monkeypatch):
     assert notice.startswith(f"waiting for {missing}")
 
 
+@pytest.mark.system
 def test_hosts_of_which_one_lacks_its_chips_do_not_join(tmp_path):
     """jax would run on the CPU there, and the others wait for it for ever."""
     variables = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": free_port()}
