@@ -29,7 +29,7 @@ _ALONE = "set mesh.distributed = off to train on this host alone"
 _TPU_PORTS = ("8476", "8482")
 
 METADATA = "the TPU's metadata"
-# Of Google's metadata server, in all its virtual machines. By address: a dead name server can cost minutes.
+# Google's metadata server, in all its virtual machines. By address: a dead name server can cost minutes.
 _METADATA_ADDRESS = "169.254.169.254"
 _ATTRIBUTES = "computeMetadata/v1/instance/attributes"
 _METADATA_SECONDS = 2.0  # for an answer; it takes milliseconds

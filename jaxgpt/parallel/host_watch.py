@@ -21,7 +21,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -127,14 +126,12 @@ class PeerWatch:
             self._threads[-1].start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if not self._threads:
             return
         if _is_broken_collective(error):
-            # The thread that beats finds out who is gone, and ends this process. If it does not within the longest
-            # time that can take, the error had another cause.
+            # The threads find out who is gone, and end this process. If they do not within the longest time that can
+            # take, the error had another cause.
             time.sleep(max(self._timeout, _FAILED_SECONDS) + 10 * _INTERVAL)
         good = error is None or isinstance(error, Interrupted)
         if good:
@@ -175,7 +172,7 @@ class PeerWatch:
             now = time.monotonic()
             silent = silent + min(now - before, 4 * _INTERVAL) if answered == self._answered else 0.0
             before, answered = now, self._answered
-            if silent and self._me and not _listens(global_state.coordinator_address):
+            if silent and self._me and _refuses(global_state.coordinator_address):
                 self._end(Loss(0, self._host_of_0, "is gone, and the coordinator with it"))
             if silent > self._timeout + 2 * _INTERVAL:  # process 0's own verdict goes first
                 self._end(Loss(0, self._host_of_0, f"does not answer for {silent:.0f} s"))
@@ -237,14 +234,14 @@ def _is_broken_collective(error: BaseException | None) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
 
 
-def _listens(address: str | None) -> bool:
-    """Whether somebody listens at host:port; a host that gives no answer at all within a second may only be slow."""
+def _refuses(address: str | None) -> bool:
+    """Whether nobody listens at host:port; a host that does not answer at all may only be slow."""
     host, port = str(address).rsplit(":", 1)
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
-            return True
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
     except OSError as error:
-        return isinstance(error, TimeoutError)
+        return isinstance(error, ConnectionRefusedError)
+    return False
 
 
 def _delay_aborts() -> None:

@@ -81,7 +81,7 @@ def _relay(number: int, process: subprocess.Popen[bytes], writing: threading.Loc
 
 
 def _forward_to(processes: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         for process in processes:
             process.send_signal(number)
 
