@@ -50,7 +50,7 @@ def test_who_asks_for_the_cpu(platforms, asked):
 @pytest.fixture
 def unasked():
     """As if JAX_PLATFORMS were not set: jax runs on the CPU because it found nothing else."""
-    before = jax.config.read("jax_platforms")
+    before = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     yield
     jax.config.update("jax_platforms", before)

@@ -107,7 +107,7 @@ def refuse_silent_cpu(root: Path = Path("/")) -> None:
     """
     import jax
 
-    if jax.default_backend() != "cpu" or asks_for_cpu(jax.config.read("jax_platforms")):
+    if jax.default_backend() != "cpu" or asks_for_cpu(jax_platforms()):
         return
     for found in accelerators(root):
         if not found.device_files:
@@ -118,6 +118,13 @@ def refuse_silent_cpu(root: Path = Path("/")) -> None:
             f"this machine has {found.what} ({found.device_files[0]}), but jax sees only the CPU; {fix}; or set "
             "JAX_PLATFORMS=cpu to train on the CPU all the same"
         )
+
+
+def jax_platforms() -> str:
+    """The platforms that jax was asked to use, by JAX_PLATFORMS or in code, separated by commas; "" for any."""
+    import jax
+
+    return jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # jax's stubs lack it
 
 
 def asks_for_cpu(platforms: str | None) -> bool:

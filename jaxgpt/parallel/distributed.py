@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.errors import HostLost, RunFailed, UserError
-from jaxgpt.parallel.accelerator import accelerators
+from jaxgpt.parallel.accelerator import accelerators, jax_platforms
 from jaxgpt.parallel.cluster_env import NUM_PROCESSES, SET_OWN, ProcessPlace, find_place
 from jaxgpt.parallel.host_watch import abandon_coordination, coordination_client, publish_host
 from jaxgpt.parallel.join import is_loopback, roll_call
@@ -131,8 +131,7 @@ def _by_kubernetes(environment: Mapping[str, str]) -> ProcessPlace | None:
 def _must_be_the_same(root: Path) -> dict[str, str]:
     """Versions and chips; processes that differ in them would hang long after they have joined."""
     same = {"jax": jax.__version__}
-    platforms: str | None = jax.config.read("jax_platforms")
-    if (platforms or "").lower() != "cpu":
+    if jax_platforms().lower() != "cpu":
         tpus = [found.what for found in accelerators(root) if found.kind == "tpu"]
         same["TPU chips"] = tpus[0] if tpus else "none"
     return same
