@@ -26,7 +26,6 @@ from jaxgpt import __version__
 from jaxgpt.config import Config
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, Case, Finding
 from jaxgpt.errors import UserError
-from jaxgpt.storage.files import write_file
 
 _GRACE = 1.0  # seconds that a child has to end itself before it is killed, and then to be gone
 
@@ -96,7 +95,7 @@ def examine(
             "findings": [json.loads(finding.to_json()) for finding in findings],
         }
         try:
-            write_file(json_file, json.dumps(report, indent=2) + "\n")
+            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # may be /dev/stdout
         except OSError as error:
             raise UserError(f"--json {json_file} cannot be written ({error})") from None
     return healthy
