@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
+"""The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
 
 metrics.jsonl is the record and the other three are views of it. It holds one strict JSON object a
 logged step, whatever was killed or resumed in between: on resume the lines that the dead run wrote
@@ -13,6 +13,9 @@ import re
 import sys
 import time
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.settings import LogConfig
@@ -69,20 +72,20 @@ class _Span:
 
     __slots__ = ("_start", "seconds")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._start = time.perf_counter()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.seconds += time.perf_counter() - self._start
 
 
 class TimeSplit:
     """Wall seconds by activity: `with split("data"): batch = next(batches)`. Not to be nested."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._spans = {name: _Span() for name in ("data", "step", "eval", "save")}
         self._since = time.perf_counter()
 
@@ -155,7 +158,7 @@ def _cut_after(path: Path, start_step: int) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value) -> str | int | float | None:
+def _plain(value: str | float | None | np.generic | jax.Array) -> str | int | float | None:
     """A Python number, string or None from one, or from a numpy or jax scalar."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # no file can hold a lone surrogate
@@ -202,10 +205,10 @@ class MetricLog:
         if log.wandb_project:
             self._views.append(WandB(workdir, log.wandb_project))
 
-    def __enter__(self):
+    def __enter__(self) -> "MetricLog":
         return self
 
-    def __exit__(self, kind, *exception):
+    def __exit__(self, kind: type | None, *exception: object) -> None:
         self.close(failed=kind is not None)
 
     def write(self, step: int, values: dict) -> None:

@@ -24,10 +24,13 @@ def indented(sample: str) -> str:
 
 
 def _summary_writer() -> type:
-    """tensorboardX's writer. It imports torch where that is installed, which takes seconds, and never needs it here."""
+    """tensorboardX's writer, without the seconds that its import of torch takes where torch is installed.
+
+    None in sys.modules makes an import fail as if the package were missing, which tensorboardX allows for.
+    """
     hide = "torch" not in sys.modules
     if hide:
-        sys.modules["torch"] = None  # an import of it now fails, as where it is not installed
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python documents None here; its types do not
     try:
         from tensorboardX import SummaryWriter
     finally:
