@@ -75,7 +75,7 @@ class Processes:
 
         wait_for(holds, 120)
 
-    def code(self, process: int, seconds: float = 40) -> int:
+    def code(self, process: int, seconds: float = 120) -> int:
         return self.started[process].wait(seconds)
 
     def output(self, process: int) -> str:
