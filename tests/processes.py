@@ -18,7 +18,7 @@ from jaxgpt import cli
 from jaxgpt.errors import StorageFailed
 from jaxgpt.parallel.local_launch import local_environments
 
-HOST_TIMEOUT = 2.0
+HOST_TIMEOUT = 3.0
 STOP_AT, FAIL_AT = 5, 5
 
 
