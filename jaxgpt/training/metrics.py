@@ -8,7 +8,6 @@ after its last checkpoint are cut off before the steps are run again.
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -19,6 +18,7 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.settings import LogConfig
+from jaxgpt.storage.files import write_file
 from jaxgpt.training.trackers import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"
@@ -141,21 +141,15 @@ def _parse_lines(content: bytes) -> list[tuple[bytes, dict]]:
 def _cut_after(path: Path, start_step: int) -> None:
     """Rewrite `path` without torn lines and without the steps that will be run again.
 
-    A run that starts at 0 has no checkpoint behind it: all that is there is to be written again.
+    A run that starts at 0 has no checkpoint, so every line will be written again.
     """
     if not path.exists():
         return
     content = path.read_bytes()
     parsed = _parse_lines(content) if start_step else []
     kept = b"".join(line + b"\n" for line, record in parsed if record["step"] <= start_step)
-    if kept == content:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if kept != content:
+        write_file(path, kept)
 
 
 def _plain(value: str | float | None | np.generic | jax.Array) -> str | int | float | None:

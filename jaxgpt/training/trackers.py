@@ -5,6 +5,8 @@ import sys
 import uuid
 from pathlib import Path
 
+from jaxgpt.storage.files import write_file
+
 # A new string at every logged step: a chart tool would keep thousands of texts that nobody reads.
 _NOT_CHARTED = ("batch_hash",)
 
@@ -65,7 +67,7 @@ class WandB:
 
         id_file, config_file = workdir / "wandb_run_id", workdir / "config.json"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
+            write_file(id_file, uuid.uuid4().hex)
         config = json.loads(config_file.read_bytes()) if config_file.exists() else None
         self._run = wandb.init(
             project=project,
