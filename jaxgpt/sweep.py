@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_arguments(arguments)
     kind = "learning-rate" if arguments.find_learning_rate else "sweep"
     arguments.workdir = arguments.workdir or Path("runs") / f"{Path(arguments.config).stem}-{kind}"
-    from jaxgpt.parallel.host_memory import keep_freed_memory
+    from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
     if arguments.find_learning_rate:

@@ -14,7 +14,7 @@ BATCH_AXES = ("data", "fsdp")  # a batch is split over both, so each of their de
 
 
 def slice_of(device: jax.Device) -> int:
-    """The TPU slice that a device is in: within one, chips have their own network; between two there is Ethernet."""
+    """The number of a device's TPU slice. Chips of one slice have their own network; slices are joined by Ethernet."""
     return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0
 
 
@@ -25,7 +25,7 @@ def build_mesh(
 ) -> Mesh:
     """The mesh of all devices (or the given ones) in the shape that `mesh` asks for.
 
-    Devices of several slices are laid so that only the `data` axis crosses from one slice to another.
+    Devices of several slices are arranged so that only the `data` axis crosses from one slice to another.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, or do not fit into a slice; names the numbers.
@@ -66,5 +66,5 @@ def _by_slice(devices: Sequence[jax.Device], slice_of: Callable[[jax.Device], in
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Devices that see different rows of a batch."""
+    """The number of devices that see different rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
