@@ -183,7 +183,7 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
         state = resume.initial_state(program, checkpoints, step, inputs.weights, dataset.vocab_size)
         if is_writer:
             summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
-            summary.warn_of_little_room(program.abstract_state, config, workdir)
+            summary.warn_of_little_room(config, dataset.vocab_size, workdir)
             if inputs.score:
                 print(inputs.score.told(), flush=True)
             if inputs.show_lint:
@@ -252,9 +252,8 @@ def resolve_batch_on(mesh, config: Config, workdir: Path, vocab_size: int | None
     """
     from jaxgpt.config import with_settings
     from jaxgpt.parallel.mesh import batch_shards
-    from jaxgpt.training.auto_batch import largest_batch
+    from jaxgpt.training.auto_batch import batch_sizes, largest_batch
     from jaxgpt.training.checkpoint import finished_steps, read_config
-    from jaxgpt.training.memory import batch_sizes
     from jaxgpt.training.step import resolve_batch
 
     shards = batch_shards(mesh)

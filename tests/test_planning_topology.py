@@ -49,7 +49,6 @@ def test_every_family_has_a_chip_whose_memory_it_does_not_exceed():
     assert set(FAMILIES) == set(CHIPS)
     for family, cut in FAMILIES.items():
         assert 0.85 * CHIPS[family].hbm_bytes < cut.hbm_gib * 2**30 <= CHIPS[family].hbm_bytes
-        assert cut.devices_per_chip == CHIPS[family].devices_per_chip
 
 
 @pytest.mark.parametrize("name", ["v9-8", "v5e", "8", "h100-8", "v5e-8x", "v5e--8"])

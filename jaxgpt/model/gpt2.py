@@ -18,9 +18,8 @@ from jaxgpt.model.attention import KVCache, attend_cached
 from jaxgpt.model.attention import dropout as drop_out
 from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.quantized import PackedMatrix, pack
+from jaxgpt.model.sizes import padded_vocab
 from jaxgpt.settings import ModelConfig
-
-VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
 
 # Initial values, as in the paper (section 2.3) and OpenAI's code: the one place where they are decided.
 #   matrices, token and position embeddings   normal, standard deviation 0.02
@@ -29,11 +28,6 @@ VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 wo
 #   LayerNorm gains                           1
 INIT_STD = 0.02
 NO_DROPOUT = (0.0, None)  # (rate, key): a key turns dropout on
-
-
-def padded_vocab(vocab_size: int) -> int:
-    """The vocabulary rounded up to a multiple of 128. The added rows are zero and never leave this package."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class LayerNorm(nnx.Module):

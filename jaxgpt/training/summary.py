@@ -11,17 +11,16 @@ from jax.sharding import Mesh
 from jaxgpt import __version__
 from jaxgpt.config import Config
 from jaxgpt.data.dataset import TokenDataset
-from jaxgpt.model.sizes import parameter_count
+from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.reporting import run_page
 from jaxgpt.storage.files import write_file
-from jaxgpt.training.checkpoint import bytes_needed
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.step import Program, TrainState
+from jaxgpt.training.step import Program
 
 
-def warn_of_little_room(state: TrainState, config: Config, workdir: Path) -> None:
-    """Say so when the checkpoints to come will not fit on the disk. `state` may be abstract."""
-    needed, free = bytes_needed(state, config.checkpoint), shutil.disk_usage(workdir).free
+def warn_of_little_room(config: Config, vocab_size: int, workdir: Path) -> None:
+    """Say so when the checkpoints to come will not fit on the disk."""
+    needed, free = checkpoints_at_once(config) * checkpoint_bytes(config, vocab_size), shutil.disk_usage(workdir).free
     if needed > free:
         print(
             f"warning  {workdir}: {free / 1e9:.1f} GB free, but the checkpoints to be kept need {needed / 1e9:.1f} GB; "
