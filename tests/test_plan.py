@@ -128,7 +128,7 @@ def test_one_slice_that_cannot_run_the_config_does_not_stop_the_others(run):
         '[v5e]\nusd_per_chip_hour = "1"\ndate = ""\nsource = ""',
     ],
 )
-def test_a_wrong_price_file_is_told(run, tmp_path, text):
+def test_a_wrong_price_file_is_the_users_mistake(run, tmp_path, text):
     (tmp_path / "prices.toml").write_text(text)
     code, _, err = run("--tpu", "v5e-8", "--prices", str(tmp_path / "prices.toml"))
     assert code == 2

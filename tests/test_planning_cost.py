@@ -173,11 +173,11 @@ def test_kernels_are_told_apart_by_their_shapes_and_their_cycles_count():
     assert both.kernels_without_cycles == ()
 
 
-def attention(rows=16, heads=12, head_size=64, positions=1024, segments=False, name="attention_forward"):
+def attention(rows=16, heads=12, head_size=64, positions=1024, name="attention_forward"):
     """The attention kernel of a step, as `read_program` finds it."""
     each = 128 // head_size
-    arrays = [("bf16", (rows, positions, heads * head_size)), ("f32", (rows, -(-heads // each), each, positions))]
-    return Kernel(name, (*arrays, *[("s32", (rows, 1, positions))] * segments), 1)
+    statistics = ("f32", (rows, -(-heads // each), each, positions))
+    return Kernel(name, (("bf16", (rows, positions, heads * head_size)), statistics), 1)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -192,7 +192,6 @@ def test_attention_takes_what_its_products_and_its_softmax_take_on_each_chip(chi
     assert cycles(head_size=128, heads=6) < cycles() < cycles(head_size=32, heads=24)
     assert 2.5 * cycles() < cycles(positions=2048) < 5 * cycles()
     assert 0 < cycles(positions=256) < cycles(positions=512) < cycles()
-    assert cycles() <= cycles(segments=True) < 2 * cycles()
 
 
 def test_the_cycles_of_another_kernel_or_chip_are_not_known():

