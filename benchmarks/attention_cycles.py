@@ -1,9 +1,9 @@
 """Cycles of the attention kernels on each TPU generation: the table in jaxgpt/planning/cost.py.
 
-    python benchmarks/attention_cycles.py [--only v5e] [--positions 1024]
+    python benchmarks/attention_cycles.py [--only v5e] [--positions 1024] [--head-size 64] [--segments]
 
 To be run again when jaxgpt/model/flash.py changes. All cells of the kernels' grid are alike, so the cycles of one are
-the difference between two small grids. Needs libtpu and no TPU; takes two minutes a chip on two quiet cores.
+the difference between two small grids. Needs libtpu and no TPU; takes a minute a chip on two quiet cores.
 """
 
 import argparse
@@ -58,12 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FAMILIES, action="append", help="only this chip; may be repeated")
     parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--segments", action="store_true", help="rows hold several conversations")
     arguments = parser.parse_args()
     for chip in arguments.only or FAMILIES:
-        one, two = (cell_cycles(chip, arguments.positions, size, arguments.segments) for size in (128, 64))
-        cells = ", ".join(f'"{name}": ({a:.0f}, {b:.0f})' for name, a, b in zip(KERNELS, one, two))
-        print(f'    "{chip}": {{{cells}}},', flush=True)
+        forward, backward = cell_cycles(chip, arguments.positions, arguments.head_size, arguments.segments)
+        print(f'    "{chip}": ({forward:.0f}, {backward:.0f}),', flush=True)
 
 
 if __name__ == "__main__":

@@ -63,5 +63,4 @@ def test_a_loop_of_unknown_length_is_an_error():
 def test_the_plans_cycles_of_attention_are_what_the_compiler_says_of_the_kernels_today():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: plan)")
     measured = attention_cycles.cell_cycles("v5e", 1024, 64)
-    known = [cost._CELL_CYCLES["v5e"][name][1] for name in attention_cycles.KERNELS]
-    assert measured == pytest.approx(known, rel=0.05), "run benchmarks/attention_cycles.py again"
+    assert measured == pytest.approx(cost._CELL_CYCLES["v5e"], rel=0.05), "run benchmarks/attention_cycles.py again"

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: plan)")
-pytestmark = pytest.mark.system
 
 from jaxgpt.config import Config
 from jaxgpt.errors import UserError
@@ -17,6 +16,7 @@ from jaxgpt.settings import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxgpt.training.auto_batch import largest_batch
 from jaxgpt.training.step import resolve_batch
 
+pytestmark = pytest.mark.system
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=256)
 VOCAB = 257
 DATA_PARALLEL = MeshConfig()

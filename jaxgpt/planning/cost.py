@@ -95,33 +95,34 @@ def estimate(
 # ---------------------------------------------------------------- attention kernels
 
 
-_MEASURED_POSITIONS = 1024
-# Cycles of a cell of the kernels' grid, a row with (one head of 128, two of 64) and 1024 positions, by the compiler's
-# own schedules: printed by benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52.
+# Cycles of a cell of the kernels' grid, a row of 1024 positions with two heads of 64, forward and backward, by the
+# compiler's own schedules: benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52. Not measured are v4, whose cores
+# are taken to be v5p's, and v7x, taken to be v6e's.
 _CELL_CYCLES = {
-    "v4": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
-    "v5e": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
-    "v5p": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
-    "v6e": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
-    "v7x": {"attention_forward": (0, 0), "attention_backward": (0, 0)},
+    "v4": (2957, 4877),
+    "v5e": (5892, 9572),
+    "v5p": (2957, 4877),
+    "v6e": (4552, 6863),
+    "v7x": (4552, 6863),
 }
-_BLOCKS = {"attention_forward": FORWARD_BLOCK, "attention_backward": BACKWARD_BLOCK}
+_PASSES = {"attention_forward": (0, FORWARD_BLOCK), "attention_backward": (1, BACKWARD_BLOCK)}
+_ONE_HEAD = 0.68  # of two: one of 128 has half as many scores (v5e; 124M with 6 heads)
 
 
 def attention_cycles(kernel: Kernel, chip: str) -> float | None:
-    """Cycles of one call of `model/flash.py`'s kernels; None for another kernel or a chip that was not measured.
+    """Cycles of one call of `model/flash.py`'s kernels; None for another kernel.
 
     The grid has a cell for each row and group of heads, all alike. A cell takes cycles in proportion to the scores
-    that its blocks of queries compute, and to its heads where those are smaller than the measured ones.
+    that its blocks of queries compute.
     """
-    measured = _CELL_CYCLES.get(chip, {}).get(kernel.name)
     statistics = next((shape for kind, shape in kernel.arrays if kind == "f32" and len(shape) == 4), None)
-    if measured is None or statistics is None:
+    if kernel.name not in _PASSES or statistics is None:
         return None
     rows, groups, heads, positions = statistics
-    scores = lambda size: size * (size + min(size, _BLOCKS[kernel.name]))
-    cell = measured[0] if heads == 1 else measured[1] * heads / 2
-    return rows * groups * cell * scores(positions) / scores(_MEASURED_POSITIONS)
+    direction, block = _PASSES[kernel.name]
+    scores = lambda size: size * (size + min(size, block))
+    cell = _CELL_CYCLES[chip][direction] * scores(positions) / scores(1024)
+    return rows * groups * cell * (_ONE_HEAD if heads == 1 else heads / 2)
 
 
 # ---------------------------------------------------------------- collectives
