@@ -51,59 +51,16 @@ CALIBRATION = Calibration(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Seconds of one run, before calibration."""
-
-    seconds: float
-    compute_seconds: float
-    kernel_seconds: float
-    collective_seconds: float
-    """All collectives, as if nothing ran beside them."""
-    collective_seconds_exposed: float
-    """What the program waits for."""
-    kernels_without_cycles: tuple[str, ...]
-    """Kernels that are counted as nothing, because their cycles are not known."""
-
-
-def estimate(
-    cost: ProgramCost,
-    chip: Chip,
-    shape: tuple[int, ...],
-    kernel_cycles: Callable[[Kernel, str], float | None] | None = None,
-) -> Estimate:
-    """Seconds of one run on a slice of `shape` chips.
-
-    `kernel_cycles` gives the cycles of one call of a kernel on a chip of that name [default: `attention_cycles`].
-    """
-    cycles = [(kernel_cycles or attention_cycles)(kernel, chip.name) for kernel in cost.kernels]
-    run_of_kernel = [(value or 0.0) / chip.clock_hz for value in cycles]
-    wire = [_collective_seconds(collective, chip, shape) for collective in cost.collectives]
-    kernel_seconds = sum(kernel.calls * seconds for kernel, seconds in zip(cost.kernels, run_of_kernel))
-    _, exposed = _elapsed(cost.timeline, chip.clock_hz, run_of_kernel, wire)
-    compute = cost.cycles / chip.clock_hz
-    return Estimate(
-        seconds=compute + kernel_seconds + exposed,
-        compute_seconds=compute,
-        kernel_seconds=kernel_seconds,
-        collective_seconds=sum(c.count * seconds for c, seconds in zip(cost.collectives, wire)),
-        collective_seconds_exposed=exposed,
-        kernels_without_cycles=tuple(k.name for k, value in zip(cost.kernels, cycles) if value is None),
-    )
-
-
 # ---------------------------------------------------------------- attention kernels
 
-
 # Cycles of a cell of the kernels' grid, a row of 1024 positions with two heads of 64, forward and backward, by the
-# compiler's own schedules: benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52. Not measured are v4, whose cores
-# are taken to be v5p's, and v7x, taken to be v6e's.
+# compiler's own schedules: benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52. It simulates them, except on v4.
 _CELL_CYCLES = {
-    "v4": (2957, 4877),
+    "v4": (3763, 5223),
     "v5e": (5892, 9572),
     "v5p": (2957, 4877),
     "v6e": (4552, 6863),
-    "v7x": (4552, 6863),
+    "v7x": (4548, 6896),
 }
 _PASSES = {"attention_forward": (0, FORWARD_BLOCK), "attention_backward": (1, BACKWARD_BLOCK)}
 _ONE_HEAD = 0.68  # of two: one of 128 has half as many scores (v5e; 124M with 6 heads)
@@ -123,6 +80,50 @@ def attention_cycles(kernel: Kernel, chip: str) -> float | None:
     scores = lambda size: size * (size + min(size, block))
     cell = _CELL_CYCLES[chip][direction] * scores(positions) / scores(1024)
     return rows * groups * cell * (_ONE_HEAD if heads == 1 else heads / 2)
+
+
+# ---------------------------------------------------------------- the estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one run, before calibration."""
+
+    seconds: float
+    compute_seconds: float
+    kernel_seconds: float
+    collective_seconds: float
+    """All collectives, as if nothing ran beside them."""
+    collective_seconds_exposed: float
+    """What the program waits for."""
+    kernels_without_cycles: tuple[str, ...]
+    """Kernels that are counted as nothing, because their cycles are not known."""
+
+
+def estimate(
+    cost: ProgramCost,
+    chip: Chip,
+    shape: tuple[int, ...],
+    kernel_cycles: Callable[[Kernel, str], float | None] = attention_cycles,
+) -> Estimate:
+    """Seconds of one run on a slice of `shape` chips.
+
+    `kernel_cycles` gives the cycles of one call of a kernel on a chip of that name; None where it does not know.
+    """
+    cycles = [kernel_cycles(kernel, chip.name) for kernel in cost.kernels]
+    run_of_kernel = [(value or 0.0) / chip.clock_hz for value in cycles]
+    wire = [_collective_seconds(collective, chip, shape) for collective in cost.collectives]
+    kernel_seconds = sum(kernel.calls * seconds for kernel, seconds in zip(cost.kernels, run_of_kernel))
+    _, exposed = _elapsed(cost.timeline, chip.clock_hz, run_of_kernel, wire)
+    compute = cost.cycles / chip.clock_hz
+    return Estimate(
+        seconds=compute + kernel_seconds + exposed,
+        compute_seconds=compute,
+        kernel_seconds=kernel_seconds,
+        collective_seconds=sum(c.count * seconds for c, seconds in zip(cost.collectives, wire)),
+        collective_seconds_exposed=exposed,
+        kernels_without_cycles=tuple(k.name for k, value in zip(cost.kernels, cycles) if value is None),
+    )
 
 
 # ---------------------------------------------------------------- collectives

@@ -7,6 +7,10 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from jaxgpt.config import Config, with_settings
 from jaxgpt.errors import UserError
@@ -23,39 +27,32 @@ PRICES_FILE = Path(__file__).with_name("prices.toml")
 ARITHMETIC_BAND = (0.6, 2.0)  # error of a time that no compiler has seen; published trainers reach 23 to 74 % MFU
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Price:
-    usd_per_chip_hour: float
+    usd_per_chip_hour: Annotated[float, Field(gt=0, strict=True)]
     date: str
     source: str
 
 
 def read_prices(file: Path | None = None) -> dict[str, Price]:
-    """{"v5e": Price, ...}
+    """{"v5e": Price, ...} from the user's file or prices.toml.
 
     Raises:
         UserError: the file is missing or holds something else.
     """
     file = file or PRICES_FILE
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        prices = TypeAdapter(dict[str, Price]).validate_python(tomllib.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"--prices {file}: no such file") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--prices {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--prices {file}: not a readable TOML file ({error})") from None
-    return {family: _price(file, family, entry) for family, entry in content.items()}
-
-
-def _price(file: Path, family: str, entry: object) -> Price:
-    if family not in FAMILIES:
-        raise UserError(f"--prices {file}: [{family}] is no chip; known: {', '.join(FAMILIES)}")
-    names = [field.name for field in dataclasses.fields(Price)]
-    if not isinstance(entry, dict) or set(entry) != set(names):
-        raise UserError(f"--prices {file}: [{family}] must hold {', '.join(names)}, and nothing else")
-    usd = entry["usd_per_chip_hour"]
-    if isinstance(usd, bool) or not isinstance(usd, (int, float)) or usd <= 0:
-        raise UserError(f"--prices {file}: [{family}] usd_per_chip_hour = {usd!r}, but it must be a number above 0")
-    return Price(float(usd), str(entry["date"]), str(entry["source"]))
+    if unknown := set(prices) - set(FAMILIES):
+        raise UserError(f"--prices {file}: [{min(unknown)}] is no chip; known: {', '.join(FAMILIES)}")
+    return prices
 
 
 # ---------------------------------------------------------------- verdicts
