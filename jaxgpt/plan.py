@@ -1,4 +1,4 @@
-"""What fits a TPU slice, how fast it is and what it costs, before one is rented:
+"""Say what fits a TPU slice, how fast it is and what it costs, before one is rented:
 `python -m jaxgpt.plan --config configs/gpt2_124m.toml --tpu v5e-8`.
 
 The TPU compiler runs on this machine (libtpu: any x86-64 Linux, no TPU). It compiles the train step that the training

@@ -1,4 +1,4 @@
-"""What accelerators can do at best: the one table of chips, for MFU and for the plan."""
+"""The one table of chips, with their peaks, for MFU and for the plan."""
 
 import dataclasses
 import re

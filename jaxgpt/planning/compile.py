@@ -34,7 +34,7 @@ class CompiledStep:
     """Bytes by kind, as `training.memory.step_memory` counts them."""
     total_bytes: int
     limit_bytes: int
-    """What a program may use."""
+    """Bytes that a program may use."""
     donated_bytes: int
     """Bytes of the state whose memory the new state reuses."""
     compile_seconds: float

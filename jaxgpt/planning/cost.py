@@ -29,7 +29,7 @@ class Calibration:
     date: str
     sources: tuple[str, ...]
     limits: str
-    """What the runs do not cover."""
+    """The chips and sizes that the runs do not cover."""
 
     @property
     def absolute(self) -> bool:
@@ -95,7 +95,7 @@ class Estimate:
     collective_seconds: float
     """All collectives, as if nothing ran beside them."""
     collective_seconds_exposed: float
-    """What the program waits for."""
+    """Seconds that the program waits for them."""
     kernels_without_cycles: tuple[str, ...]
     """Kernels that are counted as nothing, because their cycles are not known."""
 

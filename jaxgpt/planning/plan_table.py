@@ -86,7 +86,7 @@ ARITHMETIC = "What follows is ARITHMETIC, not the compiler: memory to about 30 %
 
 
 def slice_line(where: Slice, compiler: str) -> str:
-    """What the slice is, and who speaks about it: `compiler`, or arithmetic if that is empty."""
+    """The slice in a line, and the source of what follows: `compiler`, or arithmetic if that is empty."""
     count = lambda number, noun: f"{number} {noun}{'s' if number > 1 else ''}"
     devices = f" ({where.devices} devices)" if where.devices != where.chips else ""
     return (
@@ -137,7 +137,7 @@ def calibration_lines() -> list[str]:
 
 
 def price_lines(rows: Sequence[Verdict], prices: dict[str, Price]) -> list[str]:
-    """Where each price that the table used comes from."""
+    """The source of each price in the table."""
     families = dict.fromkeys(row.where.family for row in rows)
     return [
         f"Price {family}: ${price.usd_per_chip_hour:.2f} a chip-hour on demand, {price.date} ({price.source})"

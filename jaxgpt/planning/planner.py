@@ -118,7 +118,7 @@ def write(file: Path, text: str) -> None:
 
 
 def bound_of(row: Verdict) -> dict[str, object]:
-    """What a gate compares: bytes and cycles of one device, and the versions that gave them."""
+    """The figures that a gate compares: bytes and cycles of one device, with the compiler's versions."""
     versions = {"jax": jax.__version__, "libtpu": tpu_compiler_version()}
     return {"fits": row.fits, "total_bytes": row.total_bytes, "cycles": row.cycles, **versions}
 

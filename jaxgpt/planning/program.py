@@ -61,7 +61,7 @@ class Event:
     index: int = 0
     """Which kernel or collective of the program."""
     body: tuple["Event", ...] = ()
-    """What happens in each trip of a loop."""
+    """The events of each trip of a loop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 _Started = dict[str, tuple[int, float]]
-"""What the end of an asynchronous collective is recognised by -> (index of the collective, cycle of its start)."""
+"""Asynchronous collectives that run: name of the operation that ends one -> (index, cycle of its start)."""
 
 
 class _Reader:

@@ -10,13 +10,12 @@ import os
 import re
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+
+import jax
+from jax.experimental import topologies
 
 from jaxgpt.errors import UserError
 from jaxgpt.parallel.chips import CHIPS
-
-if TYPE_CHECKING:
-    import jax
 
 _Shapes = dict[int, tuple[int, ...]]
 _FLAT: _Shapes = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -37,7 +36,7 @@ class Family:
     hbm_gib: float
     """GiB that a program may use on one jax device, as libtpu 0.0.52 says when a program is too large."""
     counted: int = 1
-    """What the number in a slice's name counts for one chip: 2 where it counts TensorCores."""
+    """By how much the number in a slice's name grows for each chip: 2 where it counts TensorCores."""
     chip_config: str | None = None
     """libtpu's name of the chip's configuration, where it has several."""
 
@@ -169,7 +168,7 @@ def tpu_compiler_version() -> str:
     return version("libtpu")
 
 
-def compile_only_devices(where: Slice) -> list["jax.Device"]:
+def compile_only_devices(where: Slice) -> list[jax.Device]:
     """jax devices of the slice that programs can be compiled for but not run on.
 
     Raises:
@@ -183,9 +182,6 @@ def compile_only_devices(where: Slice) -> list["jax.Device"]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    import jax
-    from jax.experimental import topologies
-
     cut = FAMILIES[where.family]
     bounds = tuple(min(size, limit) for size, limit in zip(where.shape + (1,), (2, 2, 1)))
     try:

@@ -74,7 +74,7 @@ class Verdict:
     """None: no compiler was asked, and everything here is arithmetic."""
     cost: ProgramCost | None = None
     parts: Estimate | None = None
-    """What the compiler's figures add up to, before calibration."""
+    """The sum of the compiler's figures, before calibration."""
     seconds: float | None = None
     """None: it does not fit."""
     low: float | None = None

@@ -199,7 +199,7 @@ def out_of_memory_explained(config: Config, vocab_size: int, mesh: Mesh) -> Iter
 def explain_out_of_memory(
     config: Config, vocab_size: int, mesh: Mesh, error: Exception, limit_bytes: float | None = None
 ) -> str:
-    """What the memory of a device went to, and settings that fit with the same sequences a step.
+    """An account of a device's memory, and settings that fit with the same sequences a step.
 
     `config` is resolved. Where the compiler said how much it needs, the arithmetic is scaled to that.
     """
