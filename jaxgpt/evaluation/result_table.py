@@ -1,12 +1,14 @@
-"""The figures of an evaluation as tables for a terminal."""
+"""The figures of an evaluation as tables for a terminal, beside what OpenAI published of its four GPT-2 models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-ANSWERS = "validation answers"
+from jaxgpt.evaluation.perplexity import ANSWERS
+
 _NO_METRICS = {"questions", "cut", "few_shot"}
 
 
 def report(found: Mapping) -> str:
+    """The tables of what `measure` found."""
     step = f", step {found['step']:,}" if found["step"] else ""
     parts = [f"{found['checkpoint']}{step}, {found['dtype']} on {found['devices']}"]
     if found["texts"]:
@@ -61,21 +63,21 @@ def _tasks(tasks: Sequence[Mapping]) -> str:
 
 
 def _rows(task: Mapping) -> Iterator[tuple[str, str, str, str, str, dict]]:
-    """(task, questions, metric, value, error, published figures by model and what they are "of")."""
+    """(task, questions, metric, value, error, published figures by model and under "of" their data set)."""
     examples = f", {task['few_shot']} examples" if task.get("few_shot") else ""
     name, count = f"{task['task']}{examples}", f"{task['questions']:,}"
     for metric in metrics_of(task):
         label, bracket, filtered = metric.partition("[")
         error = task.get(f"{label}_stderr{bracket}{filtered}", task.get(f"{metric}_stderr"))
-        told = f"{error:.4f}" if isinstance(error, float) else ""
+        error_cell = f"{error:.4f}" if isinstance(error, float) else ""
         figures = _published(task, metric)
-        yield name, count, metric, _number(task[metric]), told, figures[0] if figures else {}
+        yield name, count, metric, _number(task[metric]), error_cell, figures[0] if figures else {}
         for more in figures[1:]:
             yield "", "", "", "", "", more
 
 
 def _published(task: Mapping, metric: str) -> list[dict]:
-    """For each published source of this metric its figures by model."""
+    """The figures by model of each published source of this metric."""
     by_source: dict[str, dict] = {}
     for figure in task.get("published", []):
         if figure["metric"] == metric:
@@ -110,8 +112,46 @@ def _generation(found: Mapping) -> str:
     for name in ("model", "real"):
         if found[name]:
             values = [found[name][column] for column in columns]
-            told = ["" if value is None else f"{value:.4f}" for value in values[:-1]] + [f"{values[-1]:.1f}"]
-            lines.append(f"{name:<6}" + "".join(f"  {value:>10}" for value in told))
+            cells = ["" if value is None else f"{value:.4f}" for value in values[:-1]] + [f"{values[-1]:.1f}"]
+            lines.append(f"{name:<6}" + "".join(f"  {value:>10}" for value in cells))
     if found["cut"]:
         lines.append(f"  {found['cut']:,} prompts were too long and lost their beginning")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- published figures
+
+# Radford et al. 2019 call the first two sizes 117M and 345M; they have 124 and 355 million parameters.
+_SIZES = ("GPT-2 124M", "GPT-2 355M", "GPT-2 774M", "GPT-2 1.5B")
+_PAPER = "Radford et al. 2019, table 3"
+_OWN_DETOKENIZER = "OpenAI's own detokenizer, which was not published: it does not compare exactly"
+_OWN_LAMBADA = "OpenAI's own version of the text; its accuracy leaves out stop words: it does not compare exactly"
+
+_FIGURES: dict[str, list[tuple[str, str, tuple[float, ...]]]] = {
+    "lambada": [
+        ("perplexity", f"LAMBADA; {_OWN_LAMBADA}", (35.13, 15.60, 10.87, 8.63)),
+        ("acc", f"LAMBADA; {_OWN_LAMBADA}", (0.4599, 0.5548, 0.6012, 0.6324)),
+    ],
+    "cbt": [
+        ("acc", "CBT-CN, common nouns", (0.8765, 0.9235, 0.9345, 0.9330)),
+        ("acc", "CBT-NE, named entities", (0.834, 0.871, 0.880, 0.8905)),
+    ],
+    "wikitext": [
+        ("word_perplexity", f"WikiText-2; {_OWN_DETOKENIZER}", (29.41, 22.76, 19.93, 18.34)),
+        ("word_perplexity", f"WikiText-103; {_OWN_DETOKENIZER}", (37.50, 26.37, 22.05, 17.48)),
+    ],
+}
+_SAME = {"lambada_openai": "lambada", "lambada_standard": "lambada"}  # the harness's names
+
+
+def with_published(result: dict) -> dict:
+    """A task's result with the published figures of the task of the same name, if there are any.
+
+    They are [{"model", "metric", "value", "source"}, ...] under "published".
+    """
+    figures = [
+        {"model": model, "metric": metric, "value": value, "source": f"{_PAPER}: {data}"}
+        for metric, data, values in _FIGURES.get(_SAME.get(result["task"], result["task"]), [])
+        for model, value in zip(_SIZES, values, strict=True)
+    ]
+    return {**result, "published": figures} if figures else result
