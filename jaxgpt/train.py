@@ -185,7 +185,7 @@ def run(inputs: Inputs, workdir: Path, stop, activity, held: contextlib.ExitStac
             summary.print_header(config, dataset, inputs.mesh, program, workdir, step, inputs.weights)
             summary.warn_of_little_room(program.abstract_state, config, workdir)
             if inputs.score:
-                print(inputs.score.told(), flush=True)
+                print(inputs.score.message(), flush=True)
             if inputs.show_lint:
                 inputs.show_lint()
 

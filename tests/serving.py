@@ -48,7 +48,7 @@ from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.text import token_bytes
 from jaxgpt.model import gpt2
-from jaxgpt.serving.served_model import Served
+from jaxgpt.serving.served_model import ServedModel
 from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig
 from jaxgpt.training.models import LoadedModel, export_model, save_as_run
 
@@ -276,7 +276,7 @@ def threaded(app, key: str | None = None) -> Iterator[Server]:
 class Small:
     """One slot, two places in the queue."""
 
-    served: Served
+    served: ServedModel
     engine: Engine
 
     def app(self, **options):
@@ -316,7 +316,7 @@ def small() -> Iterator[Small]:
     config, tokenizer = model.config.model, model.tokenizer
     params = jax.device_put(model.params)
     decoder = build_decoder(config, model.vocab_size, params, tokenizer.end_of_text)
-    served = Served("small", tokenizer, config.n_positions, 0, 0)
+    served = ServedModel("small", tokenizer, config.n_positions, 0, 0)
     with Engine(decoder, slots=1, chunk=4, queue=2) as served.engine:
         yield Small(served, served.engine)
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from jaxgpt.config import Config
 from jaxgpt.data.chat import TEMPLATE
-from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import Score, Scorer, ScoringRequest
 from jaxgpt.evaluation.wikitext import rolling
@@ -51,7 +50,10 @@ class CheckpointLM(TemplateLM):
         self.max_length = config.block_size
         self.cut = collections.Counter()
         self._tokenizer, self._config, self._vocab_size = loaded.tokenizer, config, loaded.vocab_size
-        self._special_tokens = _special_tokens(loaded.tokenizer)
+        added = loaded.tokenizer.backend.get_added_tokens_decoder().items()
+        self._special_ids = {token.content: number for number, token in added if token.special}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._scorer = Scorer(config, loaded.vocab_size, mesh, rows_per_device)
         self._params = jax.device_put(loaded.params, self._scorer.param_shardings)
         self._rows = rows_per_device * batch_shards(mesh)
@@ -80,12 +82,9 @@ class CheckpointLM(TemplateLM):
         return self._tokenizer.decode(encode(before)) + begun["content"].strip()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        pieces = self._special_tokens.split(string)  # texts at the even places, names of special tokens at the odd ones
-        encoded = (
-            [self._tokenizer.backend.token_to_id(piece)] if place % 2 else self._tokenizer.encode(piece)
-            for place, piece in enumerate(pieces)
-            if piece
-        )
+        pieces = enumerate(self._special_names.split(string))  # names of special tokens are at the odd places
+        encode = self._tokenizer.encode
+        encoded = ([self._special_ids[piece]] if place % 2 else encode(piece) for place, piece in pieces if piece)
         return [token for tokens in encoded for token in tokens]
 
     # ------------------------------------------------------------ log-likelihoods
@@ -195,10 +194,3 @@ class CheckpointLM(TemplateLM):
             seed=seed,
             **plain | {name: asked[name] for name in SAMPLING if name in asked},
         )
-
-
-def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """A pattern that matches the name of any special token."""
-    added = tokenizer.backend.get_added_tokens_decoder().values()
-    names = sorted((token.content for token in added if token.special), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")

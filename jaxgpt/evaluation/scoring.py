@@ -35,9 +35,9 @@ WORTH_SHARING = 0.25  # of the tokens: branches need attention with a mask, whic
 
 
 class ScoringRequest(NamedTuple):
-    context: Sequence[int]
+    context: Sequence[int] | np.ndarray
     """Not empty: at least the end-of-text token."""
-    target: Sequence[int]
+    target: Sequence[int] | np.ndarray
 
 
 class Score(NamedTuple):
@@ -124,7 +124,10 @@ class Scorer:
 
 
 def _target_scores(
-    network: gpt2.GPT2, hidden_BTD: jax.Array, targets_BK: jax.Array, outputs_BK: jax.Array
+    network: gpt2.GPT2,
+    hidden_BTD: jax.Array,
+    targets_BK: np.ndarray | jax.Array,
+    outputs_BK: np.ndarray | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability of each target, whether it is the likeliest token), each (B, K)."""
     hidden_BKD = jnp.take_along_axis(hidden_BTD, outputs_BK[..., None], axis=1)
@@ -172,11 +175,11 @@ class ScoringRow(NamedTuple):
 class RowBatch(NamedTuple):
     """Rows as arrays of few shapes. Where no context is shared, positions and branches are None."""
 
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray | None
-    branches_BT: np.ndarray | None
-    targets_BK: np.ndarray
-    outputs_BK: np.ndarray
+    tokens_BT: np.ndarray | jax.Array
+    positions_BT: np.ndarray | jax.Array | None
+    branches_BT: np.ndarray | jax.Array | None
+    targets_BK: np.ndarray | jax.Array
+    outputs_BK: np.ndarray | jax.Array
 
 
 def row_batches(

@@ -56,7 +56,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def add_evaluation(checkpoint: str, found: dict[str, object]) -> None:
-    """Add the figures of an evaluation to the run of the checkpoint and to its report. A Hugging Face folder has none."""
+    """Add an evaluation to the run of the checkpoint and to its report; a Hugging Face folder keeps none."""
     if is_huggingface(checkpoint):
         return
     run, _ = find_step(Path(checkpoint))
