@@ -21,7 +21,7 @@ from jaxgpt.data.pipeline import Batch
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation import harness
-from jaxgpt.evaluation.scoring import Scorer, encode_pair
+from jaxgpt.evaluation.scoring import RequestScorer, encode_pair
 from jaxgpt.evaluation.tasks import read_task, results
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import ModelConfig, OptimizerConfig, TrainConfig
@@ -184,7 +184,7 @@ def answers(questions, peer, ours) -> dict[str, dict]:
 def score(folder):
     """Our own way from pairs of texts to scores."""
     model = load_model(folder)
-    scorer = Scorer(model.config, model.vocab_size, build_mesh(ONE_DEVICE, jax.devices()[:1]), 4)
+    scorer = RequestScorer(model.config, model.vocab_size, build_mesh(ONE_DEVICE, jax.devices()[:1]), 4)
     params = jax.device_put(model.params, scorer.param_shardings)
     return lambda pairs: scorer(params, [encode_pair(model.tokenizer, *pair) for pair in pairs])
 

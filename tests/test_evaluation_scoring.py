@@ -6,7 +6,7 @@ import pytest
 from tiny import CONFIG, MODEL, ONE_DEVICE, VOCAB
 
 from jaxgpt.data.tokenizer import train_bpe
-from jaxgpt.evaluation.scoring import Score, Scorer, encode_pair
+from jaxgpt.evaluation.scoring import Score, RequestScorer, encode_pair
 from jaxgpt.evaluation.scoring_rows import Request, rows_of
 from jaxgpt.model import gpt2
 from jaxgpt.parallel.mesh import build_mesh
@@ -30,7 +30,7 @@ def requests() -> list[Request]:
 
 def scores(params, requests, mesh: MeshConfig = ONE_DEVICE, rows: int = 4) -> list[Score]:
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-    scorer = Scorer(CONFIG, VOCAB, build_mesh(mesh, devices), rows)
+    scorer = RequestScorer(CONFIG, VOCAB, build_mesh(mesh, devices), rows)
     return scorer(jax.device_put(params, scorer.param_shardings), requests)
 
 

@@ -14,7 +14,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation import tasks as task_files
-from jaxgpt.evaluation.scoring import Scorer, ScoringRequest
+from jaxgpt.evaluation.scoring import RequestScorer, ScoringRequest
 from jaxgpt.evaluation.tasks import Task
 from jaxgpt.evaluation.wikitext import Pages
 
@@ -46,15 +46,19 @@ def read_tasks(words: Sequence[str]) -> list[NamedTask]:
     return list(found.values())
 
 
-def task_scores(
-    tasks: Sequence[NamedTask], config: Config, vocab_size: int, tokenizer: Tokenizer, mesh: Mesh
-) -> "TaskScores | None":
-    """A function that scores `tasks`, or None if there are none. `config` has its batch resolved.
+def task_scorer(words: Sequence[str]) -> Callable[[Config, int, Tokenizer, Mesh], "TaskScores | None"]:
+    """Read the tasks of eval.tasks; returns a function that makes their `TaskScores` once the run is resolved.
+
+    The function returns None if there are no tasks. It raises UserError for a question that the tokenizer cannot write
+    or the model has no room for, and names the line.
 
     Raises:
-        UserError: a question that the tokenizer cannot write or the model has no room for; names the line.
+        UserError: as `read_tasks`.
     """
-    return TaskScores(tasks, config, vocab_size, tokenizer, mesh) if tasks else None
+    tasks = read_tasks(words)
+    return lambda config, vocab_size, tokenizer, mesh: (
+        TaskScores(tasks, config, vocab_size, tokenizer, mesh) if tasks else None
+    )
 
 
 class TaskScores:
@@ -64,7 +68,7 @@ class TaskScores:
         self._tasks = tasks
         self._requests = [_requests(task, tokenizer, config.block_size) for _, task in tasks]
         self._block_size = config.block_size
-        self._scorer = Scorer(config, vocab_size, mesh, config.per_device_eval_batch_size)
+        self._scorer = RequestScorer(config, vocab_size, mesh, config.per_device_eval_batch_size)
 
     def __call__(self, params: dict, go_on: Callable[[], object] = lambda: None) -> dict[str, float]:
         """`go_on` is called after each batch; what it raises ends the scoring."""
@@ -74,7 +78,7 @@ class TaskScores:
             values |= {f"eval_{name}_{key}": value for key, value in found.items() if isinstance(value, float)}
         return values
 
-    def message(self) -> str:
+    def describe(self) -> str:
         """What will be scored, a line for each task."""
         lines = []
         for (name, task), requests in zip(self._tasks, self._requests, strict=True):

@@ -1,7 +1,7 @@
 """A checkpoint as a model of EleutherAI's lm-evaluation-harness, in this process; `harness.py` makes one.
 
 Texts become tokens as the harness's own Hugging Face model reads them: a special token's name in a text is that token.
-Then `Scorer` gives the log-likelihoods and `complete` the generated texts.
+Then `RequestScorer` gives the log-likelihoods and `complete` the generated texts.
 """
 
 import collections
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxgpt.config import Config
 from jaxgpt.data.chat import TEMPLATE
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation.scoring import Score, Scorer, ScoringRequest
+from jaxgpt.evaluation.scoring import Score, RequestScorer, ScoringRequest
 from jaxgpt.evaluation.wikitext import rolling
 from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.decode import Decoder, build_decoder
@@ -54,7 +54,7 @@ class CheckpointLM(TemplateLM):
         self._special_ids = {token.content: number for number, token in added if token.special}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._scorer = Scorer(config, loaded.vocab_size, mesh, rows_per_device)
+        self._scorer = RequestScorer(config, loaded.vocab_size, mesh, rows_per_device)
         self._params = jax.device_put(loaded.params, self._scorer.param_shardings)
         self._rows = rows_per_device * batch_shards(mesh)
 

@@ -22,7 +22,7 @@ from jaxgpt.evaluation.perplexity import (
     validation_batches,
 )
 from jaxgpt.evaluation.result_table import with_published
-from jaxgpt.evaluation.scoring import Scorer
+from jaxgpt.evaluation.scoring import RequestScorer
 from jaxgpt.evaluation.tasks import Task, read_tasks
 from jaxgpt.evaluation.text_statistics import TOGETHER, Prompts, check, validation_prompts, written_prompts
 from jaxgpt.evaluation.wikitext import Pages, read_text
@@ -162,7 +162,7 @@ def _results(
 ) -> list[dict]:
     if not tasks:
         return []
-    scorer = Scorer(config, model.vocab_size, mesh, rows_per_device)
+    scorer = RequestScorer(config, model.vocab_size, mesh, rows_per_device)
     params = jax.device_put(model.params, scorer.param_shardings)
     results = []
     for task in tasks:

@@ -62,7 +62,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, target: str) -> ScoringReque
     return ScoringRequest(whole[:before] or [tokenizer.end_of_text], whole[before:])
 
 
-class Scorer:
+class RequestScorer:
     """A model's shape on a mesh, compiled to score requests with any parameters of that shape."""
 
     param_shardings: dict

@@ -163,7 +163,7 @@ _WATCH: contextvars.ContextVar[_Watch] = contextvars.ContextVar("watch of the co
 class _Protocol(H11Protocol):
     """uvicorn's HTTP/1.1, with a watch on each connection; only methods of asyncio.Protocol are extended."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] - as uvicorn's
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's type
         super().connection_made(transport)
         self._watch = _Watch(transport)
 
