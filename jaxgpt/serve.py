@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     keep_freed_memory()  # before jax is imported
 
-    from jaxgpt.serving.server import ServeOptions, run
+    from jaxgpt.serving.served_model import ServeOptions
+    from jaxgpt.serving.server import run
 
     code = run(ServeOptions(**arguments))
     cli.leave(code)  # a thread that still compiles would crash on the way out, and one on a dead device hang

@@ -1,7 +1,5 @@
 """Questions scored during a training (eval.tasks), with the parameters that are on the devices."""
 
-import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,35 +89,15 @@ class TaskScores:
 
 def _requests(task: Task | Pages, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
     """All requests of a task, as int32 arrays, since they are kept for the whole training."""
-    if isinstance(task, Pages):
-        try:
-            found = task.requests(tokenizer, block_size)
-        except UserError as error:
-            raise UserError(f"eval.tasks: {task.source}: {error}") from None
-    else:
-        numbers = range(len(task.questions))
-        found = [request for number in numbers for request in _of_question(task, number, tokenizer, block_size)]
-    return [ScoringRequest(*(np.array(tokens, np.int32) for tokens in request)) for request in found]
-
-
-def _of_question(task: Task, number: int, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
-    alone = dataclasses.replace(task, questions=task.questions[number : number + 1])
     try:
-        requests = alone.requests(tokenizer, block_size)
-        longest = max(len(request.target) for request in requests)
-        if longest > block_size:
-            raise UserError(
-                f"an answer of {longest} tokens, but the model reads {block_size}; shorten it, or take the question out"
-            )
-    except UserError as error:  # or a character that the tokenizer does not have
-        raise UserError(f"eval.tasks: {_where(task.source, number)}: {error}") from None
-    return requests
-
-
-def _where(source: str, question: int) -> str:
-    """file:line of a question, which is counted from 0 without the blank lines."""
-    if not Path(source).is_file():
-        return f"{source}, question {question + 1}"
-    with open(source, "rb") as lines:
-        numbers = (number for number, line in enumerate(lines, 1) if line.strip())
-        return f"{source}:{next(itertools.islice(numbers, question, None))}"
+        requests = task.requests(tokenizer, block_size)
+        owners = [question for question in task.questions for _ in question.pairs] if isinstance(task, Task) else []
+        for question, request in zip(owners, requests):
+            if len(request.target) > block_size:
+                raise UserError(
+                    f"{question.where}: an answer of {len(request.target)} tokens, but the model reads {block_size}; "
+                    "shorten it, or take the question out"
+                )
+    except UserError as error:
+        raise UserError(f"eval.tasks: {error}") from None
+    return [ScoringRequest(*(np.array(tokens, np.int32) for tokens in request)) for request in requests]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxgpt.config import Config
 from jaxgpt.data.chat import TEMPLATE
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation.scoring import Score, RequestScorer, ScoringRequest
+from jaxgpt.evaluation.scoring import RequestScorer, Score, ScoringRequest
 from jaxgpt.evaluation.wikitext import rolling
 from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.decode import Decoder, build_decoder

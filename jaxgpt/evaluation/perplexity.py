@@ -41,14 +41,6 @@ class EncodedText(NamedTuple):
     """UTF-8."""
 
 
-class Window(NamedTuple):
-    """Inputs begin..end - 2 and targets begin + 1..end - 1; the targets from `first` on are scored."""
-
-    begin: int
-    first: int
-    end: int
-
-
 class TextBatches(NamedTuple):
     """Batches of rows of one text, in numpy."""
 
@@ -92,12 +84,15 @@ def encoded_text(tokens: Iterable[int], num_bytes: int, end_of_text: int) -> Enc
     return EncodedText(lambda start, length: array[start : start + length], len(array), num_bytes)
 
 
-def windows(num_tokens: int, block_size: int, stride: int) -> Iterator[Window]:
-    """The windows that score the tokens 1..num_tokens - 1, each once."""
+def windows(num_tokens: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first, end) of the windows that score the tokens 1..num_tokens - 1, each once.
+
+    Inputs are begin..end - 2, targets begin + 1..end - 1; the targets from `first` on are scored.
+    """
     begin, first = 0, 1
     while first < num_tokens:
         end = min(begin + 1 + block_size, num_tokens)
-        yield Window(begin, first, end)
+        yield begin, first, end
         begin, first = begin + stride, end
 
 

@@ -35,6 +35,8 @@ class Question(NamedTuple):
     """Their lengths divide the log-probabilities of acc_norm."""
     answer: int
     """Number of the right choice."""
+    where: str = ""
+    """Its place, for messages: file:line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,18 @@ class Task:
         return dataclasses.replace(self, questions=self.questions[:count])
 
     def requests(self, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
-        """A request for each pair. A context of more than `block_size` tokens is cut when it is scored."""
-        return [encode_pair(tokenizer, *pair) for question in self.questions for pair in question.pairs]
+        """A request for each pair. A context of more than `block_size` tokens is cut when it is scored.
+
+        Raises:
+            UserError: the tokenizer has no token for a character; names the question's place.
+        """
+        requests = []
+        for question in self.questions:
+            try:
+                requests += [encode_pair(tokenizer, *pair) for pair in question.pairs]
+            except UserError as error:
+                raise UserError(f"{question.where}: {error}") from None
+        return requests
 
     def results(self, scores: Sequence[Score]) -> dict[str, object]:
         """{"task", "questions", "cut", metric, "metric_stderr", ...} from the scores of all pairs, in their order."""
@@ -215,7 +227,7 @@ def _question(to_question: Callable[[Mapping], Question], record: Mapping, where
         raise UserError(f"{where}: a choice is missing or blank")
     if not 0 <= question.answer < count:
         raise UserError(f"{where}: the answer is choice {question.answer}, but there are {count}, numbered from 0")
-    return question
+    return question._replace(where=where)
 
 
 # ---------------------------------------------------------------- from words on a command line

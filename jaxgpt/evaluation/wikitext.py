@@ -62,8 +62,15 @@ class Pages:
         return dataclasses.replace(self, pages=self.pages[:count])
 
     def requests(self, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
-        """Requests that score every token of every page once."""
-        encoded = (tokenizer.encode(detokenize(page)) for page in self.pages)
+        """Requests that score every token of every page once.
+
+        Raises:
+            UserError: the tokenizer has no token for a character.
+        """
+        try:
+            encoded = [tokenizer.encode(detokenize(page)) for page in self.pages]
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from None
         return [request for tokens in encoded for request in rolling(tokens, tokenizer.end_of_text, block_size)]
 
     def results(self, scores: Sequence[Score]) -> dict[str, object]:

@@ -6,10 +6,11 @@ Each route reads its body (schemas.py), turns it into engine requests (requests.
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -150,24 +151,26 @@ class Routes:
         asked = await _off_the_loop(lambda: ask(engine), request)
         generation = Generation(asked, self._model, engine, self._metrics, self._options.request_seconds)
         response = shape(self._model, asked)
-        self.under_way += 1
+        counted = contextlib.ExitStack()
+        counted.enter_context(self._counted(generation))
         if not isinstance(response, Generated) and asked.stream:
-            return EventStream(events(generation, response), generation, self._left, self._ended)
-        try:
-            parts = await while_connected(request, generation.collect())
+            return EventStream(events(generation, response), counted)
+        with counted:
+            parts = await while_connected(request.receive, generation.collect())
             return JSONResponse(response.whole(parts, generation.usage))
+
+    @contextlib.contextmanager
+    def _counted(self, generation: Generation) -> Iterator[None]:
+        """Count an answer as under way, and a client that leaves before its end; then free the slots."""
+        self.under_way += 1
+        try:
+            yield
         except ClientDisconnect:
-            self._left()
+            self._metrics.disconnects.inc()
             raise
         finally:
             generation.cancel()
-            self._ended()
-
-    def _left(self) -> None:
-        self._metrics.disconnects.inc()
-
-    def _ended(self) -> None:
-        self.under_way -= 1
+            self.under_way -= 1
 
 
 async def _off_the_loop(function: Callable[[], T], request: Request) -> T:

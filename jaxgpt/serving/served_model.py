@@ -3,7 +3,8 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -17,6 +18,26 @@ from jaxgpt.serving.schemas import ApiError, bad_request, not_ready
 from jaxgpt.training.models import load_model
 
 STUCK_SECONDS = 120.0  # without one chunk, while requests are under way: longer than any chunk takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What to serve and how; `jaxgpt serve --help` explains the flags of these names."""
+
+    checkpoint: str
+    weights: str | None
+    host: str
+    port: int
+    name: str | None
+    system: str | None
+    slots: int
+    queue: int
+    chunk: int
+    request_seconds: float
+    drain_seconds: float
+    api_key_file: Path | None
+    open: Sequence[str]
+    cors_origin: Sequence[str]
 
 
 @dataclasses.dataclass
@@ -109,29 +130,29 @@ class ServedModel:
         return self._names[token]
 
 
-def load(
-    checkpoint: str, *, weights: str | None, name: str | None, system: str | None, slots: int, chunk: int, queue: int
-) -> tuple[ServedModel, Callable[[], Engine]]:
+def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     """(the model of a checkpoint, a function that compiles its engine; to be called once).
 
     Raises:
         UserError: there is no such model.
     """
-    loaded = load_model(checkpoint)
+    loaded = load_model(options.checkpoint)
     use_compilation_cache(loaded.config.train.compilation_cache_dir)
     config, vocab_size, tokenizer = loaded.config.model, loaded.vocab_size, loaded.tokenizer
     count = parameter_count(config, vocab_size)
-    name = name or checkpoint.removeprefix("hf:").rstrip("/").split("/")[-1]
-    system = loaded.config.chat.system if system is None else system
+    name = options.name or options.checkpoint.removeprefix("hf:").rstrip("/").split("/")[-1]
+    system = loaded.config.chat.system if options.system is None else options.system
     model = ServedModel(name, tokenizer, config.n_positions, count, loaded.step, system)
     step = f", step {loaded.step:,}" if loaded.step else ""
-    print(f"{checkpoint}{step}, {count / 1e6:.1f}M parameters, {weights or config.dtype}", file=sys.stderr)
+    kind = options.weights or config.dtype
+    print(f"{options.checkpoint}{step}, {count / 1e6:.1f}M parameters, {kind}", file=sys.stderr)
     params = [loaded.params]
     del loaded
 
     def build() -> Engine:
         # The parameters are not kept: the decoder has them in a layout of its own.
+        weights, slots = options.weights, options.slots
         decoder = build_decoder(config, vocab_size, params.pop(), tokenizer.end_of_text, weights, slots)
-        return Engine(decoder, slots, chunk, queue)
+        return Engine(decoder, slots, options.chunk, options.queue)
 
     return model, build

@@ -8,7 +8,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
-import dataclasses
 import gc
 import logging
 import os
@@ -17,8 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -29,7 +27,7 @@ from jaxgpt.errors import EXIT_DONE, RunFailed, UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
 from jaxgpt.serving.middleware import read_keys
-from jaxgpt.serving.served_model import ServedModel, load
+from jaxgpt.serving.served_model import ServedModel, ServeOptions, load
 
 logger = logging.getLogger("jaxgpt.serve")
 
@@ -40,26 +38,6 @@ POLL_SECONDS = 0.05
 FAILURE_SECONDS = 1.0  # between a failure and the exit: clients get their errors, and a probe sees it
 CONNECTIONS = 65536
 LOCAL = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What to serve and how; `jaxgpt serve --help` explains the flags of these names."""
-
-    checkpoint: str
-    weights: str | None
-    host: str
-    port: int
-    name: str | None
-    system: str | None
-    slots: int
-    queue: int
-    chunk: int
-    request_seconds: float
-    drain_seconds: float
-    api_key_file: Path | None
-    open: Sequence[str]
-    cors_origin: Sequence[str]
 
 
 def run(options: ServeOptions) -> int:
@@ -73,15 +51,7 @@ def run(options: ServeOptions) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     listener = listen(options.host, options.port)
-    model, build = load(
-        options.checkpoint,
-        weights=options.weights,
-        name=options.name,
-        system=options.system,
-        slots=options.slots,
-        chunk=options.chunk,
-        queue=options.queue,
-    )
+    model, build = load(options)
     print(f"listening on http://{options.host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     if not keys and options.host not in LOCAL:
         print("warning: no API keys: whoever reaches this port may use the model", file=sys.stderr)

@@ -5,10 +5,10 @@ The event stream format: https://html.spec.whatwg.org/multipage/server-sent-even
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -48,29 +48,13 @@ class EventStream(Response):
 
     background = None
 
-    def __init__(
-        self,
-        source: AsyncGenerator[bytes],
-        generation: Generation,
-        left: Callable[[], None],
-        ended: Callable[[], None],
-    ):
-        """`left` is called if the client leaves before the end, `ended` when nothing is left to send."""
-        self._source, self._generation, self._left, self._ended = source, generation, left, ended
+    def __init__(self, source: AsyncGenerator[bytes], counted: contextlib.AbstractContextManager[object]):
+        """`counted` is left when nothing is sent any more."""
+        self._source, self._counted = source, counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(_wait_until_gone(receive))
-        try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-            else:
-                self._left()
-        finally:
-            self._generation.cancel()
-            await _end(writing, gone)
-            self._ended()
+        with contextlib.suppress(ClientDisconnect), self._counted:
+            await while_connected(receive, self._write(send))
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
@@ -80,29 +64,25 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
     """The result of `answer`, which is cancelled if the client leaves.
 
     Raises:
         ClientDisconnect: the client has left.
     """
-    working = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_wait_until_gone(request.receive))
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_wait_until_gone(receive))
     try:
-        done, _ = await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working in done:
-            return working.result()
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
         raise ClientDisconnect
     finally:
-        await _end(working, gone)
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
 async def _wait_until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _end(*tasks: asyncio.Future) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
