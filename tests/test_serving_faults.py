@@ -24,6 +24,7 @@ import pytest
 import serving
 
 pytest_plugins = ["serving"]
+pytestmark = pytest.mark.system
 
 SHORT = 1.0  # seconds; stands for the server's patience of 10 to 120
 BODY = {"prompt": "Hi", "max_tokens": 100, "temperature": 1, "seed": 5}
