@@ -59,6 +59,7 @@ KEYS = ("first-key-9f3c", "second-key-77ab")
 ORIGIN = "https://chat.example.com"
 SYSTEM = "Be kind."
 BASE_NAME, CHAT_NAME = "tiny-base", "tiny-chat"
+SLOTS = 4  # all engines of a pytest process have one shape, so that they are compiled once
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=128, dtype="float32")
 TEXTS = ["中文 and more 中国", "你好，世界！", "😀🙂😉", "👍🏽 ñandú", "the end of the text", "naïve café"]
 LIKELY = "中你😀ñé he。\n"
@@ -268,15 +269,15 @@ def served(model: LoadedModel, name: str, system: str = "", key: str | None = No
     """An application for `model` with the settings of `jaxgpt.serving.app.Options`."""
     from jaxgpt.serving.app import Options, build_app
 
-    with Engine(decoder_of(model, rows=16), queue=256) as engine:
+    with Engine(decoder_of(model), SLOTS, queue=256) as engine:
         served_model = ServedModel(name, model.tokenizer, model.config.model.n_positions, 0, 0, system, engine)
         with threaded(build_app(served_model, Options(**options))[0], key) as server:
             yield server
 
 
-def decoder_of(model: LoadedModel, rows: int = 1):
+def decoder_of(model: LoadedModel):
     params, end_of_text = jax.device_put(model.params), model.tokenizer.end_of_text
-    return build_decoder(model.config.model, model.vocab_size, params, end_of_text, rows=rows)
+    return build_decoder(model.config.model, model.vocab_size, params, end_of_text, rows=SLOTS)
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +297,7 @@ def chat_server() -> Iterator[Server]:
 
 @dataclasses.dataclass
 class Small:
-    """One slot, two places in the queue."""
+    """Two places in the queue."""
 
     served: ServedModel
     engine: Engine
@@ -324,7 +325,7 @@ class Small:
 
     @contextlib.contextmanager
     def full(self, server: Server) -> Iterator[threading.Event]:
-        """`held`, and requests to `server` (of this engine) have the slot and both places of the queue."""
+        """`held`, and requests to `server` (of this engine) have a slot and both places of the queue."""
         with ThreadPoolExecutor(3) as pool, self.held() as go:
             for waiting in range(3):
                 pool.submit(server.post, "/v1/completions", prompt="Hi", max_tokens=8)
@@ -334,9 +335,9 @@ class Small:
 
 @pytest.fixture(scope="session")
 def small() -> Iterator[Small]:
-    model = make_model(chat=True, config=dataclasses.replace(MODEL, n_positions=32))
-    with Engine(decoder_of(model), slots=1, chunk=4, queue=2) as engine:
-        yield Small(ServedModel("small", model.tokenizer, 32, 0, 0, engine=engine), engine)
+    model = make_model(chat=True)
+    with Engine(decoder_of(model), SLOTS, queue=2) as engine:
+        yield Small(ServedModel("small", model.tokenizer, MODEL.n_positions, 0, 0, engine=engine), engine)
 
 
 # ---------------------------------------------------------------- many at once

@@ -94,7 +94,7 @@ def test_requests_with_one_context_share_it_and_have_the_scores_they_have_alone(
     long, short, whole = tokens(12), tokens(2), tokens(28)
     families = [(long, (1, 4, 6, 2)), (short, (9, 8)), (whole, (2, 3, 1)), (long, (25, 3)), (tokens(8), (3, 3, 3))]
     requests = [ScoringRequest(context, tokens(count)) for context, counts in families for count in counts]
-    shared = [[member.place for member in row.members] for row in rows_of(requests, BLOCK) if row.is_shared]
+    shared = [[member.number for member in row.members] for row in rows_of(requests, BLOCK) if row.is_shared]
     # Twelve tokens once and not four times; two are not worth it; 28 + 1 + 2 tokens fill a block of 32, 25 do not fit.
     assert shared == [[0, 1, 2, 3], [6, 7, 8], [11, 12, 13]]
     found = scores(params, requests)

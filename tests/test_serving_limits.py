@@ -293,6 +293,7 @@ def test_neither_keys_nor_texts_are_in_the_log_the_figures_or_an_error(base_serv
     ]
     for answer in told[2:6] + told[7:9]:
         assert answer.status >= 400 and word not in answer.text
+    wait_for(lambda: "GET other 404" in caplog.text)  # a line is written after its answer
     seen = caplog.text + base_server.get("/metrics").text
     assert "POST /v1/completions 200" in seen and "GET other 404" in seen
     assert not re.search("|".join([word, *serving.KEYS]), seen)
@@ -378,7 +379,7 @@ def test_a_server_listens_while_it_compiles_and_ends_with_what_is_under_way(smal
 
     def build() -> Engine:
         go.wait(30)
-        own.engine = Engine(small.engine._decoder, slots=1, chunk=4, queue=2)
+        own.engine = Engine(small.engine._decoder, serving.SLOTS, queue=2)
         return own.engine
 
     def client() -> list[serving.Answer]:

@@ -48,51 +48,36 @@ def metrics_of(task: Mapping) -> list[str]:
 
 def _tasks(tasks: Sequence[Mapping]) -> str:
     rows = [row for task in tasks for row in _rows(task)]
-    names, metrics = (
-        max(len(head), *(len(row[column]) for row in rows)) for head, column in (("task", 0), ("metric", 2))
-    )
+    names, metrics = (max(len(word), *(len(row[i]) for row in rows)) for word, i in (("task", 0), ("metric", 2)))
     head = f"{'task':<{names}}  {'questions':>9}  {'metric':<{metrics}}  {'value':>10}  {'error':>7}"
-    models = list(dict.fromkeys(figure["model"] for task in tasks for figure in task.get("published", [])))
-    lines = [head + "".join(f"  {model:>10}" for model in models)]
-    for name, count, metric, value, error, published in rows:
-        figures = "".join(f"  {_number(published[model]):>10}" if model in published else "" for model in models)
-        line = f"{name:<{names}}  {count:>9}  {metric:<{metrics}}  {value:>10}  {error:>7}{figures}"
-        lines.append(f"{line}  {published.get('of', '')}".rstrip())
-    lines += _remarks(tasks)
-    return "\n".join(lines)
+    published = any(figures for *_, figures, _ in rows)
+    lines = [head + "".join(f"  {model:>10}" for model in _SIZES if published)]
+    for name, count, metric, value, error, figures, data in rows:
+        cells = "".join(f"  {_number(figure):>10}" for figure in figures)
+        lines.append(
+            f"{name:<{names}}  {count:>9}  {metric:<{metrics}}  {value:>10}  {error:>7}{cells}  {data}".rstrip()
+        )
+    for task in tasks:
+        if task["cut"]:
+            longer = f"{task['cut']:,} contexts were longer than the model reads"
+            lines.append(f"  {task['task']}: {longer} and lost their beginning")
+    sources = dict.fromkeys(data for task in tasks for _, data, _ in _published(task))
+    return "\n".join([*lines, *(f"  published: {_PAPER}: {data}" for data in sources)])
 
 
-def _rows(task: Mapping) -> Iterator[tuple[str, str, str, str, str, dict]]:
-    """(task, questions, metric, value, error, published figures by model and under "of" their data set)."""
+def _rows(task: Mapping) -> Iterator[tuple[str, str, str, str, str, Sequence[float], str]]:
+    """(task, questions, metric, value, error, published figures by size, their data set)."""
     examples = f", {task['few_shot']} examples" if task.get("few_shot") else ""
     name, count = f"{task['task']}{examples}", f"{task['questions']:,}"
     for metric in metrics_of(task):
         label, bracket, filtered = metric.partition("[")
         error = task.get(f"{label}_stderr{bracket}{filtered}", task.get(f"{metric}_stderr"))
         error_cell = f"{error:.4f}" if isinstance(error, float) else ""
-        figures = _published(task, metric)
-        yield name, count, metric, _number(task[metric]), error_cell, figures[0] if figures else {}
-        for more in figures[1:]:
-            yield "", "", "", "", "", more
-
-
-def _published(task: Mapping, metric: str) -> list[dict]:
-    """The figures by model of each published source of this metric."""
-    by_source: dict[str, dict] = {}
-    for figure in task.get("published", []):
-        if figure["metric"] == metric:
-            of = figure["source"].partition(": ")[2].partition(";")[0]
-            by_source.setdefault(figure["source"], {"of": of})[figure["model"]] = figure["value"]
-    return list(by_source.values())
-
-
-def _remarks(tasks: Sequence[Mapping]) -> Iterator[str]:
-    for task in tasks:
-        if task["cut"]:
-            longer = f"{task['cut']:,} contexts were longer than the model reads"
-            yield f"  {task['task']}: {longer} and lost their beginning"
-    for source in dict.fromkeys(figure["source"] for task in tasks for figure in task.get("published", [])):
-        yield f"  published: {source}"
+        own = (name, count, metric, _number(task[metric]), error_cell)
+        beside = [(figures, data.partition(";")[0]) for of, data, figures in _published(task) if of == metric]
+        for figures, data in beside or [((), "")]:
+            yield *own, figures, data
+            own = ("", "", "", "", "")
 
 
 def _number(value: float) -> str:
@@ -144,14 +129,16 @@ _FIGURES: dict[str, list[tuple[str, str, tuple[float, ...]]]] = {
 _SAME = {"lambada_openai": "lambada", "lambada_standard": "lambada"}  # the harness's names
 
 
-def with_published(result: dict) -> dict:
-    """A task's result with the published figures of the task of the same name, if there are any.
+def _published(task: Mapping) -> list[tuple[str, str, tuple[float, ...]]]:
+    """[(metric, data set and remark, figures by size), ...]"""
+    return _FIGURES.get(_SAME.get(task["task"], task["task"]), [])
 
-    They are [{"model", "metric", "value", "source"}, ...] under "published".
-    """
+
+def with_published(task: dict) -> dict:
+    """A task's result with [{"model", "metric", "value", "source"}, ...] under "published", if there are any."""
     figures = [
         {"model": model, "metric": metric, "value": value, "source": f"{_PAPER}: {data}"}
-        for metric, data, values in _FIGURES.get(_SAME.get(result["task"], result["task"]), [])
+        for metric, data, values in _published(task)
         for model, value in zip(_SIZES, values, strict=True)
     ]
-    return {**result, "published": figures} if figures else result
+    return {**task, "published": figures} if figures else task

@@ -16,20 +16,33 @@ from jaxgpt.serving.served_model import ServedModel
 LOWEST_LOGPROB = -9999.0  # for an impossible token: JSON has no infinity
 
 
-class Completions:
-    """https://platform.openai.com/docs/api-reference/completions/object"""
+class _Answer:
+    """What completions and chats share."""
+
+    prefix: str
+    chunk_object: str
 
     def __init__(self, model: ServedModel, asked: GenerationRequest):
         self._model, self._asked = model, asked
-        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
-        self._head["model"] = model.name
+        name, created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self._head = {"id": name, "object": self.chunk_object, "created": created, "model": model.name}
         self._begun: set[int] = set()
 
-    def chunks(self, part: Part) -> list[dict]:
-        return [self._head | {"choices": [self._choice(part)]} | _no_usage(self._asked)]
-
-    def last_chunk(self, usage: dict) -> dict:
+    def last_chunk(self, usage: dict[str, int]) -> dict:
         return self._head | {"choices": [], "usage": usage}
+
+    def _chunk(self, choice: dict) -> dict:
+        """If usage was asked for, every chunk but the last says that it is not known yet."""
+        return self._head | {"choices": [choice]} | ({"usage": None} if self._asked.include_usage else {})
+
+
+class Completions(_Answer):
+    """https://platform.openai.com/docs/api-reference/completions/object"""
+
+    prefix, chunk_object = "cmpl", "text_completion"
+
+    def chunks(self, part: Part) -> list[dict]:
+        return [self._chunk(self._choice(part))]
 
     def whole(self, parts: Sequence[Part], usage: dict) -> dict:
         choices: dict[int, dict] = {}
@@ -77,31 +90,22 @@ class Completions:
         return found
 
 
-class Chats:
+class Chats(_Answer):
     """https://platform.openai.com/docs/api-reference/chat/object"""
 
-    def __init__(self, model: ServedModel, asked: GenerationRequest):
-        self._model, self._asked = model, asked
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
-        self._begun: set[int] = set()
+    prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
 
     def chunks(self, part: Part) -> list[dict]:
-        made = []
+        deltas: list[dict] = []
         if part.index not in self._begun:
             self._begun.add(part.index)
-            made.append(self._chunk(part.index, {"role": "assistant", "content": ""}))
+            deltas.append({"delta": {"role": "assistant", "content": ""}})
         if part.text or part.new.tokens:
-            made.append(self._chunk(part.index, {"content": part.text}, self._logprobs(part.new)))
+            deltas.append({"delta": {"content": part.text}, "logprobs": self._logprobs(part.new)})
         if part.finish_reason:
-            made.append(self._chunk(part.index, {}, None, part.finish_reason))
-        return made
-
-    def _chunk(self, index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._head | {"object": "chat.completion.chunk", "choices": [choice]} | _no_usage(self._asked)
-
-    def last_chunk(self, usage: dict) -> dict:
-        return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+            deltas.append({"delta": {}, "finish_reason": part.finish_reason})
+        usual = {"index": part.index, "logprobs": None, "finish_reason": None}
+        return [self._chunk(usual | delta) for delta in deltas]
 
     def whole(self, parts: Sequence[Part], usage: dict) -> dict:
         choices = []
@@ -147,11 +151,6 @@ class Generated:
             text = self._prompt + "".join(part.text for part in own)
             texts.append({"generated_text": text, "finish_reason": own[-1].finish_reason})
         return {"generated_text": texts[0]["generated_text"], "sequences": texts, "usage": usage}
-
-
-def _no_usage(asked: GenerationRequest) -> dict:
-    """If usage was asked for, every chunk but the last says that it is not known yet."""
-    return {"usage": None} if asked.include_usage else {}
 
 
 def _finite(logprob: float) -> float:
