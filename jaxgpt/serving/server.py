@@ -48,7 +48,8 @@ def run(options: ServeOptions) -> int:
     """
     _check(options)
     keys = read_keys(options.api_key_file)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    # A library may have set up the root logger when it was imported: `force` replaces its handlers.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO)
     listener = listen(options.host, options.port)
     model, build = load(options)
