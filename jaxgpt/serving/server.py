@@ -48,11 +48,11 @@ def run(options: ServeOptions) -> int:
     """
     _check(options)
     keys = read_keys(options.api_key_file)
+    listener = listen(options.host, options.port)
+    model, build = load(options)
     # A library may have set up the root logger when it was imported: `force` replaces its handlers.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO)
-    listener = listen(options.host, options.port)
-    model, build = load(options)
     print(f"listening on http://{options.host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     if not keys and options.host not in LOCAL:
         print("warning: no API keys: whoever reaches this port may use the model", file=sys.stderr)
