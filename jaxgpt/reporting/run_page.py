@@ -5,6 +5,7 @@ The page needs no network and no script: see reporting/figures.py, which draws i
 
 import json
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from jaxgpt.config import Config, flatten
 from jaxgpt.reporting import curves, evaluations, figures
 from jaxgpt.reporting.curves import ACTIVITIES
 from jaxgpt.reporting.figures import COLOURS, SMOOTHED, big, word
+from jaxgpt.storage.files import append_json
+from jaxgpt.training.checkpoint import find_step
 from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.models import is_huggingface
 
 NOISY = ("loss", "grad_norm", "tokens_per_second")
 MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it under a megabyte
@@ -49,6 +53,19 @@ def write_report(workdir: Path) -> Path:
         unchanged=unchanged,
     )
     return figures.write_page(workdir / "report.html", html)
+
+
+def add_evaluation(checkpoint: str, found: dict[str, object]) -> None:
+    """Add an evaluation to the run of the checkpoint and to its report; a Hugging Face folder keeps none."""
+    if is_huggingface(checkpoint):
+        return
+    run, _ = find_step(Path(checkpoint))
+    try:
+        append_json(run / evaluations.FILE, found)
+        if (run / "metrics.jsonl").exists():
+            write_report(run)
+    except OSError as error:  # another user's run, or a full disk: the figures are printed
+        print(f"warning: {error.filename or run}: {error.strerror}; the run keeps no record of this", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- words and numbers
