@@ -308,7 +308,7 @@ def _generation(asked: tuple, config, model) -> dict:
 
 def _record(checkpoint: str, found: dict) -> None:
     """Add the figures to the run that they are of, for its report and for `compare`."""
-    from jaxgpt.reporting.evaluations import FILE
+    from jaxgpt.reporting.run_files import EVALUATIONS
     from jaxgpt.reporting.run_page import write_report
     from jaxgpt.training.checkpoint import find_step
     from jaxgpt.training.models import is_huggingface
@@ -317,7 +317,7 @@ def _record(checkpoint: str, found: dict) -> None:
         return
     run, _ = find_step(Path(checkpoint))
     try:
-        with open(run / FILE, "a", encoding="utf-8") as file:
+        with open(run / EVALUATIONS, "a", encoding="utf-8") as file:
             file.write(json.dumps(found, ensure_ascii=False) + "\n")
         if (run / "metrics.jsonl").exists():
             write_report(run)

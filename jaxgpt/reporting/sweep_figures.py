@@ -1,20 +1,26 @@
-"""The pictures of a sweep, each drawn on a given matplotlib figure; page.py puts them together.
+"""The figures of a sweep, each drawn on a given matplotlib figure; sweep_page.py puts them together.
 
-Losses far above the others would press those together that matter: the axis ends at `ceiling`, and marks at its top
-edge stand for what lies above.
+Losses far above the others would flatten those that matter: the axis ends at `ceiling`, and marks at its top edge
+stand for what lies above.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxgpt.reporting import figures
 from jaxgpt.reporting.figures import COLOURS
 from jaxgpt.tuning import sweep_table
+from jaxgpt.tuning.learning_rate import RangeFound
 from jaxgpt.tuning.scaling import LEVEL, Scaling
 from jaxgpt.tuning.space import Variable
-from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, PAUSED, Record, Records
+from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, PAUSED, Records, TrialRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOSS = "validation loss (nats per token)"
 MAX_NAMED = 6  # more lines cannot be told apart by name
@@ -36,21 +42,21 @@ _UNITS = {
 
 
 def ceiling(losses: Sequence[float]) -> float:
-    """Where a loss axis ends: high enough for the better half of the trials to be told apart."""
+    """The end of a loss axis: low enough for the better half of the trials to look different."""
     known = sorted(loss for loss in losses if math.isfinite(loss))
     middle = known[len(known) // 2]
     return min(known[-1], middle + 2 * (middle - known[0])) if middle > known[0] else known[-1]
 
 
-def _limit(ax, losses: Sequence[float]) -> float:
-    """End the loss axis there, with a margin. Returns where marks for what lies above are to stand."""
+def _limit(ax: "Axes", losses: Sequence[float]) -> float:
+    """End the loss axis at the ceiling, with a margin. Returns the height of marks for what lies above."""
     low, high = min(losses), ceiling(losses)
     margin = 0.12 * (high - low) or 0.05 * abs(low) or 1.0
     ax.set_ylim(low - margin / 2, high + margin)
     return high + margin / 2
 
 
-def draw_against(figure, variable: Variable, everything: Sequence[Record]) -> None:
+def draw_against(figure: "Figure", variable: Variable, everything: Sequence[TrialRecord]) -> None:
     ax = figure.subplots()
     ax.set_ylabel(LOSS)
     ax.set_xlabel(_UNITS.get(variable.name, variable.label))
@@ -64,7 +70,7 @@ def draw_against(figure, variable: Variable, everything: Sequence[Record]) -> No
                 (positions(r), min(r.loss, edge) if not above else edge) for r in shown if (r.loss > top) == above
             ]
             if points:
-                style = {"color": COLOURS["train"], "alpha": alpha, "linestyle": "", "markersize": 6}
+                style: dict = {"color": COLOURS["train"], "alpha": alpha, "linestyle": "", "markersize": 6}
                 ax.plot(*zip(*points), marker="^" if above else "o", **style)
     diverged = [positions(record) for record in everything if record.status == DIVERGED]
     ax.plot(diverged, [edge] * len(diverged), "x", color=COLOURS["validation"], markersize=8, markeredgewidth=2)
@@ -78,12 +84,12 @@ def draw_against(figure, variable: Variable, everything: Sequence[Record]) -> No
             lowest[where] = min(record.loss, lowest.get(where, math.inf))
         ax.plot(*zip(*sorted(lowest.items())), color=COLOURS["train"], linewidth=1.4)
     best = min(finished, key=lambda record: record.loss)
-    ring = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "color": COLOURS["validation"]}
+    ring: dict = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "color": COLOURS["validation"]}
     ax.plot(positions(best), best.loss, "o", **ring)
 
 
-def _axis_of(ax, variable: Variable) -> Callable[[Record], float]:
-    """Make the x axis that of a variable; returns where a trial lies on it."""
+def _axis_of(ax: "Axes", variable: Variable) -> Callable[[TrialRecord], float]:
+    """Fit the x axis to a variable; returns a function that gives the place of a trial on it."""
     if not variable.is_number:
         names = ["+".join(value) for value in variable.values]
         ax.set_xticks(range(len(names)), names, rotation=0 if sum(map(len, names)) < 40 else 20)
@@ -95,12 +101,12 @@ def _axis_of(ax, variable: Variable) -> Callable[[Record], float]:
     else:
         margin = 0.05 * (high - low) or 0.05 * abs(low) or 1.0
         ax.set_xlim(low - margin, high + margin)
-        ax.xaxis.get_major_locator().set_params(integer=variable.is_integer, nbins=6)
+        ax.locator_params(axis="x", integer=variable.is_integer, nbins=6)
         ax.xaxis.set_major_formatter(lambda value, _: short(value))
     return lambda record: sweep_table.number_of(variable, record)
 
 
-def _log_axis(ax, low: float, high: float, write: Callable[[float], str]) -> None:
+def _log_axis(ax: "Axes", low: float, high: float, write: Callable[[float], str]) -> None:
     """A logarithmic x axis for values from `low` to `high`, with a handful of numbers, each by `write`."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -119,7 +125,7 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else f"{float(f'{value:.3g}'):.0e}".replace("e-0", "e-")
 
 
-def draw_parallel(figure, variables: Sequence[Variable], records: Records) -> None:
+def draw_parallel(figure: "Figure", variables: Sequence[Variable], records: Records) -> None:
     ax = figure.subplots()
     shown = sorted((r for r in records.latest() if math.isfinite(r.loss)), key=lambda r: -r.loss)
     losses = [record.loss for record in shown]
@@ -130,7 +136,7 @@ def draw_parallel(figure, variables: Sequence[Variable], records: Records) -> No
     for record in shown:
         heights = [*(place(record) for place in places), height(record.loss)]
         is_best = best is not None and record.number == best.number
-        style = {"color": figures.ramp(height(record.loss)), "linewidth": 3.5 if is_best else 1.3}
+        style: dict = {"color": figures.ramp(height(record.loss)), "linewidth": 3.5 if is_best else 1.3}
         ax.plot(heights, zorder=3 if is_best else 2, alpha=1 if is_best else 0.8, solid_joinstyle="round", **style)
     names = [variable.label.replace("+", "\n+ ") for variable in variables]
     ax.set_xticks(range(len(names) + 1), [*(_broken(name) for name in names), "validation loss\n(nats per token)"])
@@ -146,7 +152,7 @@ def draw_parallel(figure, variables: Sequence[Variable], records: Records) -> No
 
 
 def _broken(name: str) -> str:
-    """A long name in two lines, so that neighbours do not touch."""
+    """A long name in two lines, so that neighbours do not overlap."""
     if len(name) < 12 or "\n" in name or "_" not in name:
         return name
     half = min(
@@ -155,16 +161,16 @@ def _broken(name: str) -> str:
     return f"{name[: half + 1]}\n{name[half + 1 :]}"
 
 
-def _draw_scale(ax, place: int, marks: Sequence[tuple[float, str]]) -> None:
-    ax.axvline(place, color=COLOURS["muted"], linewidth=1, zorder=1)
+def _draw_scale(ax: "Axes", place: int, marks: Sequence[tuple[float, str]]) -> None:
+    ax.axvline(place, color=COLOURS["axis"], linewidth=1, zorder=1)
     for share, text in marks:
-        ax.plot([place - 0.015, place + 0.015], [share, share], color=COLOURS["muted"], linewidth=1)
-        behind = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
-        ax.text(place + 0.03, share, text, fontsize=9, va="center", color=COLOURS["ink"], zorder=4, bbox=behind)
+        ax.plot([place - 0.015, place + 0.015], [share, share], color=COLOURS["axis"], linewidth=1)
+        behind = {"facecolor": COLOURS["axis"], "edgecolor": "none", "pad": 1.2, "alpha": 0.25}
+        ax.text(place + 0.03, share, text, fontsize=9, va="center", zorder=4, bbox=behind)
 
 
-def _height_of(variable: Variable) -> Callable[[Record], float]:
-    """Where a trial lies on the variable's own scale, 0 to 1."""
+def _height_of(variable: Variable) -> Callable[[TrialRecord], float]:
+    """A function that gives the place of a trial on the variable's own scale, 0 to 1."""
     if variable.is_number:
         return lambda record: sweep_table.place(variable, record)
     names = ["+".join(value) for value in variable.values]
@@ -186,20 +192,20 @@ def _marks(variable: Variable) -> list[tuple[float, str]]:
     return [(share, short(float(f"{at(share):.3g}"))) for share in shares]
 
 
-def _curves_of(everything: Sequence[Record]) -> tuple[str, list[list]]:
+def _curves_of(everything: Sequence[TrialRecord]) -> tuple[str, list[list]]:
     """(name of the loss, points of each trial): validation, or training where it was evaluated but once."""
     if any(len(record.eval_losses) > 1 for record in everything):
         return LOSS, [record.eval_losses for record in everything]
     return "training loss (nats per token)", [record.losses for record in everything]
 
 
-def draw_curves(figure, variables: Sequence[Variable], records: Records) -> None:
+def draw_curves(figure: "Figure", variables: Sequence[Variable], records: Records) -> None:
     ax = figure.subplots()
     everything = records.ranking()
     name, curves = _curves_of(everything)
     ax.set_ylabel(name)
     ax.set_xlabel("optimizer step")
-    figures.whole_numbers(ax.xaxis)
+    figures.whole_numbers(ax)
     named, best = len(everything) <= MAX_NAMED, sweep_table.best(records)
     for rank, (record, points) in reversed(list(enumerate(zip(everything, curves)))):
         points = np.array([point for point in points if math.isfinite(point[1])], float).reshape(-1, 2)
@@ -226,7 +232,7 @@ def draw_curves(figure, variables: Sequence[Variable], records: Records) -> None
         ax.legend(handles[::-1], labels[::-1], fontsize=9)
 
 
-def draw_scaling(figure, scaling: Scaling) -> None:
+def draw_scaling(figure: "Figure", scaling: Scaling) -> None:
     ax = figure.subplots()
     ax.set_xlabel("parameters without embeddings")
     ax.set_ylabel(LOSS)
@@ -236,20 +242,20 @@ def draw_scaling(figure, scaling: Scaling) -> None:
     ax.fill_between(counts, low, high, color=COLOURS["train"], alpha=0.15, linewidth=0, label=f"{LEVEL:.0%} interval")
     ax.plot(counts, scaling.law(counts), color=COLOURS["train"], label="fitted law")
     ax.plot(
-        *zip(*((size.parameters, size.loss) for size in scaling.sizes)), "o", color=COLOURS["ink"], label="best trials"
+        *zip(*((size.parameters, size.loss) for size in scaling.sizes)), "o", color=COLOURS["eval"], label="best trials"
     )
     reach = [[max(guess.loss - guess.low, 0)], [max(guess.high - guess.loss, 0)]]
-    style = {"color": COLOURS["validation"], "capsize": 4, "markersize": 7}
+    style: dict = {"color": COLOURS["validation"], "capsize": 4, "markersize": 7}
     ax.errorbar([guess.parameters], [guess.loss], reach, fmt="D", label="predicted", **style)
     _log_axis(ax, min(counts), max(counts), figures.big)
     ax.legend(fontsize=9)
 
 
-def draw_range(figure, found: dict) -> None:
+def draw_range(figure: "Figure", found: RangeFound) -> None:
     ax = figure.subplots()
     ax.set_xlabel("learning rate (per step)")
     ax.set_ylabel("training loss (nats per token)")
-    rates, losses = np.array(found["rates"], float), np.array(found["losses"], float)
+    rates, losses = np.array(found.rates, float), np.array(found.losses, float)
     known = np.isfinite(losses)
     rates, losses = rates[known], losses[known]
     ax.plot(*figures.thin(rates, losses), color=COLOURS["train"], linewidth=1.6, label="loss")
@@ -258,7 +264,7 @@ def draw_range(figure, found: dict) -> None:
     ax.set_ylim(low - margin, first + 2 * margin)
     marks = (("steepest", "steepest", "-"), ("highest_safe", "a tenth of the lowest's", (0, (4, 2))))
     for name, words, style in marks:
-        label = f"{words}: {found[name]:.2g}"
-        ax.axvline(found[name], color=COLOURS["validation"], linestyle=style, label=label)
+        label = f"{words}: {getattr(found, name):.2g}"
+        ax.axvline(getattr(found, name), color=COLOURS["validation"], linestyle=style, label=label)
     _log_axis(ax, rates[0], rates[-1], short)
     ax.legend(fontsize=9)

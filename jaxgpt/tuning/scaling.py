@@ -46,7 +46,7 @@ class Law:
     factor: float
     exponent: float
 
-    def __call__(self, parameters):
+    def __call__(self, parameters: float | Sequence[float] | np.ndarray) -> np.ndarray:
         return self.floor + self.factor * np.asarray(parameters, float) ** -self.exponent
 
 
@@ -110,7 +110,9 @@ def _fisher(freedom: int) -> float:
     return float(f.ppf(LEVEL, 1, freedom))
 
 
-def _excess(sizes, values, size: float, centre: float, allowed: float) -> Callable[[float], float]:
+def _excess(
+    sizes: np.ndarray, values: np.ndarray, size: float, centre: float, allowed: float
+) -> Callable[[float], float]:
     """How far the residuals exceed `allowed` once a measurement at `size` is added."""
     more = np.append(sizes, size)
 
@@ -150,7 +152,9 @@ def _fit(sizes: np.ndarray, values: np.ndarray, scales: np.ndarray, precision: f
     return law, float(residual[best])
 
 
-def _linear(sizes, values, scales, exponents):
+def _linear(
+    sizes: np.ndarray, values: np.ndarray, scales: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(floor, factor, residual) for each of the exponents: weighted least squares with both numbers >= 0."""
     weights = 1 / scales
     powers = sizes[None, :] ** -exponents[:, None] * weights[None, :]  # (exponents, sizes)

@@ -1,4 +1,4 @@
-"""What a sweep varies, read from its command line: `--vary optimizer.learning_rate=1e-4..1e-2`. No jax import.
+"""The settings that a sweep varies, read from `--vary optimizer.learning_rate=1e-4..1e-2`. No jax import.
 
 A point of the space is the settings of a trial as the command line would give them, {"optimizer.learning_rate":
 "0.001"}, so that every rule for settings (cli.py, checks.py) holds for trials, with the same messages.
@@ -42,7 +42,7 @@ class Variable:
     """The ends of a range, both of them included."""
     is_integer: bool = False
     is_log: bool = False
-    """Equal ratios matter, not equal differences: in what is drawn from a range, and on the axis of a picture."""
+    """The scale of random draws and of axes: logarithmic where True, else linear."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Variable:
         return (self.write(value),)
 
     def write(self, value: float) -> str:
-        """A number of the range as a setting: whole, or with four digits, which are all that a reader wants."""
+        """A number of the range as a setting: a whole number, or four digits."""
         value = min(max(value, self.low), self.high)
         if self.is_integer:
             return str(round(value))
@@ -129,7 +129,7 @@ def read_variable(word: str) -> Variable:
     for key in keys:
         _check_key(key, word)
     if len(set(keys)) < len(keys):
-        raise UserError(f"--vary {word}: a setting stands there twice")
+        raise UserError(f"--vary {word}: a setting is given twice")
     found = _RANGE.fullmatch(text)
     return _read_range(keys, text, found, word) if found else _read_list(keys, text, word)
 
@@ -160,10 +160,11 @@ def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:
         if not all(value):
             raise UserError(f"--vary {word}: a value is empty; write values with commas between")
         if same.count(read(value)) > 1:
-            raise UserError(f"--vary {word}: {'+'.join(value)} stands there twice")
-    numbers = [_number(value[0]) for value in values]
-    is_log = len(keys) == 1 and None not in numbers and _is_wide(numbers)
-    is_integer = all(number is not None and number.is_integer() for number in numbers)
+            raise UserError(f"--vary {word}: {'+'.join(value)} is given twice")
+    numbers = [number for value in values if (number := _number(value[0])) is not None]
+    all_numbers = len(numbers) == len(values)
+    is_log = len(keys) == 1 and all_numbers and _is_wide(numbers)
+    is_integer = all_numbers and all(number.is_integer() for number in numbers)
     return Variable(keys, text, values, is_integer=is_integer, is_log=is_log)
 
 
@@ -184,7 +185,7 @@ def _read_range(keys: tuple[str, ...], text: str, found: re.Match, word: str) ->
         return variable
     points = _number(found["points"])
     if points is None or not points.is_integer() or not 2 <= points <= MAX_GRID:
-        raise UserError(f"--vary {word}: after the colon stands the number of points, 2 or more")
+        raise UserError(f"--vary {word}: the number of points after the colon has to be 2 or more")
     shares = np.linspace(0, 1, int(points))
     values = tuple(dict.fromkeys(variable.at(float(share)) for share in shares))  # whole numbers may coincide
     return dataclasses.replace(variable, values=values)
@@ -202,14 +203,14 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _number_types(annotation) -> set[type]:
+def _number_types(annotation: object) -> set[type]:
     """The kinds of numbers, int and float, that a setting may be."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _number_types(args[0])
     if origin in (typing.Union, types.UnionType):
         return set().union(*(_number_types(arg) for arg in args))
-    return {annotation} & {int, float}
+    return {kind for kind in (int, float) if kind is annotation}
 
 
 # ---------------------------------------------------------------- points
@@ -289,7 +290,7 @@ class Space:
         for key in keys:
             if key in self.overrides:
                 raise UserError(f"{key} is both varied and given a value on the command line; leave one out")
-        lengths = {}
+        lengths: dict[int, Point] = {}
         for point in points:
             config = self.config(point)
             lengths.setdefault(config.block_size, point)
