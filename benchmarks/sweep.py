@@ -3,7 +3,7 @@
     python benchmarks/sweep.py                                   # configs/drill.toml
     python benchmarks/sweep.py --config C --rounds 3 --train.max_steps 100
 
-The data is prepared before. Both begin with an empty compilation cache in each round and keep it: so the second of the
+The data is prepared before. In each round both begin with an empty compilation cache and keep it, so the second of the
 12 runs finds compiled what the first has compiled. The rounds alternate.
 """
 
@@ -24,7 +24,7 @@ LOWEST, HIGHEST = 1e-4, 1e-1
 
 
 def seconds(*command: str) -> float:
-    """Of a verb in a process of its own."""
+    """The time a verb takes in a process of its own."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Several runs side by side: the settings that differ, the final numbers, and what makes these incomparable.
+"""Several runs compared: the settings that differ, the final numbers, and what makes these incomparable.
 
 Everything is read from the files of the runs, config.json as plain JSON, so that runs in progress and runs of other
 versions compare as well.

@@ -1,5 +1,7 @@
 """The page of `compare`: curves of all runs in one figure, the settings that differ, and the final numbers."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,7 +110,7 @@ def _figure(runs: Sequence[ComparedRun], key: str, title: str, label: str, axis:
         return None
     notes: list[str] = []
 
-    def draw(figure: "Figure") -> None:
+    def draw(figure: Figure) -> None:
         ax = figure.subplots()
         ax.set_ylabel(label, parse_math=False)  # the name of a task may hold anything
         scale = _set_x(ax, axis, max(x.max() for x, _ in lines.values()))
@@ -122,7 +124,7 @@ def _figure(runs: Sequence[ComparedRun], key: str, title: str, label: str, axis:
     return Drawn(title, " ".join(filter(None, notes)), svg, [(number, runs[number].name) for number in lines])
 
 
-def _set_x(ax: "Axes", axis: str, last: float) -> float:
+def _set_x(ax: Axes, axis: str, last: float) -> float:
     """Label the x axis; returns the number to divide values by."""
     scale, label = 1.0, "optimizer step"
     if axis == "time":
@@ -141,7 +143,7 @@ def _set_x(ax: "Axes", axis: str, last: float) -> float:
     return scale
 
 
-def _set_y(ax: "Axes", key: str, lines: list[np.ndarray]) -> str:
+def _set_y(ax: Axes, key: str, lines: list[np.ndarray]) -> str:
     """Fit the y axis; returns a note about it."""
     if key == "loss":
         many = any(len(line) >= SMOOTHED for line in lines)

@@ -6,6 +6,8 @@ Jinja2 fills the pages because it escapes what it is given unless told otherwise
 `<script>`.
 """
 
+from __future__ import annotations
+
 import functools
 import io
 import math
@@ -64,7 +66,7 @@ def series(number: int) -> dict:
     }
 
 
-def series_line(ax: "Axes", x: np.ndarray, y: np.ndarray, number: int, mean_of: int = 0) -> None:
+def series_line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, mean_of: int = 0) -> None:
     """Draw line `number` of several; `mean_of` points are averaged into each where there are SMOOTHED or more."""
     style = series(number)
     if mean_of and len(x) >= SMOOTHED:
@@ -95,7 +97,7 @@ class Drawn(NamedTuple):
     """(number, name) of lines drawn as `series(number)`."""
 
 
-def svg(draw: Callable[["Figure"], object], label: str, size: tuple[float, float] = HALF_PAGE) -> str:
+def svg(draw: Callable[[Figure], object], label: str, size: tuple[float, float] = HALF_PAGE) -> str:
     """What `draw(figure)` draws on a new matplotlib Figure, as HTML that is as wide as its place on the page.
 
     `label` says what is to be seen to readers who do not see it; it has to differ between the figures of a page.
@@ -131,7 +133,7 @@ _STYLE: dict = {
 def swatch(number: int) -> str:
     """A short piece of line `series(number)`, to stand before a name in a legend or a table."""
 
-    def draw(figure: "Figure") -> None:
+    def draw(figure: Figure) -> None:
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set_axis_off()
@@ -157,7 +159,7 @@ def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[1:] - sums[starts]) / (np.arange(1, len(sums)) - starts)
 
 
-def clip(ax: "Axes", noisy: Sequence[np.ndarray], also: Sequence[np.ndarray]) -> str:
+def clip(ax: Axes, noisy: Sequence[np.ndarray], also: Sequence[np.ndarray]) -> str:
     """End the y axis where the first steps and lone spikes do not flatten the rest; returns a note if it did.
 
     That is the 97th percentile of what follows the first tenth of each of the `noisy` lines; the later half of the
@@ -191,7 +193,7 @@ def big(value: float) -> str:
     return f"{value:.3g}"
 
 
-def whole_numbers(ax: "Axes") -> None:
+def whole_numbers(ax: Axes) -> None:
     """Let the x axis count whole things, such as steps: 1,000, 2,000."""
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.locator_params(axis="x", integer=True, nbins=6)

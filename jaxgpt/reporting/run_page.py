@@ -3,6 +3,8 @@
 The page needs no network and no script: see reporting/figures.py, which draws it.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import platform
@@ -120,7 +122,7 @@ def _settings(config: dict) -> tuple[list[tuple[str, str, str]], ...]:
 
     Read as plain JSON, so that a run made by another version still says what it did.
     """
-    default = flatten(Config())
+    default = json.loads(json.dumps(flatten(Config())))
     rows: tuple[list[tuple[str, str, str]], ...] = ([], [])
     for section, fields in config.items():
         for key, value in fields.items():
@@ -192,11 +194,11 @@ def _figures(columns: Columns) -> list[Drawn]:
     return drawn
 
 
-def _draw(draw: Callable[["Figure", Columns], str], columns: Columns, title: str) -> Drawn:
+def _draw(draw: Callable[[Figure, Columns], str], columns: Columns, title: str) -> Drawn:
     """One figure over the steps by `draw(figure, columns) -> note`."""
     notes = []
 
-    def over_steps(figure: "Figure") -> None:
+    def over_steps(figure: Figure) -> None:
         notes.append(draw(figure, columns))
         for ax in figure.axes:
             figures.whole_numbers(ax)
@@ -207,7 +209,7 @@ def _draw(draw: Callable[["Figure", Columns], str], columns: Columns, title: str
     return Drawn(title, notes[0], svg)
 
 
-def _line(ax: "Axes", columns: Columns, key: str, colour: str = "train", label: str = "") -> None:
+def _line(ax: Axes, columns: Columns, key: str, colour: str = "train", label: str = "") -> None:
     """Draw a metric over the steps: few points are marked, many of a noisy one averaged too."""
     steps, values = run_files.known(columns, key)
     style: dict = {"color": COLOURS[colour], "linewidth": 1.6}
@@ -218,7 +220,7 @@ def _line(ax: "Axes", columns: Columns, key: str, colour: str = "train", label: 
     ax.plot(*figures.thin(steps, values), label=label, marker=marker, markersize=3.5, **style)
 
 
-def _draw_loss(figure: "Figure", columns: Columns) -> str:
+def _draw_loss(figure: Figure, columns: Columns) -> str:
     ax = figure.subplots()
     ax.set_ylabel("loss (nats per token)")
     losses = run_files.known(columns, "loss")[1]
@@ -239,7 +241,7 @@ def _draw_loss(figure: "Figure", columns: Columns) -> str:
     return " ".join(notes)
 
 
-def _draw_optimizer(figure: "Figure", columns: Columns) -> str:
+def _draw_optimizer(figure: Figure, columns: Columns) -> str:
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.set_ylabel("learning rate")
     bottom.set_ylabel("gradient norm")
@@ -252,7 +254,7 @@ def _draw_optimizer(figure: "Figure", columns: Columns) -> str:
     return clipped and f"Gradient norm: {clipped}"
 
 
-def _draw_tasks(figure: "Figure", columns: Columns) -> str:
+def _draw_tasks(figure: Figure, columns: Columns) -> str:
     ax = figure.subplots()
     ax.set_ylabel("questions answered right")
     for number, key in enumerate(run_files.accuracies(columns)):
@@ -262,7 +264,7 @@ def _draw_tasks(figure: "Figure", columns: Columns) -> str:
     return ""
 
 
-def _draw_speed(figure: "Figure", columns: Columns) -> str:
+def _draw_speed(figure: Figure, columns: Columns) -> str:
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.set_ylabel("tokens per second")
     _line(top, columns, "tokens_per_second")

@@ -4,6 +4,8 @@ Losses far above the others would flatten those that matter: the axis ends at `c
 stand for what lies above.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -48,7 +50,7 @@ def ceiling(losses: Sequence[float]) -> float:
     return min(known[-1], middle + 2 * (middle - known[0])) if middle > known[0] else known[-1]
 
 
-def _limit(ax: "Axes", losses: Sequence[float]) -> float:
+def _limit(ax: Axes, losses: Sequence[float]) -> float:
     """End the loss axis at the ceiling, with a margin. Returns the height of marks for what lies above."""
     low, high = min(losses), ceiling(losses)
     margin = 0.12 * (high - low) or 0.05 * abs(low) or 1.0
@@ -56,7 +58,7 @@ def _limit(ax: "Axes", losses: Sequence[float]) -> float:
     return high + margin / 2
 
 
-def draw_against(figure: "Figure", variable: Variable, everything: Sequence[TrialRecord]) -> None:
+def draw_against(figure: Figure, variable: Variable, everything: Sequence[TrialRecord]) -> None:
     ax = figure.subplots()
     ax.set_ylabel(LOSS)
     ax.set_xlabel(_UNITS.get(variable.name, variable.label))
@@ -88,14 +90,14 @@ def draw_against(figure: "Figure", variable: Variable, everything: Sequence[Tria
     ax.plot(positions(best), best.loss, "o", **ring)
 
 
-def _axis_of(ax: "Axes", variable: Variable) -> Callable[[TrialRecord], float]:
+def _axis_of(ax: Axes, variable: Variable) -> Callable[[TrialRecord], float]:
     """Fit the x axis to a variable; returns a function that gives the place of a trial on it."""
     if not variable.is_number:
-        names = ["+".join(value) for value in variable.values]
+        names = variable.texts
         ax.set_xticks(range(len(names)), names, rotation=0 if sum(map(len, names)) < 40 else 20)
         ax.set_xlim(-0.5, len(names) - 0.5)
         return lambda record: names.index(variable.of(record.settings))
-    low, high = sweep_table.ends(variable)
+    low, high = variable.ends
     if variable.is_log:
         _log_axis(ax, low, high, short)
     else:
@@ -103,10 +105,10 @@ def _axis_of(ax: "Axes", variable: Variable) -> Callable[[TrialRecord], float]:
         ax.set_xlim(low - margin, high + margin)
         ax.locator_params(axis="x", integer=variable.is_integer, nbins=6)
         ax.xaxis.set_major_formatter(lambda value, _: short(value))
-    return lambda record: sweep_table.number_of(variable, record)
+    return lambda record: float(variable.of(record.settings))
 
 
-def _log_axis(ax: "Axes", low: float, high: float, write: Callable[[float], str]) -> None:
+def _log_axis(ax: Axes, low: float, high: float, write: Callable[[float], str]) -> None:
     """A logarithmic x axis for values from `low` to `high`, with a handful of numbers, each by `write`."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -125,16 +127,15 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else f"{float(f'{value:.3g}'):.0e}".replace("e-0", "e-")
 
 
-def draw_parallel(figure: "Figure", variables: Sequence[Variable], records: Records) -> None:
+def draw_parallel(figure: Figure, variables: Sequence[Variable], records: Records) -> None:
     ax = figure.subplots()
     shown = sorted((r for r in records.latest() if math.isfinite(r.loss)), key=lambda r: -r.loss)
     losses = [record.loss for record in shown]
     low, high = min(losses), ceiling(losses)
     height = lambda loss: min((loss - low) / ((high - low) or 1.0), 1.0)
-    places = [_height_of(variable) for variable in variables]
     best = sweep_table.best(records)
     for record in shown:
-        heights = [*(place(record) for place in places), height(record.loss)]
+        heights = [*(variable.place(variable.of(record.settings)) for variable in variables), height(record.loss)]
         is_best = best is not None and record.number == best.number
         style: dict = {"color": figures.ramp(height(record.loss)), "linewidth": 3.5 if is_best else 1.3}
         ax.plot(heights, zorder=3 if is_best else 2, alpha=1 if is_best else 0.8, solid_joinstyle="round", **style)
@@ -161,7 +162,7 @@ def _broken(name: str) -> str:
     return f"{name[: half + 1]}\n{name[half + 1 :]}"
 
 
-def _draw_scale(ax: "Axes", place: int, marks: Sequence[tuple[float, str]]) -> None:
+def _draw_scale(ax: Axes, place: int, marks: Sequence[tuple[float, str]]) -> None:
     ax.axvline(place, color=COLOURS["axis"], linewidth=1, zorder=1)
     for share, text in marks:
         ax.plot([place - 0.015, place + 0.015], [share, share], color=COLOURS["axis"], linewidth=1)
@@ -169,27 +170,12 @@ def _draw_scale(ax: "Axes", place: int, marks: Sequence[tuple[float, str]]) -> N
         ax.text(place + 0.03, share, text, fontsize=9, va="center", zorder=4, bbox=behind)
 
 
-def _height_of(variable: Variable) -> Callable[[TrialRecord], float]:
-    """A function that gives the place of a trial on the variable's own scale, 0 to 1."""
-    if variable.is_number:
-        return lambda record: sweep_table.place(variable, record)
-    names = ["+".join(value) for value in variable.values]
-    return lambda record: names.index(variable.of(record.settings)) / max(len(names) - 1, 1)
-
-
 def _marks(variable: Variable) -> list[tuple[float, str]]:
-    """(height, text) of the marks on a variable's scale."""
-    names = ["+".join(value) for value in variable.values]
+    """(height, text) of the marks on a variable's scale, about five."""
     if not variable.is_number:
-        return [(place / max(len(names) - 1, 1), name) for place, name in enumerate(names)]
-    shares = [0, 0.25, 0.5, 0.75, 1] if variable.is_range or len(names) > 7 else None
-    low, high = sweep_table.ends(variable)
-    if shares is None:
-        scale = math.log if variable.is_log else float
-        width = (scale(high) - scale(low)) or 1.0
-        return [((scale(float(name)) - scale(low)) / width, short(float(name))) for name in names]
-    at = lambda share: low * (high / low) ** share if variable.is_log else low + share * (high - low)
-    return [(share, short(float(f"{at(share):.3g}"))) for share in shares]
+        return [(variable.place(text), text) for text in variable.texts]
+    texts = variable.texts or [variable.at(share)[0] for share in (0, 0.25, 0.5, 0.75, 1)]
+    return [(variable.place(text), short(float(text))) for text in texts[:: math.ceil(len(texts) / 7)]]
 
 
 def _curves_of(everything: Sequence[TrialRecord]) -> tuple[str, list[list]]:
@@ -199,7 +185,7 @@ def _curves_of(everything: Sequence[TrialRecord]) -> tuple[str, list[list]]:
     return "training loss (nats per token)", [record.losses for record in everything]
 
 
-def draw_curves(figure: "Figure", variables: Sequence[Variable], records: Records) -> None:
+def draw_curves(figure: Figure, variables: Sequence[Variable], records: Records) -> None:
     ax = figure.subplots()
     everything = records.ranking()
     name, curves = _curves_of(everything)
@@ -232,14 +218,14 @@ def draw_curves(figure: "Figure", variables: Sequence[Variable], records: Record
         ax.legend(handles[::-1], labels[::-1], fontsize=9)
 
 
-def draw_scaling(figure: "Figure", scaling: Scaling) -> None:
+def draw_scaling(figure: Figure, scaling: Scaling) -> None:
     ax = figure.subplots()
     ax.set_xlabel("parameters without embeddings")
     ax.set_ylabel(LOSS)
     band, guess = scaling.band, scaling.next
     counts = [prediction.parameters for prediction in band]
     low, high = [p.low for p in band], [p.high for p in band]
-    ax.fill_between(counts, low, high, color=COLOURS["train"], alpha=0.15, linewidth=0, label=f"{LEVEL:.0%} interval")
+    ax.fill_between(counts, low, high, color=COLOURS["train"], alpha=0.25, linewidth=0, label=f"{LEVEL:.0%} interval")
     ax.plot(counts, scaling.law(counts), color=COLOURS["train"], label="fitted law")
     ax.plot(
         *zip(*((size.parameters, size.loss) for size in scaling.sizes)), "o", color=COLOURS["eval"], label="best trials"
@@ -251,7 +237,7 @@ def draw_scaling(figure: "Figure", scaling: Scaling) -> None:
     ax.legend(fontsize=9)
 
 
-def draw_range(figure: "Figure", found: RangeFound) -> None:
+def draw_range(figure: Figure, found: RangeFound) -> None:
     ax = figure.subplots()
     ax.set_xlabel("learning rate (per step)")
     ax.set_ylabel("training loss (nats per token)")

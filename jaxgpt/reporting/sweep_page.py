@@ -1,5 +1,7 @@
 """report.html of a sweep: the table, loss against each variable, all trials at once, their curves, the scaling law."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -95,7 +97,7 @@ def _table(found: Findings) -> list[list[str]]:
 # ---------------------------------------------------------------- figures
 
 
-def _card(title: str, draw: Callable[["Figure"], None], note: str, label: str) -> Drawn:
+def _card(title: str, draw: Callable[[Figure], None], note: str, label: str) -> Drawn:
     return Drawn(title, note, figures.svg(draw, label))
 
 

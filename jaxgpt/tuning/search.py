@@ -4,6 +4,8 @@ What comes next is a function of the request and of the trials recorded so far, 
 killed and goes on therefore does what it would have done.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import math
@@ -210,7 +212,7 @@ def propose(variables: Sequence[Variable], seed: int, known: Sequence[TrialRecor
     return {key: text for variable in variables for key, text in zip(variable.keys, _value(variable, proposed))}
 
 
-def _distribution(variable: Variable) -> "BaseDistribution":
+def _distribution(variable: Variable) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if not variable.is_range:

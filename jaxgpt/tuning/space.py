@@ -84,12 +84,31 @@ class Variable:
         """The value in a point, as text."""
         return "+".join(point[key] for key in self.keys)
 
+    @property
+    def texts(self) -> list[str]:
+        """The values of a list as texts, as `of` gives them."""
+        return ["+".join(value) for value in self.values]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value of a variable of numbers."""
+        numbers = [float(value) for (value,) in self.values] or [self.low, self.high]
+        return min(numbers), max(numbers)
+
+    def place(self, text: str) -> float:
+        """The place of a value on the variable's scale: 0 for the lowest number or the first in a list, to 1."""
+        if not self.is_number:
+            return self.texts.index(text) / max(len(self.values) - 1, 1)
+        scale = math.log if self.is_log else float
+        low, high = map(scale, self.ends)
+        return (scale(float(text)) - low) / ((high - low) or 1.0)
+
     def describe(self) -> str:
         """ "1e-4 .. 1e-2, logarithmic"; "0.1, 0.2"."""
         if self.is_range:
             kind = "whole numbers, " if self.is_integer else ""
             return f"{self.low:g} .. {self.high:g}, {kind}{'logarithmic' if self.is_log else 'linear'}"
-        return ", ".join("+".join(value) for value in self.values)
+        return ", ".join(self.texts)
 
 
 # ---------------------------------------------------------------- reading

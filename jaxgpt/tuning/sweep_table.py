@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -185,28 +184,9 @@ def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
     return sorted(((variable, nats) for (variable, _), nats in zip(variables, spreads)), key=lambda pair: -pair[1])
 
 
-def _level(variable: Variable, record: TrialRecord) -> object:
-    return min(int(3 * place(variable, record)), 2) if variable.is_range else variable.of(record.settings)
-
-
-def place(variable: Variable, record: TrialRecord) -> float:
-    """The place of a trial on the scale of a variable of numbers, from 0 (the lowest) to 1 (the highest)."""
-    scale = math.log if variable.is_log else float
-    low, high = ends(variable)
-    return (scale(number_of(variable, record)) - scale(low)) / ((scale(high) - scale(low)) or 1.0)
-
-
-def ends(variable: Variable) -> tuple[float, float]:
-    """The lowest and the highest value of a variable of numbers."""
-    if variable.is_range:
-        return variable.low, variable.high
-    numbers = [float(value) for (value,) in variable.values]
-    return min(numbers), max(numbers)
-
-
-def number_of(variable: Variable, record: TrialRecord) -> float:
-    """The value of a variable of numbers in a trial."""
-    return float(variable.of(record.settings))
+def _level(variable: Variable, record: TrialRecord) -> int | str:
+    value = variable.of(record.settings)
+    return min(int(3 * variable.place(value)), 2) if variable.is_range else value
 
 
 # ---------------------------------------------------------------- what to doubt
@@ -226,17 +206,15 @@ def _at_the_border(variable: Variable, winner: TrialRecord) -> str:
         return ""
     if not variable.is_range and len(variable.values) < 3:  # of two, one is always at a border
         return ""
-    low, high = ends(variable)
-    margin = _BORDER if variable.is_range else 1e-9
-    where = place(variable, winner)
-    if where >= 1 - margin:
+    value, near, margin = variable.of(winner.settings), "at", 1e-9
+    if variable.is_range:
+        near, margin = "near", _BORDER
+    if (where := variable.place(value)) >= 1 - margin:
         side = "largest"
-    elif where <= margin and low != 0:
+    elif where <= margin and variable.ends[0] != 0:
         side = "smallest"
     else:
         return ""
-    near = "at" if not variable.is_range else "near"
-    value = variable.of(winner.settings)
     return f"the best {variable.label}, {value}, is {near} the {side} tried; widen the range"
 
 
