@@ -25,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--vary", metavar="KEY=VALUES", nargs="+", action="extend", default=[], help="what to vary, see above")
     add("--method", choices=["grid", "random", "halving", "tpe"],
-        help="every combination; random ones; random ones of which a third goes on at each rung; Optuna's estimator "
+        help="every combination; random ones; random ones, with a third going on at each rung; Optuna's estimator "
         "[grid where all are lists, else random]")  # fmt: skip
     add("--trials", metavar="N", type=int, help="trials of random (20), halving (27) and tpe (30)")
-    add("--seed", metavar="S", type=int, default=0, help="of what is drawn; the model's is train.seed [%(default)s]")
+    add(
+        "--seed", metavar="S", type=int, default=0, help="seed of random draws; the model's is train.seed [%(default)s]"
+    )
     add("--workdir", metavar="DIR", type=Path, help="folder [runs/NAME-sweep, or runs/NAME-learning-rate]")
     add("--predict", metavar="PARAMETERS", type=int,
         help="where 4 sizes or more are tried: predict the loss of this many parameters without embeddings "

@@ -3,7 +3,9 @@
 import html.parser
 import json
 import re
+from types import SimpleNamespace
 
+import jax
 import matplotlib
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from matplotlib._pylab_helpers import Gcf
 
 from jaxgpt.config import Config, to_json
 from jaxgpt.errors import UserError
+from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.reporting import figures
-from jaxgpt.reporting.run_page import write_report
-from jaxgpt.settings import ModelConfig
+from jaxgpt.reporting.run_page import write_report, write_summary
+from jaxgpt.settings import MeshConfig, ModelConfig, TrainConfig
 
 EVIL = "</pre><script>alert('x')</script> & \"quoted\""
 
@@ -302,6 +305,27 @@ def test_a_status_is_told_as_it_is(tmp_path):
     status = "finished (stopped early: no better validation loss for 3 evaluations)"
     page = report(run_folder(tmp_path, [train_line(1)], summary={"status": status}))
     assert status in page.text
+
+
+@pytest.mark.parametrize("has_metrics", [True, False])
+def test_the_summary_says_what_ran_and_how_it_ended(tmp_path, has_metrics):
+    if has_metrics:
+        run_folder(tmp_path, [train_line(1)])
+    split = SimpleNamespace(num_tokens=1000, facts=lambda: {"rows": 5})
+    data = {"path": tmp_path / "data", "fingerprint": "f1", "vocab_size": 65, "train": split, "validation": split}
+    config = Config(model=ModelConfig(n_layer=2), train=TrainConfig(global_batch_size=4, max_steps=9))
+    mesh = build_mesh(MeshConfig(), jax.devices()[:2])
+    write_summary(
+        SimpleNamespace(config=config, dataset=SimpleNamespace(**data), mesh=mesh, workdir=tmp_path), "over", 1.26
+    )
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["status"], found["seconds"], found["devices"], found["mesh"]["data"]) == ("over", 1.3, 2, 2)
+    assert found["tokens_per_step"] == 4 * config.block_size
+    assert found["data"] | {"path": ""} == {
+        "path": "", "fingerprint": "f1", "training_tokens": 1000, "validation_tokens": 1000, "rows": 5, "vocabulary": 65
+    }  # fmt: skip
+    assert found["versions"]["jax"] == jax.__version__
+    assert (tmp_path / "report.html").exists() == has_metrics
 
 
 def test_a_folder_without_metrics_is_the_users_error_and_gets_no_page(tmp_path):

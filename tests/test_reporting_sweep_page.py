@@ -47,7 +47,7 @@ def made(folder, *words, loss=lambda settings: 3.0, status=lambda settings: "fin
         curve = [[10, 5.0], [20, known]] if known else [[10, 9.0]]
         count = scaling.without_embeddings(space.config(settings).model)
         records.add(TrialRecord(number, settings, 20, status(settings), known, curve, curve, count + 100, 1234, 1.5))
-    law = scaling.of_sizes(sweep_table.sizes(space, records), None)
+    law = scaling.fit_sizes(sweep_table.sizes(space, records), None)
     search = Search("grid", space, 0, len(points))
     found = Findings(search, records, law, sweep_table.effects(space, records), sweep_table.doubts(space, records))
     return sweep_page.write_page(folder, found).read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ class ComparedRun:
     summary: dict
     """Empty while the run goes on."""
     columns: Columns
-    """Those of metrics.jsonl, with "time"."""
+    """The columns of metrics.jsonl, with "time"."""
 
 
 # ---------------------------------------------------------------- reading

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXES = {"step": "step", "tokens": "tokens", "time": "time"}
-"""What a curve may be drawn over, and the column that holds it."""
+"""The axes that a curve may be drawn over, and their columns."""
 
 
 def compare(folders: Sequence[Path], json: Path | None, html: Path | None, by: str | None) -> None:

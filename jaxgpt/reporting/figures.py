@@ -2,7 +2,7 @@
 
 A figure is inline SVG as matplotlib writes it, on a transparent ground. One drawing serves light and dark pages: every
 colour of COLOURS stands out from both, and the style sheet gives the text of figures the colour of the page's text.
-Jinja2 fills the pages because it escapes what it is given unless told otherwise, and a generated text may well hold
+Jinja2 fills the pages because it escapes its values by default, and a generated text may well hold
 `<script>`.
 """
 
@@ -35,7 +35,7 @@ HALF_PAGE = (5.0, 3.7)  # inches of 72 units, with text 10.5 units high: half a 
 # colours are darkened so that each has a contrast of 3 or more to the light page and to the dark one.
 _BLUE, _VERMILION, _GREEN, _PURPLE, _OCHRE, _GREY = "#0072b2", "#d55e00", "#009e73", "#c2679b", "#a67c00", "#808080"
 SERIES = (_BLUE, _VERMILION, _GREEN, _PURPLE, _OCHRE, _GREY)
-"""Colours of lines to be told apart; see `series`."""
+"""Colours of lines in one figure; see `series`."""
 COLOURS = {
     "axis": _GREY,
     "train": _BLUE,
@@ -91,14 +91,14 @@ class Drawn(NamedTuple):
 
     title: str
     note: str
-    """What to know to read it."""
+    """How to read it."""
     svg: str
     legend: Sequence[tuple[int, str]] = ()
     """(number, name) of lines drawn as `series(number)`."""
 
 
 def svg(draw: Callable[[Figure], object], label: str, size: tuple[float, float] = HALF_PAGE) -> str:
-    """What `draw(figure)` draws on a new matplotlib Figure, as HTML that is as wide as its place on the page.
+    """HTML with the SVG that `draw(figure)` draws on a new matplotlib Figure, as wide as its place on the page.
 
     `label` says what is to be seen to readers who do not see it; it has to differ between the figures of a page.
     """

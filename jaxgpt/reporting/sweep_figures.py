@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS = "validation loss (nats per token)"
-MAX_NAMED = 6  # more lines cannot be told apart by name
+MAX_NAMED = 6  # curves with names in a legend
 _UNITS = {
     "optimizer.learning_rate": "peak learning rate (per step)",
     "optimizer.muon_learning_rate": "peak learning rate of the matrices under muon (per step)",
@@ -178,25 +178,20 @@ def _marks(variable: Variable) -> list[tuple[float, str]]:
     return [(variable.place(text), short(float(text))) for text in texts[:: math.ceil(len(texts) / 7)]]
 
 
-def _curves_of(everything: Sequence[TrialRecord]) -> tuple[str, list[list]]:
-    """(name of the loss, points of each trial): validation, or training where it was evaluated but once."""
-    if any(len(record.eval_losses) > 1 for record in everything):
-        return LOSS, [record.eval_losses for record in everything]
-    return "training loss (nats per token)", [record.losses for record in everything]
-
-
 def draw_curves(figure: Figure, variables: Sequence[Variable], records: Records) -> None:
-    ax = figure.subplots()
-    everything = records.ranking()
-    name, curves = _curves_of(everything)
-    ax.set_ylabel(name)
+    """The curves of validation losses, or of training losses where each trial was evaluated but once."""
+    ax, everything = figure.subplots(), records.ranking()
+    evaluated = any(len(record.eval_losses) > 1 for record in everything)
+    ax.set_ylabel(LOSS if evaluated else "training loss (nats per token)")
     ax.set_xlabel("optimizer step")
     figures.whole_numbers(ax)
-    named, best = len(everything) <= MAX_NAMED, sweep_table.best(records)
-    for rank, (record, points) in reversed(list(enumerate(zip(everything, curves)))):
-        points = np.array([point for point in points if math.isfinite(point[1])], float).reshape(-1, 2)
+    named, best, drawn = len(everything) <= MAX_NAMED, sweep_table.best(records), []
+    for rank, record in reversed(list(enumerate(everything))):
+        curve = record.eval_losses if evaluated else record.losses
+        points = np.array([point for point in curve if math.isfinite(point[1])], float).reshape(-1, 2)
         if not len(points):
             continue
+        drawn.append(points[:, 1])
         label = ", ".join(f"{v.label} {v.of(record.settings)}" for v in variables) if named else None
         style = figures.series(rank) if named else {"color": figures.ramp(rank / max(len(everything) - 1, 1))}
         style["linewidth"] = 3 if best is not None and record.number == best.number else 1.3
@@ -205,12 +200,9 @@ def draw_curves(figure: Figure, variables: Sequence[Variable], records: Records)
         ax.plot(*figures.thin(*points.T), label=label, **style)
         if record.status == DIVERGED:
             ax.plot(*points[-1], "x", color=COLOURS["validation"], markersize=8, markeredgewidth=2)
-    whole = [np.array([point[1] for point in points], float) for points in curves if len(points)]
-    whole = [line[np.isfinite(line)] for line in whole]
-    last = [line[-1] for line in whole if len(line)]
-    if last:
-        low, first = min(line.min() for line in whole if len(line)), max(line[0] for line in whole if len(line))
-        high = min(first, max(line.max() for line in whole if len(line)))
+    if drawn:
+        low = min(line.min() for line in drawn)
+        high = min(max(line[0] for line in drawn), max(line.max() for line in drawn))
         margin = 0.05 * (high - low) or 0.05 * abs(low) or 1.0
         ax.set_ylim(low - margin, high + margin)
     if named:

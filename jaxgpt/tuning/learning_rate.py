@@ -71,7 +71,7 @@ def find_learning_rate(config: Config, request: SweepRequest, write_page: PageWr
 
 
 def read_range_test(folder: Path) -> RangeFound | None:
-    """What the range test left in a folder; None where there was none."""
+    """The result of the range test in a folder; None where there was none."""
     file = folder / RANGE_TEST
     return RangeFound(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 

@@ -28,7 +28,7 @@ DEFAULT_TRIALS = {"random": 20, "halving": 27, "tpe": 30}
 
 @dataclasses.dataclass(frozen=True)
 class SweepRequest:
-    """What the command line asks for."""
+    """A sweep as the command line asks for it."""
 
     file: str
     """The config file."""
@@ -39,12 +39,12 @@ class SweepRequest:
     method: str | None
     trials: int | None
     seed: int
-    """Of what is drawn."""
+    """The seed of random draws."""
     workdir: Path
     predict: int | None
     """Parameters without embeddings whose loss is to be predicted."""
     json: Path | None
-    """Where to write the results for programs."""
+    """The file for the results as JSON."""
 
 
 class Round(NamedTuple):
@@ -70,7 +70,7 @@ class Search:
     """Steps at which halving compares, the last step included."""
 
     def asked(self) -> dict[str, object]:
-        """What has to stay the same when the sweep goes on."""
+        """The parts of the request that have to stay the same when the sweep goes on."""
         variables = {variable.name: variable.text for variable in self.space.variables}
         return {"method": self.method, "variables": variables, "seed": self.seed, "trials": self.trials}
 

@@ -8,13 +8,11 @@ import dataclasses
 import itertools
 import math
 import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt.config import Config, config_fields, flatten, load_config
+from jaxgpt.config import Config, config_fields, describe_type, flatten, load_config
 from jaxgpt.errors import UserError
 
 SECTIONS = ("model", "optimizer", "train")
@@ -34,7 +32,7 @@ class Variable:
     keys: tuple[str, ...]
     """("optimizer.learning_rate",)"""
     text: str
-    """What the user wrote after the =."""
+    """The user's text after the =."""
     values: tuple[tuple[str, ...], ...] = ()
     """The values to try, each with a text for every key; empty for a range."""
     low: float = math.nan
@@ -134,7 +132,8 @@ def read_space(words: Sequence[str], base: Config) -> tuple[Variable, ...]:
 
 
 def read_variable(word: str) -> Variable:
-    """
+    """The variable of one KEY=VALUES.
+
     Raises:
         UserError: as `read_space`.
     """
@@ -190,10 +189,11 @@ def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:
 def _read_range(keys: tuple[str, ...], text: str, found: re.Match, word: str) -> Variable:
     if len(keys) > 1:
         raise UserError(f"--vary {word}: settings that vary together need a list, such as 2+64,4+128")
-    kinds = _number_types(config_fields()[keys[0]].type)
-    if not kinds:
+    described = describe_type(config_fields()[keys[0]].type)  # "int > 0 or none"
+    kinds = {part.split()[0] for part in described.split(" or ")}
+    if not kinds & {"int", "float"}:
         raise UserError(f"--vary {word}: {keys[0]} is no number, so it has no range; give a list of values")
-    is_integer = float not in kinds
+    is_integer = "float" not in kinds
     low, high = (_number(found[end]) for end in ("low", "high"))
     if low is None or high is None or not low < high:
         raise UserError(f"--vary {word}: a range is two numbers, the smaller one first, such as 1e-4..1e-2")
@@ -220,16 +220,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _number_types(annotation: object) -> set[type]:
-    """The kinds of numbers, int and float, that a setting may be."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _number_types(args[0])
-    if origin in (typing.Union, types.UnionType):
-        return set().union(*(_number_types(arg) for arg in args))
-    return {kind for kind in (int, float) if kind is annotation}
 
 
 # ---------------------------------------------------------------- points
@@ -291,7 +281,8 @@ class Space:
     variables: tuple[Variable, ...]
 
     def config(self, point: Point) -> Config:
-        """
+        """The config of a trial.
+
         Raises:
             UserError: these settings contradict each other or the others; names the point.
         """
@@ -301,7 +292,8 @@ class Space:
             raise UserError(f"{write_point(point)}: {error}") from None
 
     def check(self, points: Sequence[Point]) -> None:
-        """
+        """Refuse points that cannot be trials of one sweep.
+
         Raises:
             UserError: a point is no config, or its losses would not compare with the others'.
         """
@@ -326,7 +318,7 @@ class Space:
             )
 
     def fixed(self, base: Config) -> "Space":
-        """Where some validation batches are read, all trials read the same rows, whatever their training batch."""
+        """The space with a fixed evaluation batch if the training batch varies, so that all evaluate the same rows."""
         keys = [key for variable in self.variables for key in variable.keys]
         size, key = base.train.per_device_train_batch_size, "eval.per_device_eval_batch_size"
         if "train.per_device_train_batch_size" not in keys or base.eval.per_device_eval_batch_size or size == "auto":

@@ -116,7 +116,7 @@ def start(folder: Path, asked: dict, config: Config) -> None:
 
 
 def earlier(folder: Path) -> dict:
-    """What the sweep in `folder` was asked; {} for a new folder.
+    """The request of the sweep in `folder`; {} for a new folder.
 
     Raises:
         UserError: the folder holds something else.

@@ -1,4 +1,4 @@
-"""What the trials of a sweep show, in lines: the table, how much each variable matters, and what to doubt."""
+"""The results of a sweep in lines: the table, how much each variable matters, and what to doubt."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _BORDER = 0.05  # of a range: this near its end the best may lie beyond it
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What a sweep has found so far."""
+    """The results of a sweep so far."""
 
     search: Search
     records: Records
@@ -74,7 +74,7 @@ def conclude(search: Search, records: Records, request: SweepRequest, write_page
     """
     space, folder = search.space, request.workdir
     by_size = sizes(space, records)
-    law = scaling.of_sizes(by_size, request.predict)
+    law = scaling.fit_sizes(by_size, request.predict)
     # The trials that halving let finish were chosen, so their means say little.
     matter = effects(space, records) if search.method != "halving" else []
     found = Findings(search, records, law, matter, doubts(space, records))

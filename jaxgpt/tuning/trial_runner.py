@@ -110,7 +110,7 @@ class Bench:
     mesh: Mesh
     dataset: TokenDataset
     weights: resume.Weights | None
-    """What every trial starts from; None for fresh weights by its seed."""
+    """The weights that every trial starts from; None for fresh ones by its seed."""
 
     def resolved(self, config: Config) -> Config:
         """`config` with batch, block size and number of steps as numbers."""
@@ -240,9 +240,9 @@ class TrialRunner:
 
 
 def _config_of_loop(config: Config, until: int | None) -> Config:
-    """What the loop is to do in a trial: end at `until`, keep the last state, show nothing and stop no trial early.
+    """The config of a trial's loop: it ends at `until`, keeps the last state, and does not stop early.
 
-    Schedules belong to the program, whose length is that of the whole trial; so the warm-up here may be any.
+    The schedule belongs to the program, which knows the whole trial's length; a warm-up could exceed `until`.
     """
     return with_settings(
         config,
