@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="every combination; random ones; random ones, with a third going on at each rung; Optuna's estimator "
         "[grid where all are lists, else random]")  # fmt: skip
     add("--trials", metavar="N", type=int, help="trials of random (20), halving (27) and tpe (30)")
-    add(
-        "--seed", metavar="S", type=int, default=0, help="seed of random draws; the model's is train.seed [%(default)s]"
-    )
+    add("--seed", metavar="S", type=int, default=0, help="seed of random draws, not of the model [%(default)s]")
     add("--workdir", metavar="DIR", type=Path, help="folder [runs/NAME-sweep, or runs/NAME-learning-rate]")
     add("--predict", metavar="PARAMETERS", type=int,
         help="where 4 sizes or more are tried: predict the loss of this many parameters without embeddings "
