@@ -313,7 +313,7 @@ def test_the_summary_says_what_ran_and_how_it_ended(tmp_path, has_metrics):
         run_folder(tmp_path, [train_line(1)])
     split = SimpleNamespace(num_tokens=1000, facts=lambda: {"rows": 5})
     data = {"path": tmp_path / "data", "fingerprint": "f1", "vocab_size": 65, "train": split, "validation": split}
-    config = Config(model=ModelConfig(n_layer=2), train=TrainConfig(global_batch_size=4, max_steps=9))
+    config = Config(model=ModelConfig(n_layer=2), train=TrainConfig(global_batch_size=4))
     mesh = build_mesh(MeshConfig(), jax.devices()[:2])
     write_summary(
         SimpleNamespace(config=config, dataset=SimpleNamespace(**data), mesh=mesh, workdir=tmp_path), "over", 1.26
