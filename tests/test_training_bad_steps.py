@@ -100,8 +100,7 @@ def compiled(built):
     return built.train_step.lower(built.abstract_state, batch(0)).compile()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "mesh"), [("muon", "one"), ("adamw", "zero1"), ("muon", "fsdp")])
 def test_a_bad_step_keeps_every_bit_and_a_good_one_gives_those_of_a_step_without_a_guard_in_the_same_memory(
     optimizer, mesh, tampered, monkeypatch
 ):

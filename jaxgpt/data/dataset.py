@@ -10,6 +10,7 @@ either complete or not there: it is written beside its place and renamed at the 
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.storage import manifest
 
@@ -315,6 +316,11 @@ class TokenDataset:
     train: Split
     """A TokenStream or PackedRows, as `format` says."""
     validation: Split
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that made the data, from its folder."""
+        return load_tokenizer(self.path / "tokenizer")
 
 
 def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digests") -> TokenDataset:

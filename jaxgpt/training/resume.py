@@ -236,7 +236,7 @@ def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset
     Raises:
         UserError: it is not what the run has read so far, or not in the language of the weights to start from.
     """
-    check_tokenizer(weights, load_tokenizer(dataset.path / "tokenizer"))
+    check_tokenizer(weights, dataset.tokenizer)
     if step is None:
         return dataclasses.replace(dataset, vocab_size=max(dataset.vocab_size, weights.vocab_size if weights else 0))
     saved = read_metadata(workdir, step)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -15,6 +16,16 @@ from jaxgpt.training.step import Program
 
 GoOn = Callable[[], None]
 """Called again and again in the midst of long work; raises where that is to be left."""
+
+
+class Scorer(Protocol):
+    """Scores eval.tasks with parameters that lie on the devices as the training has them."""
+
+    def __call__(self, params: dict, go_on: GoOn) -> dict[str, float]:
+        """{"eval_NAME_acc": 0.5, ...}; `go_on` is called after each batch."""
+
+    def describe(self) -> str:
+        """What will be scored, a line for each task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +45,8 @@ class Run:
     activity: Activity
     skip: frozenset[int] = frozenset()
     """Training rows that weigh nothing (data.skip_list)."""
-    score: Callable[[dict, GoOn], dict[str, float]] | None = None
-    """Parameters -> metrics of eval.tasks; None where there are none."""
+    score: Scorer | None = None
+    """Scores eval.tasks; None where there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
