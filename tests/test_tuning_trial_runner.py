@@ -15,10 +15,11 @@ from jaxgpt.errors import Interrupted
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.preparation.preparation import prepare
 from jaxgpt.settings import MeshConfig
-from jaxgpt.train import train
 from jaxgpt.training import loop
+from jaxgpt.training.checkpoint import read_config
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.optimizer import Arguments, arguments
+from jaxgpt.training.resume import dataset_read_by
 from jaxgpt.training.step import Program, build_program
 from jaxgpt.tuning import learning_rate
 from jaxgpt.tuning.sweep_folder import TrialRecord
@@ -111,19 +112,17 @@ def close(one: TrialRecord, other: TrialRecord) -> None:
 # ---------------------------------------------------------------- trials
 
 
-def test_a_trial_has_the_losses_of_the_run_that_train_makes(folder, dataset, tmp_path):
-    # train takes all 8 devices here
-    bench = Bench(build_mesh(MeshConfig()), dataset, None)
-    changed = {"train__per_device_train_batch_size": 1, "optimizer__learning_rate": RATES[2]}
-    one = trial(folder, bench, 2, **changed)
-    (record,) = TrialRunner(tmp_path / "sweep", bench).run([one])
-    train(one.config, tmp_path / "run")
-    lines = read_metrics(tmp_path / "run")
+def test_a_trial_has_the_losses_of_the_run_that_train_makes(trained, tmp_path):
+    config = read_config(trained.run)
+    bench = Bench(build_mesh(MeshConfig()), dataset_read_by(trained.run, config.max_steps), None)
+    (record,) = TrialRunner(tmp_path, bench).run([Trial(2, {}, config)])
+    lines = read_metrics(trained.run)
     logged = [[line["step"], line["loss"]] for line in lines if "loss" in line]
     evaluated = [[line["step"], line["eval_loss"]] for line in lines if "eval_loss" in line]
     np.testing.assert_allclose(record.losses, logged, rtol=2e-5)
     np.testing.assert_allclose(record.eval_losses, evaluated, rtol=2e-5)
-    assert record.eval_loss == record.eval_losses[-1][1] and record.tokens == STEPS * 8 * 16
+    assert record.eval_loss == record.eval_losses[-1][1]
+    assert record.tokens == config.max_steps * config.global_batch_size * config.block_size
 
 
 def test_survivors_of_a_round_go_on_where_they_were(folder, bench, runner, undisturbed, tmp_path):
