@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxgpt.config import Config, flatten, to_json, with_settings
+from jaxgpt.config import Config, to_json, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.data.skip_list import read_skip_list
 from jaxgpt.errors import Interrupted, UserError
@@ -49,25 +49,20 @@ from jaxgpt.tuning.sweep_table import PageWriter, conclude, describe
 
 # ---------------------------------------------------------------- the program that trials share
 
-ARGUMENTS = (
-    *(f"optimizer.{name}" for name in Arguments._fields if name not in ("dropout", "seed")),
-    "model.dropout",  # where it is above 0: without dropout no masks are drawn
-    "train.seed",
-)
-"""The settings that are arguments of a compiled step, in the order of `Arguments`."""
-
 
 def program_key(config: Config) -> Config:
-    """`config` without the values of ARGUMENTS: trials with equal keys share a program."""
-    default = flatten(Config())
-    values = {name.replace(".", "_", 1): default[name] for name in ARGUMENTS}
-    # No warm-up: whatever else is set, a config without one is valid.
-    values |= {"optimizer_warmup_steps": 0, "model_dropout": 0.5 if config.model.dropout else 0.0}
-    return with_settings(config, **values)
+    """`config` without the values of `Arguments`: trials with equal keys share a program.
+
+    Dropout counts as one where it is above 0: without dropout no masks are drawn.
+    """
+    default = Config().optimizer
+    values = {f"optimizer_{name}": getattr(default, name) for name in Arguments._fields if hasattr(default, name)}
+    values["optimizer_warmup_steps"] = 0  # whatever else is set, a config without a warm-up is valid
+    return with_settings(config, train_seed=0, model_dropout=0.5 if config.model.dropout else 0.0, **values)
 
 
 class SharedProgram:
-    """The compiled functions of all trials that differ in ARGUMENTS alone."""
+    """The compiled functions of all trials that differ in `Arguments` alone."""
 
     def __init__(self, config: Config, vocab_size: int, mesh: Mesh):
         """`config` is resolved. Compiles nothing yet.
