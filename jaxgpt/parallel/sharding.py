@@ -112,7 +112,7 @@ def per_device(function, mesh: Mesh, in_specs, out_specs):
     bytes). The tensor axis, if it is used, stays with the compiler: it splits matmuls, which is its trade.
     """
     manual = _manual_axes(mesh)
-    if mesh.size == 1 or not manual:  # one device has no others, and may itself be one of many that try trials
+    if mesh.size == 1 or not manual:  # one device has no others
         return function
     keep = lambda tree: jax.tree.map(
         lambda spec: _restrict(spec, manual), tree, is_leaf=lambda x: isinstance(x, PartitionSpec)
