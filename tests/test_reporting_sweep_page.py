@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jaxgpt.config import load_config
-from jaxgpt.reporting import sweep_figures, sweep_page
+from jaxgpt.reporting import sweep_page
 from jaxgpt.tuning import learning_rate, scaling, sweep_table
 from jaxgpt.tuning.search import Search
 from jaxgpt.tuning.space import Space, grid, read_space
@@ -73,9 +73,9 @@ def test_what_diverged_is_marked_and_does_not_stretch_the_axis(tmp_path):
     text = made(tmp_path, f"{RATE}=1e-4,3e-4,1e-3,3e-3,1e-2,1e-1,1", loss=loss, status=status)
     assert "Crosses at the top edge diverged." in text and "Triangles at the top edge lie above." in text
     assert "diverged" in Page(text).written
-    assert sweep_figures.ceiling([3.0, 3.1, 3.2, 300.0]) < 4 and sweep_figures.ceiling(
-        [3.0, 3.1, math.inf]
-    ) == pytest.approx(3.1)
+    assert sweep_page.ceiling([3.0, 3.1, 3.2, 300.0]) < 4 and sweep_page.ceiling([3.0, 3.1, math.inf]) == pytest.approx(
+        3.1
+    )
 
 
 def test_a_law_is_drawn_with_its_interval(tmp_path):

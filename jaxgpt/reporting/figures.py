@@ -199,6 +199,25 @@ def whole_numbers(ax: Axes) -> None:
     ax.locator_params(axis="x", integer=True, nbins=6)
 
 
+def short(value: float) -> str:
+    """A number on an axis: 0.001, 3e-05, 1,000."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.6g}"
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else f"{float(f'{value:.3g}'):.0e}".replace("e-0", "e-")
+
+
+def log_axis(ax: Axes, low: float, high: float, write: Callable[[float], str]) -> None:
+    """A logarithmic x axis for values from `low` to `high`, with a handful of numbers, each by `write`."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 200 else (1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(lambda value, _: write(value))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def time_unit(seconds: float) -> tuple[float, str]:
     """(its seconds, name) of the unit that suits a time: minutes, hours, ..."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
