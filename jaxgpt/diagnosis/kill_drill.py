@@ -28,7 +28,7 @@ from jaxgpt.training.checkpoint import FOLDER, finished_steps, quiet_orbax
 from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 
 TIMED = ("tokens_per_second", "mfu")  # these and seconds_* depend on the clock
-TERM_SECONDS = 10.0  # a run that is told to stop must have ended by then
+TERM_SECONDS = 10.0  # a run must end this long after SIGTERM
 START_SECONDS = 3600.0  # a start that has not ended by then hangs
 RESUMING = ("clean.", "verify.", "restore.")  # prefixes of points that only a run with checkpoints passes
 REPEATED = ("save.", "delete.")  # prefixes of points that it passes at every checkpoint
@@ -36,7 +36,7 @@ REPEATED = ("save.", "delete.")  # prefixes of points that it passes at every ch
 
 @dataclass(frozen=True)
 class Plan:
-    """What to kill, and how often."""
+    """The run to kill, and how often."""
 
     config_file: str
     config: Config
@@ -119,7 +119,7 @@ class Drill:
             devices = self._devices[self._starts % len(self._devices)] if name == "disturbed" else self._devices[0]
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-            settings["train.per_device_train_batch_size"] = str(self._config.train.global_batch_size // devices)
+            settings["train.per_device_train_batch_size"] = str(self._config.global_batch_size // devices)
         self._starts += 1
         command = [sys.executable, "-m", "jaxgpt.train", "--config", self._asked.config_file]
         command += ["--workdir", str(self._workdir / name)]
@@ -240,7 +240,7 @@ class Drill:
         interval = self._config.checkpoint.save_steps
         worst = max(self._report.steps_lost, default=0)
         if worst > 2 * interval:  # one interval, and the save that was still being written
-            self._fail(f"{worst} steps lost at once, more than one interval of {interval} and the save in hand")
+            self._fail(f"{worst} steps lost at once, more than one interval of {interval} and an unfinished save")
         self._report.finished += 1
         if self._report.failures:
             shutil.copytree(ours, self._workdir / f"failed-{self._report.finished}", dirs_exist_ok=True)

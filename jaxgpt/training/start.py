@@ -161,7 +161,7 @@ def _with_automatic_batch(config: Config, vocab_size: int, mesh: Mesh) -> Config
 
 
 def _notes(score: Scorer | None, dataset: TokenDataset | None) -> tuple[str, ...]:
-    """What is scored, and what the lint found in new conversations.
+    """Lines about the tasks to score, and the lint of new conversations.
 
     Raises:
         UserError: the conversations cannot be learned from as they are.

@@ -1,4 +1,4 @@
-"""What a run says at its start and its end: lines for a person, summary.json and run_page.html for later."""
+"""The lines that a run prints at its start and its end."""
 
 import shutil
 from pathlib import Path
@@ -51,24 +51,24 @@ def print_header(start: Start) -> None:
 
 
 def _learned(dataset: TokenDataset) -> str:
-    """How many of the tokens are learned, where that is not all of them."""
+    """The number of learned tokens, if it is not all of them."""
     facts = dataset.train.facts()
     return f" ({facts['learned_tokens']:,} learned, in {facts['rows']:,} rows)" if "rows" in facts else ""
 
 
 def print_footer(workdir: Path, best_step: int | None, early: str) -> None:
-    """Where everything is. `early`: why the run ended before its last step, "" where it did not."""
+    """Print the last figures and where everything is. `early`: why the run ended before its last step, or ""."""
     last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
     stopping, how = "", '--prompt "..."'
     if "eval_stop_rate" in last:
         how = "--chat"
         stopping = f"answers that end by themselves: {last['eval_stop_rate']:.0%} of those to validation prompts\n"
-    told = f"{early}; a larger eval.early_stopping_patience goes on\n" if early else ""
+    note = f"{early}; a larger eval.early_stopping_patience goes on\n" if early else ""
     whose = f"the weights of step {best_step}, the best checkpoint, " if early else ""
     best = f"{best_step}, {workdir}@best" if best_step != last["step"] else best_step
     where = f"{workdir}@best" if early else workdir
     print(
-        f"\n{told}"
+        f"\n{note}"
         f"validation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
         f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best})\n"
         f"{stopping}"
