@@ -143,7 +143,7 @@ def vocabulary(config: Config) -> int:
         UserError: the config does not tell.
     """
     from jaxgpt.model.sizes import GPT2_VOCAB
-    from jaxgpt.preparation.preparation import given_tokenizer
+    from jaxgpt.preparation.make_dataset import given_tokenizer
 
     tokenizer = config.tokenizer
     added = len(tokenizer.special_tokens) + (2 if config.data.format == "chat" else 0)  # the two tokens of a turn

@@ -107,7 +107,7 @@ def test_a_bucket_has_to_be_mounted():
 
 
 def test_prepared_data_is_found_and_damage_is_a_problem(tmp_path):
-    from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.preparation.make_dataset import prepare
 
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     settings = DataConfig(source="text", path=str(tmp_path / "text.txt"), prepared_dir=str(tmp_path / "prepared"))

@@ -13,7 +13,7 @@ from jaxgpt.config import Config, load_config, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.errors import Interrupted
 from jaxgpt.parallel.mesh import build_mesh
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.settings import MeshConfig
 from jaxgpt.training import loop
 from jaxgpt.training.checkpoint import read_config

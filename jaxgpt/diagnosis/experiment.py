@@ -98,10 +98,10 @@ def data(case: Case) -> Iterator[Finding]:
         yield Finding("prepared data", OK, text, facts=place.facts)
         return
     from jaxgpt.data.dataset import open_dataset
-    from jaxgpt.preparation import preparation
+    from jaxgpt.preparation import make_dataset
 
     try:
-        path = preparation.place_of(config, preparation.given_tokenizer(config))
+        path = make_dataset.place_of(config, make_dataset.given_tokenizer(config))
         dataset = open_dataset(path, verify="sizes") if path.exists() else None
     except UserError as error:
         fix = "correct [data] or [tokenizer] in the config; a damaged folder: delete it and run jaxgpt prepare"

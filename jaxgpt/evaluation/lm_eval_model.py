@@ -18,8 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxgpt.config import Config
-from jaxgpt.data.chat import TEMPLATE
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import TEMPLATE, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import Request, Score, Scorer
 from jaxgpt.inference.decode import Decoder, build_decoder

@@ -5,8 +5,8 @@ import time
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.engine import Engine
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.text import token_bytes
 from jaxgpt.serving.http_errors import ApiError, not_ready
 

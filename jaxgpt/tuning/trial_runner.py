@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jaxgpt.config import Config, to_json, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
-from jaxgpt.data.skip_list import read_skip_list
+from jaxgpt.data.pipeline import read_skip_list
 from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.model.huggingface import locate
 from jaxgpt.model.sizes import parameter_count
@@ -29,7 +29,7 @@ from jaxgpt.parallel import distributed, sharding
 from jaxgpt.parallel.accelerator import refuse_silent_cpu
 from jaxgpt.parallel.compiler import compiler_options, initial_values_options, use_compilation_cache
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
-from jaxgpt.preparation.preparation import given_tokenizer, prepare
+from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.storage.files import write_file
 from jaxgpt.storage.lease import Lease
 from jaxgpt.training import resume
