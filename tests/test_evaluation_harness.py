@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jaxgpt.inference.conversation import ChatPrompts
 from tiny import ONE_DEVICE
 
 from jaxgpt.config import Config
@@ -24,6 +23,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.evaluation import harness
 from jaxgpt.evaluation.scoring import RequestScorer, encode_pair
 from jaxgpt.evaluation.tasks import read_tasks
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training.models import export_model, load_model

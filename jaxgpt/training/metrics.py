@@ -139,10 +139,12 @@ class MetricLog:
     """Writes metrics to every place that wants them; does nothing on processes but the writer.
 
     `start_step` is how many of `total_steps` are done: more than 0 on resume. Raises UserError on
-    every process if Weights & Biases is asked for and not installed.
+    every process if Weights & Biases is asked for and not installed. `quiet`: only messages are shown on the screen.
     """
 
-    def __init__(self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool):
+    def __init__(
+        self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool, quiet: bool = False
+    ):
         if log.wandb_project and importlib.util.find_spec("wandb") is None:
             raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
         self._is_writer = is_writer
@@ -153,7 +155,7 @@ class MetricLog:
         self._path = workdir / METRICS_FILE
         _cut_after(self._path, start_step)
         self._file = self._path.open("ab")
-        self._screen = (_Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
+        self._screen = (_Quiet if quiet else _Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
         self._views: list = [self._screen]
         if log.tensorboard:
             self._views.append(TensorBoard(workdir, start_step))
@@ -278,6 +280,13 @@ class _Lines:
         _say(_step_line(step, self._total, values, clock))
 
     def close(self, failed: bool) -> None:
+        pass
+
+
+class _Quiet(_Lines):
+    """Messages alone: for one of many trainings."""
+
+    def write(self, step: int, values: dict) -> None:
         pass
 
 
