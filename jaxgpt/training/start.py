@@ -30,7 +30,7 @@ from jaxgpt.storage import lease
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import batch_sizes, largest_batch
 from jaxgpt.training.checkpoint import finished_steps, read_config
-from jaxgpt.training.resume_rules import Change
+from jaxgpt.training.resume import Change
 from jaxgpt.training.run_state import Scorer
 from jaxgpt.training.step import Program, build_program, resolve_batch, resolve_steps
 
