@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.parallel.host_memory import keep_freed_memory
+from jaxgpt.parallel.accelerator import keep_freed_memory
 
 RULES = (
     ("max_new_tokens", 100, "tokens to add, fewer if the end-of-text token comes first"),

@@ -13,7 +13,7 @@ from tiny import MODEL, VOCAB
 from jaxgpt.model import gpt2
 from jaxgpt.model.attention import attend, dropout
 from jaxgpt.model.loss import cross_entropy
-from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED, flops_per_token, parameter_count
+from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED, flops_per_token, padded_vocab, parameter_count
 from jaxgpt.settings import ModelConfig
 
 
@@ -44,7 +44,7 @@ def test_published_sizes_have_the_published_number_of_parameters(name):
     config = ModelConfig(**shape)
     assert parameter_count(config, GPT2_VOCAB) == published
     _, shapes, _ = gpt2.abstract_model(config, GPT2_VOCAB)
-    padding = (gpt2.padded_vocab(GPT2_VOCAB) - GPT2_VOCAB) * config.n_embd
+    padding = (padded_vocab(GPT2_VOCAB) - GPT2_VOCAB) * config.n_embd
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published + padding
 
 

@@ -14,7 +14,7 @@ from test_sample import Terminal, run, stdin_of
 
 from jaxgpt.config import Config
 from jaxgpt.data import chat
-from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.data.tokenizer import TEMPLATE, train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.prompts import ChatPrompts, ChatSession
@@ -143,7 +143,7 @@ def test_an_answer_ends_at_the_end_of_its_turn_here_and_in_transformers_settings
     settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [TOKENIZER.end_of_turn, TOKENIZER.end_of_text]
     assert settings["pad_token_id"] == TOKENIZER.end_of_text
-    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == chat.TEMPLATE
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TEMPLATE
 
 
 def test_letters_of_special_tokens_in_a_message_are_text():

@@ -20,9 +20,8 @@ from jaxgpt.model.attention import KVCache, attend_cached
 from jaxgpt.model.attention import dropout as drop_out
 from jaxgpt.model.backend import PLAIN, Backend, LinearOperation
 from jaxgpt.model.quantized import PackedMatrix, pack
+from jaxgpt.model.sizes import padded_vocab
 from jaxgpt.settings import ModelConfig
-
-VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
 
 # Initial values, as in the paper (section 2.3) and OpenAI's code: the one place where they are decided.
 #   matrices, token and position embeddings   normal, standard deviation 0.02
@@ -37,11 +36,6 @@ NO_DROPOUT: Dropout = (0.0, None)
 KeysAndValues = tuple[Array, Array]
 LayerCache = tuple[Array, Array, Array]
 """(keys_ASH, values_ASH, length_B) of one layer; see `KVCache`."""
-
-
-def padded_vocab(vocab_size: int) -> int:
-    """The vocabulary rounded up to a multiple of 128. The added rows are zero and never leave this package."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class LayerNorm(nnx.Module):
