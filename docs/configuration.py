@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, every setting from jaxgpt/config.py: `python docs/configuration.py`.
+"""Writes docs/configuration.md, every setting from jaxgpt/settings.py: `python docs/configuration.py`.
 
 A test (tests/test_docs.py) compares the page with the program, so that the two cannot differ. No jax import.
 """
@@ -16,7 +16,7 @@ PAGE = Path(__file__).with_suffix(".md")
 
 HEAD = """# Every setting
 
-<!-- Written by `python docs/configuration.py` from jaxgpt/config.py. Do not edit: change the text there. -->
+<!-- Written by `python docs/configuration.py` from jaxgpt/settings.py. Do not edit: change the text there. -->
 
 A config file is TOML: a `[section]` and the settings in it. What it leaves out has the default. `base = "other.toml"`
 takes everything from another file first. On the command line each setting is a flag, which goes before the file:

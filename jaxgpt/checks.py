@@ -1,4 +1,4 @@
-"""What settings must hold together: called for every `Config` that is built.
+"""Checks across settings, made for every `Config` that is built.
 
 Each function raises `UserError` where two settings contradict each other; the message names both, and the fix.
 """

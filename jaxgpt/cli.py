@@ -24,7 +24,7 @@ from jaxgpt.errors import (
 )
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]):
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
     """Decorator of every verb's `main`: turns the exceptions a user can cause into one line and an exit code."""
 
     @functools.wraps(main)
@@ -66,10 +66,12 @@ def leave(code: int) -> typing.NoReturn:
 class _Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors of one line, with the nearest option."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(  # type: ignore[override]  # argparse has overloads for namespaces of a caller's own
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
@@ -122,7 +124,7 @@ def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:
             )
 
 
-def _field_help(cls: type, field: dataclasses.Field) -> str:
+def _field_help(cls: typing.Any, field: dataclasses.Field) -> str:
     default = "none" if field.default is None else field.default
     if isinstance(default, bool):
         default = str(default).lower()

@@ -11,6 +11,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -36,7 +37,7 @@ from jaxgpt.settings import (
 )
 
 
-@section
+@section(frozen=True, kw_only=True)
 class Config:
     """All settings of an experiment. Build it with `load_config` or directly; either way it is validated."""
 
@@ -55,7 +56,7 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_shapes(self.model, self.mesh, self.data)
         checks.check_data(self.data, self.tokenizer, self.augmentation)
         checks.check_schedule(self.train, self.optimizer, self.eval, self.checkpoint, self.log)
@@ -110,6 +111,7 @@ def with_settings(config: Config, **settings: object) -> Config:
 
 
 def to_json(config: Config) -> str:
+    """Every setting, as config.json holds it."""
     return TypeAdapter(Config).dump_json(config, indent=2).decode()
 
 
@@ -134,13 +136,13 @@ def flatten(config: Config) -> dict[str, object]:
     }
 
 
-def sections() -> dict[str, type]:
-    """{"model": ModelConfig, ...}"""
+def sections() -> dict[str, typing.Any]:
+    """{"model": ModelConfig, ...}: the classes of settings.py."""
     return {field.name: field.type for field in dataclasses.fields(Config)}
 
 
 def config_fields() -> dict[str, dataclasses.Field]:
-    """{"model.n_layer": field, ...}, in the order of the file config.py."""
+    """{"model.n_layer": field, ...}, in the order of settings.py."""
     return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
 
 
@@ -166,13 +168,12 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
 
 def _with_bases(path: Path) -> list[Path]:
     """`path` preceded by the file it is based on, and that by its own, the root first."""
-    chain: list[Path] = []
-    while path is not None:
-        if path.resolve() in [seen.resolve() for seen in chain]:
-            raise UserError(f"{path}: its chain of base files comes back to itself")
-        chain.append(path)
-        base = _read_toml(path).get("base")
-        path = path.parent / base if base else None
+    chain = [path]
+    while base := _read_toml(chain[-1]).get("base"):
+        file = chain[-1].parent / base
+        if file.resolve() in [seen.resolve() for seen in chain]:
+            raise UserError(f"{file}: its chain of base files comes back to itself")
+        chain.append(file)
     return chain[::-1]
 
 
@@ -195,7 +196,7 @@ def _nearest_file(path: Path) -> str:
 
 def _read_settings(path: Path) -> dict[str, object]:
     """{"model.n_layer": 4, ...} of one file, `base` left out."""
-    settings = {}
+    settings: dict[str, object] = {}
     for name, fields in _read_toml(path).items():
         if name == "base":
             continue
@@ -231,8 +232,8 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
         ) from None
 
 
-def _takes_list(annotation, text: str) -> bool:
-    """Whether the text of a command line stands for a list; where text is allowed besides, a list is JSON."""
+def _takes_list(annotation: typing.Any, text: str) -> bool:
+    """Is the text of a command line a list? Where the setting also allows text, only JSON is."""
     if typing.get_origin(annotation) is tuple:
         return True
     return any(typing.get_origin(arg) is tuple for arg in typing.get_args(annotation)) and text.lstrip().startswith("[")
@@ -249,22 +250,24 @@ def _read_list(text: str) -> list | str:
 
 
 def unknown_setting(key: str) -> str:
+    """The complaint about a setting that does not exist, with the nearest one that does."""
     return f"there is no setting {key}{_suggest(key, config_fields())}"
 
 
-def _suggest(word: str, known) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
     """The nearest known name, comparing whole dotted names first and then the part after the dot."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.75)
     if not near:
-        tails = {name.split(".")[-1]: name for name in known}
+        tails = {name.split(".")[-1]: name for name in names}
         near = [tails[t] for t in difflib.get_close_matches(word.split(".")[-1], tails, n=1)]
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(list(known)[:12])}"
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names[:12])}"
 
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
-def describe_type(annotation) -> str:
+def describe_type(annotation: typing.Any) -> str:
     """A field's type in a user's words: "int > 0 or none", "one of adamw, muon"."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:

@@ -5,33 +5,18 @@ An undisturbed run comes first. Then the same run is started again and again, ea
 until that many kills are survived. Each time it reaches its end, its state, the loss of every step and the hash of
 every batch are compared with the undisturbed run's: on the same devices they have to be equal to the last bit.
 
-Exit code 0: everything was; 1: something was not, and the table says what.
+Exit code 0: all were equal; 1: something differed, and the table says what.
 """
 
-import argparse
+import dataclasses
 import json
-import os
-import random
-import shutil
-import signal
-import statistics
-import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.config import Config
-from jaxgpt.errors import EXIT_DONE, EXIT_RESUME, RunFailed, UserError
-
-TIMED = ("tokens_per_second", "mfu")  # and seconds_*: what the clock decides
-TERM_SECONDS = 10.0  # a run that is told to stop has to be gone by then
-START_SECONDS = 3600.0  # a start that has not ended by then never will
-RESUMING = ("clean.", "verify.", "restore.")  # begin the names of points that only a run with checkpoints passes
-REPEATED = ("save.", "delete.")  # and of those that it passes at every checkpoint
+from jaxgpt.errors import UserError
+from jaxgpt.storage.files import check_new, write_file
 
 
 @cli.command
@@ -40,314 +25,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="where the runs go [default drills/NAME]")
     parser.add_argument("--kills", metavar="N", type=int, default=20, help="kills at random instants [20]")
     parser.add_argument("--points", metavar="N", type=int, default=0, help="kills at each named point [0]")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random instants [0]")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the random instants [0]")
     parser.add_argument(
         "--devices",
         metavar="N,N",
         default="",
-        help="CPU devices of one start after another [1,2,4 say; default: as is]",
+        help="CPU devices of one start after another, such as 1,2,4 [default: as they are]",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="the figures for programs")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE, for programs")
     cli.add_config_arguments(parser)
     arguments = parser.parse_args(argv)
     config = cli.config_from(arguments)
     workdir = arguments.workdir or Path("drills") / Path(arguments.config).stem
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir} holds something; choose another --workdir, or remove it")
+    check_new(workdir)
     devices = [int(number) for number in arguments.devices.split(",") if number]
     batch = config.train.global_batch_size
     if devices and (batch is None or any(batch % number for number in devices)):
         raise UserError(f"--devices {arguments.devices}: set train.global_batch_size to a multiple of each")
-    report = Drill(arguments, config, workdir).run()
+
+    from jaxgpt.diagnosis.kill_drill import Drill, Plan, table
+
+    overrides = {name: value for name, value in vars(arguments).items() if "." in name}
+    plan = Plan(
+        arguments.config, config, overrides, workdir, arguments.kills, arguments.points, arguments.seed, devices
+    )
+    report = Drill(plan).run()
     print(table(report))
     if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+        write_file(arguments.json, json.dumps(dataclasses.asdict(report), indent=2))
     return 1 if report.failures else 0
-
-
-@dataclass
-class Report:
-    """What happened, in numbers."""
-
-    undisturbed_seconds: float = 0.0
-    kills: int = 0
-    terms: int = 0
-    at_points: dict[str, int] = field(default_factory=dict)
-    """Kills at each named point."""
-    damaged: int = 0
-    """Checkpoints in which a bit was flipped."""
-    finished: int = 0
-    """Times that the run reached its end and was compared."""
-    steps_lost: list[int] = field(default_factory=list)
-    """Of each kill: steps done before it that had to be done again."""
-    seconds_to_step: list[float] = field(default_factory=list)
-    """From each start to its first new step."""
-    term_seconds: list[float] = field(default_factory=list)
-    """From SIGTERM to the end of the process."""
-    failures: list[str] = field(default_factory=list)
-    """What was not as it should be; empty when all is well."""
-
-
-class Drill:
-    def __init__(self, arguments: argparse.Namespace, config: Config, workdir: Path):
-        self._arguments = arguments
-        self._config = config
-        self._workdir = workdir
-        self._random = random.Random(arguments.seed)
-        self._report = Report()
-        self._devices = [int(number) for number in arguments.devices.split(",") if number]
-        self._starts = 0
-        self._settings = {name: value for name, value in vars(arguments).items() if "." in name}
-
-    def run(self) -> Report:
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        process = self._start("undisturbed")
-        if (code := process.wait()) != 0:
-            raise RunFailed(f"the undisturbed run ended with exit code {code}; see {self._log}")
-        self._report.undisturbed_seconds = time.monotonic() - began
-        for kill in self._plan():
-            self._say(f"{self._report.kills + self._report.terms + 1}: {kill or 'random instant'}")
-            self._disturb(kill)
-        self._finish()
-        return self._report
-
-    def _plan(self) -> Iterator[str]:
-        """Failpoints, and "" for a random instant, in a mixed order."""
-        from jaxgpt.failpoints import POINTS
-
-        kills = [""] * self._arguments.kills + [point for point in POINTS for _ in range(self._arguments.points)]
-        self._random.shuffle(kills)
-        yield from kills
-
-    def _start(self, name: str, failpoint: str = "") -> subprocess.Popen:
-        environment = {**os.environ, "JAXGPT_FAILPOINT": failpoint}
-        settings = {"log.logging_steps": "1", "log.tensorboard": "false", **self._settings}
-        if self._devices:
-            devices = self._devices[self._starts % len(self._devices)] if name == "disturbed" else self._devices[0]
-            flags = os.environ.get("XLA_FLAGS", "")
-            environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-            settings["train.per_device_train_batch_size"] = str(self._config.train.global_batch_size // devices)
-        self._starts += 1
-        command = [sys.executable, "-m", "jaxgpt.train", "--config", self._arguments.config]
-        command += ["--workdir", str(self._workdir / name)]
-        for setting, value in settings.items():
-            command += [f"--{setting}", value]
-        with open(self._log, "ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-    @property
-    def _run(self) -> Path:
-        return self._workdir / "disturbed"
-
-    @property
-    def _log(self) -> Path:
-        return self._workdir / "log.txt"
-
-    # ------------------------------------------------------------ one kill
-
-    def _disturb(self, point: str) -> None:
-        """Start the run, kill it, and count what that cost. A run that ends before is compared and begun anew."""
-        if point.startswith(RESUMING):
-            self._have_checkpoints(2)
-        if point == "verify.damaged":
-            self._damage_the_latest()
-        times = self._random.randint(1, 3) if point.startswith(REPEATED) else 1
-        before = last_step(self._run)
-        process = self._start("disturbed", f"{point}:kill@{times}" if point else "")
-        started = time.monotonic()
-        instant = started + self._random.uniform(0, 1.2 * self._report.undisturbed_seconds)
-        seen = False
-        while process.poll() is None and (point or time.monotonic() < instant):
-            if not seen and last_step(self._run, after=started) > 0:
-                seen = True
-                self._report.seconds_to_step.append(time.monotonic() - started)
-            if time.monotonic() - started > START_SECONDS:
-                process.kill()
-                self._fail(f"start {self._starts}: not at its end after {START_SECONDS:.0f} s")
-            time.sleep(0.02)
-        ended = process.poll()
-        if ended == 0:
-            self._compare()
-            return self._disturb(point)
-        if ended is None:
-            self._kill(process)
-        elif ended == -signal.SIGKILL and point:
-            self._report.at_points[point] = self._report.at_points.get(point, 0) + 1
-            self._report.kills += 1
-        else:
-            self._fail(f"start {self._starts} ended by itself with exit code {ended}; see {self._log}")
-        done = max(before, last_step(self._run))
-        self._report.steps_lost.append(max(done - self._kept_step(), 0))
-
-    def _have_checkpoints(self, number: int) -> None:
-        """Run until there are so many checkpoints, and kill it then."""
-        from jaxgpt.training.checkpoint import finished_steps
-
-        while len(finished_steps(self._run)) < number:
-            process = self._start("disturbed")
-            while process.poll() is None and len(finished_steps(self._run)) < number:
-                time.sleep(0.01)
-            process.kill()
-            if process.wait() == 0:
-                self._compare()
-
-    def _damage_the_latest(self) -> None:
-        """Flip one bit of the newest checkpoint."""
-        folder = self._run / "checkpoints" / str(self._kept_step())
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
-        file = self._random.choice(files)
-        content = bytearray(file.read_bytes())
-        content[self._random.randrange(len(content))] ^= 1 << self._random.randrange(8)
-        file.write_bytes(content)
-        self._report.damaged += 1
-
-    def _kill(self, process: subprocess.Popen) -> None:
-        is_term = (self._report.kills + self._report.terms) % 4 == 3
-        if not is_term:
-            process.kill()
-            process.wait()
-            self._report.kills += 1
-            return
-        sent = time.monotonic()
-        process.terminate()
-        try:
-            code = process.wait(6 * TERM_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        self._report.terms += 1
-        self._report.term_seconds.append(time.monotonic() - sent)
-        # Python itself has no handler yet in the first tenths of a second; after its last step the run is done.
-        if code not in (EXIT_RESUME, EXIT_DONE, -signal.SIGTERM):
-            self._fail(f"SIGTERM ended start {self._starts} with exit code {code}; see {self._log}")
-        if self._report.term_seconds[-1] > TERM_SECONDS:
-            self._fail(f"SIGTERM took {self._report.term_seconds[-1]:.1f} s")
-
-    def _kept_step(self) -> int:
-        """The newest checkpoint that a start would use, before the next start cleans up."""
-        from jaxgpt.training.checkpoint import finished_steps
-
-        return max(finished_steps(self._run), default=0)
-
-    # ------------------------------------------------------------ comparing
-
-    def _finish(self) -> None:
-        for _ in range(3):
-            if (code := self._start("disturbed").wait()) == 0:
-                return self._compare()
-            self._fail(f"an undisturbed start ended with exit code {code}; see {self._log}")
-
-    def _compare(self) -> None:
-        """Hold a finished run beside the undisturbed one; then it is removed, to be killed from its beginning again."""
-        ours, whole = self._run, self._workdir / "undisturbed"
-        exact = len(set(self._devices)) <= 1
-        for difference in compare_records(ours, whole, exact) + (compare_states(ours, whole) if exact else []):
-            self._fail(difference)
-        left = [*ours.glob("checkpoints/.*"), *ours.glob("*.tmp")]
-        if not self._report.damaged:
-            left += ours.glob("quarantine/*")
-        if left:
-            self._fail(f"left behind: {', '.join(str(path) for path in left)}")
-        interval = self._config.checkpoint.save_steps
-        worst = max(self._report.steps_lost, default=0)
-        if worst > 2 * interval:  # one interval, and the save that was still being written
-            self._fail(f"{worst} steps lost at once, more than one interval of {interval} and the save in hand")
-        self._report.finished += 1
-        if self._report.failures:
-            shutil.copytree(ours, self._workdir / f"failed-{self._report.finished}", dirs_exist_ok=True)
-        shutil.rmtree(ours)
-
-    def _fail(self, text: str) -> None:
-        self._report.failures.append(text)
-        self._say(f"FAILED: {text}")
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
-
-
-def last_step(run: Path, after: float | None = None) -> int:
-    """The last step in the record; 0 where there is none, or none written since `after` (monotonic seconds)."""
-    from jaxgpt.training.metrics import METRICS_FILE, read_metrics
-
-    file = run / METRICS_FILE
-    if not file.is_file():
-        return 0
-    if after is not None and file.stat().st_mtime < time.time() - (time.monotonic() - after):
-        return 0
-    return max((line["step"] for line in read_metrics(run)), default=0)
-
-
-def record(run: Path) -> dict[tuple[int, str], dict]:
-    """The lines of metrics.jsonl by step and kind, without what the clock decides."""
-    from jaxgpt.training.metrics import read_metrics
-
-    lines = {}
-    for line in read_metrics(run):
-        kind = "evaluation" if "eval_loss" in line else "step"
-        facts = {key: value for key, value in line.items() if key not in TIMED and not key.startswith("seconds_")}
-        lines[line["step"], kind] = facts
-    return lines
-
-
-def compare_records(ours: Path, whole: Path, exact: bool) -> list[str]:
-    """Differences between two runs' lines; where not `exact`, of batches, and of losses beyond 1e-4 of their value."""
-    mine, theirs = record(ours), record(whole)
-    found = [f"step {step}: the line of the {kind} is missing" for step, kind in theirs.keys() - mine.keys()]
-    found += [f"step {step}: one line of the {kind} too many" for step, kind in mine.keys() - theirs.keys()]
-    for key in sorted(mine.keys() & theirs.keys()):
-        a, b = mine[key], theirs[key]
-        same = a == b if exact else a.get("batch_hash") == b.get("batch_hash") and _near(a, b)
-        if not same:
-            found.append(f"step {key[0]}: {a} instead of {b}")
-    return found[:5]
-
-
-def _near(a: dict, b: dict) -> bool:
-    return all(abs(a[name] - b[name]) <= 1e-4 * abs(b[name]) for name in ("loss", "eval_loss") if name in b)
-
-
-def compare_states(ours: Path, whole: Path) -> list[str]:
-    """Differences in the bits of the last checkpoints' arrays."""
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    from jaxgpt.training.checkpoint import FOLDER, finished_steps, quiet_orbax
-
-    quiet_orbax()
-    # The last ones: a SIGTERM leaves checkpoints at steps of its own, so those before may be other steps.
-    mine, theirs = finished_steps(ours)[-1:], finished_steps(whole)[-1:]
-    if mine != theirs or not mine:
-        return [f"last checkpoint {mine} instead of {theirs}"]
-    found = []
-    for item in ("params", "optimizer"):
-        # The warning says that it restores onto the devices that saved.
-        with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings(action="ignore"):
-            a, b = (checkpointer.restore((run / FOLDER / str(mine[-1]) / item).absolute()) for run in (ours, whole))
-        for (path, left), right in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-            if np.asarray(left).tobytes() != np.asarray(right).tobytes():
-                found.append(f"{item}{jax.tree_util.keystr(path)} differs")
-    return found[:5]
-
-
-def table(report: Report) -> str:
-    middle = lambda values: f"{statistics.median(values):.1f}" if values else "–"
-    most = lambda values: f"{max(values):.1f}" if values else "–"
-    rows = [
-        ("kills survived", f"{report.kills} SIGKILL, {report.terms} SIGTERM"),
-        ("  of them at named points", ", ".join(f"{k} x{n}" for k, n in sorted(report.at_points.items())) or "none"),
-        ("bits flipped in checkpoints", f"{report.damaged}, all found" if report.damaged else "none"),
-        ("finished and compared", f"{report.finished} times"),
-        ("steps lost by a kill", f"median {middle(report.steps_lost)}, most {most(report.steps_lost)}"),
-        ("seconds to the first step again", f"{middle(report.seconds_to_step)}, most {most(report.seconds_to_step)}"),
-        ("seconds from SIGTERM to the end", f"{middle(report.term_seconds)}, most {most(report.term_seconds)}"),
-        ("state, losses, batches", "as undisturbed" if not report.failures else f"{len(report.failures)} FAILURES"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows) + "".join(
-        f"\n  {failure}" for failure in report.failures[:10]
-    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class HostLost(RunFailed):
 
 
 class Interrupted(BaseException):
-    """The run was told to stop and has saved its state: run the same command again. Exit code 42.
+    """A stop signal ended the run, its state is saved: run the same command again. Exit code 42.
 
     Not an Exception, as KeyboardInterrupt is none: a signal raises it anywhere, and no library may swallow it.
     """

@@ -15,7 +15,7 @@ import signal
 import time
 
 PREPARING = ("prepare.read", "prepare.clean", "prepare.decided", "prepare.tokenize", "prepare.write")
-"""In the order in which a preparation passes them; a run whose data is prepared passes none."""
+"""The points of a preparation, in order; a run with prepared data passes none."""
 
 POINTS = (
     "lease.taken",
@@ -36,7 +36,7 @@ POINTS = (
     "delete.renamed",
     "delete.done",
 )
-"""In the order in which a run passes them."""
+"""The points of a run, in order."""
 
 _passes: collections.Counter[str] = collections.Counter()  # how often this process came by, for @N
 

@@ -5,10 +5,18 @@ is its help; `python -m jaxgpt.train --help` prints it with the type and the def
 together and reads them from files; `checks.py` says what must hold between them.
 """
 
-from typing import Annotated, Literal
+import functools
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import pydantic.dataclasses
 from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:  # type checkers understand the standard library's decorator best, and pydantic's makes the same class
+    from dataclasses import dataclass as section
+else:
+    section = functools.partial(
+        pydantic.dataclasses.dataclass, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    )
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -16,14 +24,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-section = dataclass(
-    frozen=True,
-    kw_only=True,
-    config=ConfigDict(extra="forbid", use_attribute_docstrings=True),
-)
 
-
-@section
+@section(frozen=True, kw_only=True)
 class ModelConfig:
     n_layer: PositiveInt = 12
     """Transformer blocks."""
@@ -45,7 +47,7 @@ class ModelConfig:
     """How attention is computed: flash is a TPU kernel, cudnn NVIDIA's, xla runs anywhere; auto fits the device."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class TokenizerConfig:
     type: Literal["bpe", "char", "folder"] = "bpe"
     """bpe trains a byte-level BPE on the data; char is one token a character; folder loads tokenizer.path."""
@@ -62,7 +64,7 @@ class TokenizerConfig:
 Source = Annotated[str, Field(pattern=r"^(stdlib|text|html|jsonl|parquet|support|sgd|tfds:.+|huggingface:.+)$")]
 
 
-@section
+@section(frozen=True, kw_only=True)
 class SourceConfig:
     """One part of a mixture."""
 
@@ -73,7 +75,7 @@ class SourceConfig:
     """Share of the text that comes from it, beside the weights of the others."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class DataConfig:
     source: Source | tuple[SourceConfig, ...] = "stdlib"
     """Where documents come from: stdlib (this Python's own library), text, html, jsonl, parquet, tfds:NAME,
@@ -84,7 +86,7 @@ class DataConfig:
     text_field: str = "text"
     """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
     format: Literal["text", "chat"] = "text"
-    """text: documents, every token is learned; chat: conversations, of which only the answers are learned."""
+    """text: documents, every token is learned; chat: conversations, only their answers are learned."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
     """A record that cannot be used (broken JSON, a missing role, not UTF-8) ends the preparation, or is left out and
     counted in the report."""
@@ -110,9 +112,9 @@ class DataConfig:
     """File of training rows that weigh nothing, one number a line, as `jaxgpt replay` writes it."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class CleaningConfig:
-    """What happens to each document before it is tokenized, in this order; by default nothing."""
+    """Steps that each document passes before it is tokenized, in this order; all are off by default."""
 
     html: bool = False
     """Take the text out of HTML."""
@@ -144,17 +146,17 @@ class CleaningConfig:
     """Drop documents whose estimated Jaccard similarity with an earlier one is at least this (0.8); 0 is off."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class ChatConfig:
     """Conversations, where data.format = chat."""
 
     system: str = ""
     """System message of conversations that have none; empty for none."""
     packing: bool = True
-    """Put several conversations into one row, none of which sees another; false pads each to a row of its own."""
+    """Put several conversations into one row, hidden from each other; false pads each to a row of its own."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class AugmentationConfig:
     """Changed copies of training conversations; user turns are changed, answers never."""
 
@@ -174,7 +176,7 @@ class AugmentationConfig:
     """Chance of a pair of turns before the last one to be left out."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the updates of the weight matrices and leaves the rest to AdamW."""
@@ -204,7 +206,7 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class TrainConfig:
     max_steps: PositiveInt | None = None
     """Optimizer steps; when given, it goes before num_train_epochs."""
@@ -222,7 +224,7 @@ class TrainConfig:
     """Folder that keeps compiled programs for the next start; empty turns it off."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = -1
     """Devices that hold copies of the model and split the batch; -1 takes all that are left."""
@@ -236,7 +238,7 @@ class MeshConfig:
     """Train with the processes of other hosts: on requires them, off is this one alone, auto asks the environment."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class CheckpointConfig:
     save_steps: PositiveInt = 500
     """Steps between checkpoints; the last step is always saved."""
@@ -246,7 +248,7 @@ class CheckpointConfig:
     """Keep the checkpoint with the lowest validation loss besides; save_steps must then be a multiple of eval_steps."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class FaultsConfig:
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """What to do at a loss or gradient that is no number, or a spike: stop; skip the update; or go back to the last
@@ -261,7 +263,7 @@ class FaultsConfig:
     """Another host that gives no sign of life for this long is taken for dead, and the run ends on all of them."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class EvalConfig:
     eval_steps: PositiveInt = 500
     """Steps between evaluations; the last step is always evaluated."""
@@ -284,7 +286,7 @@ class EvalConfig:
     """For early stopping a loss is better if it is lower than the best before it by more than this, in nats."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class LogConfig:
     logging_steps: PositiveInt = 10
     """Steps between lines of metrics."""
@@ -296,7 +298,7 @@ class LogConfig:
     """Steps to trace for XProf, first:last (10:13); empty for none."""
 
 
-@section
+@section(frozen=True, kw_only=True)
 class InitConfig:
     from_checkpoint: str | None = None
     """Start from the weights of this jaxgpt run or step folder, with a fresh optimizer; none starts from scratch."""

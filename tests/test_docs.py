@@ -1,4 +1,4 @@
-"""The documentation is true: commands parse, the tutorials run as they stand, links lead somewhere, the site builds.
+"""The documentation is true: commands parse, the English tutorial runs, links lead somewhere, the site builds.
 
 A code block whose commands need what a test machine has not got stands under a comment, `<!-- needs: docker -->`.
 """
@@ -230,7 +230,6 @@ TINY = {
     "data.num_proc": 1,
     "train.max_steps": 4,
     "train.per_device_train_batch_size": 1,
-    "train.compilation_cache_dir": "programs",
     "optimizer.name": "adamw",  # whose step compiles in half the time
     "optimizer.warmup_steps": 1,
     "eval.eval_steps": 2,
@@ -268,6 +267,10 @@ def tutorial_steps(page: Path) -> list[tuple[str, object]]:
                 assert kind != "shell" or words[0] in PLAIN, f"{relative(page)}: mark what this needs: {line}"
                 steps.append((kind, arguments_of(words) or (words if kind == "ask" else shlex.join(words))))
     return steps
+
+
+def run_shell(text: str) -> None:
+    subprocess.run(["bash", "-ec", text.replace("python ", f"{sys.executable} ", 1)], check=True)
 
 
 def run_ours(verb: str, arguments: list[str]) -> None:
@@ -308,52 +311,85 @@ def ask(words: list[str], address: str) -> bytes:
 
 
 def follow(page: str, without: list[str]) -> None:
-    """Do what a tutorial says, in this folder; not these verbs, nor what needs a file that they would have made."""
+    """Do what a tutorial says, in this folder; not these verbs."""
     asked = 0
     with contextlib.ExitStack() as running:
         address = ""
         for kind, what in tutorial_steps(Path(page)):
             print(f"> {what if isinstance(what, str) else ' '.join(what)}", flush=True)
             if kind == "shell":
-                subprocess.run(["bash", "-ec", what.replace("python ", f"{sys.executable} ", 1)], check=True)
+                run_shell(what)
             elif kind == "ask":
                 json.loads(ask(what, address))
                 asked += 1
             elif what[0] == "serve":
                 address = running.enter_context(served(what[1:]))
                 assert b"<html" in ask([address], address)
-            elif what[0] not in without and not ("sweep" in without and any("-sweep/" in word for word in what)):
+            elif what[0] not in without:
                 run_ours(what[0], what[1:])
     assert address and asked
 
 
-@pytest.mark.parametrize(
-    "language, without",
-    [
-        # Doctor has tests of its own, and looks at this machine.
-        ("en", ["doctor"]),
-        # What the English one has just done with the same options; all of it in the long form.
-        ("zh", ["doctor", "sweep", "evaluate", "compare"]),
-        pytest.param("zh", [], marks=pytest.mark.chaos),
-    ],
-)
-def test_a_tutorial_runs_from_its_first_command_to_its_last(language, without, tmp_path):
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "jaxgpt").symlink_to(ROOT / "jaxgpt")
-    # One device and a cache of programs: a reader's machine, and half the time of this process's eight devices.
+def test_the_chinese_tutorial_has_the_commands_of_the_english_one_in_their_order():
+    """It may leave some out, and has files and texts of its own; its options are ones that the English one shows."""
+    english, chinese = (
+        [(what[0] if kind == "ours" else kind, {word for word in what if word.startswith("--")})
+         for kind, what in tutorial_steps(TUTORIALS[language]) if kind != "shell"]
+        for language in ("en", "zh")
+    )  # fmt: skip
+    rest = iter(verb for verb, _ in english)
+    assert all(verb in rest for verb, _ in chinese), f"{chinese} are not in the order of {english}"
+    for verb, options in chinese:
+        assert options <= set().union(*(shown for other, shown in english if other == verb)), verb
+    assert len(chinese) >= 15
+
+
+def run_in_a_process(code: str, folder: Path) -> None:
+    """Run `code`, which may import this file, in a folder with our configs, on one device as a reader would."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "jaxgpt").symlink_to(ROOT / "jaxgpt")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
     }
-    command = [sys.executable, "-c", f"import test_docs; test_docs.follow({str(TUTORIALS[language])!r}, {without})"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", f"import test_docs; {code}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+# Doctor has tests of its own, and looks at this machine. What differs in the Chinese tutorial is its data.
+@pytest.mark.parametrize(
+    ("language", "without"),
+    [
+        pytest.param("en", ["doctor"], marks=pytest.mark.system),
+        pytest.param("zh", ["doctor"], marks=pytest.mark.chaos),
+    ],
+)
+def test_a_tutorial_runs_from_its_first_command_to_its_last(language, without, tmp_path):
+    run_in_a_process(f"test_docs.follow({str(TUTORIALS[language])!r}, {without})", tmp_path)
+
+
+def make_data(page: str) -> None:
+    """Write the files of a tutorial in this folder, and prepare the data of its first training."""
+    prepared = 0
+    for kind, what in tutorial_steps(Path(page)):
+        if kind == "shell":
+            run_shell(what)
+        elif kind == "ours" and what[0] == "prepare":
+            run_ours(what[0], what[1:])
+            prepared += 1
+    assert prepared
+
+
+@pytest.mark.system
+def test_the_data_of_the_chinese_tutorial_is_made_and_prepared(tmp_path):
+    run_in_a_process(f"test_docs.make_data({str(TUTORIALS['zh'])!r})", tmp_path)
 
 
 # ---------------------------------------------------------------- the site
 
 
+@pytest.mark.system
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     if importlib.util.find_spec("material") is None and "CI" not in os.environ:
         pytest.skip("mkdocs-material is not installed: pip install -e '.[docs]'")

@@ -10,6 +10,7 @@ from test_training_signals import CONFIG, ENVIRONMENT
 
 import jaxgpt
 from jaxgpt import drill
+from jaxgpt.diagnosis import kill_drill
 from jaxgpt.failpoints import POINTS, PREPARING
 
 
@@ -28,13 +29,16 @@ def report(folder) -> dict:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setattr(
-            drill.Drill, "_plan", lambda self: iter(["", "save.renamed", "", "restore.done", "", "", "verify.damaged"])
+            kill_drill.Drill,
+            "_plan",
+            lambda self: iter(["", "save.renamed", "", "restore.done", "", "", "verify.damaged"]),
         )
         arguments = ["--config", str(folder / "config.toml"), "--workdir", str(folder / "runs"), "--seed", "3"]
         assert drill.main([*arguments, "--kills", "5", "--json", str(folder / "report.json")]) == 0
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.system
 def test_a_run_killed_anywhere_ends_as_the_undisturbed_one(report):
     assert report["failures"] == []
     assert report["kills"] + report["terms"] >= 7
@@ -43,20 +47,21 @@ def test_a_run_killed_anywhere_ends_as_the_undisturbed_one(report):
     assert report["finished"] >= 1
 
 
+@pytest.mark.system
 def test_a_difference_in_the_record_or_the_state_is_told(folder, report):
     whole, other = folder / "runs" / "undisturbed", folder / "other"
     shutil.copytree(whole, other)
-    assert drill.compare_records(other, whole, exact=True) + drill.compare_states(other, whole) == []
+    assert kill_drill.compare_records(other, whole, exact=True) + kill_drill.compare_states(other, whole) == []
     metrics = other / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:3] + lines[4:]))
-    assert "missing" in drill.compare_records(other, whole, exact=True)[0]
+    assert "missing" in kill_drill.compare_records(other, whole, exact=True)[0]
     changed = json.loads(lines[3]) | {"batch_hash": 1}
     metrics.write_text("".join([*lines[:3], json.dumps(changed) + "\n", *lines[4:]]))
-    assert "instead of" in drill.compare_records(other, whole, exact=False)[0]
+    assert "instead of" in kill_drill.compare_records(other, whole, exact=False)[0]
     shutil.rmtree(other / "checkpoints" / "12")
     shutil.copytree(whole / "checkpoints" / "8", other / "checkpoints" / "12")
-    assert any("differs" in line for line in drill.compare_states(other, whole))
+    assert any("differs" in line for line in kill_drill.compare_states(other, whole))
 
 
 def test_a_folder_that_holds_something_is_left_alone(folder, capsys):

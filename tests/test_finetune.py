@@ -1,28 +1,25 @@
 """Training that starts from other weights: the same numbers from either kind of folder, and new tokens for old ones."""
 
-import dataclasses
+import functools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from tiny import RUN
 
 from jaxgpt import train
-from jaxgpt.config import Config, load_config
-from jaxgpt.data.dataset import open_dataset
+from jaxgpt.config import load_config
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.model import gpt2
-from jaxgpt.parallel.mesh import batch_shards, build_mesh
-from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
-from jaxgpt.training import loop, resume
+from jaxgpt.preparation.make_dataset import given_tokenizer
+from jaxgpt.settings import ModelConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import export_model, load_model, save_as_run
-from jaxgpt.training.step import build_program, resolve_batch
 
 CONFIG = (
     RUN
@@ -71,23 +68,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path, settings: dict) -> Config:
-    return load_config(folder / "config.toml", {name: str(value) for name, value in settings.items()})
+def command(folder: Path, workdir: Path, settings: dict) -> list[str]:
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["--config", str(folder / "config.toml"), "--workdir", str(workdir), *options]
+
+
+def run(folder: Path, workdir: Path, settings: dict) -> Path:
+    assert train.main(command(folder, workdir, settings)) == 0
+    return workdir
 
 
 @pytest.fixture(scope="module")
 def source(folder) -> Path:
     """A finished run with checkpoints of steps 2 and 4; its hf/ is the other kind of source."""
-    train.train(load(folder, {}), folder / "source")
-    return folder / "source"
-
-
-@pytest.fixture(scope="module")
-def grown(folder, source) -> Path:
-    """A finished run that added two tokens to the vocabulary of `source`."""
-    settings = starts(source)["checkpoint"] | {"tokenizer.special_tokens": "<|user|>, <|assistant|>"}
-    train.train(load(folder, settings), folder / "grown")
-    return folder / "grown"
+    return run(folder, folder / "source", {})
 
 
 def starts(source: Path) -> dict[str, dict]:
@@ -99,27 +93,26 @@ def starts(source: Path) -> dict[str, dict]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What `train` has at hand before its first step."""
-
-    run: loop.Run
-    state: resume.TrainState
-    weights: resume.Weights
-    vocab_size: int
+# One step that changes no weight: what the rate adds to any that is not 0 is lost in rounding.
+FROZEN = {
+    "train.max_steps": 1, "eval.eval_steps": 1, "checkpoint.save_steps": 1,
+    "optimizer.learning_rate": 1e-30, "optimizer.warmup_steps": 0,
+}  # fmt: skip
+Begun = Callable[..., Path]
 
 
-def start(config: Config, workdir: Path) -> Start:
-    mesh = build_mesh(config.mesh)
-    config = resolve_batch(config, batch_shards(mesh))
-    weights = resume.weights_to_start_from(config, None)
-    dataset = resume.check_data(workdir, None, weights, open_dataset(prepare(config)))
-    program = build_program(config, dataset.vocab_size, mesh)
-    checkpoints = resume.Checkpoints(workdir, config.checkpoint)
-    state = resume.initial_state(program, checkpoints, None, weights, dataset.vocab_size)
-    checkpoints.close()
-    run = loop.Run(config, workdir, mesh, dataset, program, checkpoints, None, None, None, None)
-    return Start(run, state, weights, dataset.vocab_size)
+@pytest.fixture(scope="module")
+def begun(folder) -> Begun:
+    """A function that gives a run which began with these settings, and has still the weights that it began with."""
+    made: dict[str, Path] = {}
+
+    def begun(settings: dict) -> Path:
+        key = str(settings)
+        if key not in made:
+            made[key] = run(folder, folder / f"begun-{len(made)}", settings | FROZEN)
+        return made[key]
+
+    return begun
 
 
 def losses(workdir: Path) -> list:
@@ -131,73 +124,71 @@ def assert_same(ours: dict, theirs: dict) -> None:
         np.testing.assert_array_equal(a, b, err_msg=str(path))
 
 
-def logits(config: Config, vocab_size: int, params: dict) -> np.ndarray:
+def logits(model: ModelConfig, vocab_size: int, params: dict) -> np.ndarray:
     tokens_1T = np.arange(16)[None] % 15
-    return np.asarray(gpt2.bind(config.model, vocab_size, params)(tokens_1T))[0]
+    return np.asarray(gpt2.bind(model, vocab_size, params)(tokens_1T))[0]
+
+
+def evaluation(workdir: Path) -> float:
+    """The last evaluation of a run."""
+    return [line["eval_loss"] for line in read_metrics(workdir) if "eval_loss" in line][-1]
 
 
 # ---------------------------------------------------------------- the same numbers
 
 
 def test_a_hugging_face_folder_trains_as_its_checkpoint_bit_for_bit(folder, source):
+    """So the moments of the source, which its hf/ does not hold, are not taken over."""
     for name, settings in starts(source).items():
-        train.train(load(folder, settings | {"train.seed": 5}), folder / name)
+        run(folder, folder / name, settings | {"train.seed": 5})
     assert losses(folder / "checkpoint") == losses(folder / "hugging face")
     assert losses(folder / "checkpoint")[0][0] < losses(source)[0][0] - 0.1
     assert_same(*(load_model(folder / name).params for name in ("checkpoint", "hugging face")))
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "hugging face"])
-def test_a_fine_tune_begins_with_the_loss_that_its_source_ended_with(folder, source, name, tmp_path):
-    begun = start(load(folder, starts(source)[name]), tmp_path)
-    ended = [line["eval_loss"] for line in read_metrics(source) if "eval_loss" in line][-1]
-    assert loop.evaluate(begun.run, begun.state.params)["eval_loss"] == ended
-    assert begun.state.step == 0
-    moments = [leaf for leaf in jax.tree.leaves(begun.state.opt_state) if leaf.ndim]
-    assert moments and not any(np.any(leaf) for leaf in moments)
+def test_a_fine_tune_begins_with_the_loss_that_its_source_ended_with(source, begun, name):
+    assert evaluation(begun(starts(source)[name])) == evaluation(source)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "hugging face"])
-@pytest.mark.parametrize("tokens", ["[]", MANY], ids=["same vocabulary", "grown"])
-def test_a_start_is_the_same_on_every_mesh_and_lies_as_the_program_says(folder, source, name, tokens, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("checkpoint", ROLES), ("hugging face", MANY)], ids=["in the padding", "beyond the padding"]
+)
+def test_a_start_is_the_same_on_every_mesh(source, begun, name, tokens):
     settings = starts(source)[name] | {"tokenizer.special_tokens": tokens}
-    copied, sharded = (start(load(folder, settings | mesh), tmp_path) for mesh in ({}, SHARDED))
-    assert_same(copied.state.params, sharded.state.params)
-    wanted = jax.tree.map(lambda leaf: leaf.sharding, sharded.run.program.abstract_state.params)
-    assert jax.tree.map(lambda leaf: leaf.sharding, sharded.state.params) == wanted
-    assert sharded.state.params["wte"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert_same(*(load_model(begun(settings | mesh)).params for mesh in ({}, SHARDED)))
 
 
-def test_starting_from_one_step_of_a_run_takes_that_step(folder, source, tmp_path):
-    early, late = (
-        start(load(folder, {"init.from_checkpoint": path}), tmp_path).state.params["wpe"]
-        for path in (source / "checkpoints" / "2", source)
-    )
-    np.testing.assert_array_equal(early, load_model(source / "checkpoints" / "2").params["wpe"])
-    assert np.any(np.asarray(early) != np.asarray(late))
+def test_starting_from_one_step_of_a_run_takes_that_step(source, begun):
+    step = source / "checkpoints" / "2"
+    early = begun({"init.from_checkpoint": step})
+    assert_same(load_model(early).params, load_model(step).params)
+    assert np.any(np.asarray(load_model(early).params["wpe"]) != np.asarray(load_model(source).params["wpe"]))
 
 
 # ---------------------------------------------------------------- new tokens
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "hugging face"])
-@pytest.mark.parametrize("tokens", [ROLES, MANY], ids=["in the padding", "beyond the padding"])
-def test_new_tokens_start_as_the_mean_and_leave_the_odds_among_the_old_ones(folder, source, name, tokens, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("checkpoint", ROLES), ("hugging face", MANY)], ids=["in the padding", "beyond the padding"]
+)
+def test_new_tokens_start_as_the_mean_and_leave_the_odds_among_the_old_ones(source, begun, name, tokens):
     old, new = load_model(source), len(json.loads(tokens))
-    begun = start(load(folder, starts(source)[name] | {"tokenizer.special_tokens": tokens}), tmp_path)
-    assert begun.vocab_size == old.vocab_size + new
-    wte_VD = np.asarray(begun.state.params["wte"])
+    model = load_model(begun(starts(source)[name] | {"tokenizer.special_tokens": tokens}))
+    assert model.vocab_size == old.vocab_size + new
+    wte_VD = np.asarray(model.params["wte"])
     mean_D = np.asarray(old.params["wte"])[: old.vocab_size].astype(np.float64).mean(0).astype(np.float32)
-    np.testing.assert_array_equal(wte_VD[old.vocab_size : begun.vocab_size], np.tile(mean_D, (new, 1)))
-    assert not np.any(wte_VD[begun.vocab_size :])
-    before = logits(begun.run.config, old.vocab_size, old.params)
-    after = logits(begun.run.config, begun.vocab_size, jax.device_get(begun.state.params))
+    np.testing.assert_array_equal(wte_VD[old.vocab_size : model.vocab_size], np.tile(mean_D, (new, 1)))
+    assert not np.any(wte_VD[model.vocab_size :])
+    before = logits(old.config.model, old.vocab_size, old.params)
+    after = logits(model.config.model, model.vocab_size, model.params)
     np.testing.assert_allclose(after[:, : old.vocab_size], before, atol=1e-6)
     np.testing.assert_allclose(after[:, old.vocab_size :].mean(1), before.mean(1), atol=1e-6)
 
 
-def test_a_grown_run_trains_and_is_read_by_everyone(source, grown):
+def test_a_grown_run_is_read_by_everyone(source, begun):
     size = load_model(source).vocab_size
+    grown = begun(starts(source)["checkpoint"] | {"tokenizer.special_tokens": ROLES})
     run, exported = load_model(grown), load_model(grown / "hf")
     assert run.vocab_size == exported.vocab_size == run.tokenizer.vocab_size == size + 2
     assert run.tokenizer.decode([size, size + 1]) == "<|user|><|assistant|>"
@@ -205,26 +196,23 @@ def test_a_grown_run_trains_and_is_read_by_everyone(source, grown):
     assert_same(run.params, exported.params)
 
 
-def test_rows_that_no_token_uses_are_kept(folder, source, tmp_path):
+def test_rows_that_no_token_uses_are_kept(source, begun, tmp_path):
     """A vocabulary of 50304 for GPT-2's 50257 tokens, as many programs write it."""
     model = load_model(source)
     rows = model.vocab_size + 20
     params = {**model.params, "wte": model.params["wte"].at[:rows].add(0.01)}
     export_model(tmp_path / "wide", model.config.model, rows, params, model.tokenizer)
-    settings = {"init.from_huggingface": tmp_path / "wide", "tokenizer.special_tokens": ROLES}
-    begun = start(load(folder, settings), tmp_path)
-    assert begun.vocab_size == rows
-    np.testing.assert_array_equal(begun.state.params["wte"], params["wte"])  # the new tokens take free rows
-    train.train(load(folder, settings), tmp_path / "run")
-    again = load_model(tmp_path / "run")
+    workdir = begun({"init.from_huggingface": tmp_path / "wide", "tokenizer.special_tokens": ROLES})
+    again = load_model(workdir)
     assert (again.vocab_size, again.tokenizer.vocab_size) == (rows, model.vocab_size + 2)
-    assert load_model(tmp_path / "run" / "hf").vocab_size == rows
+    np.testing.assert_array_equal(again.params["wte"], params["wte"])  # the new tokens take free rows
+    assert load_model(workdir / "hf").vocab_size == rows
 
 
 # ---------------------------------------------------------------- where it starts from
 
 
-def test_a_hub_name_gives_weights_and_tokenizer(folder, source, tmp_path, monkeypatch):
+def test_a_hub_name_gives_weights_and_tokenizer(source, begun, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     model = tmp_path / "hub" / "models--someone--tiny"
@@ -232,47 +220,42 @@ def test_a_hub_name_gives_weights_and_tokenizer(folder, source, tmp_path, monkey
     (model / "refs" / "main").write_text("a" * 40)
     shutil.copytree(source / "hf", model / "snapshots" / ("a" * 40))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    settings = {"init.from_huggingface": "someone/tiny", "tokenizer.type": "folder"}
-    arguments = [
-        "--config",
-        str(folder / "config.toml"),
-        "--workdir",
-        str(tmp_path / "run"),
-        "--tokenizer.special_tokens",
-        "<|user|>",
-    ]
-    settings["tokenizer.path"] = "hf:someone/tiny"
-    assert train.main(arguments + [part for name, value in settings.items() for part in (f"--{name}", value)]) == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["tokenizer"]["path"] == "hf:someone/tiny"
+    settings = {
+        "init.from_huggingface": "someone/tiny",
+        "tokenizer.type": "folder",
+        "tokenizer.path": "hf:someone/tiny",
+    }
+    workdir = begun(settings | {"tokenizer.special_tokens": "<|user|>"})
+    assert json.loads((workdir / "config.json").read_text())["tokenizer"]["path"] == "hf:someone/tiny"
 
 
 def test_a_run_that_goes_on_needs_its_source_no_more(folder, source, tmp_path, capsys):
     shutil.copytree(source / "hf", tmp_path / "gone")
     settings = {"init.from_huggingface": tmp_path / "gone", "tokenizer.special_tokens": ROLES}
-    config = load(folder, settings)
-    train.train(config, tmp_path / "run")
+    run(folder, tmp_path / "run", settings)
     assert "2 new tokens start as the mean of its 18 embeddings" in capsys.readouterr().out
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "gone")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "run" / "hf")
-    train.train(config, tmp_path / "run")
+    run(folder, tmp_path / "run", settings)
     assert losses(tmp_path / "run") == whole
     assert_same(load_model(tmp_path / "run").params, load_model(tmp_path / "run" / "hf").params)
 
 
-def test_a_folder_without_a_tokenizer_is_told_apart_by_size_alone(folder, source, tmp_path, caplog):
+def test_a_folder_without_a_tokenizer_is_told_apart_by_size_alone(source, begun, tmp_path, caplog):
     bare = tmp_path / "bare"
     shutil.copytree(source / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*"))
     with caplog.at_level(logging.WARNING):
-        begun = start(load(folder, {"init.from_huggingface": bare}), tmp_path)
+        workdir = begun({"init.from_huggingface": bare})
     assert "holds no tokenizer: only the size of its vocabulary, 18, is compared" in caplog.text
-    assert_same(begun.state.params, start(load(folder, starts(source)["checkpoint"]), tmp_path).state.params)
+    assert_same(load_model(workdir).params, load_model(source).params)
 
 
 # ---------------------------------------------------------------- refusals
 
 
+@functools.cache
 def refusals(folder: Path, source: Path) -> dict[str, tuple[list[str], list[str]]]:
     """{what: (arguments, words of the error)}"""
     hf = ["--init.from_huggingface", f"{source}/hf"]
@@ -280,7 +263,6 @@ def refusals(folder: Path, source: Path) -> dict[str, tuple[list[str], list[str]
     if not bare.exists():
         shutil.copytree(source / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*"))
         train_bpe(["other text"], 257).save(folder / "other")
-        save_as_run(folder / "converted", load_model(source / "hf"))
     other = ["--tokenizer.type", "folder", "--tokenizer.path", f"{folder}/other"]
     values = "set in [model] n_layer = 2, n_head = 2, n_embd = 32, n_positions = 32"
     return {
@@ -327,22 +309,21 @@ def test_a_tokenizer_made_from_other_text_is_refused_once_it_is_known(folder, so
     assert not (tmp_path / "run").exists()
 
 
-def test_converted_weights_are_no_run_to_resume_but_one_to_start_from(folder, source, capsys, tmp_path):
-    run = tmp_path / "converted"
-    save_as_run(run, load_model(source / "hf"))
-    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    arguments = ["--config", str(folder / "config.toml"), "--workdir", str(run)]
-    assert train.main(arguments) == 2
+def test_converted_weights_are_no_run_to_resume_but_one_to_start_from(folder, source, begun, capsys, tmp_path):
+    converted = tmp_path / "converted"
+    save_as_run(converted, load_model(source / "hf"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in converted.rglob("*"))
+    assert train.main(command(folder, converted, {})) == 2
     error = capsys.readouterr().err
     assert "without an optimizer state" in error
-    assert f'init.from_checkpoint = "{run}"' in error
-    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
-    begun = start(load(folder, {"init.from_checkpoint": run}), tmp_path / "new")
-    assert_same(begun.state.params, load_model(source).params)
+    assert f'init.from_checkpoint = "{converted}"' in error
+    assert sorted((path, path.stat().st_mtime_ns) for path in converted.rglob("*")) == before
+    assert_same(load_model(begun({"init.from_checkpoint": converted})).params, load_model(source).params)
 
 
-def test_special_tokens_already_there_are_not_added_again(folder, grown, tmp_path):
+def test_special_tokens_already_there_are_not_added_again(folder, source, begun):
+    grown = begun(starts(source)["checkpoint"] | {"tokenizer.special_tokens": ROLES})
     settings = {"tokenizer.type": "folder", "tokenizer.path": grown / "hf", "tokenizer.special_tokens": ROLES}
-    config = load(folder, settings | {"init.from_checkpoint": grown})
+    config = load_config(folder / "config.toml", {name: str(value) for name, value in settings.items()})
     assert given_tokenizer(config).digest == load_tokenizer(grown / "tokenizer").digest
-    assert_same(start(config, tmp_path).state.params, load_model(grown).params)
+    assert_same(load_model(begun(settings | {"init.from_checkpoint": grown})).params, load_model(grown).params)

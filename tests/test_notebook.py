@@ -22,6 +22,7 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+@pytest.mark.system
 def test_it_runs_from_top_to_bottom_and_again(notebook, tmp_path, monkeypatch):
     for name, value in {
         "NOTEBOOK_FLAGS": SMALL,
@@ -69,6 +70,7 @@ def test_what_it_installs_lies_in_an_environment_of_its_own(notebook):
     assert not any(line.startswith("import jax") for cell in notebook.cells for line in cell.source.splitlines())
 
 
+@pytest.mark.system
 def test_an_environment_made_its_way_leaves_the_interpreter_alone(tmp_path):
     """The two commands of the install cell, with a package that lies here, asked what they would change."""
     freeze = [sys.executable, "-m", "pip", "freeze", "--disable-pip-version-check"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tiny import VOCAB, batch
 
-from jaxgpt.config import Config, config_fields, load_config
+from jaxgpt import train
+from jaxgpt.config import Config, config_fields, flatten, load_config
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.pipeline import train_batches
@@ -29,7 +30,6 @@ from jaxgpt.preparation.cleaning import Cleaner
 from jaxgpt.preparation.duplicates import find_repeats, signature
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.sources import documents
-from jaxgpt.train import train
 from jaxgpt.training.bad_steps import BadStep, BadSteps
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.early_stopping import EarlyStopping
@@ -171,10 +171,50 @@ def run(config: Config) -> dict:
     """A whole run: what it logged and when, which files it left."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        train(config, workdir)
+        (Path(folder) / "config.toml").write_text("")
+        options = [word for name, value in flatten(config).items() for word in (f"--{name}", as_option(value))]
+        assert train.main(["--config", f"{folder}/config.toml", "--workdir", str(workdir), *options]) == 0
         lines = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(workdir)]
         saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
         return {"lines": lines, "saved": saved, "files": sorted(path.name for path in workdir.iterdir())}
+
+
+def as_option(value) -> str:
+    if isinstance(value, tuple | bool):
+        return json.dumps(value)
+    return "none" if value is None else str(value)
+
+
+def saved_steps(config: Config) -> list[str]:
+    return run(config)["saved"]
+
+
+def logged_steps(config: Config) -> list[int]:
+    return [line["step"] for line in run(config)["lines"] if "loss" in line]
+
+
+def evaluations(config: Config) -> dict[int, dict]:
+    return {line["step"]: line for line in run(config)["lines"] if "eval_loss" in line}
+
+
+def evaluated_steps(config: Config) -> list[int]:
+    return list(evaluations(config))
+
+
+def eval_loss(config: Config) -> float:
+    return evaluations(config)[4]["eval_loss"]
+
+
+def sample(config: Config) -> str | None:
+    return evaluations(config)[4].get("sample")
+
+
+def has_tensorboard(config: Config) -> bool:
+    return "tensorboard" in run(config)["files"]
+
+
+def has_profile(config: Config) -> bool:
+    return "profile" in run(config)["files"]
 
 
 def read(config: Config) -> list | str:
@@ -301,7 +341,7 @@ OPTIONS = {
     "mesh.tensor": (2, program, {"model.n_head": 2}),
     "mesh.zero1": (False, program, {}),
     "mesh.distributed": ("off", None, {}),
-    "checkpoint.save_steps": (4, run, {}),
+    "checkpoint.save_steps": (4, saved_steps, {}),
     "checkpoint.save_total_limit": (3, kept_checkpoints, {}),
     "checkpoint.keep_best": (False, kept_checkpoints, {}),
     "faults.on_bad_step": ("skip", bad_steps, {}),
@@ -309,22 +349,27 @@ OPTIONS = {
     "faults.max_bad_steps": (3, bad_steps, {"faults.on_bad_step": "skip"}),
     "faults.hang_seconds": (2.0, None, {}),
     "faults.host_timeout_seconds": (3.0, None, {}),
-    "eval.eval_steps": (1, run, {}),
-    "eval.eval_batches": (1, run, {}),
-    "eval.per_device_eval_batch_size": (2, run, {}),
-    "eval.sample_prompt": ("one", run, {}),
-    "eval.sample_tokens": (0, run, {}),
+    "eval.eval_steps": (1, evaluated_steps, {}),
+    "eval.eval_batches": (1, eval_loss, {}),
+    "eval.per_device_eval_batch_size": (2, eval_loss, {}),
+    "eval.sample_prompt": ("one", sample, {}),
+    "eval.sample_tokens": (0, sample, {}),
     "eval.chat_prompts": (0, None, {}),
     "eval.tasks": ("choices=questions.jsonl", None, {}),
     "eval.early_stopping_patience": (1, early_ends, {}),
     "eval.early_stopping_threshold": (2.0, early_ends, {"eval.early_stopping_patience": 1}),
-    "log.logging_steps": (1, run, {}),
-    "log.tensorboard": (False, run, {}),
+    "log.logging_steps": (1, logged_steps, {}),
+    "log.tensorboard": (False, has_tensorboard, {}),
     "log.wandb_project": ("x", None, {}),
-    "log.profile": ("1:2", run, {}),
+    "log.profile": ("1:2", has_profile, {}),
     "init.from_checkpoint": ("", None, {}),
     "init.from_huggingface": ("", None, {}),
 }
+# A run costs seconds, so these are flipped together; each is looked at where the others change nothing.
+TOGETHER = [
+    ("checkpoint.save_steps", "log.logging_steps", "eval.sample_prompt", "log.tensorboard"),
+    ("eval.eval_steps", "eval.eval_batches", "eval.sample_tokens", "log.profile"),
+]
 ELSEWHERE = {
     "model.attention": "test_model_backend.test_a_kernel_asked_for_on_the_wrong_device_is_an_error",
     "train.compilation_cache_dir": "test_parallel_compiler.py",
@@ -353,12 +398,14 @@ def test_the_table_holds_every_setting():
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ELSEWHERE])
 def test_the_setting_changes_something(name, folder):
-    value, look, besides = OPTIONS[name]
+    _, look, besides = OPTIONS[name]
     besides = {key: str(setting).format(folder=folder) for key, setting in besides.items()}
     if name == "tokenizer.path":
         for letter, text in (("a", "one two"), ("b", "three four")):
             train_bpe([text * 50], 260).save(folder / f"tokenizer-{letter}")
-    before, after = (load(folder, besides | extra) for extra in ({}, {name: str(value).format(folder=folder)}))
+    flipped = next((names for names in TOGETHER if name in names), [name])
+    after = {each: str(OPTIONS[each][0]).format(folder=folder) for each in flipped}
+    before, after = (load(folder, besides | extra) for extra in ({}, after))
     assert look(before) != look(after)
 
 
@@ -382,7 +429,8 @@ def test_mesh_data_is_checked_against_the_devices(folder):
         build_mesh(load(folder, {"mesh.data": 4}).mesh)
 
 
-def test_wandb_is_asked_for(folder, monkeypatch):
+def test_wandb_is_asked_for(folder, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
+    with pytest.raises(AssertionError, match="assert 2 == 0"):
         run(load(folder, {"log.wandb_project": "x"}))
+    assert "pip install wandb" in capsys.readouterr().err

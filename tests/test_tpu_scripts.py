@@ -16,6 +16,7 @@ from pathlib import Path
 import fake_gcloud
 import pytest
 
+pytestmark = pytest.mark.system
 SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
 VERBS = ("create", "install", "launch", "status", "logs", "watch", "delete", "run")
 COMMON = ("--name", "gpt2", "--zone", "us-east5-b", "--bucket", "my-bucket")

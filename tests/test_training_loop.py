@@ -14,11 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import RUN
+from tiny import RUN, overrides
 
 from jaxgpt import evaluate, train
-from jaxgpt.config import Config, load_config
-from jaxgpt.errors import Interrupted, UserError
+from jaxgpt.config import Config
 from jaxgpt.evaluation import in_training
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import EvalConfig, MeshConfig, TrainConfig
@@ -56,8 +55,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path, **settings) -> Config:
-    return load_config(folder / "config.toml", {key.replace("__", "."): str(v) for key, v in settings.items()})
+def command(folder: Path, workdir: Path, **settings) -> list[str]:
+    return ["--config", str(folder / "config.toml"), "--workdir", str(workdir), *overrides(**settings)]
+
+
+def error_of(arguments: list[str], capsys) -> str:
+    """The one line with which `train` refuses its input."""
+    assert train.main(arguments) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    return error
 
 
 def traced_steps(workdir: Path) -> list[int]:
@@ -72,7 +78,7 @@ def traced_steps(workdir: Path) -> list[int]:
 def profiled(folder) -> tuple[Path, str]:
     """A run of 8 steps with steps 3 to 5 traced, an evaluation and a checkpoint among them; and what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        train.train(load(folder, log__profile="3:5"), folder / "profiled")
+        assert train.main(command(folder, folder / "profiled", log__profile="3:5")) == 0
     return folder / "profiled", out.getvalue()
 
 
@@ -86,7 +92,7 @@ def test_a_trace_holds_exactly_the_steps_asked_for_and_one_line_says_where_it_is
 def test_a_run_that_is_past_the_traced_steps_traces_nothing_and_computes_the_same(folder, profiled, capsys):
     workdir = folder / "resumed"
     shutil.copytree(profiled[0], workdir, ignore=shutil.ignore_patterns("profile", "8"))
-    train.train(load(folder, log__profile="3:5"), workdir)  # from step 4
+    assert train.main(command(folder, workdir, log__profile="3:5")) == 0  # from step 4
     assert not (workdir / "profile").exists()
     assert "trace of" not in capsys.readouterr().out
     traced, plain = (
@@ -101,17 +107,14 @@ def test_a_run_that_is_past_the_traced_steps_traces_nothing_and_computes_the_sam
     [("5:3", "ends before it begins"), ("7:9", "beyond the last step, train.max_steps = 8"), ("3", "log.profile")],
 )
 def test_steps_that_cannot_be_traced_are_refused_at_the_start(folder, steps, words, tmp_path, capsys):
-    command = ["--config", str(folder / "config.toml"), "--workdir", str(tmp_path / "run"), "--log.profile", steps]
-    assert train.main(command) == 2
-    [error] = capsys.readouterr().err.splitlines()
-    assert words in error
+    assert words in error_of(command(folder, tmp_path / "run", log__profile=steps), capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_beyond_an_end_that_epochs_decide_are_refused_before_anything_is_written(folder, tmp_path):
-    config = load(folder, train__max_steps="none", train__num_train_epochs="0.1", log__profile="1000:1001")
-    with pytest.raises(UserError, match="beyond the last step"):
-        train.train(config, tmp_path / "run")
+def test_steps_beyond_an_end_that_epochs_decide_are_refused_before_anything_is_written(folder, tmp_path, capsys):
+    epochs = {"train__max_steps": "none", "train__num_train_epochs": "0.1"}
+    arguments = command(folder, tmp_path / "run", log__profile="1000:1001", **epochs)
+    assert "beyond the last step" in error_of(arguments, capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -179,7 +182,7 @@ def stops_at(losses: dict[int, float], patience: int, threshold: float = 0.0) ->
 def stopped(overfitting) -> tuple[Path, str]:
     """A run that ended early, undisturbed; and what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        train.train(load(overfitting, **settings(overfitting)), overfitting / "stopped")
+        assert train.main(command(overfitting, overfitting / "stopped", **settings(overfitting))) == 0
     return overfitting / "stopped", out.getvalue()
 
 
@@ -217,17 +220,18 @@ def test_a_run_told_to_stop_while_it_scores_goes_on_and_stops_early_as_an_undist
         return real(self, params, go_on)
 
     monkeypatch.setattr(in_training.TaskScores, "__call__", scores)
-    with pytest.raises(Interrupted, match=f"at step {told_at} of"):
-        train.train(load(overfitting, **settings(overfitting)), workdir)
+    arguments = command(overfitting, workdir, **settings(overfitting))
+    assert train.main(arguments) == 42
+    assert f"at step {told_at} of" in capsys.readouterr().err
     assert list(evaluations(workdir)) == list(whole)[:-2]
     monkeypatch.undo()
-    train.train(load(overfitting, **settings(overfitting)), workdir)
+    assert train.main(arguments) == 0
     assert evaluations(workdir) == whole
     assert training(workdir) == training(stopped[0])
 
     before = (workdir / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    train.train(load(overfitting, **settings(overfitting)), workdir)  # the same command does not train on
+    assert train.main(arguments) == 0  # the same command does not train on
     assert (workdir / "metrics.jsonl").read_bytes() == before
     assert f"stopped early at step {max(whole)} of" in capsys.readouterr().out
 
@@ -312,17 +316,12 @@ BAD_TASKS = [
 
 
 @pytest.mark.parametrize(("tasks", "questions", "words"), BAD_TASKS, ids=[words for *_, words in BAD_TASKS])
-def test_bad_questions_are_one_line_before_anything_is_built(
-    overfitting, tasks, questions, words, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("jaxgpt.training.step.build_program", None)
+def test_bad_questions_are_one_line_and_nothing_is_written(overfitting, tasks, questions, words, tmp_path, capsys):
     file = tmp_path / "bad.jsonl"
     file.write_text("\n\n".join(map(json.dumps, questions)), encoding="utf-8")
-    config = load(overfitting, **settings(overfitting, eval__tasks=tasks.format(file=file)))
-    with pytest.raises(UserError, match="^eval.tasks: ") as error:
-        train.train(config, tmp_path / "run")
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
+    more = settings(overfitting, eval__tasks=tasks.format(file=file))
+    error = error_of(command(overfitting, tmp_path / "run", **more), capsys)
+    assert error.startswith("error: eval.tasks: ") and words in error
     assert not (tmp_path / "run").exists()
 
 
@@ -333,6 +332,6 @@ def test_two_tasks_of_one_format_have_the_names_of_their_files(overfitting):
     assert [task.name for task in in_training.read_tasks(files)] == ["choices_own", "lambada", "choices_again"]
 
 
-def test_early_stopping_without_its_best_checkpoint_is_refused(overfitting):
-    with pytest.raises(UserError, match="early_stopping_patience = 3 needs checkpoint.keep_best = true"):
-        load(overfitting, **settings(overfitting, checkpoint__keep_best="false"))
+def test_early_stopping_without_its_best_checkpoint_is_refused(overfitting, tmp_path, capsys):
+    arguments = command(overfitting, tmp_path, **settings(overfitting, checkpoint__keep_best="false"))
+    assert "early_stopping_patience = 3 needs checkpoint.keep_best = true" in error_of(arguments, capsys)

@@ -333,6 +333,7 @@ def test_on_a_terminal_training_moves_the_bar_and_evaluations_are_printed_above_
     assert "| loss 2.4131" not in shown
 
 
+@pytest.mark.system
 def test_tensorboard_files_are_written_without_importing_torch_where_it_is_installed(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("print('torch was imported')")

@@ -20,7 +20,7 @@ from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.writer import DatasetWriter
 from jaxgpt.settings import OptimizerConfig, TrainConfig
 from jaxgpt.storage import manifest
-from jaxgpt.training import resume, step
+from jaxgpt.training import resume
 from jaxgpt.training.optimizer import arguments, build_optimizer, schedule
 from jaxgpt.training.resume import CHANGES, check_workdir, record_changes
 from jaxgpt.training.resume_rules import ENDLESS, ON_RESUME
@@ -176,7 +176,7 @@ def nothing_compiled(monkeypatch):
     def build(*_, **__):
         raise AssertionError("a program was built")
 
-    monkeypatch.setattr(step, "build_program", build)
+    monkeypatch.setattr("jaxgpt.training.start.build_program", build)
 
 
 def prepared(folder: Path) -> Path:

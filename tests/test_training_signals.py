@@ -1,23 +1,23 @@
-"""Being told to stop anywhere, a data reader that hangs, a full disk, two writers: real processes, real signals."""
+"""Being told to stop anywhere, a data reader that hangs, a full disk, two writers, bad steps.
 
-import contextlib
-import io
+In the quick tier inside this process; in the system tier with real processes and real signals.
+"""
+
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny import RUN
 
 from jaxgpt import train
-from jaxgpt.config import load_config
-from jaxgpt.errors import RunFailed
 from jaxgpt.storage import manifest
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
@@ -29,7 +29,6 @@ CONFIG = (
 [train]
 max_steps = 12
 per_device_train_batch_size = 2
-compilation_cache_dir = "{folder}/programs"
 [eval]
 eval_steps = 4
 eval_batches = 4
@@ -41,7 +40,7 @@ logging_steps = 1
 tensorboard = false
 """
 )
-ENVIRONMENT = {
+ENVIRONMENT = {  # of processes: one device
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
 }
@@ -86,37 +85,75 @@ def record(workdir: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Path:
+    """By a process of its own, with one device."""
     code, output = finish(start(folder, folder / "undisturbed"))
     assert code == 0, output
     return folder / "undisturbed"
 
 
+def command(folder: Path, workdir: Path, *options: str) -> list[str]:
+    return ["--config", str(folder / "config.toml"), "--workdir", str(workdir), *options]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert record(ours) == record(theirs)
+    for file in (theirs / "hf").iterdir():
+        assert (ours / "hf" / file.name).read_bytes() == file.read_bytes()
+
+
 # ---------------------------------------------------------------- SIGTERM, wherever the run is
 
 
-# the twelve-step run evaluates 4 batches at steps 4, 8 and 12: 6 is in the middle, 10 in the last evaluation
-POINTS = ["lease.taken:term", "data.read:term@11", "evaluate:term@6", "evaluate:term@10", "save.arrays:term"]
-# Not delete.renamed: twelve steps are done before a checkpoint is deleted, and the run is finished then.
-MORE_POINTS = ["restore.done:term", "save.begin:term", "save.manifest:term", "save.renamed:term"]
+# One start after the other, each told to stop at its point; then the run goes on to its end of 12 steps, with
+# evaluations of 4 batches and checkpoints at steps 4, 8 and 12. Not delete.renamed: all steps are done before a
+# checkpoint is deleted, and the run is finished then.
+POINTS = [
+    "lease.taken:term",  # before there is a run
+    "data.read:term@5",
+    "evaluate:term@2",  # in the middle of the evaluation of step 4
+    "save.arrays:term",  # in the background, at the save after that evaluation
+    "restore.done:term",
+    "evaluate:term@2",  # of step 8
+    "save.manifest:term",
+    "evaluate:term@2",  # of the last step
+]
+ONE_THREAD = ("--data.num_threads", "1")  # it reads two batches ahead, and no more
 
 
-@pytest.mark.parametrize("point", [*POINTS, *(pytest.param(point, marks=pytest.mark.chaos) for point in MORE_POINTS)])
-def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happened(folder, undisturbed, point):
-    workdir = folder / point.replace(":", "-")
-    if point.startswith("restore"):  # there has to be something to restore
-        assert finish(start(folder, workdir, failpoint="save.renamed:kill"))[0] == -signal.SIGKILL
-    code, output = finish(start(folder, workdir, failpoint=point))
-    assert code == 42, output
-    assert "run the same command again" in output
-    if not point.startswith(("lease", "restore")):
-        assert max(line["step"] for line in read_metrics(workdir)) in finished_steps(workdir)  # nothing is lost
-    code, output = finish(start(folder, workdir))
+def stop_at_each_point(run: Callable[[str], tuple[int, str]], workdir: Path) -> None:
+    """Go through POINTS; `run` starts or resumes the run in `workdir` and gives its exit code and messages."""
+    for number, point in enumerate(POINTS):
+        code, output = run(point)
+        assert code == 42, f"{number}, {point}: {output}"
+        assert "run the same command again" in output
+        if not point.startswith(("lease", "restore")):
+            assert max(line["step"] for line in read_metrics(workdir)) in finished_steps(workdir)  # nothing is lost
+    code, output = run("")
     assert code == 0, output
-    assert record(workdir) == record(undisturbed)
-    for file in (undisturbed / "hf").iterdir():
-        assert (workdir / "hf" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happened(
+    folder, tmp_path, failpoint, capsys
+):
+    def run(point: str) -> tuple[int, str]:
+        failpoint(point)
+        return train.main(command(folder, tmp_path / "run", *ONE_THREAD)), capsys.readouterr().err
+
+    assert train.main(command(folder, folder / "whole")) == 0
+    stop_at_each_point(run, tmp_path / "run")
+    assert_same_run(tmp_path / "run", folder / "whole")
+
+
+@pytest.mark.system
+def test_sigterm_anywhere_ends_the_process_with_42_and_the_run_ends_as_if_nothing_had_happened(
+    folder, undisturbed, tmp_path
+):
+    workdir = tmp_path / "run"
+    stop_at_each_point(lambda point: finish(start(folder, workdir, *ONE_THREAD, failpoint=point)), workdir)
+    assert_same_run(workdir, undisturbed)
+
+
+@pytest.mark.system
 def test_sigterm_while_the_first_step_compiles_ends_the_process_at_once(folder):
     # 64 layers at level 3 compile for a minute
     slow = ["--model.n_layer", "64", "--train.max_steps", "4", "--eval.eval_steps", "4"]
@@ -136,6 +173,7 @@ def test_sigterm_while_the_first_step_compiles_ends_the_process_at_once(folder):
     assert not finished_steps(folder / "compiles")
 
 
+@pytest.mark.system
 def test_a_data_reader_that_hangs_is_no_hindrance_to_sigterm(folder, undisturbed):
     workdir = folder / "stalled"
     process = start(folder, workdir, failpoint="data.read:hang@11")
@@ -149,6 +187,7 @@ def test_a_data_reader_that_hangs_is_no_hindrance_to_sigterm(folder, undisturbed
     assert record(workdir) == record(undisturbed)
 
 
+@pytest.mark.system
 def test_sigterm_in_a_save_is_not_forgotten_where_the_next_batch_never_comes(folder):
     workdir = folder / "saving"
     # The loop asks two batches ahead: without the seventh, step 5 waits for ever.
@@ -159,6 +198,7 @@ def test_sigterm_in_a_save_is_not_forgotten_where_the_next_batch_never_comes(fol
     assert "SIGTERM at step 4" in output and finished_steps(workdir) == [4]
 
 
+@pytest.mark.system
 def test_a_data_reader_that_hangs_ends_the_run_with_75_and_the_stacks_of_all_threads(folder):
     workdir = folder / "hung"
     code, output = finish(start(folder, workdir, "--faults.hang_seconds", "2", failpoint="data.read:hang@11"), 60)
@@ -170,6 +210,7 @@ def test_a_data_reader_that_hangs_ends_the_run_with_75_and_the_stacks_of_all_thr
     assert "_wait_for_data" in stacks and "failpoint" in stacks  # who waits, and for whom
 
 
+@pytest.mark.system
 def test_a_second_signal_exits_at_once(folder):
     workdir = folder / "twice"
     process = start(folder, workdir, "--train.max_steps", "100000", failpoint="save.begin:hang")
@@ -198,6 +239,7 @@ def can_mount(tmp_path_factory) -> None:
         pytest.skip("this machine lets no user mount a tmpfs (unshare -Urm)")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("what", ["full", "read-only"])
 def test_a_full_or_read_only_disk_exits_with_74_and_leaves_whole_checkpoints(folder, can_mount, what):
     train_it = f"{sys.executable} -m jaxgpt.train --config {folder}/config.toml --workdir $DISK/run"
@@ -218,6 +260,7 @@ def test_a_full_or_read_only_disk_exits_with_74_and_leaves_whole_checkpoints(fol
 # ---------------------------------------------------------------- two writers, and crashes
 
 
+@pytest.mark.system
 def test_a_second_writer_refuses_in_a_moment_and_a_dead_owners_place_is_taken(folder):
     workdir = folder / "twofold"
     first = start(folder, workdir, failpoint="data.read:hang@11")
@@ -232,37 +275,28 @@ def test_a_second_writer_refuses_in_a_moment_and_a_dead_owners_place_is_taken(fo
     assert f"process {first.pid} on" in output and "taken over" in output
 
 
-def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(folder, monkeypatch):
-    config = load_config(folder / "config.toml", {"mesh.data": "1"} if jax.device_count() == 1 else {})
-    workdir, said = folder / "loop", io.StringIO()
+def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(folder, tmp_path, failpoint, capsys):
+    workdir = tmp_path / "run"
 
-    def crash_at(step):
-        from jaxgpt.training.loop import Meter
+    def crash(evaluated_batches: int) -> None:
+        """In the evaluation of step 12, of which a start has evaluated so many batches before."""
+        failpoint(f"evaluate:crash@{evaluated_batches + 1}")
+        with pytest.raises(ValueError, match="evaluate:crash"):  # there is no such action
+            train.main(command(folder, workdir))
 
-        whole = Meter.read
-
-        def read(self, now, metrics):
-            if now == step:
-                raise RuntimeError("a bug")
-            whole(self, now, metrics)
-
-        monkeypatch.setattr(Meter, "read", read)
-
-    crash_at(10)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="a bug"):
-            train.train(config, workdir)
-    assert [fault["step"] for fault in read_faults(workdir)] == [read_faults(workdir)[0]["step"]] * 3
-    for _ in range(3):
-        with contextlib.redirect_stdout(said), pytest.raises(RuntimeError, match="a bug"):
-            train.train(config, workdir)
-    assert "going one checkpoint back, to step 4" in said.getvalue()
+    for batches in (8, 0, 0):  # from the beginning, then from step 8
+        crash(batches)
+    assert [fault["step"] for fault in read_faults(workdir)] == [12] * 3
+    capsys.readouterr()
+    for batches in (4, 0, 0):  # from step 4, then from the new step 8
+        crash(batches)
+    assert "going one checkpoint back, to step 4" in capsys.readouterr().out
     assert (workdir / "quarantine" / "8" / manifest.NAME).is_file()
-    with pytest.raises(RunFailed, match="also from one checkpoint earlier.*not tried again"):
-        train.train(config, workdir)
-    monkeypatch.undo()
+    assert train.main(command(folder, workdir)) == 1
+    assert re.search("also from one checkpoint earlier.*not tried again", capsys.readouterr().err)
+    failpoint("")
     (workdir / "faults.jsonl").unlink()  # what the message says
-    train.train(config, workdir)
+    assert train.main(command(folder, workdir)) == 0
     assert json.loads((workdir / "summary.json").read_text())["status"] == "finished"
 
 
@@ -287,33 +321,31 @@ def hashes(workdir: Path) -> list[int]:
     return [line["batch_hash"] for line in read_metrics(workdir) if "batch_hash" in line]
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after_the_bad_step(folder, bad_data, capsys):
-    settings = {"faults.on_bad_step": "rollback", "optimizer.lr_scheduler_type": "constant"}
-    workdir = folder / "rollback"
-    train.train(load_config(folder / "config.toml", settings), workdir)
+@pytest.fixture(scope="module")
+def undisturbed_hashes(folder) -> list[int]:
+    """Of the first 15 batches."""
+    assert train.main(command(folder, folder / "15-steps", *CONSTANT, "--train.max_steps", "15")) == 0
+    return hashes(folder / "15-steps")
+
+
+CONSTANT = ("--optimizer.lr_scheduler_type", "constant")
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after_the_bad_step(
+    folder, tmp_path, undisturbed_hashes, bad_data, capsys
+):
+    workdir = tmp_path / "run"
+    assert train.main(command(folder, workdir, *CONSTANT, "--faults.on_bad_step", "rollback")) == 0
     assert "step 7: loss = nan" in capsys.readouterr().out
     assert [fault["what"] for fault in read_faults(workdir)] == ["bad step"]
     # What an undisturbed run reads: 15 batches; of these, 5, 6 and 7 are left out.
-    longer = load_config(folder / "config.toml", settings | {"train.max_steps": "15", "eval.eval_steps": "4"})
-    undisturbed = hashes_of_the_data(folder, longer)
-    assert hashes(workdir) == undisturbed[:4] + undisturbed[7:15]
+    assert hashes(workdir) == undisturbed_hashes[:4] + undisturbed_hashes[7:15]
     assert all(np.isfinite(line["loss"]) for line in read_metrics(workdir) if "loss" in line)
 
 
-def hashes_of_the_data(folder: Path, config) -> list[int]:
-    """The hash of each batch that a run of `config` reads when no step is bad."""
-    workdir = folder / "undisturbed-15"
-    from jaxgpt.training import bad_steps
-
-    with pytest.MonkeyPatch.context() as patch:  # a NaN changes the weights, not the tokens: the hash is the same
-        patch.setattr(bad_steps.BadSteps, "check", lambda *_: None)
-        train.train(config, workdir)
-    return hashes(workdir)
-
-
-def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, bad_data, capsys):
-    workdir = folder / "skip"
-    train.train(load_config(folder / "config.toml", {"faults.on_bad_step": "skip"}), workdir)
+def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, tmp_path, bad_data, capsys):
+    workdir = tmp_path / "run"
+    assert train.main(command(folder, workdir, *CONSTANT, "--faults.on_bad_step", "skip")) == 0
     lines = {line["step"]: line for line in read_metrics(workdir) if "batch_hash" in line}
     assert list(lines) == list(range(1, 13))
     assert lines[7]["loss"] is None and "skipped_steps" not in lines[6]

@@ -1,6 +1,8 @@
-"""A tiny experiment for tests: a model that compiles in seconds, and batches without a corpus."""
+"""A tiny experiment for tests: a model that compiles in seconds, batches without a corpus, one trained run."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +37,18 @@ def program(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE):
     return build_program(config, VOCAB, build_mesh(mesh, jax.devices()[:devices]))
 
 
-def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 10, accumulation: int = 1):
-    """(state, list of metrics) after `steps` steps."""
-    compiled = program(config, mesh)
+def run_steps(compiled, steps: int = 10, accumulation: int = 1):
+    """(state, list of metrics) after `steps` steps of a program."""
     state, metrics = compiled.init(), []
     for step in range(steps):
         state, values = compiled.train_step(state, batch(step, accumulation))
         metrics.append({name: value.item() for name, value in values.items()})
     return state, metrics
+
+
+def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 10, accumulation: int = 1):
+    """(state, list of metrics) after `steps` steps."""
+    return run_steps(program(config, mesh), steps, accumulation)
 
 
 def losses(metrics: list[dict]) -> np.ndarray:
@@ -68,3 +74,64 @@ validation_fraction = 0.1
 [optimizer]
 learning_rate = 1e-2
 """
+
+
+def overrides(**settings) -> list[str]:
+    """Settings as options of a command: `model__n_layer=3` is --model.n_layer 3."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('__', '.')}", str(value))]
+
+
+# One finished run for all tests that read one (see conftest.py): 6 steps, evaluations with a sample and checkpoints at
+# steps 3 and 6.
+TRAINED = (
+    RUN
+    + """warmup_steps = 2
+[train]
+max_steps = 6
+per_device_train_batch_size = 1
+seed = 7
+[eval]
+eval_steps = 3
+sample_tokens = 8
+[checkpoint]
+save_steps = 3
+[log]
+logging_steps = 1
+"""
+)
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "after", "it", "over", "a", "hill"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A folder with a text, its config file, the prepared data (prepared/) and a finished run (run/)."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.toml"
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "text.txt"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of `train` that made the run, and resume it."""
+        return ["--config", str(self.config), "--workdir", str(self.run)]
+
+    def write_text_and_config(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.text.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 2000)))
+        self.config.write_text(TRAINED.format(folder=self.folder))
+
+    def copy(self, folder: Path) -> "Trained":
+        shutil.copytree(self.folder, folder)
+        copy = Trained(folder)
+        copy.config.write_text(TRAINED.format(folder=folder))
+        return copy

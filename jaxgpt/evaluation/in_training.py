@@ -1,6 +1,7 @@
 """Questions scored in the course of a training (eval.tasks), with the parameters that are on the devices."""
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -57,6 +58,15 @@ def task_scores(
     return TaskScores(tasks, config, vocab_size, tokenizer, mesh) if tasks else None
 
 
+def task_scorer(words: Sequence[str]) -> Callable[[Config, int, Tokenizer, Mesh], "TaskScores | None"]:
+    """Read the tasks now; what is returned makes their `TaskScores` once config, tokenizer and mesh are known.
+
+    Raises:
+        UserError: as `read_tasks`.
+    """
+    return functools.partial(task_scores, read_tasks(words))
+
+
 class TaskScores:
     """Parameters, laid out as the training has them, -> {"eval_NAME_acc": 0.5, "eval_NAME_acc_stderr": 0.05, ...}."""
 
@@ -75,7 +85,7 @@ class TaskScores:
             values |= {f"eval_{name}_{key}": value for key, value in found.items() if isinstance(value, float)}
         return values
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """What will be scored, a line for each task."""
         lines = []
         for (name, task), requests in zip(self._tasks, self._requests, strict=True):

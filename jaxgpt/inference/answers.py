@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from jaxgpt.config import Config
-from jaxgpt.data.dataset import PackedRows
+from jaxgpt.data.dataset import PackedRows, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.inference.decode import build_decoder, generate
@@ -17,6 +17,21 @@ from jaxgpt.inference.sampling import SamplingOptions
 
 Sampler = Callable[[dict], dict[str, str | float]]
 """Parameters -> metrics."""
+
+
+def sampler(config: Config, dataset: TokenDataset) -> Sampler | None:
+    """A sampler that fits the data: a continuation for text, answers for conversations; None where samples are off.
+
+    Raises:
+        UserError: eval.sample_prompt leaves no room for a new token.
+    """
+    if not config.eval.sample_tokens:
+        return None
+    if dataset.format == "text":
+        return continuing(config, dataset.vocab_size, dataset.tokenizer)
+    if not config.eval.chat_prompts:
+        return None
+    return answering(config, dataset.vocab_size, dataset.tokenizer, dataset.validation)
 
 
 def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler:

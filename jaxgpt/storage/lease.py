@@ -47,7 +47,7 @@ class Lease:
         failpoint("lease.taken")
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._heart.join()  # or it might write into whatever file gets this one's number next
         os.ftruncate(self._file, 0)  # nobody to wait for

@@ -94,7 +94,7 @@ class Checkpoints:
             time.sleep(max(self._retry_at - time.monotonic(), 0.0))
 
     def poll(self) -> bool:
-        """Whether a save has failed and it is time to save again; does not wait.
+        """True if a save has failed and it is time to try again; does not wait.
 
         Raises:
             StorageFailed: as `save`.
@@ -134,7 +134,7 @@ class Checkpoints:
         self._saving = self._background.submit(self._finish, step, staging, metadata)
 
     def _finish(self, step: int, staging: Path, metadata: dict) -> int:
-        """What comes after the arrays, in the background thread."""
+        """Write metadata and manifest, rename, delete old steps; in the background thread."""
         self._orbax.wait_until_finished()
         failpoint("save.arrays")
         if not self._is_writer:
@@ -159,7 +159,8 @@ class Checkpoints:
 
     def _kept(self) -> set[int]:
         kept = set(self.steps()[-self._config.save_total_limit :])
-        return kept | {self.best_step()} if self._config.keep_best else kept
+        best = self.best_step() if self._config.keep_best else None
+        return kept if best is None else kept | {best}
 
     def _delete(self, step: int) -> None:
         """The name goes first, so that no reader finds half a checkpoint."""
@@ -173,7 +174,7 @@ class Checkpoints:
     # ------------------------------------------------------------ when storage fails
 
     def _settle(self) -> None:
-        """Wait for the save in hand, and note how it ended."""
+        """Wait for the unfinished save and record its result."""
         if not self._saving:
             return
         saving, self._saving = self._saving, None
@@ -223,7 +224,7 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, dict]:
-    """What lies apart on disk. `state` may be abstract."""
+    """The items of a checkpoint, {folder: arrays}. `state` may be abstract."""
     items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
     return items | {"recent": state.recent} if state.recent else items
 
@@ -271,7 +272,7 @@ def read_config(run: Path) -> Config:
 
 
 def read_metadata(run: Path, step: int) -> dict:
-    """What was saved beside the arrays of a finished step.
+    """The metadata of a finished step: data, tokenizer, validation loss, position.
 
     Raises:
         UserError: the file is damaged.
@@ -301,7 +302,7 @@ def best_step(run: Path) -> int | None:
         with contextlib.suppress(UserError):
             if (loss := read_metadata(run, step).get("eval_loss")) is not None:
                 scored[step] = loss
-    return min(scored, key=scored.get) if scored else None
+    return min(scored, key=lambda step: scored[step]) if scored else None
 
 
 def find_step(path: Path) -> tuple[Path, int]:
@@ -326,8 +327,8 @@ def find_step(path: Path) -> tuple[Path, int]:
     return run, int(path.name)
 
 
-def restore_params(run: Path, step: int, shapes: dict, sharding) -> dict:
-    """The weights alone, laid out by `sharding`: one for all arrays, or a tree of them."""
+def restore_params(run: Path, step: int, shapes: dict, sharding: jax.sharding.Sharding | dict) -> dict:
+    """The weights alone, in the shapes of the tree `shapes`, laid out by `sharding`: one for all arrays, or a tree."""
     quiet_orbax()
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, shapes)
@@ -342,6 +343,7 @@ def whole(array: jax.Array) -> np.ndarray:
     Only where other hosts hold parts of it do the devices exchange them, so a single host needs no device memory.
     """
     if not array.is_fully_addressable:
+        assert isinstance(array.sharding, jax.sharding.NamedSharding)
         everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
         array = jax.jit(lambda x: x, out_shardings=everywhere)(array).addressable_data(0)
     return np.asarray(array)

@@ -16,7 +16,7 @@ class EarlyStopping:
     def __init__(self, config: Config, start: Position):
         self._patience = config.eval.early_stopping_patience
         self._threshold = config.eval.early_stopping_threshold
-        self._last_step = config.train.max_steps
+        self._last_step = config.max_steps
         self._best_loss, self._best_step, self._not_better = start.best_loss, start.best_step, start.not_better
 
     def note(self, step: int, eval_loss: float) -> None:
@@ -26,12 +26,12 @@ class EarlyStopping:
         if eval_loss < best:
             self._best_loss, self._best_step = eval_loss, step
 
-    def counts(self) -> dict[str, float | int | None]:
-        """What a `Position` keeps of it."""
-        return {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
+    def counts(self) -> tuple[float | None, int, int]:
+        """(best_loss, best_step, not_better), as a `Position` keeps them."""
+        return self._best_loss, self._best_step, self._not_better
 
     def reason(self, step: int) -> str:
-        """Why the run ends at `step`, before its last one; "" where it goes on."""
+        """The reason why the run ends at `step`, before its last one; "" if it goes on."""
         if self._patience is None or self._not_better < self._patience or step >= self._last_step:
             return ""
         by = f" by more than {self._threshold:g}" if self._threshold else ""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import jax
 
@@ -44,7 +44,7 @@ def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
 
     Raises:
         BadStep: a loss or gradient that ends the run by faults.on_bad_step; nothing after it was saved.
-        Interrupted: SIGTERM or Ctrl-C arrived; the state after the step in hand was saved.
+        Interrupted: SIGTERM or Ctrl-C arrived; the state after the current step was saved.
         StorageFailed: a checkpoint could not be written.
     """
     bad_steps = BadSteps(run.config.faults, start.bad_steps)
@@ -53,16 +53,17 @@ def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
             return _Loop(run, state, start, bad_steps).train()
         except RolledBack as back:
             bad_step = back.bad_step
-        state = None  # its memory, free once the exception is gone, is needed for the restored one
+        del state  # its memory, free once the exception is gone, is needed for the restored one
         step = newest_step(run.workdir)
+        assert step is not None, "a rollback needs a checkpoint"
         offset = start.data_offset + bad_step - step
         start = dataclasses.replace(position(run.checkpoints, step), data_offset=offset, bad_steps=0, evaluated=True)
         run.log.rewind(step)
         state = run.checkpoints.restore(step, run.program.abstract_state)
 
 
-class _Told(Exception):
-    """Told to stop in the middle of an evaluation."""
+class _StopEvaluating(Exception):
+    """A stop signal came in the middle of an evaluation."""
 
 
 class _Loop:
@@ -81,7 +82,7 @@ class _Loop:
         self._saved = start.step
 
     def train(self) -> tuple[TrainState, str]:
-        run, config, last_step = self._run, self._run.config, self._run.config.train.max_steps
+        run, config, last_step = self._run, self._run.config, self._run.config.max_steps
         if not self._start.evaluated:
             self._evaluate_late()
         if early := self._early.reason(self._start.step):
@@ -106,7 +107,7 @@ class _Loop:
                 ended = bool(early) or (step == last_step and evaluated)
                 if save_now or stop or ended:
                     self._save(step, eval_loss, evaluated=evaluated, surely=stop or ended)
-                if ended:  # by itself, even if it was told to stop
+                if ended:  # by itself, even if a stop was requested
                     break
                 if stop:
                     raise self._interrupted(step)
@@ -132,7 +133,7 @@ class _Loop:
         return batch
 
     def _dispatch(self, step: int, batch: Batch, trace: StepTrace) -> bool:
-        """Start `step` and read the one before it; whether all processes have been told to stop."""
+        """Start `step` and read the one before it. Returns whether all processes are to stop."""
         if trace.starts(step):
             self._read_pending()
             trace.start()
@@ -159,26 +160,27 @@ class _Loop:
             self._pending = None
 
     def _evaluate(self, step: int) -> tuple[float | None, bool]:
-        """(validation loss, whether told to stop); no loss where that came in the middle of it."""
+        """(validation loss, whether to stop); the loss is None where a stop signal cut the evaluation off."""
         run = self._run
 
         def go_on() -> None:
             run.activity.is_at(EVAL, step)
             if self._vote.poll(run.stop.requested is not None):
-                raise _Told
+                raise _StopEvaluating
 
         with self._split("eval"):
             try:
-                values = evaluate(run, self._state.params, go_on)
+                values: dict[str, str | float] = {**evaluate(run, self._state.params, go_on)}
                 if run.score:
                     values |= run.score(self._state.params, go_on)
-            except _Told:
+            except _StopEvaluating:
                 return None, True
             if run.sample:
                 values |= run.sample(self._state.params)
         run.log.write(step, values)
-        self._early.note(step, values["eval_loss"])
-        return values["eval_loss"], False
+        eval_loss = float(values["eval_loss"])
+        self._early.note(step, eval_loss)
+        return eval_loss, False
 
     def _evaluate_late(self) -> None:
         """The evaluation that a stop cut off, so that the record is that of an undisturbed run."""
@@ -186,7 +188,7 @@ class _Loop:
         eval_loss, stop = self._evaluate(step)
         if stop:
             raise self._interrupted(step)
-        ended = step == self._run.config.train.max_steps or bool(self._early.reason(step))
+        ended = step == self._run.config.max_steps or bool(self._early.reason(step))
         self._save(step, eval_loss, evaluated=True, surely=ended)
 
     def _save(self, step: int, eval_loss: float | None, *, evaluated: bool, surely: bool) -> None:
@@ -200,8 +202,9 @@ class _Loop:
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
-        unwritten = self._meter.since_last_line()
-        here = Position(step, offset, bad_steps, evaluated, *unwritten, **self._early.counts())
+        loss_sum, count = self._meter.since_last_line()
+        best = self._early.counts()
+        here = Position(step, offset, bad_steps, evaluated, loss_sum, count, best[0], best[1], best[2])
         with self._split("save"):
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
@@ -210,22 +213,23 @@ class _Loop:
         run.stop.is_saved()
 
     def _interrupted(self, step: int) -> Interrupted:
-        signal = self._run.stop.requested or "told by another process"
+        signal = self._run.stop.requested or "a stop signal to another process"
         return Interrupted(
-            f"{signal} at step {step} of {self._run.config.train.max_steps}; the state is saved, "
+            f"{signal} at step {step} of {self._run.config.max_steps}; the state is saved, "
             "run the same command again to go on"
         )
 
 
-def training_batches(run: Run, start: Position):
+def training_batches(run: Run, start: Position) -> Generator[Batch]:
+    """The batches of the steps after `start`, on the devices."""
     config = run.config
     return train_batches(
         run.dataset.train,
         seed=config.train.seed,
         start_step=start.step + start.data_offset,
-        stop_step=config.train.max_steps + start.data_offset,
-        global_batch_size=config.train.global_batch_size,
-        accumulation=config.train.gradient_accumulation_steps,
+        stop_step=config.max_steps + start.data_offset,
+        global_batch_size=config.global_batch_size,
+        accumulation=config.gradient_accumulation_steps,
         block_size=config.block_size,
         sharding=sharding.micro_batches_sharding(run.mesh),
         num_threads=config.data.num_threads,
@@ -240,10 +244,9 @@ def evaluate(run: Run, params: dict, go_on: GoOn = lambda: None) -> dict[str, fl
     `go_on` is called before each batch.
     """
     config, validation = run.config, run.dataset.validation
-    per_device = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
     batches = eval_batches(
         validation,
-        global_batch_size=per_device * batch_shards(run.mesh),
+        global_batch_size=config.per_device_eval_batch_size * batch_shards(run.mesh),
         block_size=config.block_size,
         sharding=sharding.rows_sharding(run.mesh),
         max_batches=config.eval.eval_batches,
@@ -267,7 +270,7 @@ def evaluate(run: Run, params: dict, go_on: GoOn = lambda: None) -> dict[str, fl
 
 
 def checkpoint_metadata(dataset: TokenDataset) -> dict:
-    """What a resumed run must find unchanged, and what a reader of the folder wants to know."""
+    """The facts about the data that a resumed run must find unchanged, for metadata.json."""
     return {
         "vocab_size": dataset.vocab_size,
         "tokenizer_digest": dataset.tokenizer_digest,
@@ -284,7 +287,7 @@ class Meter:
         self._run = run
         self._split = split
         self._bad_steps = bad_steps
-        self._tokens_per_step = config.train.global_batch_size * config.block_size
+        self._tokens_per_step = config.global_batch_size * config.block_size
         self._rows_per_epoch = run.dataset.train.rows_per_epoch(config.block_size)
         devices = run.mesh.devices.flatten()
         peak = peak_flops(devices[0].device_kind)
@@ -306,15 +309,15 @@ class Meter:
             self._run.checkpoints.wait()  # the one being written may be the one to go back to
         outcome = self._bad_steps.check(step, values, self._run.checkpoints.latest_step())
         if outcome:
-            self._run.log.say(self._bad_steps.told)
-            record_fault(self._run.workdir, step=step, what="bad step", told=self._bad_steps.told)
+            self._run.log.say(self._bad_steps.message)
+            record_fault(self._run.workdir, step=step, what="bad step", message=self._bad_steps.message)
         else:
             self._loss_sum += values["loss_sum"]
             self._count += values["count"]
         if outcome == "rollback":
             raise RolledBack(step)
         self._timed_steps += 1
-        if step % self._run.config.log.logging_steps == 0 or step == self._run.config.train.max_steps:
+        if step % self._run.config.log.logging_steps == 0 or step == self._run.config.max_steps:
             self._write(step, values)
 
     def skip_compilation(self, metrics: dict) -> None:
@@ -329,7 +332,7 @@ class Meter:
         training = seconds["seconds_data"] + seconds["seconds_step"]
         rate = self._timed_steps * self._tokens_per_step / training if training and self._timed_steps > 0 else None
         line = {
-            "epoch": step * self._run.config.train.global_batch_size / self._rows_per_epoch,
+            "epoch": step * self._run.config.global_batch_size / self._rows_per_epoch,
             "loss": self._loss_sum / self._count if self._count else None,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],

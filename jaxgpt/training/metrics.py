@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
+"""The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
 
 metrics.jsonl is the record and the other three are views of it. It holds one strict JSON object a
 logged step, whatever was killed or resumed in between: on resume the lines that the dead run wrote
@@ -8,14 +8,17 @@ after its last checkpoint are cut off before the steps are run again.
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from jaxgpt.errors import UserError
 from jaxgpt.settings import LogConfig
+from jaxgpt.storage.files import write_file
 from jaxgpt.training.trackers import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"
@@ -69,20 +72,20 @@ class _Span:
 
     __slots__ = ("_start", "seconds")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._start = time.perf_counter()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.seconds += time.perf_counter() - self._start
 
 
 class TimeSplit:
     """Wall seconds by activity: `with split("data"): batch = next(batches)`. Not to be nested."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._spans = {name: _Span() for name in ("data", "step", "eval", "save")}
         self._since = time.perf_counter()
 
@@ -138,24 +141,18 @@ def _parse_lines(content: bytes) -> list[tuple[bytes, dict]]:
 def _cut_after(path: Path, start_step: int) -> None:
     """Rewrite `path` without torn lines and without the steps that will be run again.
 
-    A run that starts at 0 has no checkpoint behind it: all that is there is to be written again.
+    A run that starts at 0 has no checkpoint, so every line will be written again.
     """
     if not path.exists():
         return
     content = path.read_bytes()
     parsed = _parse_lines(content) if start_step else []
     kept = b"".join(line + b"\n" for line, record in parsed if record["step"] <= start_step)
-    if kept == content:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if kept != content:
+        write_file(path, kept)
 
 
-def _plain(value) -> str | int | float | None:
+def _plain(value: str | float | None | np.generic | jax.Array) -> str | int | float | None:
     """A Python number, string or None from one, or from a numpy or jax scalar."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # no file can hold a lone surrogate
@@ -202,10 +199,10 @@ class MetricLog:
         if log.wandb_project:
             self._views.append(WandB(workdir, log.wandb_project))
 
-    def __enter__(self):
+    def __enter__(self) -> "MetricLog":
         return self
 
-    def __exit__(self, kind, *exception):
+    def __exit__(self, kind: type | None, *exception: object) -> None:
         self.close(failed=kind is not None)
 
     def write(self, step: int, values: dict) -> None:

@@ -52,7 +52,7 @@ class LoadedModel:
 
 
 def is_huggingface(path: str | Path) -> bool:
-    """Whether `path` names a Hugging Face folder or a model on the hub, rather than a run or a step."""
+    """True if `path` names a Hugging Face folder or a model on the hub, not a run or a step."""
     if str(path).startswith(HUB):
         return True
     file = Path(path) / "config.json"
@@ -68,8 +68,8 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     """The weights and tokenizer of a run folder (its latest step), of one step's folder, of a Hugging Face folder
     or of "hf:NAME" on the hub.
 
-    The arrays lie on the default device, whatever mesh wrote them. `read` is told of each array of a Hugging Face
-    folder that has been read.
+    The arrays lie on the default device, whatever mesh wrote them. `read` is called with the path of each
+    array of a Hugging Face folder once it is read.
 
     Raises:
         UserError: it is none of these, or cannot be represented; says what was looked for.
@@ -129,7 +129,7 @@ def stored_vocab_size(run: Path, step: int) -> int | None:
     return read_metadata(run, step).get("vocab_size")
 
 
-def _load_huggingface(folder: Path, read) -> LoadedModel:
+def _load_huggingface(folder: Path, read: Callable[[tuple[str, ...]], None]) -> LoadedModel:
     model = huggingface.open_model(folder)
     tokenizer = load_tokenizer(folder)
     if model.vocab_size < tokenizer.vocab_size:
@@ -138,7 +138,7 @@ def _load_huggingface(folder: Path, read) -> LoadedModel:
             f"{model.vocab_size}; they do not belong together"
         )
 
-    def place(path, array):
+    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
         # Waits for the copy, or the array would still be held by it when the next one is read.
         leaf = jax.block_until_ready(jax.device_put(array, jax.devices()[0]))
         read(path)
@@ -159,7 +159,7 @@ def export_model(
     tokenizer: Tokenizer,
     *,
     replace: bool = False,
-    whole: Callable[[object], np.ndarray] = np.asarray,
+    whole: Callable[[jax.Array], np.ndarray] = np.asarray,
     is_writer: bool = True,
 ) -> None:
     """Write a complete Hugging Face folder: config, weights, tokenizer. See `huggingface.write_model`.
@@ -172,10 +172,19 @@ def export_model(
         write_huggingface(partial, config, vocab_size, params, tokenizer, whole=whole, is_writer=is_writer)
 
 
-def write_huggingface(folder: Path, config: ModelConfig, vocab_size: int, params, tokenizer, **write_options) -> None:
-    """`export_model` into a folder that is there and has its name already."""
-    huggingface.write_model(folder, config, vocab_size, params, tokenizer.end_of_text, **write_options)
-    if write_options.get("is_writer", True):
+def write_huggingface(
+    folder: Path,
+    config: ModelConfig,
+    vocab_size: int,
+    params: dict,
+    tokenizer: Tokenizer,
+    *,
+    whole: Callable[[jax.Array], np.ndarray] = np.asarray,
+    is_writer: bool = True,
+) -> None:
+    """`export_model` into a folder that exists already."""
+    huggingface.write_model(folder, config, vocab_size, params, tokenizer.end_of_text, whole=whole, is_writer=is_writer)
+    if is_writer:
         tokenizer.save(folder, config.n_positions)
         if tokenizer.end_of_turn is not None:
             _stop_at_end_of_turn(folder / "generation_config.json", tokenizer)
@@ -199,7 +208,7 @@ def save_as_run(run: Path, model: LoadedModel) -> None:
 
 
 def write_run(run: Path, model: LoadedModel) -> None:
-    """`save_as_run` into a folder that is there and has its name already."""
+    """`save_as_run` into a folder that exists already."""
     quiet_orbax()
     (run / "config.json").write_text(to_json(model.config), encoding="utf-8")
     model.tokenizer.save(run / "tokenizer", model.config.model.n_positions)
@@ -227,5 +236,5 @@ def check_logits(config: ModelConfig, vocab_size: int, params: dict) -> np.ndarr
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"))
-def _logits(config: ModelConfig, vocab_size: int, params: dict, tokens_1T):
+def _logits(config: ModelConfig, vocab_size: int, params: dict, tokens_1T: np.ndarray) -> jax.Array:
     return gpt2.bind(config, vocab_size, params)(tokens_1T)

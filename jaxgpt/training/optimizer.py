@@ -1,6 +1,6 @@
 """Learning-rate schedules and optimizers, put together from Optax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ DECAYED = ("kernel", "wte", "wpe")
 
 # Which axes of a stacked kernel are the matrix that Muon orthogonalises; the others (layers, and query,
 # key, value) are batch axes. Embeddings, the tied head, biases and LayerNorms stay with AdamW.
-MUON_MATRICES = {
+MUON_MATRICES: dict[tuple[str, ...], MuonDimensionNumbers] = {
     ("attn", "c_attn"): MuonDimensionNumbers(1, (3, 4)),  # (L, D, 3, N, H): D -> N H
     ("attn", "c_proj"): MuonDimensionNumbers((1, 2), 3),  # (L, N, H, D): N H -> D
     ("mlp", "c_fc"): MuonDimensionNumbers(1, 2),  # (L, D, F)
@@ -43,13 +43,15 @@ class Arguments(NamedTuple):
 
 
 def arguments(config: Config) -> Arguments:
-    """Those of `config`."""
+    """The `Arguments` that `config` sets."""
     optimizer = config.optimizer
     named = {name: getattr(optimizer, name) for name in Arguments._fields if hasattr(optimizer, name)}
     return Arguments(**named, dropout=config.model.dropout, seed=config.train.seed)
 
 
-def schedule(config: OptimizerConfig, max_steps: int, peak, given: Arguments) -> Callable[[jax.Array], jax.Array]:
+def schedule(
+    config: OptimizerConfig, max_steps: int, peak: float | jax.Array, given: Arguments
+) -> Callable[[jax.Array], jax.Array]:
     """Learning rate of step n (from 0): a linear warm-up, then the chosen shape down to min_lr_rate x peak.
 
     Optax's shapes are taken over a length of 1 and asked at the part that is done, because Optax wants to know a length
@@ -106,16 +108,16 @@ def build_optimizer(config: OptimizerConfig, max_steps: int, given: Arguments) -
     )
 
 
-def _names(path) -> tuple[str, ...]:
+def _names(path: Sequence[jax.tree_util.DictKey]) -> tuple[str, ...]:
     return tuple(entry.key for entry in path)
 
 
-def decay_mask(params) -> dict:
+def decay_mask(params: dict) -> dict:
     """True for the arrays that weight decay shrinks."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED, params)
 
 
-def muon_dimensions(params) -> dict:
+def muon_dimensions(params: dict) -> dict:
     """The matrix axes of each array that Muon updates, None for the others."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: MUON_MATRICES.get(_names(path)[-3:-1]) if _names(path)[-1] == "kernel" else None,

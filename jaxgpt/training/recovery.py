@@ -16,6 +16,7 @@ from tqdm import tqdm
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.storage import manifest
+from jaxgpt.storage.files import append_json
 from jaxgpt.training.checkpoint import DELETING, FOLDER, SAVING, finished_steps, read_metadata
 
 QUARANTINE = "quarantine"
@@ -68,7 +69,7 @@ def newest_whole_step(run: Path) -> int | None:
 
 
 def damage(run: Path, step: int, unread: str | None = None) -> list[str]:
-    """What is wrong with the files of a checkpoint, in short texts; empty where all is well (`manifest.problems`)."""
+    """The problems of a checkpoint's files, a short text each; empty if it is whole (see `manifest.problems`)."""
     folder = run / FOLDER / str(step)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     # A bar only where one would wait for it.
@@ -112,15 +113,11 @@ def _numbered(run: Path) -> Iterator[int]:
 # ---------------------------------------------------------------- the run's own record
 
 
-def record_fault(run: Path, **facts) -> None:
-    """Append one line to faults.jsonl, on disk when this returns. Not being able to is not worth a second fault."""
-    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n"
+def record_fault(run: Path, **facts: object) -> None:
+    """Append one line to faults.jsonl. Where that fails a warning is printed, so the first fault stays visible."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with open(run / FAULTS_FILE, "a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(run / FAULTS_FILE, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
     except OSError as error:
         print(f"warning: {run / FAULTS_FILE} cannot be written ({error.strerror})", flush=True)
 
@@ -152,13 +149,13 @@ def break_crash_loop(run: Path, step: int | None, identity: str) -> int | None:
     if len(last) < CRASHES or len(set(last)) > 1:
         return step
     earlier = [other for other in finished_steps(run) if step is not None and other < step]
-    told = f"{run} crashed {CRASHES} times in a row at step {last[0]} ({crashes_since[-1].get('error', '?')})"
-    if since or not earlier:
+    message = f"{run} crashed {CRASHES} times in a row at step {last[0]} ({crashes_since[-1].get('error', '?')})"
+    if since or not earlier or step is None:
         raise RunFailed(
-            f"{told}{', also from one checkpoint earlier' if since else ''}; not tried again. Change what is wrong "
+            f"{message}{', also from one checkpoint earlier' if since else ''}; not tried again. Change what is wrong "
             f"there, or delete {run / FAULTS_FILE} to try all the same"
         )
     moved = quarantine(run, step)
-    print(f"crashes  {told}; going one checkpoint back, to step {earlier[-1]} ({moved} is kept)", flush=True)
+    print(f"crashes  {message}; going one checkpoint back, to step {earlier[-1]} ({moved} is kept)", flush=True)
     record_fault(run, step=step, what="went one checkpoint back", identity=identity, moved_to=str(moved))
     return earlier[-1]

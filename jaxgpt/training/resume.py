@@ -1,13 +1,11 @@
-"""Where a run starts: its own latest checkpoint, else another model's weights, else fresh ones. Nothing is guessed.
+"""The state a run starts from: its own latest checkpoint, else another model's weights, else fresh ones.
 
 Everything here that can refuse does so before the run writes anything.
 """
 
 import dataclasses
 import hashlib
-import json
 import logging
-import os
 from pathlib import Path
 
 import jax
@@ -20,9 +18,10 @@ from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
 from jaxgpt.model.gpt2 import padded_vocab
-from jaxgpt.model.huggingface import HuggingFaceModel
+from jaxgpt.model.huggingface import HuggingFaceModel, leaf_at
 from jaxgpt.parallel import distributed
 from jaxgpt.settings import ModelConfig
+from jaxgpt.storage.files import append_json
 from jaxgpt.training.checkpoint import (
     FOLDER,
     Checkpoints,
@@ -40,7 +39,7 @@ from jaxgpt.training.step import Program, TrainState
 logger = logging.getLogger(__name__)
 
 CHANGES = "changes.jsonl"
-"""What was set anew in the course of a run, one line a start."""
+"""The settings that changed in the course of a run, one line a start."""
 
 
 def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[str, Change]:
@@ -94,17 +93,14 @@ def _refuse(workdir: Path, changes: dict[str, Change], force: bool) -> None:
 
 
 def record_changes(workdir: Path, step: int, changes: dict[str, Change]) -> None:
-    """Add to changes.jsonl what differs from `step` on, {"step": 500, "changes": {name: [old, new]}}, and print it.
+    """Append to changes.jsonl the settings that differ from `step` on, {"step": 500, "changes": {name: [old, new]}}.
 
-    To be called before config.json is written anew, so that a crash between the two loses nothing.
+    Call it before config.json is rewritten, so that a crash between the two loses nothing. Forced ones are printed.
     """
     if not changes:
         return
-    line = {"step": step, "changes": {name: [change.old, change.new] for name, change in changes.items()}}
-    with open(workdir / CHANGES, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    pairs = {name: [change.old, change.new] for name, change in changes.items()}
+    append_json(workdir / CHANGES, {"step": step, "changes": pairs})
     for name, change in changes.items():
         if change.kind == "forced":
             print(f"changed  {name} {change}, from step {step} on (--force)", flush=True)
@@ -130,7 +126,7 @@ class Weights:
 
 
 def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
-    """What init.from_checkpoint or init.from_huggingface names; None for a run that goes on from its own `step`.
+    """The weights that init.from_checkpoint or init.from_huggingface names; None for a run that goes on from `step`.
 
     Raises:
         UserError: there is no such model, or it has another shape; names both numbers.
@@ -138,19 +134,18 @@ def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
     if step is not None:
         return None
     if config.init.from_huggingface:
-        return _huggingface_weights(config)
+        return _huggingface_weights(config, config.init.from_huggingface)
     if not config.init.from_checkpoint:
         return None
     setting = f"init.from_checkpoint = {config.init.from_checkpoint}"
-    run, step = find_step(Path(config.init.from_checkpoint))
+    run, found = find_step(Path(config.init.from_checkpoint))
     _check_shape(setting, read_config(run).model, config.model)
     tokenizer = load_tokenizer(run / "tokenizer")
-    vocab_size = stored_vocab_size(run, step) or tokenizer.vocab_size
-    return Weights(setting, (run, step), vocab_size, tokenizer, str(run / "tokenizer"))
+    vocab_size = stored_vocab_size(run, found) or tokenizer.vocab_size
+    return Weights(setting, (run, found), vocab_size, tokenizer, str(run / "tokenizer"))
 
 
-def _huggingface_weights(config: Config) -> Weights:
-    name = config.init.from_huggingface
+def _huggingface_weights(config: Config, name: str) -> Weights:
     setting = f"init.from_huggingface = {name}"
     model = huggingface.open_model(huggingface.locate(name))
     _check_shape(setting, model.config, config.model)
@@ -208,9 +203,7 @@ def read_weights(weights: Weights, vocab_size: int, target: dict) -> dict:
     """The parameters for a vocabulary of `vocab_size`, laid out as `target` (a tree of ShapeDtypeStructs) says."""
 
     def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
-        leaf = target
-        for key in path:
-            leaf = leaf[key]
+        leaf = leaf_at(target, path)
         if path == ("wte",):
             array = grow(array, weights.vocab_size, vocab_size)
         # Each device gets its own part, on whichever host it is.
@@ -236,7 +229,7 @@ def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset
     Raises:
         UserError: it is not what the run has read so far, or not in the language of the weights to start from.
     """
-    check_tokenizer(weights, load_tokenizer(dataset.path / "tokenizer"))
+    check_tokenizer(weights, dataset.tokenizer)
     if step is None:
         return dataclasses.replace(dataset, vocab_size=max(dataset.vocab_size, weights.vocab_size if weights else 0))
     saved = read_metadata(workdir, step)
@@ -295,15 +288,15 @@ def take_up(workdir: Path, config: Config) -> int | None:
     if distributed.is_writer():
         clean_leftovers(workdir)
         step = break_crash_loop(workdir, newest_whole_step(workdir), identity(config))
-    return _told_by_the_writer(step)
+    return _agreed(step)
 
 
 def newest_step(workdir: Path) -> int | None:
     """The newest whole checkpoint of a run that is going on, for it to go back to."""
-    return _told_by_the_writer(newest_whole_step(workdir) if distributed.is_writer() else None)
+    return _agreed(newest_whole_step(workdir) if distributed.is_writer() else None)
 
 
-def _told_by_the_writer(step: int | None) -> int | None:
+def _agreed(step: int | None) -> int | None:
     agreed = distributed.broadcast_from_writer(-1 if step is None else step)
     return None if agreed < 0 else agreed
 

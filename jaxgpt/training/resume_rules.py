@@ -1,4 +1,4 @@
-"""What may differ between two starts of one run: every setting is free, forced or refused."""
+"""Which settings may change between two starts of one run: each is free, forced or refused."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,9 @@
-"""What a run is made of, and where it stands."""
+"""The parts of a run, and its position: what the loop works with."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -14,12 +15,22 @@ from jaxgpt.training.signals import Activity, StopSignal
 from jaxgpt.training.step import Program
 
 GoOn = Callable[[], None]
-"""Called again and again in the midst of long work; raises where that is to be left."""
+"""Called again and again during long work; raises where the work is to stop."""
+
+
+class Scorer(Protocol):
+    """Scores eval.tasks with parameters that lie on the devices as the training has them."""
+
+    def __call__(self, params: dict, go_on: GoOn) -> dict[str, float]:
+        """{"eval_NAME_acc": 0.5, ...}; `go_on` is called after each batch."""
+
+    def describe(self) -> str:
+        """One line for each task that will be scored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of. Its config is resolved: max_steps and global_batch_size are numbers."""
+    """The parts of a run. Its config is resolved: max_steps and global_batch_size are numbers."""
 
     config: Config
     workdir: Path
@@ -34,37 +45,37 @@ class Run:
     activity: Activity
     skip: frozenset[int] = frozenset()
     """Training rows that weigh nothing (data.skip_list)."""
-    score: Callable[[dict, GoOn], dict[str, float]] | None = None
-    """Parameters -> metrics of eval.tasks; None where there are none."""
+    score: Scorer | None = None
+    """Scores eval.tasks; None where there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a run stands besides its state; kept in the metadata of its checkpoints."""
+    """The position of a run, besides its state; kept in the metadata of its checkpoints."""
 
     step: int = 0
     """Steps done."""
     data_offset: int = 0
     """Batches left out so far: step n reads the rows of n + data_offset. A rollback adds to it."""
     bad_steps: int = 0
-    """In a row, up to this step."""
+    """Bad steps in a row, up to this step."""
     evaluated: bool = True
     """False where the evaluation that was due at this step is still to be done."""
     loss_sum: float = 0.0
     count: float = 0.0
-    """Of the steps since the last line of metrics, so that the next line is the same whatever happened between."""
+    """Loss sum and weight sum since the last line of metrics, so that a restart does not change the next line."""
     best_loss: float | None = None
     """The lowest validation loss so far; None before the first evaluation."""
     best_step: int = 0
-    """Where that was."""
+    """The step of that loss."""
     not_better: int = 0
     """Evaluations in a row, up to this step, that were not better than the best before them."""
 
 
 def position(checkpoints: Checkpoints, step: int | None) -> Position:
-    """Where the run stood when it wrote the checkpoint of `step`; None: at its beginning.
+    """The position at which the run wrote the checkpoint of `step`; for None, its beginning.
 
-    A checkpoint of an older version lacks what was not counted then, which starts from nothing.
+    Counts that a checkpoint of an older version lacks start at their defaults.
     """
     if step is None:
         return Position()

@@ -1,4 +1,4 @@
-"""Being told to stop, and noticing that nothing moves any more."""
+"""Stop signals, and a watchdog for runs that hang."""
 
 import collections
 import faulthandler
@@ -9,14 +9,17 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 
 from jaxgpt.errors import EXIT_RESUME, EXIT_WATCHDOG, Interrupted
 from jaxgpt.training.recovery import record_fault
 
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 START, DATA, STEP, EVAL, SAVE = "start", "data", "step", "eval", "save"
 # Cloud machines are taken away 15 to 30 seconds after the signal. What takes longer than this to come to the end of
 # a step is given up, so that the run ends by itself and says so.
@@ -28,15 +31,15 @@ SLOW = {START: 12, SAVE: 6}
 
 
 class Activity:
-    """What the main thread is doing: ("data", "step", "eval", "save" or "start", step, since when)."""
+    """The main thread's activity: ("data", "step", "eval", "save" or "start", step, monotonic seconds of its begin)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._steps: collections.deque[float] = collections.deque(maxlen=64)
         self._step_began = time.monotonic()
         self.now: tuple[str, int, float] = (START, 0, time.monotonic())
 
     def is_at(self, name: str, step: int) -> None:
-        """Say what begins now; costs a microsecond."""
+        """Record the activity that begins now; costs a microsecond."""
         now = time.monotonic()
         if step != self.now[1]:
             self._steps.append(now - self._step_began)
@@ -62,7 +65,7 @@ class StopSignal:
         self.requested: str | None = None
         self._activity = activity
         self._is_alone = is_alone
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Handler] = {}
         self._patient = False
         self._stalled = False
         self._ended = False
@@ -78,7 +81,7 @@ class StopSignal:
         threading.Thread(target=self._wait_beside, name="stop", daemon=True).start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended = True
         if not self._previous:
             return
@@ -129,7 +132,7 @@ class StopSignal:
                 deadline = time.monotonic() + PATIENCE_SECONDS
             if self._is_alone and not self._stalled and self._waits_for_data():
                 self._stalled = True
-                signal.pthread_kill(threading.main_thread().ident, number)  # wakes it from its wait
+                signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it from its wait
         if number == signal.SIGTERM and not self._ended:
             activity, step, since = self._activity.now
             text = (
@@ -154,7 +157,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended.set()
 
     def _watch(self) -> None:
@@ -175,13 +178,13 @@ class Watchdog:
 
 
 def record_lost_host(workdir: Path, step: int, facts: dict) -> None:
-    """What a process leaves behind that ends because of another one's death (parallel/host_watch.py finds it out)."""
+    """Record that this process ends because another one is lost (parallel/host_watch.py notices it)."""
     record_fault(workdir, step=step, **facts)
     write_stacks(workdir)
 
 
 def write_stacks(workdir: Path) -> Path:
-    """Where every thread of this process is, for whoever asks why it hung; returns the file."""
+    """Write the stacks of all threads to a file of the run folder; returns the file."""
     file = workdir / f"stacks-{jax.process_index()}.txt"
     try:
         with open(file, "w", encoding="utf-8") as out:

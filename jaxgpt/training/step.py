@@ -278,7 +278,8 @@ def make_train_step(config: Config, gradients, constrain, param_shardings, momen
                 recent = bad_steps.unless(count == 0.0, recent, state.recent)
             # Under ZeRO-1 each device updates its part of the parameters, and then all get the whole.
             old = constrain(state.params, moment_shardings)
-            updates, opt_state = bad_steps.update_unless(bad, optimizer, grads, state.opt_state, old)
+            updates, opt_state = optimizer.update(grads, state.opt_state, old)
+            opt_state = bad_steps.unless(bad, opt_state, state.opt_state)
             params = bad_steps.unless(bad, optax.apply_updates(old, updates), old)
             params = constrain(constrain(params, moment_shardings), param_shardings)  # select first, then gather
         updates_before = updates_done(state.opt_state)

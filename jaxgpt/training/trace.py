@@ -21,11 +21,11 @@ class StepTrace:
         self._wanted = self._first > start_step
         self._running = False
 
-    def __enter__(self):
+    def __enter__(self) -> "StepTrace":
         return self
 
-    def __exit__(self, *exception):
-        if self._running:  # the run was stopped, or failed, among the traced steps: what there is, is kept
+    def __exit__(self, *exception: object) -> None:
+        if self._running:  # the run was stopped, or failed, among the traced steps: the part so far is kept
             self.stop()
 
     def starts(self, step: int) -> bool:

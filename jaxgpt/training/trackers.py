@@ -5,6 +5,8 @@ import sys
 import uuid
 from pathlib import Path
 
+from jaxgpt.storage.files import write_file
+
 # A new string at every logged step: a chart tool would keep thousands of texts that nobody reads.
 _NOT_CHARTED = ("batch_hash",)
 
@@ -24,10 +26,13 @@ def indented(sample: str) -> str:
 
 
 def _summary_writer() -> type:
-    """tensorboardX's writer. It imports torch where that is installed, which takes seconds, and never needs it here."""
+    """tensorboardX's writer, without the seconds that its import of torch takes where torch is installed.
+
+    None in sys.modules makes an import fail as if the package were missing, which tensorboardX allows for.
+    """
     hide = "torch" not in sys.modules
     if hide:
-        sys.modules["torch"] = None  # an import of it now fails, as where it is not installed
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python documents None here; its types do not
     try:
         from tensorboardX import SummaryWriter
     finally:
@@ -62,7 +67,7 @@ class WandB:
 
         id_file, config_file = workdir / "wandb_run_id", workdir / "config.json"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
+            write_file(id_file, uuid.uuid4().hex)
         config = json.loads(config_file.read_bytes()) if config_file.exists() else None
         self._run = wandb.init(
             project=project,

@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from jaxgpt import train
-from jaxgpt.training import auto_batch
 
 TEXT = "".join(f"line {number} of a text that is long enough for a few windows\n" for number in range(400))
 TRAIN = """
@@ -44,7 +43,7 @@ def saved(tmp_path) -> dict:
 
 def test_an_automatic_batch_is_resolved_and_kept_when_the_run_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        auto_batch, "largest_batch", lambda config, *_: 2 if config.train.global_batch_size == 32 else 0
+        "jaxgpt.training.start.largest_batch", lambda config, *_: 2 if config.train.global_batch_size == 32 else 0
     )
     code, out, _ = run()
     assert code == 0
@@ -53,7 +52,7 @@ def test_an_automatic_batch_is_resolved_and_kept_when_the_run_goes_on(run, tmp_p
     assert saved(tmp_path)["gradient_accumulation_steps"] == 2
     # goes on, with another size and the same sequences a step: nobody named them this time
     monkeypatch.setattr(
-        auto_batch, "largest_batch", lambda config, *_: 4 if config.train.global_batch_size == 32 else 0
+        "jaxgpt.training.start.largest_batch", lambda config, *_: 4 if config.train.global_batch_size == 32 else 0
     )
     code, _, err = run("--train.max_steps", "2", "--train.global_batch_size", "none")
     assert code == 0, err
@@ -74,7 +73,7 @@ def test_a_run_that_is_out_of_memory_says_what_took_it_and_what_would_fit(run, t
     def fit(*_):
         raise jax.errors.JaxRuntimeError(told)
 
-    monkeypatch.setattr("jaxgpt.training.loop.fit", fit)
+    monkeypatch.setattr("jaxgpt.training.run.fit", fit)
     code, _, err = run("--train.per_device_train_batch_size", "4")
     assert code == 1
     assert "failed: out of memory: a device needs 21.50 GiB and may use 15.75 GiB" in err

@@ -1,0 +1,172 @@
+"""The start of a run: one straight line from a config to everything that the loop needs, each thing once.
+
+1. the run folder and its lock  2. weights of another model  3. devices and mesh  4. data  5. batch and steps
+6. program
+
+The weights come before the data because a wrong name must be found before hours of preparation. Until the end of
+`start` nothing is written but the lock and the prepared data.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxgpt.config import Config, with_settings
+from jaxgpt.data.dataset import TokenDataset, open_dataset
+from jaxgpt.data.pipeline import read_skip_list
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.inference.answers import Sampler, sampler
+from jaxgpt.model import huggingface
+from jaxgpt.parallel import distributed
+from jaxgpt.parallel.accelerator import refuse_silent_cpu
+from jaxgpt.parallel.compiler import use_compilation_cache
+from jaxgpt.parallel.mesh import batch_shards, build_mesh
+from jaxgpt.preparation import lint
+from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
+from jaxgpt.storage import lease
+from jaxgpt.training import resume
+from jaxgpt.training.auto_batch import largest_batch
+from jaxgpt.training.checkpoint import finished_steps, read_config
+from jaxgpt.training.memory import batch_sizes
+from jaxgpt.training.resume_rules import Change
+from jaxgpt.training.run_state import Scorer
+from jaxgpt.training.step import Program, build_program, resolve_batch, resolve_steps
+
+PREPARE_SECONDS = 24 * 3600.0  # that other processes wait for the one which prepares the data
+BuildScorer = Callable[[Config, int, Tokenizer, Mesh], Scorer | None]
+"""(resolved config, vocabulary, tokenizer, mesh) -> what scores eval.tasks; None where there are none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Everything that a run starts from; all of it has been checked."""
+
+    config: Config
+    """Resolved: batch, block size and number of steps are numbers."""
+    workdir: Path
+    step: int | None
+    """The checkpoint to go on from; None for a new run."""
+    changes: dict[str, Change]
+    """Settings with other values than the run had so far."""
+    weights: resume.Weights | None
+    """Another model's, to start from; None for a run that goes on, or starts from scratch."""
+    mesh: Mesh
+    dataset: TokenDataset
+    """The prepared data, which carries its tokenizer. Its vocab_size is the model's."""
+    skip: frozenset[int]
+    """Training rows that weigh nothing (data.skip_list)."""
+    sample: Sampler | None
+    """Has the model write at each evaluation; None turns samples off."""
+    score: Scorer | None
+    """Scores eval.tasks; None where there are none."""
+    notes: tuple[str, ...]
+    """Lines about the data and the tasks, to print before the first step."""
+    program: Program
+
+
+@contextlib.contextmanager
+def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer) -> Iterator[Start]:
+    """Check all input and lay the run on its devices. The run folder is locked until the block ends.
+
+    With `force`, settings may differ from those of the run so far if they decide only what follows. `build_scorer`
+    makes what scores eval.tasks.
+
+    Raises:
+        UserError: something in the input is wrong.
+    """
+    # 1. The run folder belongs to this experiment or to none, and to this process alone.
+    skip = read_skip_list(config.data.skip_list)
+    resume.check_workdir(config, workdir, force)
+    with locked(workdir) if distributed.is_writer() else contextlib.nullcontext():
+        step = resume.take_up(workdir, config)
+
+        # 2. The weights to start from exist and fit the model and the tokenizer.
+        weights = resume.weights_to_start_from(config, step)
+        tokenizer = given_tokenizer(config, huggingface.locate)
+        resume.check_tokenizer(weights, tokenizer)
+
+        # 3. Devices and mesh; they share out the batch.
+        refuse_silent_cpu()
+        mesh = build_mesh(config.mesh)
+        use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
+        config = _with_given_batch(_with_batch_of_the_run(config, workdir), batch_shards(mesh))
+
+        # 4. The data, prepared now if it is not there.
+        verify = config.data.verify if distributed.is_writer() else "sizes"
+        dataset = resume.check_data(workdir, step, weights, open_dataset(_prepared(config, tokenizer), verify=verify))
+
+        # 5. Batch and steps become numbers, and with them the settings can be compared with the run's so far.
+        config = _with_automatic_batch(config, dataset.vocab_size, mesh)
+        config = resolve_steps(config, dataset.train.rows_per_epoch(config.block_size))
+        changes = resume.check_workdir(config, workdir, force)
+
+        # 6. The program, and what evaluates the model beside it.
+        sample = sampler(config, dataset)
+        score = build_scorer(config, dataset.vocab_size, dataset.tokenizer, mesh)
+        notes = _notes(score, dataset if step is None else None)
+        program = build_program(config, dataset.vocab_size, mesh)
+        yield Start(config, workdir, step, changes, weights, mesh, dataset, skip, sample, score, notes, program)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Hold the run folder's lock, in a new folder if there is none. A folder that stays empty is removed again."""
+    is_new = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with lease.Lease(workdir):
+            yield
+    finally:
+        if is_new and workdir.is_dir() and [path.name for path in workdir.iterdir()] == [lease.FILE]:
+            (workdir / lease.FILE).unlink()
+            workdir.rmdir()
+
+
+def _prepared(config: Config, tokenizer: Tokenizer | None) -> Path:
+    """The folder of the prepared data. One process makes it; the others wait for that and find it."""
+    if not distributed.is_writer():
+        distributed.barrier("prepared", PREPARE_SECONDS)
+        return prepare(config, tokenizer)
+    folder = prepare(config, tokenizer)
+    distributed.barrier("prepared", PREPARE_SECONDS)
+    return folder
+
+
+def _with_batch_of_the_run(config: Config, workdir: Path) -> Config:
+    """A run that goes on keeps the sequences of a step that it began with."""
+    if config.train.global_batch_size is not None or not finished_steps(workdir):
+        return config
+    return with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
+
+
+def _with_given_batch(config: Config, shards: int) -> Config:
+    """The batch as numbers, unless it is "auto": then only what is wrong with it is found."""
+    if config.train.per_device_train_batch_size != "auto":
+        return resolve_batch(config, shards)
+    batch_sizes(config, shards)
+    return config
+
+
+def _with_automatic_batch(config: Config, vocab_size: int, mesh: Mesh) -> Config:
+    """An "auto" batch needs the vocabulary, and so the data, to be tried."""
+    if config.train.per_device_train_batch_size != "auto":
+        return config
+    shards = batch_shards(mesh)
+    size, sizes = largest_batch(config, vocab_size, mesh), batch_sizes(config, shards)
+    print(f"batch    per_device_train_batch_size = auto: {size}, of {sizes[0]} to {sizes[-1]}", flush=True)
+    return resolve_batch(with_settings(config, train_per_device_train_batch_size=size), shards)
+
+
+def _notes(score: Scorer | None, dataset: TokenDataset | None) -> tuple[str, ...]:
+    """Lines about the tasks to score, and the lint of new conversations.
+
+    Raises:
+        UserError: the conversations cannot be learned from as they are.
+    """
+    notes = [score.describe()] if score else []
+    if dataset is not None and dataset.format == "chat":
+        notes.append(lint.show(lint.check(dataset)))
+    return tuple(notes)
