@@ -58,7 +58,7 @@ def write_weights(model: str, folder: Path) -> None:
 
 class Ours:
     def __init__(self, folder: Path, kind: str, batch: int):
-        from jaxgpt.parallel.host_memory import keep_freed_memory
+        from jaxgpt.parallel.accelerator import keep_freed_memory
 
         keep_freed_memory()  # as `sample` does
         import jax

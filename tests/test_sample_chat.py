@@ -16,8 +16,8 @@ from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import TEMPLATE, train_bpe
 from jaxgpt.errors import UserError
-from jaxgpt.inference.conversation import ChatPrompts, ChatSession
 from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.prompts import ChatPrompts, ChatSession
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.settings import ChatConfig, ModelConfig
@@ -176,6 +176,7 @@ def test_that_turns_fell_out_is_said_in_one_line(checkpoint, monkeypatch, capsys
     assert "(the context is full: the oldest 2 turns were left out)\n" in err
 
 
+@pytest.mark.system
 def test_a_session_on_a_terminal_stops_an_answer_at_ctrl_c_and_goes_on(tmp_path):
     save_as_run(tmp_path / "run", make_model(likely=TOKENIZER.encode("a")[0], n_positions=2048))
     flags = ["--checkpoint", str(tmp_path / "run"), "--chat", "--max-new-tokens", "1900", "--temperature", "0"]
