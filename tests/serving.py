@@ -1,23 +1,26 @@
-"""A server to test: a tiny model in a folder, `python -m jaxgpt.serve` as a process of its own, and a plain client.
+"""Servers to test, with tiny models, and a plain client.
 
     pytest_plugins = ["serving"]            # in a test file, for the fixtures below (PYTEST_DONT_REWRITE: no warning)
 
     def test_...(base_server):              # no chat template; two API keys: serving.KEYS; CORS for serving.ORIGIN
         assert base_server.post("/v1/completions", prompt="Hi", max_tokens=3).json["choices"]
 
-Fixtures, one each for a whole pytest process, so that it compiles once: `base_checkpoint`, `chat_checkpoint` (run
-folders), `base_server`, `chat_server` (no keys; a system message of its own). Nobody may stop these two servers or
-fill their queue for good. A test that needs other flags, or harms its server, starts one:
+Fixtures, one each for a whole pytest process:
+    base_server, chat_server: applications of this process behind real sockets (`serving.threaded`). `chat_server` has
+        no keys, and a system message. Both are compiled once, and nobody may fill their queue for good.
+    small: an engine of this process that a test can hold still:
+
+        with serving.threaded(small.app(request_seconds=0.2)) as server, small.held():
+            assert server.post("/v1/completions", prompt="Hi").status == 504
+
+    base_checkpoint, chat_checkpoint: the run folders of the same models.
+    chat_process: `python -m jaxgpt.serve` as a process of its own, for tests of the system tier. Nobody may stop it.
+
+A test that needs other flags, or harms its server, starts a process:
 
     with serving.started(chat_checkpoint, "--slots", "2") as server:
         server.process.send_signal(signal.SIGTERM)
         assert server.code() == 0
-
-`serving.threaded(app)` answers with a FastAPI application of this process, and the fixture `small` is an engine of
-this process that a test can hold still:
-
-    with serving.threaded(small.app(request_seconds=0.2)) as server, small.held():
-        assert server.post("/v1/completions", prompt="Hi").status == 504
 """
 
 import contextlib
@@ -48,7 +51,7 @@ from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.text import token_bytes
 from jaxgpt.model import gpt2
-from jaxgpt.serving.served_model import Served
+from jaxgpt.serving.served_model import ServedModel
 from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig
 from jaxgpt.training.models import LoadedModel, export_model, save_as_run
 
@@ -56,6 +59,7 @@ KEYS = ("first-key-9f3c", "second-key-77ab")
 ORIGIN = "https://chat.example.com"
 SYSTEM = "Be kind."
 BASE_NAME, CHAT_NAME = "tiny-base", "tiny-chat"
+SLOTS = 4  # all engines of a pytest process have one shape, so that they are compiled once
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=128, dtype="float32")
 TEXTS = ["中文 and more 中国", "你好，世界！", "😀🙂😉", "👍🏽 ñandú", "the end of the text", "naïve café"]
 LIKELY = "中你😀ñé he。\n"
@@ -238,16 +242,7 @@ def _port(process: subprocess.Popen, log: Path, seconds: float = 120) -> int:
 
 
 @pytest.fixture(scope="session")
-def base_server(base_checkpoint) -> Iterator[Server]:
-    keys = base_checkpoint.parent / "keys.txt"
-    keys.write_text(f"# who may ask\n{KEYS[0]}\n\n{KEYS[1]}\n", encoding="utf-8")
-    flags = ("--api-key-file", str(keys), "--cors-origin", ORIGIN, "--queue", "256")
-    with started(base_checkpoint, *flags, key=KEYS[0]) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def chat_server(chat_checkpoint) -> Iterator[Server]:
+def chat_process(chat_checkpoint) -> Iterator[Server]:
     with started(chat_checkpoint, "--queue", "256", environment={"JAX_LOG_COMPILES": "1"}) as server:
         yield server
 
@@ -269,14 +264,42 @@ def threaded(app, key: str | None = None) -> Iterator[Server]:
         listener.close()
 
 
+@contextlib.contextmanager
+def served(model: LoadedModel, name: str, system: str = "", key: str | None = None, **options) -> Iterator[Server]:
+    """An application for `model` with the settings of `jaxgpt.serving.app.Options`."""
+    from jaxgpt.serving.app import Options, build_app
+
+    with Engine(decoder_of(model), SLOTS, queue=256) as engine:
+        served_model = ServedModel(name, model.tokenizer, model.config.model.n_positions, 0, 0, system, engine)
+        with threaded(build_app(served_model, Options(**options))[0], key) as server:
+            yield server
+
+
+def decoder_of(model: LoadedModel):
+    params, end_of_text = jax.device_put(model.params), model.tokenizer.end_of_text
+    return build_decoder(model.config.model, model.vocab_size, params, end_of_text, rows=SLOTS)
+
+
+@pytest.fixture(scope="session")
+def base_server() -> Iterator[Server]:
+    with served(make_model(), BASE_NAME, key=KEYS[0], keys=KEYS, cors_origins=[ORIGIN]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chat_server() -> Iterator[Server]:
+    with served(make_model(chat=True), CHAT_NAME, SYSTEM) as server:
+        yield server
+
+
 # ---------------------------------------------------------------- an engine of this process
 
 
 @dataclasses.dataclass
 class Small:
-    """One slot, two places in the queue."""
+    """Two places in the queue."""
 
-    served: Served
+    served: ServedModel
     engine: Engine
 
     def app(self, **options):
@@ -302,7 +325,7 @@ class Small:
 
     @contextlib.contextmanager
     def full(self, server: Server) -> Iterator[threading.Event]:
-        """`held`, and requests to `server` (of this engine) have the slot and both places of the queue."""
+        """`held`, and requests to `server` (of this engine) have a slot and both places of the queue."""
         with ThreadPoolExecutor(3) as pool, self.held() as go:
             for waiting in range(3):
                 pool.submit(server.post, "/v1/completions", prompt="Hi", max_tokens=8)
@@ -312,13 +335,9 @@ class Small:
 
 @pytest.fixture(scope="session")
 def small() -> Iterator[Small]:
-    model = make_model(chat=True, config=dataclasses.replace(MODEL, n_positions=32))
-    config, tokenizer = model.config.model, model.tokenizer
-    params = jax.device_put(model.params)
-    decoder = build_decoder(config, model.vocab_size, params, tokenizer.end_of_text)
-    served = Served("small", tokenizer, config.n_positions, 0, 0)
-    with Engine(decoder, slots=1, chunk=4, queue=2) as served.engine:
-        yield Small(served, served.engine)
+    model = make_model(chat=True)
+    with Engine(decoder_of(model), SLOTS, queue=2) as engine:
+        yield Small(ServedModel("small", model.tokenizer, MODEL.n_positions, 0, 0, engine=engine), engine)
 
 
 # ---------------------------------------------------------------- many at once

@@ -26,8 +26,7 @@ from jaxgpt.__main__ import VERBS
 from jaxgpt.errors import EXIT_FAILED, EXIT_RESUME, EXIT_STORAGE, EXIT_USER, EXIT_WATCHDOG, UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
-from jaxgpt.serving.middleware import ALWAYS_OPEN
-from jaxgpt.serving.prometheus import Metrics
+from jaxgpt.serving.middleware import ALWAYS_OPEN, ServerMetrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -311,7 +310,7 @@ def test_the_autoscaler_counts_what_the_server_reports():
     name = metric["pods"]["metric"]["name"]
     (rule,) = read(CLUSTER / "prometheus-adapter.yaml")[0]["rules"]["custom"]
     assert rule["name"]["as"] == name and re.match(r"\w+", rule["seriesQuery"])[0] == name
-    assert f"# TYPE {name} gauge" in Metrics(SERVED).text()[0].decode()
+    assert f"# TYPE {name} gauge" in ServerMetrics(SERVED).text()[0].decode()
     assert isinstance(Engine.waiting, property)  # what it reads
     # It has to be read without a key, and one replica at least stays while another is drained.
     documents = files()
@@ -487,7 +486,7 @@ def test_compose_fits_its_schema_and_a_mistake_is_found(change):
 
 def test_the_guide_names_files_flags_and_figures_that_exist():
     text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
-    figures = Metrics(SERVED).text()[0].decode()
+    figures = ServerMetrics(SERVED).text()[0].decode()
     known = set(re.findall(r"^# TYPE (\w+) ", figures, re.M)) | {"jaxgpt_serve"}
     for name in set(re.findall(r"\bjaxgpt_[a-z_]+", text)):
         assert name in known or name.removesuffix("_bucket") in known, name

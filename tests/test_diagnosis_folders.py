@@ -15,7 +15,6 @@ from machines import case
 from jaxgpt.config import Config
 from jaxgpt.diagnosis import experiment, machine
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
-from jaxgpt.preparation.preparation import prepare
 from jaxgpt.settings import DataConfig, ModelConfig, TokenizerConfig
 from jaxgpt.storage.lease import Lease
 
@@ -110,6 +109,8 @@ def test_a_bucket_has_to_be_mounted():
 
 
 def test_prepared_data_is_found_and_damage_is_a_problem(tmp_path):
+    from jaxgpt.preparation.make_dataset import prepare
+
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     settings = DataConfig(source="text", path=str(tmp_path / "text.txt"), prepared_dir=str(tmp_path / "prepared"))
     config = Config(data=settings, tokenizer=TokenizerConfig(type="char"), model=ModelConfig(n_positions=32))

@@ -47,7 +47,7 @@ PLACEHOLDERS = {
 ELSEWHERE = {  # options that no test gives to their verb, and why
     "--config": "every verb with settings has it",
     "--help": "every verb has it",
-    "--tfds-data-dir": "test_evaluation_task_catalog.py reads such a folder through the function below",
+    "--tfds-data-dir": "test_evaluation_tasks.py reads such a folder through the function below",
     "--points": "drills of half an hour and more, run by hand; docs/reliability.md has what came of them",
     "--devices": "the same",
 }

@@ -1,5 +1,6 @@
 """Loss of a text: every token once, with its context, the same on any mesh and in any batch, and as torch has it."""
 
+import functools
 import json
 import math
 import shutil
@@ -7,14 +8,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, MODEL, RUN, VOCAB
+from tiny import CONFIG, MODEL, VOCAB
 
-from jaxgpt import evaluate, train
-from jaxgpt.evaluation.perplexity import score, text_batches, text_of, windows
+from jaxgpt import evaluate
+from jaxgpt.errors import UserError
+from jaxgpt.evaluation import harness
+from jaxgpt.evaluation.perplexity import encoded_text, score, text_batches, windows
 from jaxgpt.model import gpt2
 from jaxgpt.model.huggingface import write_model
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.parallel.sharding import rows_sharding
+from jaxgpt.reporting.run_page import add_evaluation
 from jaxgpt.settings import MeshConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.step import build_eval_step
@@ -28,12 +32,17 @@ def params() -> dict:
     return gpt2.init_params(MODEL, VOCAB, jax.random.key(0))
 
 
-def scored(params, tokens, stride: int, rows: int = 4, devices: int = 1):
+@functools.cache
+def eval_step_on(devices: int):
     mesh = build_mesh(MeshConfig(), jax.devices()[:devices])
-    eval_step, shardings = build_eval_step(CONFIG, VOCAB, mesh)
+    return *build_eval_step(CONFIG, VOCAB, mesh), rows_sharding(mesh)
+
+
+def scored(params, tokens, stride: int, rows: int = 4, devices: int = 1):
+    eval_step, shardings, of_rows = eval_step_on(devices)
     placed = jax.device_put(params, shardings)
-    batches = text_batches([text_of(tokens, 1000, 0)], BLOCK, stride, rows)
-    return score(lambda batch: eval_step(placed, batch), batches, rows_sharding(mesh), 1000)
+    text = text_batches("a text", encoded_text(tokens, 1000, 0), BLOCK, stride, rows)
+    return score(lambda batch: eval_step(placed, batch), text, of_rows)
 
 
 @pytest.mark.parametrize("stride", [1, 7, BLOCK])
@@ -50,9 +59,12 @@ def test_each_target_is_scored_once_with_the_context_that_the_stride_promises(le
 
 @pytest.mark.parametrize("stride", [5, BLOCK])
 def test_the_loss_is_that_of_the_windows_read_one_by_one(params, stride):
-    network, sequence, total = gpt2.bind(MODEL, VOCAB, params), [0, *TOKENS], 0.0
+    network = jax.jit(lambda tokens_1T: gpt2.bind(MODEL, VOCAB, params)(tokens_1T))
+    sequence, total = [0, *TOKENS], 0.0
     for begin, first, end in windows(len(sequence), BLOCK, stride):
-        logits = np.asarray(network(np.array([sequence[begin : end - 1]]))[0], np.float64)
+        padded = np.zeros((1, BLOCK), np.int32)  # one shape; what comes after is not seen
+        padded[0, : end - 1 - begin] = sequence[begin : end - 1]
+        logits = np.asarray(network(padded)[0], np.float64)
         for target in range(first, end):
             row = logits[target - begin - 1]
             total -= row[sequence[target]] - np.log(np.exp(row).sum())
@@ -65,12 +77,13 @@ def test_the_loss_is_that_of_the_windows_read_one_by_one(params, stride):
 
 def test_mesh_and_batch_change_nothing(params):
     plain = scored(params, TOKENS, 5)
-    for rows, devices in ((1, 1), (16, 1), (8, 8), (6, 2)):
+    for rows, devices in ((1, 1), (8, 8), (6, 2)):
         other = scored(params, TOKENS, 5, rows, devices)
         assert other.count == plain.count
         assert other.loss_sum == pytest.approx(plain.loss_sum, rel=1e-6)
 
 
+@pytest.mark.system
 def test_perplexity_is_that_of_a_plain_torch_loop_with_the_same_stride(params, tmp_path):
     torch = pytest.importorskip("torch")  # .ci/run installs it for the default Python
     from transformers import GPT2LMHeadModel
@@ -95,31 +108,30 @@ def test_perplexity_is_that_of_a_plain_torch_loop_with_the_same_stride(params, t
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate")
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 600)
-    (folder / "text.txt").write_text(" ".join(words))
-    settings = "warmup_steps = 1\n[train]\nmax_steps = 3\nper_device_train_batch_size = 1\n[eval]\nsample_tokens = 0\n"
-    (folder / "config.toml").write_text(RUN.format(folder=folder) + settings)
-    assert train.main(["--config", str(folder / "config.toml"), "--workdir", str(folder / "run")]) == 0
-    return folder / "run"
+def run(trained, tmp_path_factory):
+    """A copy of the session's run: what `evaluate` finds is kept with it."""
+    return shutil.copytree(trained.run, tmp_path_factory.mktemp("evaluate") / "run")
 
 
-def figures(tmp_path, *words: str) -> dict:
-    assert evaluate.main([*words, "--json", str(tmp_path / "found.json")]) == 0
-    return json.loads((tmp_path / "found.json").read_text())
+def figures(folder, *words: str) -> dict:
+    assert evaluate.main([*words, "--json", str(folder / "found.json")]) == 0
+    return json.loads((folder / "found.json").read_text())
 
 
-def test_with_windows_that_do_not_overlap_it_is_the_validation_loss_of_the_training(run, tmp_path, capsys):
-    found = figures(tmp_path, "--checkpoint", str(run), "--stride", str(BLOCK))
+@pytest.fixture(scope="module")
+def apart(run) -> dict:
+    """The figures of the validation split in windows that do not overlap."""
+    return figures(run.parent, "--checkpoint", str(run), "--stride", str(BLOCK))
+
+
+def test_with_windows_that_do_not_overlap_it_is_the_validation_loss_of_the_training(run, apart):
     last = [line for line in read_metrics(run) if "eval_loss" in line][-1]
-    [validation] = found["texts"]
+    [validation] = apart["texts"]
     assert validation["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
-    assert found["stride"] == found["window"] == BLOCK
-    assert "windows of 32 tokens that move on by 32" in capsys.readouterr().out
+    assert apart["stride"] == apart["window"] == BLOCK and apart["dtype"] == "float32"
 
 
-def test_texts_are_scored_alike_from_the_run_and_from_its_export_and_add_up(run, tmp_path):
+def test_texts_are_scored_alike_from_the_run_and_from_its_export_and_add_up(run, tmp_path, capsys):
     files = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for file, text in zip(files, ("the cat sat on a mat " * 5, "a mat")):
         file.write_text(text)
@@ -130,6 +142,7 @@ def test_texts_are_scored_alike_from_the_run_and_from_its_export_and_add_up(run,
     assert both["tokens"] == one["tokens"] + two["tokens"] == 105 + 5
     assert both["loss"] * both["tokens"] == pytest.approx(one["loss"] * one["tokens"] + two["loss"] * two["tokens"])
     assert [text["loss"] for text in exported["texts"]] == pytest.approx([text["loss"] for text in found["texts"]])
+    assert "windows of 32 tokens that move on by 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -168,16 +181,15 @@ def test_a_task_of_ones_own_is_answered_beside_a_text(run, tmp_path, capsys):
     assert "choices=FILE" in capsys.readouterr().err
 
 
-def test_the_compute_type_is_the_one_asked_for_and_moved_data_is_found_where_one_says(run, tmp_path):
-    plain = figures(tmp_path, "--checkpoint", str(run))
-    coarse = figures(tmp_path, "--checkpoint", str(run), "--dtype", "bfloat16")
-    assert (plain["dtype"], coarse["dtype"]) == ("float32", "bfloat16")
-    assert coarse["texts"][0]["loss"] != plain["texts"][0]["loss"]
-    assert coarse["texts"][0]["loss"] == pytest.approx(plain["texts"][0]["loss"], rel=0.02)
-    [prepared] = (run.parent / "prepared").iterdir()
+def test_the_compute_type_is_the_one_asked_for_and_moved_data_is_found_where_one_says(run, apart, trained, tmp_path):
+    words = ["--checkpoint", str(run), "--stride", str(BLOCK)]
+    coarse = figures(tmp_path, *words, "--dtype", "bfloat16")
+    assert coarse["dtype"] == "bfloat16" and coarse["texts"][0]["loss"] != apart["texts"][0]["loss"]
+    assert coarse["texts"][0]["loss"] == pytest.approx(apart["texts"][0]["loss"], rel=0.02)
+    [prepared] = (trained.folder / "prepared").iterdir()
     shutil.copytree(prepared, tmp_path / "moved")
-    assert figures(tmp_path, "--checkpoint", str(run), "--data", str(tmp_path / "moved"))["texts"] == plain["texts"]
-    assert evaluate.main(["--checkpoint", str(run), "--data", str(tmp_path / "nowhere")]) == 2
+    assert figures(tmp_path, *words, "--data", str(tmp_path / "moved"))["texts"] == apart["texts"]
+    assert evaluate.main([*words, "--data", str(tmp_path / "nowhere")]) == 2
 
 
 def test_an_evaluation_is_kept_with_its_run_and_shown_beside_what_openai_published(run, tmp_path, capsys):
@@ -203,13 +215,24 @@ def test_an_evaluation_is_kept_with_its_run_and_shown_beside_what_openai_publish
     assert (tmp_path / "run" / "report.html").stat().st_mtime >= (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
 
 
-def test_a_run_that_keeps_no_record_is_a_warning_and_the_figures_are_there(run, tmp_path, capsys):
+def test_a_run_that_keeps_no_record_is_a_warning(run, apart, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "evaluations.jsonl").unlink(missing_ok=True)
     (tmp_path / "run" / "evaluations.jsonl").mkdir()  # what a read-only folder does, for the superuser as well
-    assert figures(tmp_path, "--checkpoint", str(tmp_path / "run"))["texts"]
+    add_evaluation(str(tmp_path / "run"), apart)
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "evaluations.jsonl: Is a directory; the run keeps no record of this" in line
+    add_evaluation(str(run / "hf"), apart)
+    assert sorted(path.name for path in (run / "hf").iterdir() if "evaluations" in path.name) == []
+
+
+def test_without_the_harness_it_is_one_line_that_says_how_to_get_it(run, monkeypatch):
+    def version(name):
+        raise harness.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(harness.importlib.metadata, "version", version)
+    with pytest.raises(UserError, match=r"pip install 'jaxgpt\[eval\]'$"):
+        harness.open_model(run)
 
 
 def test_what_it_writes_stands_beside_validation_texts(run, tmp_path, capsys):

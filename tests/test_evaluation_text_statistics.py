@@ -86,7 +86,7 @@ def conversations(tmp_path_factory):
         turns.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
     (folder / "text.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
     settings = RUN.format(folder=folder).replace('"text"', '"jsonl"\nformat = "chat"').replace("text.txt", "text.jsonl")
-    settings = settings.replace("n_positions = 32", "n_positions = 64")
+    settings = settings.replace("n_positions = 32", "n_positions = 64").replace("n_layer = 2", "n_layer = 1")
     settings += "warmup_steps = 1\n[train]\nmax_steps = 1\nper_device_train_batch_size = 1\n"
     (folder / "config.toml").write_text(settings + "[eval]\nsample_tokens = 0\n[log]\ntensorboard = false\n")
     assert train.main(["--config", str(folder / "config.toml"), "--workdir", str(folder / "run")]) == 0
@@ -106,10 +106,8 @@ def test_a_chat_run_is_scored_by_its_validation_answers(conversations, tmp_path,
 
 
 def test_what_a_chat_run_writes_stands_beside_the_real_answers(conversations, tmp_path, capsys):
-    file, words = (
-        tmp_path / "found.json",
-        ["--generate", "--max-new-tokens", "12", "--json", str(tmp_path / "found.json")],
-    )
+    file = tmp_path / "found.json"
+    words = ["--generate", "--max-new-tokens", "12", "--json", str(file)]
     assert evaluate.main(["--checkpoint", str(conversations), *words]) == 0
     found = json.loads(file.read_text())
     generation = found["generation"]

@@ -17,6 +17,7 @@ FIRST = """ = Robert Boulter =
  The " well @-@ known " play ( 2006 ) ; his [ own ] and the actors ' own . 
 
 """  # noqa: W291 - so it stands in the file
+LENGTHS = (0, 1, 7, 8, 9, 16, 21)
 SECOND = " = 2011 = \n \n A year : cold ( 5 ° C ) . "
 
 
@@ -28,6 +29,7 @@ def test_a_page_is_scored_as_it_would_have_been_written():
     assert detokenize(SECOND) == " = 2011 =\n\nA year: cold (5°C). "
 
 
+@pytest.mark.system  # the harness takes seconds to import
 def test_it_is_the_harnesss_text():
     harness = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
     for page in (FIRST, SECOND, FIRST + SECOND, "s ' = = = = x = = = = { a } ' b ' N 's"):
@@ -41,15 +43,16 @@ def test_the_original_file_is_cut_at_its_top_headings_and_jsonl_holds_pages(tmp_
     assert read_pages(raw).pages == [FIRST[:-1], SECOND] == read_pages(jsonl).pages
 
 
+@pytest.mark.system
 def test_the_windows_are_the_harnesss():
     utils = pytest.importorskip("lm_eval.utils")
-    for length in (0, 1, 7, 8, 9, 16, 21):
+    for length in LENGTHS:
         tokens = list(range(1, length + 1))
         theirs = map(utils.make_disjoint_window, utils.get_rolling_token_windows(tokens, 0, 8, 1))
         assert [(one.context, one.target) for one in rolling(tokens, 0, 8)] == list(theirs)
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16, 21])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_windows_score_each_token_once_and_the_last_one_is_moved_back_to_be_full(length):
     tokens, block = list(range(1, length + 1)), 8
     requests = list(rolling(tokens, 0, block))
@@ -61,7 +64,7 @@ def test_windows_score_each_token_once_and_the_last_one_is_moved_back_to_be_full
     assert all(len(request.context) == 1 for request in requests[:-1])
 
 
-def test_the_figures_are_told_a_word_and_a_byte_of_the_file():
+def test_the_figures_are_per_word_and_per_byte_of_the_file():
     pages = Pages(["a bc  d", "é"])  # 3 + 1 words, 7 + 2 bytes
     found = pages.results([Score(-3.0, False, 0), Score(-6.0, False, 0)])
     assert found["word_perplexity"] == pytest.approx(math.exp(9 / 4))

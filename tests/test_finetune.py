@@ -16,7 +16,7 @@ from jaxgpt import train
 from jaxgpt.config import load_config
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.model import gpt2
-from jaxgpt.preparation.preparation import given_tokenizer
+from jaxgpt.preparation.make_dataset import given_tokenizer
 from jaxgpt.settings import ModelConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import export_model, load_model, save_as_run

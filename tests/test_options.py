@@ -29,7 +29,7 @@ from jaxgpt.parallel.sharding import micro_batches_sharding
 from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.preparation.cleaning import Cleaner
 from jaxgpt.preparation.duplicates import find_repeats, signature
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.sources import documents
 from jaxgpt.training.bad_steps import BadStep, BadSteps
 from jaxgpt.training.checkpoint import Checkpoints

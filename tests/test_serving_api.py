@@ -1,4 +1,4 @@
-"""The `openai` package against a real server, its strict validation of answers on: every route, whole and streamed.
+"""The `openai` package against a server, its strict validation of answers on: every route, whole and streamed.
 
 Where OpenAI's own server sends null for what its package declares a number or a word (`finish_reason` in a chunk of
 a completion that goes on, the log-probability of an echoed prompt's first token), so do we: other clients rely on it.
@@ -241,12 +241,13 @@ def test_without_a_limit_an_answer_ends_with_its_turn_or_the_context(chat, chat_
     assert ended == "stop" or answer.usage.total_tokens == serving.MODEL.n_positions
 
 
-def test_nothing_is_compiled_once_the_server_is_ready(chat_server):
+@pytest.mark.system
+def test_nothing_is_compiled_once_the_server_is_ready(chat_process):
     for length in (1, 20, 40, 100, 127):
         for more in ({}, {"logprobs": 3}, {"echo": True, "logprobs": 1}, {"temperature": 0, "n": 2}):
-            answer = chat_server.post("/v1/completions", prompt=[1] * length, max_tokens=1, **more)
+            answer = chat_process.post("/v1/completions", prompt=[1] * length, max_tokens=1, **more)
             assert answer.status == 200
-    before, after = re.split(r"ready after [\d.]+ s\n", chat_server.output())
+    before, after = re.split(r"ready after [\d.]+ s\n", chat_process.output())
     assert "Compiling jit(admit)" in before and "Compiling" not in after
 
 

@@ -24,6 +24,7 @@ import pytest
 import serving
 
 pytest_plugins = ["serving"]
+pytestmark = pytest.mark.system
 
 SHORT = 1.0  # seconds; stands for the server's patience of 10 to 120
 BODY = {"prompt": "Hi", "max_tokens": 100, "temperature": 1, "seed": 5}
@@ -198,7 +199,7 @@ def vanish(server, number: int) -> None:
             connection.recv(draw.randrange(1, 2000))
 
 
-def test_500_clients_that_vanish_leave_nothing_behind(server, leaks_nothing):
+def test_clients_that_vanish_leave_nothing_behind(server, leaks_nothing):
     left, most, ended = server.figure("client_disconnects_total"), [0.0], threading.Event()
 
     def watch() -> None:
@@ -207,11 +208,11 @@ def test_500_clients_that_vanish_leave_nothing_behind(server, leaks_nothing):
 
     watching = threading.Thread(target=watch)
     watching.start()
-    serving.at_once(500, functools.partial(vanish, server))
+    serving.at_once(300, functools.partial(vanish, server))
     ended.set()
     watching.join()
     assert most[0] > 0  # some vanished out of the queue
-    wait_for(lambda: server.figure("client_disconnects_total") > left + 100)
+    wait_for(lambda: server.figure("client_disconnects_total") > left + 60)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -352,26 +353,27 @@ def test_a_stuck_engine_is_unhealthy_until_it_moves_again(server, leaks_nothing)
     assert server.get("/health").status == 200
 
 
-def test_an_engine_that_fails_is_told_of_and_ends_the_process(base_checkpoint, tmp_path):
-    with faulty(base_checkpoint, tmp_path, "--slots", "4", slow=0.1) as server:
-        streams, whole = server.begin(4, STREAM), server.begin(3, BODY)
-        wait_for(lambda: server.figure("requests_running") + server.figure("requests_waiting") == 7)
-        (tmp_path / "broken").touch()
-        assert wait_for(lambda: server.get("/health").status == 503) < 1.0
-        refused = server.post("/v1/completions", **BODY)
-        assert (refused.status, refused.error["code"]) == (503, "failed")
-        assert {last_error(stream.result())["code"] for stream in streams} == {"engine_failed"}
-        told = [answer.result() for answer in whole]
-        assert {(answer.status, answer.error["code"]) for answer in told} == {(500, "engine_failed")}
-        assert server.code() == 1
-        lines = [line for line in server.output().splitlines() if line.startswith("failed: ")]
-        assert lines == ["failed: the engine: RuntimeError: the device is gone"]
-
-
 def test_an_engine_that_cannot_be_built_ends_the_process(base_checkpoint, tmp_path):
     with faulty(base_checkpoint, tmp_path, wait=False, no_memory="") as server:
         assert server.code() == 1
         assert server.output().splitlines()[-1].endswith("RESOURCE_EXHAUSTED: out of memory")
+
+
+def test_an_engine_that_fails_is_reported_and_ends_the_process(server):
+    """The last test: it ends the server of this file."""
+    with server.fault("slow", 0.1):
+        streams, whole = server.begin(4, STREAM), server.begin(3, BODY)
+        wait_for(lambda: server.figure("requests_running") + server.figure("requests_waiting") == 7)
+        (server.folder / "broken").touch()
+        assert wait_for(lambda: server.get("/health").status == 503) < 1.0
+        refused = server.post("/v1/completions", **BODY)
+        assert (refused.status, refused.error["code"]) == (503, "failed")
+        assert {last_error(stream.result())["code"] for stream in streams} == {"engine_failed"}
+        answers = [answer.result() for answer in whole]
+        assert {(answer.status, answer.error["code"]) for answer in answers} == {(500, "engine_failed")}
+        assert server.code() == 1
+        lines = [line for line in server.output().splitlines() if line.startswith("failed: ")]
+        assert lines == ["failed: the engine: RuntimeError: the device is gone"]
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ import random
 import socket
 
 import pytest
-import schemathesis
 import serving
-from hypothesis import HealthCheck, given, settings
-from hypothesis.errors import Unsatisfiable
-from schemathesis import GenerationMode
 
 from jaxgpt.serving import schemas
 
 pytest_plugins = ["serving"]
+pytestmark = pytest.mark.system
 
 BODIES = {
     "/v1/completions": schemas.CompletionBody,
@@ -83,22 +80,22 @@ def post(server, path: str, content: bytes) -> serving.Answer:
 
 
 @pytest.fixture
-def still_answers(chat_server):
+def still_answers(chat_process):
     """The server gives the answers that it gave before."""
 
     def ask() -> list:
-        answers = [post(chat_server, path, json.dumps(SOUND[path]).encode()) for path in POSTS]
+        answers = [post(chat_process, path, json.dumps(SOUND[path]).encode()) for path in POSTS]
         assert {answer.status for answer in answers} == {200}
         return [answer.json.get("choices", answer.json) for answer in answers]
 
     before = ask()
     yield
     assert ask() == before
-    assert chat_server.get("/health").status == 200
+    assert chat_process.get("/health").status == 200
 
 
-def test_1000_bodies_that_are_not_right_are_answered_or_refused(chat_server, still_answers):
-    answers = serving.at_once(1000, lambda number: post(chat_server, POSTS[number % len(POSTS)], body(number)))
+def test_1000_bodies_that_are_not_right_are_answered_or_refused(chat_process, still_answers):
+    answers = serving.at_once(1000, lambda number: post(chat_process, POSTS[number % len(POSTS)], body(number)))
     for number, answer in enumerate(answers):
         assert answer.status in (200, 400, 404), (body(number)[:500], answer.body)
         if answer.status != 200:
@@ -108,7 +105,7 @@ def test_1000_bodies_that_are_not_right_are_answered_or_refused(chat_server, sti
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_the_longest_texts_are_answered_in_time_while_others_are(chat_server, still_answers, path):
+def test_the_longest_texts_are_answered_in_time_while_others_are(chat_process, still_answers, path):
     """Texts on which a tokenizer could take for ever."""
     field = next(iter(SOUND[path]))
 
@@ -117,7 +114,7 @@ def test_the_longest_texts_are_answered_in_time_while_others_are(chat_server, st
         value = f'[{{"role": "user", "content": "{text}"}}]' if field == "messages" else f'"{text}"'
         if field == "tokens":
             value = "[" + "9," * (NEARLY // 2) + "9]"
-        return chat_server.ask("POST", path, f'{{"{field}": {value}}}'.encode(), seconds=20)
+        return chat_process.ask("POST", path, f'{{"{field}": {value}}}'.encode(), seconds=20)
 
     statuses = [answer.status for answer in serving.at_once(len(LONG), ask)]
     if path in ("/tokenize", "/detokenize"):
@@ -127,7 +124,10 @@ def test_the_longest_texts_are_answered_in_time_while_others_are(chat_server, st
 
 
 def statuses_of(cases) -> list[int]:
-    """What a few requests are answered with, the same ones each time."""
+    """The statuses of a few requests, the same ones each time."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis.errors import Unsatisfiable
+
     statuses = []
 
     @settings(max_examples=8, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
@@ -142,12 +142,14 @@ def statuses_of(cases) -> list[int]:
     return statuses
 
 
-def test_requests_made_from_the_servers_own_description_are_answered_or_refused(chat_server, still_answers):
-    schema = schemathesis.openapi.from_url(f"{chat_server.url}/openapi.json")
+def test_requests_made_from_the_servers_own_description_are_answered_or_refused(chat_process, still_answers):
+    import schemathesis
+
+    schema = schemathesis.openapi.from_url(f"{chat_process.url}/openapi.json")
     statuses: dict[str, set[int]] = collections.defaultdict(set)
     for found in schema.get_all_operations():
         operation = found.ok()
-        for mode in GenerationMode:
+        for mode in schemathesis.GenerationMode:
             for status in statuses_of(operation.as_strategy(generation_mode=mode)):
                 statuses[operation.path].add(status)
     assert set(POSTS) < set(statuses)
@@ -192,9 +194,9 @@ REQUESTS = {  # what is sent, and the statuses of what comes back
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
-def test_http_that_is_strange_is_answered_or_refused(chat_server, still_answers, kind):
+def test_http_that_is_strange_is_answered_or_refused(chat_process, still_answers, kind):
     sent, statuses = REQUESTS[kind]
-    with socket.create_connection(("127.0.0.1", chat_server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", chat_process.port), timeout=20) as connection:
         with contextlib.suppress(ConnectionError):  # it may refuse before it has read all
             connection.sendall(sent)
         answer = bytearray()
@@ -205,13 +207,13 @@ def test_http_that_is_strange_is_answered_or_refused(chat_server, still_answers,
     assert got == statuses or (got == [] and len(sent) > 500_000)  # a reset may overtake the refusal
 
 
-def test_a_client_that_waits_for_100_continue_is_told_to_go_on_or_refused_before_it_sends(chat_server):
+def test_a_client_that_waits_for_100_continue_is_told_to_go_on_or_refused_before_it_sends(chat_process):
     head = "POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", chat_server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", chat_process.port), timeout=20) as connection:
         connection.sendall(head.format(16).encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")
         connection.sendall(ASKED)
         assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
-    with socket.create_connection(("127.0.0.1", chat_server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", chat_process.port), timeout=20) as connection:
         connection.sendall(head.format(10**9).encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")

@@ -1,17 +1,27 @@
 """Every limit at the limit and one beyond it, with its status and the field it names; who may ask; wrong commands."""
 
+import asyncio
+import dataclasses
+import gc
 import json
+import os
 import re
+import signal
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import serving
+from processes import wait_for
 
 from jaxgpt import serve
+from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.slots import STOPS
 from jaxgpt.serving import schemas
-from jaxgpt.serving.app import OPENABLE
-from jaxgpt.serving.middleware import ALWAYS_OPEN, MAX_BODY_BYTES
+from jaxgpt.serving import server as life
+from jaxgpt.serving.app import OPENABLE, Options
+from jaxgpt.serving.middleware import ALWAYS_OPEN, KEYS, MAX_BODY_BYTES, read_keys
 
 pytest_plugins = ["serving"]
 
@@ -266,7 +276,8 @@ def test_only_pages_of_listed_sites_may_ask_from_a_browser(base_server, chat_ser
         assert "Access-Control-Allow-Origin" not in server.get("/v1/models", Origin=origin).headers
 
 
-def test_neither_keys_nor_texts_are_in_the_log_the_figures_or_an_error(base_server):
+def test_neither_keys_nor_texts_are_in_the_log_the_figures_or_an_error(base_server, caplog):
+    caplog.set_level("INFO")
     word = "canary4711"
     told = [
         base_server.post(COMPLETIONS, prompt=word, max_tokens=2),
@@ -282,7 +293,8 @@ def test_neither_keys_nor_texts_are_in_the_log_the_figures_or_an_error(base_serv
     ]
     for answer in told[2:6] + told[7:9]:
         assert answer.status >= 400 and word not in answer.text
-    seen = base_server.output() + base_server.get("/metrics").text
+    wait_for(lambda: "GET other 404" in caplog.text)  # a line is written after its answer
+    seen = caplog.text + base_server.get("/metrics").text
     assert "POST /v1/completions 200" in seen and "GET other 404" in seen
     assert not re.search("|".join([word, *serving.KEYS]), seen)
 
@@ -333,7 +345,66 @@ def test_a_port_in_use_a_key_file_without_keys_and_missing_packages_are_one_line
 
 
 def test_keys_come_from_the_environment_too(monkeypatch):
-    monkeypatch.setenv(serve.KEYS, " one, two,,")
-    assert serve._keys(None) == ["one", "two"]
-    monkeypatch.delenv(serve.KEYS)
-    assert serve._keys(None) == []
+    monkeypatch.setenv(KEYS, " one, two,,")
+    assert read_keys(None) == ["one", "two"]
+    monkeypatch.delenv(KEYS)
+    assert read_keys(None) == []
+
+
+@pytest.mark.system
+def test_the_flags_of_the_command_reach_the_server(base_checkpoint, tmp_path):
+    (tmp_path / "keys.txt").write_text(f"# who may ask\n{serving.KEYS[0]}\n\n{serving.KEYS[1]}\n", encoding="utf-8")
+    flags = ["--api-key-file", str(tmp_path / "keys.txt"), "--open", "metrics", "--cors-origin", serving.ORIGIN]
+    flags += ["--name", "x", "--slots", "3", "--request-seconds", "0.01"]
+    with serving.started(base_checkpoint, *flags) as server:
+        assert "jaxgpt_slots 3.0" in server.get("/metrics").text
+        assert server.get("/v1/models").status == 401
+        for key in serving.KEYS:
+            answer = server.get("/v1/models", Authorization=f"Bearer {key}", Origin=serving.ORIGIN)
+            assert answer.headers["Access-Control-Allow-Origin"] == serving.ORIGIN
+            assert [card["id"] for card in answer.json["data"]] == ["x"]
+        server.key = serving.KEYS[0]
+        assert server.post(COMPLETIONS, prompt="canary4711", max_tokens=100).status == 504
+        assert "POST /v1/completions 504" in server.output()
+        assert not re.search("|".join(["canary4711", *serving.KEYS]), server.output())
+
+
+def test_a_server_listens_while_it_compiles_and_ends_with_what_is_under_way(small, monkeypatch):
+    """The whole life of a server in this process; test_serving_faults.py has those of real ones."""
+    monkeypatch.setattr(life, "_prefer_main_thread", lambda: None)
+    listener, go = life.listen("127.0.0.1", 0), threading.Event()
+    server = serving.Server(listener.getsockname()[1])
+    model = dataclasses.replace(small.served, engine=None)
+    own = serving.Small(model, None)
+
+    def build() -> Engine:
+        go.wait(30)
+        own.engine = Engine(small.engine._decoder, serving.SLOTS, queue=2)
+        return own.engine
+
+    def client() -> list[serving.Answer]:
+        try:
+            assert server.get("/ready").json == {"status": "loading"} and server.get("/health").status == 200
+            go.set()
+            wait_for(lambda: server.get("/ready").status == 200)
+            with ThreadPoolExecutor(2) as pool, own.held():
+                answers = [
+                    pool.submit(server.post, COMPLETIONS, prompt="Hi", stream=stream) for stream in (True, False)
+                ]
+                wait_for(lambda: (own.engine.running, own.engine.waiting) == (1, 1))
+                os.kill(os.getpid(), signal.SIGTERM)
+                wait_for(lambda: server.get("/ready").json == {"status": "stopping"})
+                assert server.post(COMPLETIONS, prompt="Hi").error["code"] == "stopping"
+            return [answer.result() for answer in answers]
+        finally:
+            go.set()
+            lifetime._on_signal()
+
+    lifetime = life._Lifetime(listener, model, Options(), build, drain_seconds=20)
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(client)
+        asyncio.run(lifetime.run())
+        stream, whole = answers.result()
+    gc.unfreeze()
+    assert stream.events[-1]["choices"][0]["finish_reason"] == "length" and whole.status == 200
+    assert not own.engine._thread.is_alive()

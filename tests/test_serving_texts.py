@@ -7,18 +7,16 @@ in one token and end in another.
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import serving
 
-from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import complete, token_bytes
 
 pytest_plugins = ["serving"]
 
-PROMPTS, NEW = 200, 32
+PROMPTS, NEW = 80, 32
 WORDS = ["你好", "世界", "😀", "👍🏽", "中文", "the end", "ñandú", "。", "\n", "café", "👩‍🚀", "a"]
 STOPS = [["中"], ["😀", "e"], "\n", ["é", "你e"], [" ", "中\n", "h"], None, None, None]
 
@@ -65,7 +63,7 @@ def name_bytes(name: str) -> bytes:
     return bytes.fromhex(name[6:].replace("\\x", "")) if name.startswith("bytes:") else name.encode()
 
 
-def test_a_streamed_completion_is_the_whole_answer_for_200_prompts(completions):
+def test_a_streamed_completion_is_the_whole_answer(completions):
     for case in completions:
         *events, last = case.streamed
         [choice] = case.whole["choices"]
@@ -96,7 +94,7 @@ def test_stop_texts_cut_where_the_first_begins_and_never_show(completions):
             assert written.startswith(choice["text"])
             fewer = b"".join(map(name_bytes, tokens[:-1])).decode(errors="ignore")
             assert not tokens or len(fewer) < max(len(choice["text"]), 1)
-    assert 50 < stopped < 150
+    assert PROMPTS / 4 < stopped < 3 * PROMPTS / 4
 
 
 def test_whole_characters_come_of_parts_and_what_is_no_character_is_replaced_once(completions):
@@ -116,11 +114,10 @@ def test_whole_characters_come_of_parts_and_what_is_no_character_is_replaced_onc
 
 def test_the_server_gives_the_text_that_the_library_gives_for_the_same_seed(completions):
     model = serving.make_model()
-    params = jax.device_put(model.params)
-    decoder = build_decoder(model.config.model, model.vocab_size, params, model.tokenizer.end_of_text)
+    decoder = serving.decoder_of(model)
     options = SamplingOptions(max_new_tokens=NEW, temperature=1.0, top_k=0, top_p=1.0)
     same = 0
-    for stop, cases in ((None, completions[::7][:16]), (STOPS[0], completions[::56] * 4)):  # all of seed 0
+    for stop, cases in ((None, completions[::7]), (STOPS[0], completions[::56] * 6)):  # all of seed 0; 12 each
         rules = dataclasses.replace(options, stop=tuple(stop or ()))
         made = complete(decoder, model.tokenizer, [case.prompt for case in cases], rules)
         for case, [one] in zip(cases, made, strict=True):
@@ -134,7 +131,7 @@ def test_the_server_gives_the_text_that_the_library_gives_for_the_same_seed(comp
             places = zip(own, told["token_logprobs"], one.tokens, one.logprobs)
             first = next((a, b) for text, a, token, b in places if text != token_bytes(model.tokenizer, token))
             assert first[0] == pytest.approx(first[1], abs=1e-5)
-    assert same >= 28
+    assert same >= 21
 
 
 def test_a_streamed_chat_is_the_whole_answer_too(chat_server):
@@ -152,7 +149,7 @@ def test_a_streamed_chat_is_the_whole_answer_too(chat_server):
             assert bytes(place["bytes"]) == name_bytes(place["token"])
         return len(parts)
 
-    assert max(serving.at_once(40, check)) > 5
+    assert max(serving.at_once(24, check)) > 5
 
 
 def test_texts_are_sent_as_utf_8_and_read_from_json_escapes(base_server):

@@ -11,6 +11,8 @@ import pytest
 import serving
 from browser import chromium, opened
 
+pytestmark = pytest.mark.system
+
 KEY = "the-key-of-these-tests"
 PROMPT = "# it's 中文 and 😀\n"
 ANSWERS = "/v1/completions"

@@ -289,9 +289,7 @@ def test_scores_are_the_same_on_one_device_and_on_eight(overfitting, stopped):
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(fsdp=2)):
         devices = build_mesh(mesh, jax.devices()[: 1 if mesh.data == 1 else 8])
-        score = in_training.task_scores(
-            in_training.read_tasks(files), model.config, model.vocab_size, model.tokenizer, devices
-        )
+        score = in_training.task_scorer(files)(model.config, model.vocab_size, model.tokenizer, devices)
         shardings = lay_out(model.config, model.vocab_size, devices).param_shardings
         found.append(score(jax.device_put(model.params, shardings)))
     assert list(found[0]) == list(found[1])

@@ -14,7 +14,7 @@ from jaxgpt.config import Config, load_config, to_json
 from jaxgpt.data.dataset import SPLITS, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.writer import DatasetWriter
 from jaxgpt.settings import OptimizerConfig, TrainConfig
 from jaxgpt.storage import manifest

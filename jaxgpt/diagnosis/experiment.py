@@ -16,7 +16,7 @@ from typing import Any
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.diagnosis.machine import describe, in_words, lock_owners
 from jaxgpt.errors import UserError
-from jaxgpt.model.sizes import GPT2_VOCAB, parameter_count
+from jaxgpt.model.sizes import GPT2_VOCAB, checkpoint_bytes, checkpoints_at_once, padded_vocab, parameter_count
 from jaxgpt.settings import sources_of
 from jaxgpt.storage.lease import FILE
 
@@ -68,8 +68,7 @@ def _in_use(case: Case, finding: Finding) -> Finding:
 
 def _room(case: Case, checkpoints: Path, free: int) -> Finding:
     parameters, size = checkpoint_size(case)
-    keep = case.config.checkpoint
-    count = keep.save_total_limit + keep.keep_best + 1  # the one being written is there before an old one goes
+    count = checkpoints_at_once(case.config)
     there = sum(file.lstat().st_size for file in checkpoints.rglob("*") if file.is_file())
     needed = max(count * size - there, 0)
     facts = {
@@ -86,12 +85,11 @@ def _room(case: Case, checkpoints: Path, free: int) -> Finding:
 
 
 def checkpoint_size(case: Case) -> tuple[int, int]:
-    """(parameters, bytes of a checkpoint): weights and two moments in float32; Muon keeps one moment less."""
-    config, settings = case.config, case.config.tokenizer
+    """(parameters, bytes of a checkpoint), the vocabulary estimated from the settings."""
+    settings = case.config.tokenizer
     vocabulary = {"bpe": settings.vocab_size, "char": 128, "folder": GPT2_VOCAB}[settings.type]
     vocabulary += len(settings.special_tokens)
-    parameters = parameter_count(config.model, -(-vocabulary // 128) * 128)  # the embedding is padded
-    return parameters, parameters * (10 if config.optimizer.adam_mu_dtype == "bfloat16" else 12)
+    return parameter_count(case.config.model, padded_vocab(vocabulary)), checkpoint_bytes(case.config, vocabulary)
 
 
 # ---------------------------------------------------------------- data
@@ -111,10 +109,10 @@ def data(case: Case) -> Iterator[Finding]:
         yield Finding("prepared data", OK, text, facts=place.facts)
         return
     from jaxgpt.data.dataset import open_dataset
-    from jaxgpt.preparation import preparation
+    from jaxgpt.preparation import make_dataset
 
     try:
-        path = preparation.place_of(config, preparation.given_tokenizer(config))
+        path = make_dataset.place_of(config, make_dataset.given_tokenizer(config))
         dataset = open_dataset(path, verify="sizes") if path.exists() else None
     except UserError as error:
         fix = "correct [data] or [tokenizer] in the config; a damaged folder: delete it and run jaxgpt prepare"

@@ -1,1 +1,1 @@
-"""How good is it?"""
+"""How good is a model? Perplexity, benchmark tasks, the harness, figures of generated texts."""

@@ -7,9 +7,7 @@
 Hugging Face hub, or takes it from where the task's YAML file says.
 """
 
-import contextlib
 import importlib.metadata
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +19,19 @@ from jaxgpt.errors import UserError
 from jaxgpt.settings import MeshConfig
 from jaxgpt.training.models import LoadedModel, load_model
 
-if TYPE_CHECKING:  # lm_eval is loaded when something is asked of it
+if TYPE_CHECKING:  # lm_eval is imported when it is first used
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
     from jaxgpt.evaluation.lm_eval_model import CheckpointLM
 
-DRAWS = 1000  # of the bootstrap, for the standard errors of metrics that are no mean (perplexity)
+DRAWS = 1000  # bootstrap samples for the standard errors of metrics that are no mean (perplexity)
 
 
 def check_installed() -> None:
-    """
+    """Check that lm-evaluation-harness can be imported.
+
     Raises:
         UserError: the harness is not installed.
     """
@@ -39,7 +42,7 @@ def check_installed() -> None:
 
 
 def open_model(checkpoint: str | Path, rows_per_device: int = 8) -> "CheckpointLM":
-    """The model of a run, a step, a Hugging Face folder or "hf:NAME", for `lm_eval.simple_evaluate(model=...)`.
+    """The model of a run, a step, a Hugging Face folder or "hf:NAME" for `lm_eval.simple_evaluate(model=...)`.
 
     Raises:
         UserError: there is no such model, or the harness is not installed.
@@ -63,14 +66,14 @@ def run(
     rows_per_device: int,
     limit: int | None = None,
 ) -> list[dict]:
-    """The results of tasks, groups or tags of the harness, each as `tasks.results` has them.
+    """The results of tasks, groups or tags of the harness, in the form of `tasks.results`.
 
     {"task", "questions", "cut", metric, "metric_stderr", ..., "few_shot", "harness"}, where a metric of a filter is
-    called "metric[filter]". A group has an entry of its own if it has a metric of its own.
+    called "metric[filter]". A group has its own entry if it has its own metric.
 
     Args:
         include: a folder with YAML files of more tasks.
-        limit: so many questions of each task, the first ones.
+        limit: only the first questions of each task.
 
     Raises:
         UserError: the harness is not installed, has no such task, or cannot get the task's data.
@@ -82,21 +85,20 @@ def run(
 
     manager, tasks = _load(names, include)
     model = CheckpointLM(loaded, config, mesh, rows_per_device)
-    with _one_process():
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=tasks,
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=DRAWS,
-            log_samples=False,
-            torch_random_seed=None,  # there is nothing of torch to seed
-        )
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=DRAWS,
+        log_samples=False,
+        torch_random_seed=None,  # torch is not used
+    )
     return [row for row in (_row(name, found, model.cut) for name in found["results"]) if row]
 
 
-def _load(names: Sequence[str], include: Path | None) -> tuple:
-    """(the harness's task manager, its tasks with their data)."""
+def _load(names: Sequence[str], include: Path | None) -> tuple["TaskManager", list["Task | Group"]]:
+    """The harness's task manager, and the tasks with their data."""
     from lm_eval.tasks import TaskManager
 
     if include is not None and not Path(include).is_dir():
@@ -122,30 +124,14 @@ def _load(names: Sequence[str], include: Path | None) -> tuple:
     return manager, tasks
 
 
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Keep the harness's bootstrap in this process: it would fork, and jax has threads, which do not survive that."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _row(name: str, found: Mapping, cut: Mapping[str, int]) -> dict | None:
-    """One entry of the harness's results; None for a group that only holds others together."""
-    values = {}
+    """One entry of the harness's results; None for a group without a metric of its own."""
+    values: dict[str, float | None] = {}
     for key, value in found["results"][name].items():
         metric, _, filtered = key.partition(",")
-        if filtered and isinstance(value, (int, float)):
-            values[metric if filtered == "none" else f"{metric}[{filtered}]"] = value
-        elif filtered and metric.endswith("_stderr"):  # "N/A"
-            values[metric if filtered == "none" else f"{metric}[{filtered}]"] = None
+        is_number = isinstance(value, (int, float))
+        if filtered and (is_number or metric.endswith("_stderr")):  # an error may be "N/A"
+            values[metric if filtered == "none" else f"{metric}[{filtered}]"] = value if is_number else None
     if not values:
         return None
     leaves = list(_leaves(name, found.get("group_subtasks", {})))
@@ -161,12 +147,11 @@ def _row(name: str, found: Mapping, cut: Mapping[str, int]) -> dict | None:
 
 
 def _leaves(name: str, children: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """The tasks of a group; a task is its own."""
+    """The tasks of a group and of its groups; for a task, its own name."""
+    for child in children.get(name) or ():
+        yield from _leaves(child, children)
     if not children.get(name):
         yield name
-        return
-    for child in children[name]:
-        yield from _leaves(child, children)
 
 
 def _version() -> str:

@@ -1,57 +1,62 @@
 """A checkpoint as a model of EleutherAI's lm-evaluation-harness, in this process; `harness.py` makes one.
 
-Texts become tokens as the harness's own Hugging Face model reads them (a special token's name in a text is that token),
-and from there on everything is ours: `Scorer` for log-likelihoods, `complete` for generated texts.
+Texts become tokens as the harness's own Hugging Face model reads them: a special token's name in a text is that token.
+Then `RequestScorer` gives the log-likelihoods and `complete` the generated texts.
 """
 
 import collections
+import functools
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxgpt.config import Config
-from jaxgpt.data.chat import TEMPLATE
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import TEMPLATE
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation.scoring import Request, Score, Scorer
+from jaxgpt.evaluation.scoring import RequestScorer, Score, ScoringRequest
+from jaxgpt.evaluation.wikitext import rolling
 from jaxgpt.inference.decode import Decoder, build_decoder
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import complete, fit_prompt
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.models import LoadedModel
 
-NEW_TOKENS = 256  # where a task does not say, as in the harness; half the context of a model that has less than 512
+NEW_TOKENS = 256  # the harness's default; a model with a context of less than 512 tokens writes half its context
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-IGNORED = ("until", "max_gen_toks", "do_sample", "use_cache")  # the first three are read by name, the last is a hint
+OTHER_RULES = ("until", "max_gen_toks", "do_sample", "use_cache")  # the last is only a hint
 
 
 class CheckpointLM(TemplateLM):
-    """A loaded model laid on a mesh.
+    """A loaded model on a mesh.
 
-    On several hosts every process asks the same of it and gets the same answers, so for the harness it is one process.
+    On several hosts every process asks it the same and gets the same answers, so the harness sees one process.
     """
 
-    cut: collections.Counter
-    """Task name -> requests whose context lost its beginning because the model reads no more."""
+    cut: collections.Counter[str]
+    """Task name -> requests whose context lost its beginning because it was longer than the model reads."""
 
     def __init__(self, loaded: LoadedModel, config: Config, mesh: Mesh, rows_per_device: int = 8):
         super().__init__()
+        os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's bootstrap would fork, which jax's threads do not survive
         self.max_length = config.block_size
         self.cut = collections.Counter()
         self._tokenizer, self._config, self._vocab_size = loaded.tokenizer, config, loaded.vocab_size
-        self._special = _SpecialTokens(loaded.tokenizer)
-        self._scorer = Scorer(config, loaded.vocab_size, mesh, rows_per_device)
+        added = loaded.tokenizer.backend.get_added_tokens_decoder().items()
+        self._special_ids = {token.content: number for number, token in added if token.special}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self._scorer = RequestScorer(config, loaded.vocab_size, mesh, rows_per_device)
         self._params = jax.device_put(loaded.params, self._scorer.param_shardings)
         self._rows = rows_per_device * batch_shards(mesh)
-        self._decoder: Decoder | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -65,19 +70,22 @@ class CheckpointLM(TemplateLM):
         return TEMPLATE if chat_template and self._tokenizer.end_of_turn is not None else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """
+        """The conversation as text, with the beginning of an answer; else the last message is an answer that goes on.
+
         Raises:
             UserError: the model is no chat model.
         """
-        if self._tokenizer.end_of_turn is None:
-            raise UserError("the chat template: the model's tokenizer has no tokens of a chat; leave the template out")
-        turns = [f"<|im_start|>{turn['role']}\n{turn['content'].strip()}<|im_end|>\n" for turn in chat_history]
+        encode = ChatPrompts(self._tokenizer, self.max_length, "the chat template").encode
         if add_generation_prompt:
-            return "".join([*turns, "<|im_start|>assistant\n"])
-        return "".join(turns).removesuffix("<|im_end|>\n")  # the answer that has begun goes on
+            return self._tokenizer.decode(encode(chat_history))
+        *before, begun = chat_history
+        return self._tokenizer.decode(encode(before)) + begun["content"].strip()
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self._special.encode(string)
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
+        pieces = enumerate(self._special_names.split(string))  # names of special tokens are at the odd places
+        encode = self._tokenizer.encode
+        encoded = ([self._special_ids[piece]] if place % 2 else encode(piece) for place, piece in pieces if piece)
+        return [token for tokens in encoded for token in tokens]
 
     # ------------------------------------------------------------ log-likelihoods
 
@@ -90,91 +98,93 @@ class CheckpointLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        scores = self._score([Request(context, target) for _, context, target in requests], disable_tqdm)
+    def _loglikelihood_tokens(
+        self,
+        requests: Iterable[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: object,
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([ScoringRequest(context, target) for _, context, target in requests], disable_tqdm)
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Each text in windows that do not overlap, but for the last, which is a whole one."""
-        windows, owners = [], []
-        for place, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
-                windows.append(Request(*make_disjoint_window(pair)))
-                owners.append(place)
-        sums = [0.0] * len(requests)
-        for place, score in zip(owners, self._score(windows, disable_tqdm), strict=True):
-            sums[place] += score.logprob
+        """The log-probability of each text, scored as `rolling` cuts it into windows."""
+        texts = (self.tok_encode(request.args[0]) for request in requests)
+        windows = [list(rolling(tokens, self.prefix_token_id, self.max_length)) for tokens in texts]
+        scores = iter(self._score([window for own in windows for window in own], disable_tqdm))
+        sums = [sum(next(scores).logprob for _ in own) for own in windows]
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
-    def _pair(self, context: str, target: str) -> Request:
+    def _pair(self, context: str, target: str) -> ScoringRequest:
         if context.strip():
-            return Request(*self._encode_pair(context, target))
+            return ScoringRequest(*self._encode_pair(context, target))
         tokens = self.tok_encode(context + target)
-        begins = tokens[:1] == [self.prefix_token_id]  # the text brings its own end-of-text token
-        return Request(tokens[:1], tokens[1:]) if begins else Request([self.prefix_token_id], tokens)
+        if tokens[:1] != [self.prefix_token_id]:  # else the text brings its own end-of-text token
+            tokens.insert(0, self.prefix_token_id)
+        return ScoringRequest(tokens[:1], tokens[1:])
 
-    def _score(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Score]:
+    def _score(self, requests: Sequence[ScoringRequest], disable_tqdm: bool) -> list[Score]:
         hidden = True if disable_tqdm else None
         with tqdm(total=len(requests), desc="log-likelihoods", unit="request", disable=hidden, leave=False) as bar:
             return self._scorer(self._params, requests, bar.update)
 
     # ------------------------------------------------------------ generated texts
 
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        end = self._tokenizer.end_of_text
+        return build_decoder(self._config.model, self._vocab_size, self._params, end, rows=self._rows)
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """
+        """The text that the model writes after each context.
+
         Raises:
-            UserError: a task asks for a rule of drawing that there is not, or for more tokens than the model reads.
+            UserError: a task asks for an unknown sampling rule, or for more tokens than the model reads.
         """
-        if self._decoder is None:
-            end = self._tokenizer.end_of_text
-            self._decoder = build_decoder(self._config.model, self._vocab_size, self._params, end, rows=self._rows)
-        texts = [""] * len(requests)
+        texts: dict[int, str] = {}
         hidden = True if disable_tqdm else None
         with tqdm(total=len(requests), desc="texts", unit="text", disable=hidden, leave=False) as bar:
-            for options, places in self._groups(requests):
-                self._generate(requests, options, places, texts, bar)
-        return texts
+            for options, places in self._groups(requests).items():
+                prompts = {place: self._prompt(requests[place], options) for place in places}
+                places = sorted(places, key=lambda place: len(prompts[place]), reverse=True)  # less padding in a batch
+                for start in range(0, len(places), self._rows):
+                    part = places[start : start + self._rows]
+                    made = complete(self._decoder, self._tokenizer, [prompts[place] for place in part], options)
+                    for place, [completion] in zip(part, made, strict=True):
+                        texts[place] = completion.text
+                        self.cache_hook.add_partial("generate_until", requests[place].args, completion.text)
+                    bar.update(len(part))
+        return [texts[place] for place in range(len(requests))]
 
-    def _generate(self, requests: Sequence[Instance], options: SamplingOptions, places: list[int], texts, bar) -> None:
-        whole = {place: self.tok_encode(requests[place].args[0]) for place in places}
-        prompts = {
-            place: fit_prompt(ids, options, self._config.model.n_positions, truncate=True)
-            for place, ids in whole.items()
-        }
-        self.cut.update(requests[place].task_name for place in places if len(prompts[place]) < len(whole[place]))
-        places = sorted(places, key=lambda place: len(prompts[place]), reverse=True)  # neighbours pad each other
-        for start in range(0, len(places), self._rows):
-            part = places[start : start + self._rows]
-            made = complete(self._decoder, self._tokenizer, [prompts[place] for place in part], options)
-            for place, [completion] in zip(part, made, strict=True):
-                texts[place] = completion.text
-                self.cache_hook.add_partial("generate_until", requests[place].args, completion.text)
-            bar.update(len(part))
+    def _prompt(self, request: Instance, options: SamplingOptions) -> list[int]:
+        whole = self.tok_encode(request.args[0])
+        kept = fit_prompt(whole, options, self._config.model.n_positions, truncate=True)
+        self.cut[request.task_name] += len(kept) < len(whole)
+        return kept
 
-    def _groups(self, requests: Sequence[Instance]) -> Iterator[tuple[SamplingOptions, list[int]]]:
-        """(options, places of the requests) of all that can share a batch. A repeated request draws anew."""
-        repeats: collections.Counter = collections.Counter()
+    def _groups(self, requests: Sequence[Instance]) -> dict[SamplingOptions, list[int]]:
+        """The places of the requests that can share a batch, by their options. A repeated request draws anew."""
+        repeats: collections.Counter[tuple[str, str]] = collections.Counter()
         groups: dict[SamplingOptions, list[int]] = {}
         for place, request in enumerate(requests):
             context, rules = request.args
             key = (context, json.dumps(rules, sort_keys=True))
             groups.setdefault(self._options(rules, repeats[key], request.task_name), []).append(place)
             repeats[key] += 1
-        return iter(groups.items())
+        return groups
 
-    def _options(self, rules: Mapping, seed: int, task: str) -> SamplingOptions:
+    def _options(self, rules: Mapping[str, object], seed: int, task: str) -> SamplingOptions:
         default = min(NEW_TOKENS, self._config.model.n_positions // 2)
         asked = normalize_gen_kwargs(dict(rules), default)
-        unknown = sorted(set(asked) - {*SAMPLING, *IGNORED})
+        unknown = sorted(set(asked) - {*SAMPLING, *OTHER_RULES})
         if unknown:
             raise UserError(
                 f"task {task}: generation_kwargs has {', '.join(unknown)}, which is not supported; there are "
-                f"{', '.join(('until', 'max_gen_toks', 'do_sample', *SAMPLING))}"
+                f"{', '.join((*OTHER_RULES[:3], *SAMPLING))}"
             )
-        # What a task does not say: the likeliest token, or if it asks to draw, one of all.
+        # The defaults: the likeliest token, or for a task that asks to draw, any token by its probability.
         plain = {"temperature": 1.0 if asked["do_sample"] else 0.0, "top_k": 0, "top_p": 1.0}
         end = self._tokenizer.end_of_turn
         return SamplingOptions(
@@ -184,23 +194,3 @@ class CheckpointLM(TemplateLM):
             seed=seed,
             **plain | {name: asked[name] for name in SAMPLING if name in asked},
         )
-
-
-class _SpecialTokens:
-    """Texts to tokens; the name of a special token in a text is the token, which a chat template relies on."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        added = tokenizer.backend.get_added_tokens_decoder()
-        self._ids = {token.content: number for number, token in added.items() if token.special}
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._names = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        if self._names is None:
-            return self._tokenizer.encode(text)
-        pieces = self._names.split(text)  # texts at the even places, names at the odd ones
-        found: list[int] = []
-        for place, piece in enumerate(pieces):
-            found += [self._ids[piece]] if place % 2 else self._tokenizer.encode(piece) if piece else []
-        return found

@@ -1,12 +1,14 @@
-"""The figures of an evaluation as tables for a terminal."""
+"""The figures of an evaluation as tables for a terminal, beside what OpenAI published of its four GPT-2 models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-ANSWERS = "validation answers"
+from jaxgpt.evaluation.perplexity import ANSWERS
+
 _NO_METRICS = {"questions", "cut", "few_shot"}
 
 
 def report(found: Mapping) -> str:
+    """The tables of what `measure` found."""
     step = f", step {found['step']:,}" if found["step"] else ""
     parts = [f"{found['checkpoint']}{step}, {found['dtype']} on {found['devices']}"]
     if found["texts"]:
@@ -46,51 +48,36 @@ def metrics_of(task: Mapping) -> list[str]:
 
 def _tasks(tasks: Sequence[Mapping]) -> str:
     rows = [row for task in tasks for row in _rows(task)]
-    names, metrics = (
-        max(len(head), *(len(row[column]) for row in rows)) for head, column in (("task", 0), ("metric", 2))
-    )
+    names, metrics = (max(len(word), *(len(row[i]) for row in rows)) for word, i in (("task", 0), ("metric", 2)))
     head = f"{'task':<{names}}  {'questions':>9}  {'metric':<{metrics}}  {'value':>10}  {'error':>7}"
-    models = list(dict.fromkeys(figure["model"] for task in tasks for figure in task.get("published", [])))
-    lines = [head + "".join(f"  {model:>10}" for model in models)]
-    for name, count, metric, value, error, published in rows:
-        figures = "".join(f"  {_number(published[model]):>10}" if model in published else "" for model in models)
-        line = f"{name:<{names}}  {count:>9}  {metric:<{metrics}}  {value:>10}  {error:>7}{figures}"
-        lines.append(f"{line}  {published.get('of', '')}".rstrip())
-    lines += _remarks(tasks)
-    return "\n".join(lines)
+    published = any(figures for *_, figures, _ in rows)
+    lines = [head + "".join(f"  {model:>10}" for model in _SIZES if published)]
+    for name, count, metric, value, error, figures, data in rows:
+        cells = "".join(f"  {_number(figure):>10}" for figure in figures)
+        lines.append(
+            f"{name:<{names}}  {count:>9}  {metric:<{metrics}}  {value:>10}  {error:>7}{cells}  {data}".rstrip()
+        )
+    for task in tasks:
+        if task["cut"]:
+            longer = f"{task['cut']:,} contexts were longer than the model reads"
+            lines.append(f"  {task['task']}: {longer} and lost their beginning")
+    sources = dict.fromkeys(data for task in tasks for _, data, _ in _published(task))
+    return "\n".join([*lines, *(f"  published: {_PAPER}: {data}" for data in sources)])
 
 
-def _rows(task: Mapping) -> Iterator[tuple[str, str, str, str, str, dict]]:
-    """(task, questions, metric, value, error, published figures by model and what they are "of")."""
+def _rows(task: Mapping) -> Iterator[tuple[str, str, str, str, str, Sequence[float], str]]:
+    """(task, questions, metric, value, error, published figures by size, their data set)."""
     examples = f", {task['few_shot']} examples" if task.get("few_shot") else ""
     name, count = f"{task['task']}{examples}", f"{task['questions']:,}"
     for metric in metrics_of(task):
         label, bracket, filtered = metric.partition("[")
         error = task.get(f"{label}_stderr{bracket}{filtered}", task.get(f"{metric}_stderr"))
-        told = f"{error:.4f}" if isinstance(error, float) else ""
-        figures = _published(task, metric)
-        yield name, count, metric, _number(task[metric]), told, figures[0] if figures else {}
-        for more in figures[1:]:
-            yield "", "", "", "", "", more
-
-
-def _published(task: Mapping, metric: str) -> list[dict]:
-    """For each published source of this metric its figures by model."""
-    by_source: dict[str, dict] = {}
-    for figure in task.get("published", []):
-        if figure["metric"] == metric:
-            of = figure["source"].partition(": ")[2].partition(";")[0]
-            by_source.setdefault(figure["source"], {"of": of})[figure["model"]] = figure["value"]
-    return list(by_source.values())
-
-
-def _remarks(tasks: Sequence[Mapping]) -> Iterator[str]:
-    for task in tasks:
-        if task["cut"]:
-            longer = f"{task['cut']:,} contexts were longer than the model reads"
-            yield f"  {task['task']}: {longer} and lost their beginning"
-    for source in dict.fromkeys(figure["source"] for task in tasks for figure in task.get("published", [])):
-        yield f"  published: {source}"
+        error_cell = f"{error:.4f}" if isinstance(error, float) else ""
+        own = (name, count, metric, _number(task[metric]), error_cell)
+        beside = [(figures, data.partition(";")[0]) for of, data, figures in _published(task) if of == metric]
+        for figures, data in beside or [((), "")]:
+            yield *own, figures, data
+            own = ("", "", "", "", "")
 
 
 def _number(value: float) -> str:
@@ -110,8 +97,48 @@ def _generation(found: Mapping) -> str:
     for name in ("model", "real"):
         if found[name]:
             values = [found[name][column] for column in columns]
-            told = ["" if value is None else f"{value:.4f}" for value in values[:-1]] + [f"{values[-1]:.1f}"]
-            lines.append(f"{name:<6}" + "".join(f"  {value:>10}" for value in told))
+            cells = ["" if value is None else f"{value:.4f}" for value in values[:-1]] + [f"{values[-1]:.1f}"]
+            lines.append(f"{name:<6}" + "".join(f"  {value:>10}" for value in cells))
     if found["cut"]:
         lines.append(f"  {found['cut']:,} prompts were too long and lost their beginning")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- published figures
+
+# Radford et al. 2019 call the first two sizes 117M and 345M; they have 124 and 355 million parameters.
+_SIZES = ("GPT-2 124M", "GPT-2 355M", "GPT-2 774M", "GPT-2 1.5B")
+_PAPER = "Radford et al. 2019, table 3"
+_OWN_DETOKENIZER = "OpenAI's own detokenizer, which was not published: it does not compare exactly"
+_OWN_LAMBADA = "OpenAI's own version of the text; its accuracy leaves out stop words: it does not compare exactly"
+
+_FIGURES: dict[str, list[tuple[str, str, tuple[float, ...]]]] = {
+    "lambada": [
+        ("perplexity", f"LAMBADA; {_OWN_LAMBADA}", (35.13, 15.60, 10.87, 8.63)),
+        ("acc", f"LAMBADA; {_OWN_LAMBADA}", (0.4599, 0.5548, 0.6012, 0.6324)),
+    ],
+    "cbt": [
+        ("acc", "CBT-CN, common nouns", (0.8765, 0.9235, 0.9345, 0.9330)),
+        ("acc", "CBT-NE, named entities", (0.834, 0.871, 0.880, 0.8905)),
+    ],
+    "wikitext": [
+        ("word_perplexity", f"WikiText-2; {_OWN_DETOKENIZER}", (29.41, 22.76, 19.93, 18.34)),
+        ("word_perplexity", f"WikiText-103; {_OWN_DETOKENIZER}", (37.50, 26.37, 22.05, 17.48)),
+    ],
+}
+_SAME = {"lambada_openai": "lambada", "lambada_standard": "lambada"}  # the harness's names
+
+
+def _published(task: Mapping) -> list[tuple[str, str, tuple[float, ...]]]:
+    """[(metric, data set and remark, figures by size), ...]"""
+    return _FIGURES.get(_SAME.get(task["task"], task["task"]), [])
+
+
+def with_published(task: dict) -> dict:
+    """A task's result with [{"model", "metric", "value", "source"}, ...] under "published", if there are any."""
+    figures = [
+        {"model": model, "metric": metric, "value": value, "source": f"{_PAPER}: {data}"}
+        for metric, data, values in _published(task)
+        for model, value in zip(_SIZES, values, strict=True)
+    ]
+    return {**task, "published": figures} if figures else task

@@ -1,9 +1,12 @@
-"""Questions with given answers, in each benchmark's own file format, and what a model's scores of them come to.
+"""Questions with given answers, in each benchmark's own file format or from TFDS, and a model's results on them.
 
 A question is one or more (context, target) pairs; the model's answer is the pair that it finds likeliest. Prompts and
 normalisations are those of EleutherAI's lm-evaluation-harness 0.4, so that the numbers compare: "acc" takes the summed
-log-probability, "acc_norm" that over the characters of the choice (which is what the harness calls so). Standard errors
-are those of a mean: the sample's standard deviation over the root of the number of questions.
+log-probability, "acc_norm" divides it by the characters of the choice, as the harness does. Standard errors are those
+of a mean: the sample's standard deviation divided by the square root of the number of questions.
+
+TFDS keeps the benchmarks under other field names than their own files; its records are turned into those of the files,
+so that each format has one reader. The split is the one that the harness scores.
 """
 
 import dataclasses
@@ -16,7 +19,11 @@ from typing import NamedTuple
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation.scoring import Request, Score, encode_pair
+from jaxgpt.evaluation import wikitext
+from jaxgpt.evaluation.scoring import Score, ScoringRequest, encode_pair
+from jaxgpt.preparation import catalogs
+from jaxgpt.preparation.documents import BadRecords
+from jaxgpt.settings import SourceConfig
 
 _LONGEST_LINE = 10_000_000
 
@@ -25,9 +32,11 @@ class Question(NamedTuple):
     pairs: list[tuple[str, str]]
     """(context, target) of each choice."""
     choices: list[str]
-    """What the lengths of acc_norm are counted of."""
+    """Their lengths divide the log-probabilities of acc_norm."""
     answer: int
-    """The right choice."""
+    """Number of the right choice."""
+    where: str = ""
+    """Its place, for messages: file:line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +50,47 @@ class Task:
     def first(self, count: int) -> "Task":
         return dataclasses.replace(self, questions=self.questions[:count])
 
-    def requests(self, tokenizer: Tokenizer, block_size: int) -> list[Request]:
-        """What is to be scored; a context of more than `block_size` tokens is cut as it is scored."""
-        return [encode_pair(tokenizer, *pair) for question in self.questions for pair in question.pairs]
+    def requests(self, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
+        """A request for each pair. A context of more than `block_size` tokens is cut when it is scored.
+
+        Raises:
+            UserError: the tokenizer has no token for a character; names the question's place.
+        """
+        requests = []
+        for question in self.questions:
+            try:
+                requests += [encode_pair(tokenizer, *pair) for pair in question.pairs]
+            except UserError as error:
+                raise UserError(f"{question.where}: {error}") from None
+        return requests
 
     def results(self, scores: Sequence[Score]) -> dict[str, object]:
-        return results(self, scores)
+        """{"task", "questions", "cut", metric, "metric_stderr", ...} from the scores of all pairs, in their order."""
+        remaining = iter(scores)
+        rows = [[next(remaining) for _ in question.pairs] for question in self.questions]
+        found: dict[str, object] = {
+            "task": self.name,
+            "questions": len(self.questions),
+            "cut": sum(score.cut > 0 for score in scores),
+            **({"source": self.source} if self.source else {}),
+        }
+        for metric in self.metrics:
+            if metric == "perplexity":
+                mean = -math.fsum(row[0].logprob for row in rows) / len(rows)
+                found[metric] = math.exp(min(mean, 700.0))  # exp(710) overflows a float64
+                continue
+            right = [_is_right(metric, question, row) for question, row in zip(self.questions, rows, strict=True)]
+            found[metric] = mean = sum(right) / len(right)
+            found[f"{metric}_stderr"] = math.sqrt(mean * (1 - mean) / (len(right) - 1)) if len(right) > 1 else None
+        return found
+
+
+def _is_right(metric: str, question: Question, row: Sequence[Score]) -> bool:
+    if len(row) == 1:
+        return row[0].is_greedy
+    lengths = [len(choice) for choice in question.choices] if metric == "acc_norm" else [1] * len(row)
+    values = [score.logprob / length for score, length in zip(row, lengths, strict=True)]
+    return values.index(max(values)) == question.answer
 
 
 # ---------------------------------------------------------------- each benchmark's format
@@ -83,7 +127,7 @@ def _winogrande(record: Mapping) -> Question:
 
 
 def _stem_and_choices(record: Mapping) -> tuple[str, list[str], int]:
-    """Of ARC's and OpenBookQA's files, and of those of the Hugging Face hub."""
+    """(question, choices, answer) of a record of ARC or OpenBookQA, in the form of its own files or of the hub."""
     question = record["question"] if "question" in record else record["question_stem"]
     if isinstance(question, Mapping):  # the original files
         stem, choices = question["stem"], question["choices"]
@@ -111,17 +155,17 @@ def _blimp(record: Mapping) -> Question:
 
 def _cbt(record: Mapping) -> Question:
     """The Children's Book Test: the gap XXXXX is filled with each option, and the whole question is scored."""
-    story = "\n".join(record["sentences"])
-    filled = [record["question"].replace("XXXXX", option) for option in record["options"]]
-    if record["answer"] not in record["options"]:
+    options = list(record["options"])
+    if record["answer"] not in options:
         raise ValueError(f"the answer {record['answer']!r} is none of the options")
-    return Question(
-        [(story, f"\n{text}") for text in filled], list(record["options"]), record["options"].index(record["answer"])
+    filled = [record["question"].replace("XXXXX", option) for option in options]
+    return _choices("\n".join(record["sentences"]), filled, options.index(record["answer"]), "\n")._replace(
+        choices=options
     )
 
 
 def _own(record: Mapping) -> Question:
-    """A task of one's own: {"context": ..., "choices": [...], "answer": 0}."""
+    """A user's own task: {"context": ..., "choices": [...], "answer": 0}."""
     return _choices(record["context"], record["choices"], int(record["answer"]), record.get("delimiter", " "))
 
 
@@ -142,25 +186,8 @@ FORMATS: dict[str, tuple[Callable[[Mapping], Question], tuple[str, ...]]] = {
 # ---------------------------------------------------------------- reading
 
 
-def read_task(name: str, file: Path) -> Task:
-    """The questions of a JSONL file in the format `name`.
-
-    Raises:
-        UserError: no such format, file or question; names the line.
-    """
-    if name not in FORMATS:
-        raise UserError(f"task {name}: no such format; there are {', '.join(FORMATS)}")
-    return task_of(
-        name, ((f"{file}:{number}", _record(line, f"{file}:{number}")) for number, line in _lines(file)), str(file)
-    )
-
-
-def task_of(name: str, records: Iterable[tuple[str, Mapping]], source: str) -> Task:
-    """The task of records in the format `name`, each with the place to name in a complaint.
-
-    Raises:
-        UserError: one is not a question of this task, or there is none.
-    """
+def _task_of(name: str, records: Iterable[tuple[str, Mapping]], source: str) -> Task:
+    """The task of (place, record)s in the format `name`; the place is named in an error."""
     to_question, metrics = FORMATS[name]
     questions = [_question(to_question, record, where) for where, record in records]
     if not questions:
@@ -168,14 +195,12 @@ def task_of(name: str, records: Iterable[tuple[str, Mapping]], source: str) -> T
     return Task(name, questions, metrics, source)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def _file_records(file: Path) -> Iterator[tuple[str, Mapping]]:
     try:
         with open(file, "rb") as lines:
-            number = 0
-            while line := lines.readline(_LONGEST_LINE):
-                number += 1
+            for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
                 if line.strip():
-                    yield number, line
+                    yield f"{file}:{number}", _record(line, f"{file}:{number}")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
 
@@ -202,38 +227,116 @@ def _question(to_question: Callable[[Mapping], Question], record: Mapping, where
         raise UserError(f"{where}: a choice is missing or blank")
     if not 0 <= question.answer < count:
         raise UserError(f"{where}: the answer is choice {question.answer}, but there are {count}, numbered from 0")
-    return question
+    return question._replace(where=where)
 
 
-# ---------------------------------------------------------------- results
+# ---------------------------------------------------------------- from words on a command line
 
 
-def results(task: Task, scores: Sequence[Score]) -> dict[str, object]:
-    """{"task", "questions", "cut", metric, "metric_stderr", ...}; `scores` are those of all pairs, in their order."""
-    rows: list[list[Score]] = []
-    remaining = iter(scores)
-    for question in task.questions:
-        rows.append([next(remaining) for _ in question.pairs])
-    found = {
-        "task": task.name,
-        "questions": len(task.questions),
-        "cut": sum(score.cut > 0 for score in scores),
-        **({"source": task.source} if task.source else {}),
-    }
-    for metric in task.metrics:
-        if metric == "perplexity":
-            mean = -math.fsum(row[0].logprob for row in rows) / len(rows)
-            found[metric] = math.exp(min(mean, 700.0))  # exp(710) overflows a float64
-            continue
-        right = [_is_right(metric, question, row) for question, row in zip(task.questions, rows, strict=True)]
-        found[metric] = mean = sum(right) / len(right)
-        found[f"{metric}_stderr"] = math.sqrt(mean * (1 - mean) / (len(right) - 1)) if len(right) > 1 else None
-    return found
+def read_tasks(
+    words: Sequence[str], tfds_data_dir: Path | None = None, limit: int | None = None
+) -> list[Task | wikitext.Pages]:
+    """The tasks of the words NAME=FILE, NAME=tfds:DATASET, or NAME, which is TFDS's dataset of that name.
+
+    Only the first `limit` questions of each task are kept.
+
+    Raises:
+        UserError: no such format, file, dataset or question; names the place.
+    """
+    tasks = [_read_word(word, tfds_data_dir) for word in words]
+    return tasks if limit is None else [task.first(limit) for task in tasks]
 
 
-def _is_right(metric: str, question: Question, row: Sequence[Score]) -> bool:
-    if len(row) == 1:
-        return row[0].is_greedy
-    lengths = [len(choice) for choice in question.choices] if metric == "acc_norm" else [1] * len(row)
-    values = [score.logprob / length for score, length in zip(row, lengths, strict=True)]
-    return values.index(max(values)) == question.answer
+def _read_word(word: str, tfds_data_dir: Path | None) -> Task | wikitext.Pages:
+    name, _, place = word.partition("=")
+    if name not in (*FORMATS, wikitext.NAME):
+        raise UserError(f"task {name}: no such format; there are {', '.join([*FORMATS, wikitext.NAME])}")
+    if place and not place.startswith(catalogs.TFDS):
+        file = Path(place)
+        return wikitext.read_pages(file) if name == wikitext.NAME else _task_of(name, _file_records(file), place)
+    if name not in _SETS:
+        raise UserError(f"task {word}: TFDS has no dataset of this task; give a file: {name}=FILE")
+    kept = _SETS[name]
+    source = place or f"{catalogs.TFDS}{kept.dataset}"
+    if kept.configs and "/" not in source:
+        raise UserError(f"task {word}: TFDS keeps it in parts; name one: {name}={source}/{kept.configs}")
+    part = SourceConfig(source=source, path=str(tfds_data_dir) if tfds_data_dir else None)
+    return _task_of(name, _tfds_records(part, kept), f"{source}, split {kept.split}")
+
+
+def _tfds_records(part: SourceConfig, kept: "_TfdsSet") -> Iterator[tuple[str, Mapping]]:
+    """(place, record in the benchmark's own format) of each example."""
+    try:
+        builder = catalogs.tfds_builder(part)
+    except UserError as error:  # its advice is for a config file
+        advice = str(error).replace("set data.path to its data_dir", "give its data_dir with --tfds-data-dir")
+        raise UserError(advice) from None
+    if kept.split not in builder.info.splits:
+        names = ", ".join(builder.info.splits)
+        raise UserError(f"{part.source} has no split {kept.split}, only {names}; prepare it whole")
+    for where, value, _ in catalogs.tfds_rows(builder, kept.split, part, None, None, BadRecords("refuse")):
+        try:
+            yield where, kept.record(value)
+        except KeyError as error:
+            raise UserError(f"{where}: no feature {error}; it has {', '.join(value)}") from None
+        except (IndexError, TypeError) as error:
+            raise UserError(f"{where}: not a question of this task ({error})") from None
+
+
+# ---------------------------------------------------------------- TFDS's records as the benchmarks' own
+
+
+class _TfdsSet(NamedTuple):
+    dataset: str
+    split: str
+    record: Callable[[Mapping], Mapping]
+    configs: str = ""
+    """For a dataset that exists only in parts: one of them, as an example."""
+
+
+def _letter(number: int) -> str:
+    """The letter of an answer that TFDS has as a number; -1 is one that the benchmark does not publish."""
+    return "ABCDE"[number] if number >= 0 else "hidden"
+
+
+def _lambada_of_tfds(example: Mapping) -> Mapping:
+    return {"text": example["passage"].rstrip("\n")}
+
+
+def _hellaswag_of_tfds(example: Mapping) -> Mapping:
+    """TFDS has joined ctx_a and ctx_b. In the part from ActivityNet ctx_b is what follows the last whole sentence."""
+    before, after = example["context"], ""
+    if example["source_id"].startswith("activitynet"):
+        found = re.fullmatch(r"(.*[.!?][\"')]*) (\S.*)", before, flags=re.DOTALL)
+        before, after = found.groups() if found else (before, "")
+    return {**example, "ctx_a": before, "ctx_b": after}
+
+
+def _winogrande_of_tfds(example: Mapping) -> Mapping:
+    return {**example, "answer": example["label"] + 1}
+
+
+def _arc_of_tfds(example: Mapping) -> Mapping:
+    choices = [{**choice, "label": _letter(choice["label"])} for choice in example["choices"]]
+    return {"question": {"stem": example["question"], "choices": choices}, "answerKey": _letter(example["answerKey"])}
+
+
+def _openbookqa_of_tfds(example: Mapping) -> Mapping:
+    question = example["question"]
+    choices = [{"text": question[f"choice_{label}"], "label": label} for label in "ABCD"]
+    return {"question": {"stem": question["stem"], "choices": choices}, "answerKey": _letter(example["answerKey"])}
+
+
+def _same(example: Mapping) -> Mapping:
+    return example
+
+
+_SETS = {
+    "lambada": _TfdsSet("lambada", "test", _lambada_of_tfds),
+    "hellaswag": _TfdsSet("hellaswag", "validation", _hellaswag_of_tfds),
+    "piqa": _TfdsSet("piqa", "validation", _same),
+    "winogrande": _TfdsSet("winogrande", "validation", _winogrande_of_tfds),
+    "arc": _TfdsSet("ai2_arc", "test", _arc_of_tfds, "ARC-Easy"),
+    "openbookqa": _TfdsSet("openbookqa", "test", _openbookqa_of_tfds),
+    "blimp": _TfdsSet("blimp", "train", _same, "adjunct_island"),
+}

@@ -1,9 +1,9 @@
-"""What a model writes, in figures: is it varied, does it repeat itself, does it come to an end?
+"""Figures of the texts that a model generates: are they varied, do they repeat themselves, do they end?
 
-distinct-n (Li et al. 2016): of all n-grams of all texts together, the share that are different. rep-4 (Welleck et al.
-2020): of a text's 4-grams, the share that stood in it before; the mean over the texts. Both depend on how many texts
-there are and how long they may get, so they mean something only beside the same figures of real texts, which are cut
-as the model's are.
+distinct-n (Li et al. 2016): the share of different n-grams among those of all texts together. rep-4 (Welleck et al.
+2020): the share of a text's 4-grams that repeat an earlier one; the mean over the texts. Both depend on how many texts
+there are and how long they may get, so they mean something only beside the same figures of real texts of the same
+lengths.
 """
 
 import dataclasses
@@ -16,31 +16,31 @@ from jaxgpt.data.dataset import PackedRows, TokenDataset, TokenStream
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.inference.answers import prompts_of
-from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.decode import Decoder, generate
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import fit_prompt
 
-PROMPTS = 64  # of the validation texts
+PROMPTS = 64  # from the validation texts
 PROMPT_TOKENS = 32
-TOGETHER = 32  # texts written at once
-LOOK_AHEAD = 1 << 16  # tokens in which the beginning of a text is looked for
+TOGETHER = 32  # texts generated at once
+LOOK_AHEAD = 1 << 16  # tokens in which the beginning of a text is searched
 
 
 class Written(NamedTuple):
     tokens: list[int]
     """Without the token that ended it."""
     stopped: bool
-    """It came to its end; the others were cut."""
+    """The text came to its end; the others were cut."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     tokens: list[list[int]]
     origin: str
-    """Where they come from, for the table."""
+    """Where the prompts come from, for the table."""
     real: list[Written] | None = None
-    """How each goes on in the data."""
+    """The continuation of each in the data."""
     cut: int = 0
     """Prompts that were too long and lost their beginning."""
 
@@ -56,7 +56,7 @@ def written_prompts(
     options: SamplingOptions,
     system: str = "",
 ) -> Prompts:
-    """The prompts that a user wrote; for a chat model each is a message to it, after its system message.
+    """The prompts that a user wrote; for a chat model each is a message after the system message.
 
     Raises:
         UserError: a message does not fit, or there is no room for a prompt.
@@ -72,36 +72,37 @@ def written_prompts(
 
 
 def validation_prompts(dataset: TokenDataset, tokenizer: Tokenizer, n_positions: int, new: int) -> Prompts:
-    """Beginnings of validation texts, or all that comes before an answer of validation conversations.
-
-    `new`: tokens that will be written, and that are taken of what really follows.
+    """Beginnings of validation texts, or validation conversations up to an answer, each with its real continuation.
 
     Raises:
-        UserError: none leaves room for so many tokens.
+        UserError: none leaves room for `new` more tokens.
     """
     longest = n_positions - new
     if longest < 1:
         raise UserError(f"--max-new-tokens {new}: the model reads and writes {n_positions} tokens at most")
-    if dataset.format == "chat":
-        tokens = prompts_of(dataset.validation, PROMPTS, longest)
-        real = _answers(dataset.validation, tokens, tokenizer.end_of_turn, new)
+    validation = dataset.validation
+    if isinstance(validation, PackedRows):
+        assert tokenizer.end_of_turn is not None, "conversations are prepared with a chat's tokens"
+        tokens = prompts_of(validation, PROMPTS, longest)
+        real = _answers(validation, tokens, tokenizer.end_of_turn, new)
         prompts = Prompts(tokens, "before answers of validation conversations", real)
     else:
-        prompts = _beginnings(dataset.validation, tokenizer.end_of_text, min(PROMPT_TOKENS, longest), new)
+        assert isinstance(validation, TokenStream)
+        prompts = _beginnings(validation, tokenizer.end_of_text, min(PROMPT_TOKENS, longest), new)
     if not prompts.tokens:
         raise UserError(f"--generate: no validation text leaves room for {new} new tokens; ask for fewer")
     return prompts
 
 
 def _beginnings(stream: TokenStream, end_of_text: int, length: int, new: int) -> Prompts:
-    """From places evenly over the stream, the next text that begins there; in a text without end, the place itself."""
+    """The text that begins next after each of evenly spaced places; in a very long text, the place itself."""
     starts = []
     for place in range(PROMPTS):
         start = place * stream.num_tokens // PROMPTS
         ahead = stream.read(start, min(LOOK_AHEAD, stream.num_tokens - start))
         found = np.flatnonzero(ahead == end_of_text)
         starts.append(start + int(found[0]) if len(found) else start)
-    # Within a text that is shorter than its prompt another one would begin.
+    # A text that is shorter than its prompt is left out: another text would begin in it.
     inside = [start for start in sorted(set(starts)) if start + length + new <= stream.num_tokens]
     whole = [stream.read(start, length + new).tolist() for start in inside]
     whole = [tokens for tokens in whole if end_of_text not in tokens[1:length]]
@@ -110,7 +111,7 @@ def _beginnings(stream: TokenStream, end_of_text: int, length: int, new: int) ->
 
 
 def _answers(rows: PackedRows, prompts: Sequence[list[int]], end_of_turn: int, new: int) -> list[Written]:
-    """What the conversations say after each of the prompts, which `prompts_of` has taken evenly from the rows."""
+    """The answer of the data to each prompt; `prompts_of` took the prompts evenly from the rows."""
     steps = min(PROMPTS, rows.num_rows)
     numbers = (step * rows.num_rows // steps for step in range(steps))
     there = [tokens.tolist() for number in numbers for _, tokens, _ in rows.row(number).conversations()]
@@ -133,7 +134,7 @@ def check(
     options: SamplingOptions,
     progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, object]:
-    """{"prompts", "origin", "cut", "model": figures, "real": figures or None, how they were written}."""
+    """{"prompts", "origin", "cut", sampling options, "model": figures, "real": figures or None}."""
     if end_of_turn is not None:
         options = dataclasses.replace(options, stop_token_ids=(end_of_turn,))
     made = []

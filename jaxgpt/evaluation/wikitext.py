@@ -1,8 +1,8 @@
 """WikiText-2 and WikiText-103 as EleutherAI's lm-evaluation-harness 0.4 scores them.
 
-The file's text is taken apart at spaces ("it 's 1 @,@ 000 ."), which no model has learned: it is scored as it would
-have been written, and the result is told a word and a byte of the text as it stands in the file, so that it does not
-depend on the tokenizer. Each page is scored by itself, in windows that do not overlap.
+The file has spaces between its words and signs ("it 's 1 @,@ 000 ."), which no model has learned: a page is scored as
+it would have been written. The result is given per word and per byte of the text in the file, so it does not depend on
+the tokenizer. Each page is scored by itself, in windows that do not overlap.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation.scoring import Request, Score
+from jaxgpt.evaluation.scoring import Score, ScoringRequest
 
 NAME = "wikitext"
 
 _PLAIN = (
-    [("s '", "s'")],
-    [(f" @{sign}@ ", sign) for sign in "-,."],
-    [(f" {sign} ", f"{sign} ") for sign in ":;.!?,"],
+    ("s '", "s'"),
+    *((f" @{sign}@ ", sign) for sign in "-,."),
+    *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"),
 )
-"""What stands in the text and what is written for it, in this order: possessives, numbers, punctuation."""
+"""(in the file, as it is written), in the order of replacement: possessives, numbers, punctuation."""
 _ENCLOSED = [("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'")]
 _LAST = [
     ("= = = =", "===="),
@@ -38,12 +38,12 @@ _LAST = [
 
 
 def detokenize(page: str) -> str:
-    """A page as it would have been written, by the harness's rules."""
-    for old, new in (pair for group in _PLAIN for pair in group):
+    """The page as it would have been written, by the harness's rules."""
+    for old, new in _PLAIN:
         page = page.replace(old, new)
     for left, right in _ENCLOSED:  # no space within brackets and quotation marks
-        inside = rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"
-        page = re.sub(inside, lambda found, left=left, right=right: left + found[1] + right, page)
+        inside = rf"({re.escape(left)})\s*([^{re.escape(right)}]*?)\s*({re.escape(right)})"
+        page = re.sub(inside, r"\1\2\3", page)
     for old, new in _LAST:
         page = page.replace(old, new)
     return page
@@ -61,13 +61,20 @@ class Pages:
     def first(self, count: int) -> "Pages":
         return dataclasses.replace(self, pages=self.pages[:count])
 
-    def requests(self, tokenizer: Tokenizer, block_size: int) -> list[Request]:
-        """What is to be scored: every token of every page once."""
-        encoded = (tokenizer.encode(detokenize(page)) for page in self.pages)
+    def requests(self, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
+        """Requests that score every token of every page once.
+
+        Raises:
+            UserError: the tokenizer has no token for a character.
+        """
+        try:
+            encoded = [tokenizer.encode(detokenize(page)) for page in self.pages]
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from None
         return [request for tokens in encoded for request in rolling(tokens, tokenizer.end_of_text, block_size)]
 
     def results(self, scores: Sequence[Score]) -> dict[str, object]:
-        """{"task", "questions", "cut", "word_perplexity", ...}: `scores` are those of all requests."""
+        """{"task", "questions", "cut", "word_perplexity", ...} from the scores of all requests."""
         logprob = math.fsum(score.logprob for score in scores)
         words = sum(len(re.split(r"\s+", page)) for page in self.pages)
         num_bytes = sum(len(page.encode()) for page in self.pages)
@@ -82,14 +89,17 @@ class Pages:
         }
 
 
-def rolling(tokens: Sequence[int], end_of_text: int, block_size: int) -> Iterator[Request]:
-    """Windows that score each token once. All but the last hold `block_size` targets after one token of context; the
-    last begins earlier than it must, so that the model reads as much as it can, and scores what is left."""
+def rolling(tokens: Sequence[int], end_of_text: int, block_size: int) -> Iterator[ScoringRequest]:
+    """Windows that score each token once.
+
+    All but the last hold `block_size` targets after one token of context. The last one scores what is left, with as
+    much context as the model can read.
+    """
     whole = [end_of_text, *tokens]
     for first in range(1, len(whole), block_size):
         last = min(first + block_size, len(whole))
         begin = min(first - 1, max(last - 1 - block_size, 0))
-        yield Request(whole[begin:first], whole[first:last])
+        yield ScoringRequest(whole[begin:first], whole[first:last])
 
 
 def read_pages(file: Path) -> Pages:
@@ -98,17 +108,26 @@ def read_pages(file: Path) -> Pages:
     Raises:
         UserError: no such file, not text, no page in it; names the line.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it") from None
-    jsonl = file.suffix in (".jsonl", ".json")
-    pages = [page for page in (_jsonl_pages if jsonl else _raw_pages)(text, file) if page.strip()]
+    text = read_text(file, str(file))
+    cut = _jsonl_pages if file.suffix in (".jsonl", ".json") else _raw_pages
+    pages = [page for page in cut(text, file) if page.strip()]
     if not pages:
         raise UserError(f"{file}: no page in it")
     return Pages(pages, str(file))
+
+
+def read_text(file: Path, where: str) -> str:
+    """The content of a UTF-8 file.
+
+    Raises:
+        UserError: there is no such file, or it is not UTF-8; begins with `where`.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert it") from None
 
 
 def _raw_pages(text: str, file: Path) -> Iterator[str]:
@@ -122,7 +141,7 @@ def _raw_pages(text: str, file: Path) -> Iterator[str]:
 
 
 def _is_title(line: str) -> bool:
-    """ " = Robert Boulter = ", and not " = = Career = = "."""
+    """Whether a line is a top heading: " = Robert Boulter = ", but not " = = Career = = "."""
     line = line.replace("= = =", "===").replace("= =", "==").strip()
     return line.startswith("= ") and line.endswith(" =")
 

@@ -1,34 +1,47 @@
 """The routes: OpenAI's /v1, `/generate`, tokens, health, metrics, and the page.
 
-Each route reads its body (bodies.py), says what the engine is to do (work.py), has it done (generation.py) and
-answers in its shape (formats.py); what stands before all of them is in gate.py.
+Each route reads its body (schemas.py), turns it into engine requests (requests.py), has the engine make the texts
+(generated_texts.py) and answers (responses.py, sse.py); every request passes middleware.py first.
 """
 
 import asyncio
+import base64
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from jaxgpt import __version__
 from jaxgpt.errors import UserError
+from jaxgpt.inference.engine import Engine
 from jaxgpt.serving import schemas
 from jaxgpt.serving.generated_texts import Generation, retry_seconds
-from jaxgpt.serving.http_errors import ApiError, bad_request, too_busy
-from jaxgpt.serving.middleware import Gate, answer_error, body_of
-from jaxgpt.serving.prometheus import Metrics
-from jaxgpt.serving.requests import Work, chat_messages, chat_work, completion_work, generate_work
+from jaxgpt.serving.middleware import RequestMiddleware, ServerMetrics, answer_error, body_of
+from jaxgpt.serving.requests import (
+    GenerationRequest,
+    chat_request,
+    chat_tokens,
+    completion_request,
+    generate_request,
+)
 from jaxgpt.serving.responses import Chats, Completions, Generated
-from jaxgpt.serving.served_model import Served
+from jaxgpt.serving.schemas import ApiError, bad_request, too_busy
+from jaxgpt.serving.served_model import ServedModel
 from jaxgpt.serving.sse import EventStream, events, while_connected
-from jaxgpt.serving.web_page import read_page
 
+T = TypeVar("T")
 OPENABLE = {"page": "/", "metrics": "/metrics", "models": "/v1/models"}
-LONG_BODY = 8192  # bytes; tokenizing more takes milliseconds, in which the event loop would answer nobody
+LONG_BODY = 8192  # bytes; tokenizing more takes milliseconds, too long for the event loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,46 +49,43 @@ class Options:
     """How the server treats its clients."""
 
     keys: Sequence[str] = ()
-    """API keys; none: anyone may ask."""
+    """API keys; without any, anyone may ask."""
     opened: Sequence[str] = ()
-    """Of OPENABLE, what needs no key."""
+    """Names in OPENABLE that need no key."""
     cors_origins: Sequence[str] = ()
     """Sites whose pages may ask from a browser."""
     request_seconds: float = 600.0
-    """What an answer may take, its time in the queue included."""
+    """Time limit of an answer, its time in the queue included."""
 
 
 class Routes:
     """The functions behind the paths."""
 
-    def __init__(self, served: Served, options: Options, metrics: Metrics):
-        self._served, self._options, self._metrics = served, options, metrics
-        self._page, self._page_headers = read_page()
+    def __init__(self, model: ServedModel, options: Options, metrics: ServerMetrics):
+        self._model, self._options, self._metrics = model, options, metrics
+        self._page, self._page_headers = _read_page()
         self.under_way = 0
-        """Requests that the engine works for, or that are still being sent."""
+        """Requests that the engine works on, or whose answers are still being sent."""
 
     async def completions(self, request: Request) -> Response:
-        self._refuse_if_full()
-        body = await self._read(request, schemas.CompletionBody)
-        return await self._answer(request, completion_work, body, Completions)
+        body = await self._read_text_body(request, schemas.CompletionBody)
+        return await self._answer(request, lambda engine: completion_request(body, self._model, engine), Completions)
 
     async def chats(self, request: Request) -> Response:
-        self._refuse_if_full()
-        body = await self._read(request, schemas.ChatBody)
-        return await self._answer(request, chat_work, body, Chats)
+        body = await self._read_text_body(request, schemas.ChatBody)
+        return await self._answer(request, lambda engine: chat_request(body, self._model, engine), Chats)
 
     async def generate(self, request: Request) -> Response:
-        self._refuse_if_full()
-        body = await self._read(request, schemas.GenerateBody)
-        shape = lambda served, work: Generated(served, work, body.prompt)
-        return await self._answer(request, generate_work, body, shape)
+        body = await self._read_text_body(request, schemas.GenerateBody)
+        shape = lambda model, asked: Generated(asked, body.prompt)
+        return await self._answer(request, lambda engine: generate_request(body, self._model, engine), shape)
 
     async def models(self) -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [self._served.card()]})
+        return JSONResponse({"object": "list", "data": [self._model.card()]})
 
     async def model(self, name: str) -> JSONResponse:
-        self._served.check_name(name)
-        return JSONResponse(self._served.card())
+        self._model.check_name(name)
+        return JSONResponse(self._model.card())
 
     async def tokenize(self, request: Request) -> JSONResponse:
         body = await self._read(request, schemas.TokenizeBody)
@@ -83,34 +93,33 @@ class Routes:
             raise bad_request("give either prompt or messages", "prompt")
 
         def encode() -> list[int]:
-            if body.messages is None:
-                return self._served.tokenizer.encode(body.prompt)
-            messages = chat_messages([message.plain for message in body.messages], self._served)
-            return self._served.chat.encode(messages)
+            if body.messages is not None:
+                return chat_tokens(body.messages, self._model)
+            return self._model.tokenizer.encode(body.prompt or "")
 
         tokens = await _off_the_loop(encode, request)
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._served.n_positions})
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._model.n_positions})
 
     async def detokenize(self, request: Request) -> JSONResponse:
         body = await self._read(request, schemas.DetokenizeBody)
-        tokenizer = self._served.tokenizer
+        tokenizer = self._model.tokenizer
         unknown = next((token for token in body.tokens if token >= tokenizer.vocab_size), None)
         if unknown is not None:
             raise bad_request(f"token {unknown}, but the vocabulary is {tokenizer.vocab_size}", "tokens")
         return JSONResponse({"prompt": await _off_the_loop(lambda: tokenizer.decode(body.tokens), request)})
 
     async def tokenizer_info(self) -> JSONResponse:
-        """What lm-evaluation-harness asks before it trusts /tokenize."""
-        tokenizer = self._served.tokenizer
+        """What lm-evaluation-harness reads before it uses /tokenize."""
+        tokenizer = self._model.tokenizer
         end = tokenizer.decode([tokenizer.end_of_text])
         info = {"eos_token": end, "bos_token": end, "eos_token_id": tokenizer.end_of_text}
         return JSONResponse(info | {"vocab_size": tokenizer.vocab_size, "tokenizer_digest": tokenizer.digest})
 
     async def health(self) -> JSONResponse:
-        return JSONResponse({"status": self._served.state}, 200 if self._served.is_healthy else 503)
+        return JSONResponse({"status": self._model.state}, 200 if self._model.is_healthy else 503)
 
     async def ready(self) -> JSONResponse:
-        state = self._served.state
+        state = self._model.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def figures(self) -> Response:
@@ -120,44 +129,52 @@ class Routes:
     async def page(self) -> HTMLResponse:
         return HTMLResponse(self._page, headers=self._page_headers)
 
-    def _refuse_if_full(self) -> None:
-        """Before the body is read: under ten times the load that it can take, a server is busy with refusing."""
-        engine = self._served.engine
+    async def _read_text_body(self, request: Request, kind: type[schemas.Body]) -> schemas.Body:
+        """`_read`, unless the queue is full: reading bodies would keep an overloaded server busy."""
+        engine = self._model.engine
         if engine is not None and engine.waiting >= engine.queue_size:
             raise too_busy(engine.waiting, retry_seconds(engine))
+        return await self._read(request, kind)
 
-    async def _read(self, request: Request, kind: type):
+    async def _read(self, request: Request, kind: type[schemas.Body]) -> schemas.Body:
         body = schemas.read_body(await body_of(request), kind)
-        self._served.check_name(getattr(body, "model", None))
+        self._model.check_name(getattr(body, "model", None))
         return body
 
-    async def _answer(self, request: Request, work_of: Callable, body, shape: Callable) -> Response:
-        engine = self._served.ready_engine()
-        work: Work = await _off_the_loop(lambda: work_of(body, self._served, engine), request)
-        generation = Generation(work, self._served, engine, self._metrics, self._options.request_seconds)
-        form = shape(self._served, work)
+    async def _answer(
+        self,
+        request: Request,
+        ask: Callable[[Engine], GenerationRequest],
+        shape: Callable[[ServedModel, GenerationRequest], Completions | Chats | Generated],
+    ) -> Response:
+        engine = self._model.ready_engine()
+        asked = await _off_the_loop(lambda: ask(engine), request)
+        generation = Generation(asked, self._model, engine, self._metrics, self._options.request_seconds)
+        response = shape(self._model, asked)
+        counted = contextlib.ExitStack()
+        counted.enter_context(self._counted(generation))
+        if not isinstance(response, Generated) and asked.stream:
+            return EventStream(events(generation, response), counted)
+        with counted:
+            parts = await while_connected(request.receive, generation.collect())
+            return JSONResponse(response.whole(parts, generation.usage))
+
+    @contextlib.contextmanager
+    def _counted(self, generation: Generation) -> Iterator[None]:
+        """Count an answer as under way, and a client that leaves before its end; then free the slots."""
         self.under_way += 1
-        if work.stream:
-            return EventStream(events(generation, form), generation, self._left, self._ended)
         try:
-            parts = await while_connected(request, generation.collect())
-            return JSONResponse(form.whole(parts, generation.usage))
+            yield
         except ClientDisconnect:
-            self._left()
+            self._metrics.disconnects.inc()
             raise
         finally:
             generation.cancel()
-            self._ended()
-
-    def _left(self) -> None:
-        self._metrics.disconnects.inc()
-
-    def _ended(self) -> None:
-        self.under_way -= 1
+            self.under_way -= 1
 
 
-async def _off_the_loop(function: Callable, request: Request):
-    """What `function` gives; of a long body on a thread, for the loop has others to answer.
+async def _off_the_loop(function: Callable[[], T], request: Request) -> T:
+    """The result of `function`; for a long body it runs on a thread, so that the loop can answer others.
 
     Raises:
         ApiError: 400; the tokenizer cannot read the text.
@@ -171,11 +188,11 @@ async def _off_the_loop(function: Callable, request: Request):
         raise bad_request(str(error), "prompt") from None
 
 
-def build_app(served: Served, options: Options) -> tuple[FastAPI, Routes]:
-    """The application, and its routes, which know how much is under way."""
-    metrics = Metrics(served)
-    routes = Routes(served, options, metrics)
-    # No /docs: that page takes its program from another site. /openapi.json is there.
+def build_app(model: ServedModel, options: Options) -> tuple[FastAPI, Routes]:
+    """The application, and its routes, which count the requests under way."""
+    metrics = ServerMetrics(model)
+    routes = Routes(model, options, metrics)
+    # No /docs: that page loads its program from another site. /openapi.json is there.
     app = FastAPI(title="jaxgpt", version=__version__, docs_url=None, redoc_url=None)
     _add_post(app, "/v1/completions", routes.completions, schemas.CompletionBody)
     _add_post(app, "/v1/chat/completions", routes.chats, schemas.ChatBody)
@@ -189,20 +206,23 @@ def build_app(served: Served, options: Options) -> tuple[FastAPI, Routes]:
     app.add_api_route("/ready", routes.ready, methods=["GET"])
     app.add_api_route("/metrics", routes.figures, methods=["GET"], response_class=Response)
     app.add_api_route("/", routes.page, methods=["GET"], response_class=HTMLResponse)
-    app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(HTTPException, _not_found)
-    app.add_exception_handler(ClientDisconnect, _nobody_there)
-    app.add_exception_handler(Exception, _our_mistake)
-    opened = [OPENABLE[name] for name in options.opened]
-    app.add_middleware(Gate, keys=options.keys, opened=opened, metrics=metrics, routes=[r.path for r in app.routes])
-    if options.cors_origins:  # outside of the gate, so that a page can read why it was refused
-        allowed = dict(allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"])
-        app.add_middleware(CORSMiddleware, allow_origins=list(options.cors_origins), **allowed)
+    for kind in (ApiError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _answer_exception)
+    app.add_middleware(
+        RequestMiddleware,
+        keys=options.keys,
+        opened=[OPENABLE[name] for name in options.opened],
+        metrics=metrics,
+        routes=[route.path for route in app.routes if isinstance(route, Route)],
+    )
+    if options.cors_origins:  # outside of the keys' check, so that a page can read why it was refused
+        origins, headers = list(options.cors_origins), ["Authorization", "Content-Type"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
     return app, routes
 
 
-def _add_post(app: FastAPI, path: str, function: Callable, body: type) -> None:
-    """A route that reads its own body: FastAPI's reader has no limits, and other errors."""
+def _add_post(app: FastAPI, path: str, function: Callable, body: type[schemas.Body]) -> None:
+    """Add a route that reads its own body: FastAPI's reader has no limits, and other errors."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
     content = {"application/json": {"schema": _inlined(schema, definitions)}}
@@ -211,8 +231,8 @@ def _add_post(app: FastAPI, path: str, function: Callable, body: type) -> None:
     )
 
 
-def _inlined(schema, definitions: dict):
-    """The schema with what it refers to in its place; nothing here refers to itself."""
+def _inlined(schema: Any, definitions: dict[str, dict]) -> Any:
+    """The JSON schema with every reference replaced by its definition; no definition refers to itself."""
     if isinstance(schema, list):
         return [_inlined(part, definitions) for part in schema]
     if not isinstance(schema, dict):
@@ -222,18 +242,38 @@ def _inlined(schema, definitions: dict):
     return {name: _inlined(part, definitions) for name, part in schema.items()}
 
 
-async def _refused(request: Request, error: ApiError) -> JSONResponse:
+async def _answer_exception(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    if isinstance(error, HTTPException):  # no such route, or another method
+        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "the server made a mistake; its log says which")
     return answer_error(error)
 
 
-async def _not_found(request: Request, error: HTTPException) -> JSONResponse:
-    there_is = f"{request.method} {request.url.path[:100]}: {error.detail}"
-    return answer_error(ApiError(error.status_code, there_is, headers=dict(error.headers or {})))
+# ---------------------------------------------------------------- the page
 
 
-async def _nobody_there(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=499)
+def _read_page() -> tuple[str, dict[str, str]]:
+    """(the page, its headers). The headers allow a browser to run the page's own program and nothing else."""
+    text = resources.files("jaxgpt.serving").joinpath("page.html").read_text(encoding="utf-8")
+    rules = [
+        "default-src 'none'",
+        "connect-src 'self'",
+        "img-src 'self' data:",
+        f"script-src {_hash_of('script', text)}",
+        f"style-src {_hash_of('style', text)}",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+    headers = {"Content-Security-Policy": "; ".join(rules), "Referrer-Policy": "no-referrer"}
+    return text, headers | {"Cache-Control": "no-cache"}
 
 
-async def _our_mistake(request: Request, error: Exception) -> JSONResponse:
-    return answer_error(ApiError(500, "the server made a mistake; its log says which"))
+def _hash_of(tag: str, text: str) -> str:
+    """The hash that allows the page's one <script> or <style> (Content Security Policy Level 3, 8.4)."""
+    [content] = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

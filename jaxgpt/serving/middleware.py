@@ -1,4 +1,4 @@
-"""What stands before every route: API keys, the size and the patience for a body, and a line in the log.
+"""What every request passes: API keys, limits of a body's size and time, a line in the log, figures for Prometheus.
 
 No prompt, no answer and no key is ever written to the log.
 """
@@ -7,38 +7,105 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxgpt.serving.http_errors import ApiError
-from jaxgpt.serving.prometheus import Metrics
+from jaxgpt.errors import UserError
+from jaxgpt.inference.engine import Engine
+from jaxgpt.serving.schemas import ApiError
+from jaxgpt.serving.served_model import ServedModel
 
 logger = logging.getLogger("jaxgpt.serve")
 
 MAX_BODY_BYTES = 1 << 20
 BODY_SECONDS = 30.0
 ALWAYS_OPEN = ("/health", "/ready")
+KEYS = "JAXGPT_API_KEYS"
+FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-class Gate:
-    """ASGI middleware: checks the key of each request, counts and logs it."""
+class ServerMetrics:
+    """The figures of one server for Prometheus. Names follow vLLM's, with jaxgpt_ before them; times are in seconds."""
 
-    def __init__(self, app, keys: Sequence[str], opened: Collection[str], metrics: Metrics, routes: Collection[str]):
-        """`keys`: none for a server that anyone may use. `opened`: paths that need none. `routes`: those there are."""
+    def __init__(self, model: ServedModel):
+        own = self._registry = CollectorRegistry()  # one per server: the library's own is global
+        self.requests = Counter("jaxgpt_requests", "Requests answered", ["route", "status"], registry=own)
+        self.prompt_tokens = Counter("jaxgpt_prompt_tokens", "Tokens of accepted prompts", registry=own)
+        self.new_tokens = Counter("jaxgpt_generation_tokens", "Tokens of finished answers", registry=own)
+        self.disconnects = Counter("jaxgpt_client_disconnects", "Clients that left before the end", registry=own)
+        name, text = "jaxgpt_time_to_first_token_seconds", "From the request to its first token"
+        self.first_token = Histogram(name, text, buckets=FIRST_TOKEN, registry=own)
+        name, text = "jaxgpt_time_per_output_token_seconds", "Between tokens, after the first"
+        self.token = Histogram(name, text, buckets=TOKEN, registry=own)
+        self.whole = Histogram("jaxgpt_request_seconds", "Whole requests", ["route"], buckets=WHOLE, registry=own)
+
+        def gauge(name: str, text: str, value: Callable[[Engine], float]) -> None:
+            Gauge(name, text, registry=own).set_function(lambda: 0 if model.engine is None else value(model.engine))
+
+        gauge("jaxgpt_requests_waiting", "Texts that wait for a slot", lambda engine: engine.waiting)
+        gauge("jaxgpt_requests_running", "Texts that have a slot", lambda engine: engine.running)
+        gauge("jaxgpt_slots", "Texts that can be made at once", lambda engine: engine.slots)
+        gauge("jaxgpt_batch_fill_ratio", "Slots in use / slots", lambda engine: engine.running / engine.slots)
+        gauge("jaxgpt_engine_tokens", "Tokens the engine has made", lambda engine: engine.tokens)
+        info = Gauge("jaxgpt_model_info", "The model that is served", ["model", "step"], registry=own)
+        info.labels(model.name, model.step).set(1)
+
+    def text(self) -> tuple[bytes, str]:
+        """(the page, its content type)."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The API keys of a file or of the environment. (On the command line every user of the machine would see them.)
+
+    Raises:
+        UserError: the file cannot be read, or holds no key.
+    """
+    if file is None:
+        return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise UserError(f"--api-key-file {file}: no key in it; write one a line")
+    return keys
+
+
+class RequestMiddleware:
+    """ASGI middleware that checks the key of each request, counts it and logs it."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        opened: Collection[str],
+        metrics: ServerMetrics,
+        routes: Collection[str],
+    ):
+        """Without `keys` anyone may ask. `opened` are the paths that need no key, `routes` all paths."""
         self._app, self._metrics, self._routes = app, metrics, frozenset(routes)
         self._digests = [_digest(key) for key in keys]
         self._opened = {*ALWAYS_OPEN, *opened}
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 499  # nginx's word for a client that left before its answer
+        began, status = time.perf_counter(), 499  # nginx's status for a client that left before its answer
 
-        async def noting_send(message):
+        async def noting_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -59,13 +126,13 @@ class Gate:
             level = logging.DEBUG if path in (*ALWAYS_OPEN, "/metrics") else logging.INFO
             logger.log(level, "%s %s %d %.3f s", scope["method"], path, status, seconds)
 
-    def _may_pass(self, scope) -> bool:
-        # A browser asks with OPTIONS before it sends a key; the answer is the same for all.
+    def _may_pass(self, scope: Scope) -> bool:
+        # A browser sends OPTIONS before it sends a key; the answer is the same for everybody.
         if not self._digests or scope["path"] in self._opened or scope["method"] == "OPTIONS":
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
-        # All are compared, each in constant time: how long it takes tells nothing of any key.
+        # Each key is compared, in constant time: the time tells nothing about any key.
         matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
 

@@ -1,4 +1,4 @@
-"""From the body of a request to what the engine is asked: token ids, sampling rules, and how many texts of each.
+"""From the body of a request to engine requests: token ids, sampling options, and the number of texts of each.
 
 Every limit is checked here, before anything waits in the queue: nothing is cut silently.
 """
@@ -6,50 +6,61 @@ Every limit is checked here, before anything waits in the queue: nothing is cut 
 import dataclasses
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
+from jaxgpt.data.chat import with_system
 from jaxgpt.errors import UserError
 from jaxgpt.inference.engine import Engine, Request
 from jaxgpt.inference.sampling import SamplingOptions
-from jaxgpt.serving.http_errors import ApiError, bad_request
-from jaxgpt.serving.schemas import MAX_SEED, ChatBody, CompletionBody, GenerateBody, Sampling
-from jaxgpt.serving.served_model import Served
+from jaxgpt.serving.schemas import (
+    MAX_SEED,
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    Message,
+    SamplingBody,
+    StreamingBody,
+    bad_request,
+)
+from jaxgpt.serving.served_model import ServedModel
 
-DEFAULT_NEW_TOKENS = 16  # of /v1/completions, as OpenAI's
-# What the two kinds of client expect where they say nothing: OpenAI's, and `jaxgpt sample`'s.
+DEFAULT_NEW_TOKENS = 16  # as OpenAI's /v1/completions
+# The defaults that the two kinds of client expect: OpenAI's, and those of `jaxgpt sample`.
 OPENAI_RULES = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 GENERATE_RULES = dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.0, repetition_penalty=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What one HTTP request wants of the engine."""
+class GenerationRequest:
+    """What one HTTP request asks of the engine."""
 
     requests: list[Request]
     """Prompt by prompt, the continuations of one side by side."""
     prompt_tokens: int
     """Over all prompts, each counted once."""
     stop: tuple[str, ...]
-    tells_logprobs: bool = False
+    wants_logprobs: bool = False
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
 
 
-def completion_work(body: CompletionBody, served: Served, engine: Engine) -> Work:
+def completion_request(body: CompletionBody, model: ServedModel, engine: Engine) -> GenerationRequest:
     """
     Raises:
         ApiError: 400; the prompt does not fit the context, or too many texts are asked for.
     """
-    prompts = _prompts(body.prompt, served)
+    prompts = _prompts(body.prompt, model)
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens = 0 makes no text; it is for scoring a prompt, with echo", "max_tokens")
     n = body.n or 1
     _check_count(len(prompts) * n, engine, "n" if n > 1 else "prompt")
-    asked = DEFAULT_NEW_TOKENS if body.max_tokens is None else body.max_tokens
     requests = []
     for prompt in prompts:
-        room = served.n_positions - max(len(prompt), 1)
-        new = min(asked, max(room, 1)) if body.max_tokens is None else asked
+        new = body.max_tokens
+        if new is None:
+            new = min(DEFAULT_NEW_TOKENS, _room(model, prompt))
         requests += [
             Request(
                 prompt,
@@ -61,105 +72,102 @@ def completion_work(body: CompletionBody, served: Served, engine: Engine) -> Wor
             )
             for row in range(n)
         ]
-    return Work(
+    return GenerationRequest(
         _checked(requests, engine, "max_tokens"),
         sum(map(len, prompts)),
         _stop(body),
-        tells_logprobs=body.logprobs is not None,
+        wants_logprobs=body.logprobs is not None,
         echo=bool(body.echo),
         **_streaming(body),
     )
 
 
-def chat_work(body: ChatBody, served: Served, engine: Engine) -> Work:
+def chat_request(body: ChatBody, model: ServedModel, engine: Engine) -> GenerationRequest:
     """
     Raises:
         ApiError: 400; there is no chat template, the conversation does not fit, or it does not end in a user's turn.
     """
-    messages = chat_messages([message.plain for message in body.messages], served)
+    prompt = chat_tokens(body.messages, model)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_request("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
-    prompt = served.chat.encode(messages)
-    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    new = max(served.n_positions - len(prompt), 1) if asked is None else asked
+    new = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     n = body.n or 1
     _check_count(n, engine, "n")
-    options = _options(body, OPENAI_RULES, new)
-    options = dataclasses.replace(options, stop_token_ids=(*options.stop_token_ids, served.chat.end_of_turn))
+    options = _options(body, OPENAI_RULES, _room(model, prompt) if new is None else new)
+    end_of_turn = model.chat_prompts().end_of_turn
+    options = dataclasses.replace(options, stop_token_ids=(*options.stop_token_ids, end_of_turn))
     requests = [Request(prompt, options, row, alternatives=body.top_logprobs or 0) for row in range(n)]
-    return Work(
+    return GenerationRequest(
         _checked(requests, engine, "messages"),
         len(prompt),
         _stop(body),
-        tells_logprobs=bool(body.logprobs),
+        wants_logprobs=bool(body.logprobs),
         **_streaming(body),
     )
 
 
-def chat_messages(messages: Sequence[dict[str, str]], served: Served) -> list[dict[str, str]]:
-    """The messages with the server's system message where they have none.
+def chat_tokens(messages: Sequence[Message], model: ServedModel) -> list[int]:
+    """The prompt of a conversation, with the server's system message if it has none.
 
     Raises:
         ApiError: 400; the model has no chat template, or the last message is not the user's.
     """
-    if served.chat is None:
-        raise bad_request(served.no_chat, "messages", "no_chat_template")
-    if messages[-1]["role"] != "user":
+    prompts = model.chat_prompts()
+    if messages[-1].role != "user":
         raise bad_request("the last message must be the user's: the model writes what comes after it", "messages")
-    has_system = any(message["role"] == "system" for message in messages)
-    head = [{"role": "system", "content": served.system}] if served.system.strip() and not has_system else []
-    return [*head, *messages]
+    return prompts.encode(with_system([message.plain for message in messages], model.system))
 
 
-def generate_work(body: GenerateBody, served: Served, engine: Engine) -> Work:
+def generate_request(body: GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
     """
     Raises:
         ApiError: 400; both limits are given, or the text does not fit.
     """
-    prompt = served.tokenizer.encode(body.prompt)
+    prompt = model.tokenizer.encode(body.prompt)
     if body.max_length is not None and body.max_new_tokens is not None:
         raise bad_request("max_length counts the prompt's tokens, max_new_tokens does not; give one", "max_length")
-    new = 100 if body.max_new_tokens is None else body.max_new_tokens
+    new = min(100, _room(model, prompt)) if body.max_new_tokens is None else body.max_new_tokens
     if body.max_length is not None:
         new = body.max_length - max(len(prompt), 1)
         if new < 1:
             message = f"max_length = {body.max_length}, but the prompt is {len(prompt)} tokens already"
             raise bad_request(message, "max_length")
-    elif body.max_new_tokens is None:
-        new = max(min(new, served.n_positions - max(len(prompt), 1)), 1)
     n = body.num_return_sequences
     _check_count(n, engine, "num_return_sequences")
     requests = [Request(prompt, _options(body, GENERATE_RULES, new), row) for row in range(n)]
-    return Work(_checked(requests, engine, "max_new_tokens"), len(prompt), _stop(body))
+    return GenerationRequest(_checked(requests, engine, "max_new_tokens"), len(prompt), _stop(body))
 
 
-def _prompts(prompt: str | list, served: Served) -> list[list[int]]:
-    if isinstance(prompt, str):
-        return [served.tokenizer.encode(prompt)]
-    if not prompt or isinstance(prompt[0], int):  # [] is one prompt without tokens
-        return [prompt]
-    return [served.tokenizer.encode(one) if isinstance(one, str) else one for one in prompt]
+def _prompts(prompt: str | list, model: ServedModel) -> list[list[int]]:
+    several = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    return [model.tokenizer.encode(one) if isinstance(one, str) else one for one in several]  # [] is a prompt, too
 
 
-def _options(body: Sampling, defaults: dict, new_tokens: int) -> SamplingOptions:
-    rules = {name: value if (value := getattr(body, name)) is not None else usual for name, usual in defaults.items()}
+def _room(model: ServedModel, prompt: list[int]) -> int:
+    """The new tokens that fit after a prompt; at least one, for the engine to refuse a prompt that is too long."""
+    return max(model.n_positions - max(len(prompt), 1), 1)
+
+
+def _options(body: SamplingBody, defaults: dict[str, float], new_tokens: int) -> SamplingOptions:
+    rules: dict[str, Any] = {
+        name: usual if (value := getattr(body, name)) is None else value for name, usual in defaults.items()
+    }
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
-    return SamplingOptions(
-        max_new_tokens=new_tokens, stop_token_ids=tuple(body.stop_token_ids or ()), seed=seed, **rules
-    )
+    stop_token_ids = tuple(body.stop_token_ids or ())
+    return SamplingOptions(max_new_tokens=new_tokens, stop_token_ids=stop_token_ids, seed=seed, **rules)
 
 
-def _stop(body: Sampling) -> tuple[str, ...]:
+def _stop(body: SamplingBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def _streaming(body: CompletionBody | ChatBody) -> dict[str, bool]:
+def _streaming(body: StreamingBody) -> dict[str, bool]:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream = true", "stream_options")
-    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return {"stream": bool(body.stream), "include_usage": wants_usage}
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return {"stream": bool(body.stream), "include_usage": include_usage}
 
 
 def _check_count(texts: int, engine: Engine, field: str) -> None:

@@ -1,15 +1,13 @@
-"""The bodies of requests: which fields there are, which values they take, and which fields of OpenAI's we refuse.
+"""The bodies of requests (their fields and values, and the fields of OpenAI's that are refused) and of errors.
 
-A field that would change the answer and that we do not have is an error that names it. Fields that change nothing
-here (`user`, `metadata`, ...) are left out, and so is a field we do not have with the value that it has by default.
+A field that is not supported and would change the answer is an error that names it. Fields that change nothing here
+(`user`, `metadata`, ...) are ignored, and so is an unsupported field with its default value.
 """
 
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import from_json
-
-from jaxgpt.serving.http_errors import ApiError, bad_request
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -19,15 +17,77 @@ MAX_SEED = 2**31 - 1
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Tokens = list[Token]
+TokenIds = list[Token]
+
+
+# ---------------------------------------------------------------- errors
+
+
+class ApiError(Exception):
+    """A request that is refused or fails: an HTTP status, and a body in OpenAI's form.
+
+    https://platform.openai.com/docs/guides/error-codes
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict:
+        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param, code)
+
+
+def too_busy(waiting: int, seconds: int) -> ApiError:
+    return ApiError(
+        429,
+        f"{waiting} requests are waiting, which is as many as may; try again in {seconds} s",
+        code="queue_full",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
+def not_ready(state: str) -> ApiError:
+    """`state`: "loading", "stopping" or "failed"."""
+    message = {
+        "loading": "the model is being loaded; try again soon",
+        "stopping": "the server is stopping; ask another one",
+        "failed": "the server has failed and is about to end",
+    }[state]
+    return ApiError(503, message, code=state, headers={"Retry-After": "2"})
+
+
+def too_slow(seconds: float) -> ApiError:
+    # Without this header OpenAI's clients would try twice more, and wait as long each time.
+    headers = {"x-should-retry": "false"}
+    return ApiError(504, f"the answer was not ready after {seconds:g} s", code="deadline", headers=headers)
+
+
+# ---------------------------------------------------------------- bodies of requests
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Sampling(_Body):
-    """How tokens are chosen. `null` is the same as to leave a field out."""
+class SamplingBody(_Body):
+    """How tokens are chosen. `null` is the same as leaving a field out."""
 
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -35,7 +95,7 @@ class Sampling(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[Tokens, Field(max_length=7)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=7)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
 
 
@@ -43,17 +103,17 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
-class Streaming(Sampling):
+class StreamingBody(SamplingBody):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
 
-class CompletionBody(Streaming):
+class CompletionBody(StreamingBody):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
-    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -70,12 +130,12 @@ class Message(_Body):
 
     @property
     def plain(self) -> dict[str, str]:
-        """The message as the template takes it."""
+        """The message for the chat template."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class ChatBody(Streaming):
+class ChatBody(StreamingBody):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -85,7 +145,7 @@ class ChatBody(Streaming):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
 
-class GenerateBody(Sampling):
+class GenerateBody(SamplingBody):
     """A prompt to continue, in the words of Hugging Face's `generate`."""
 
     prompt: str
@@ -105,10 +165,10 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     model: str | None = None
-    tokens: Tokens
+    tokens: TokenIds
 
 
-# What OpenAI has and we do not, with the values that change nothing. (`None` never does.)
+# OpenAI's fields that are not supported, with the values that change nothing. (`None` never does.)
 _UNSUPPORTED: dict[str, tuple] = {
     "best_of": (1,),
     "suffix": ("",),

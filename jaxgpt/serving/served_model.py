@@ -1,21 +1,48 @@
-"""The model that is served: its name, its tokenizer, what it can, and the engine once that stands."""
+"""The model that is served: its name, its tokenizer, what it can do, and its engine once that is compiled."""
 
 import dataclasses
+import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.conversation import ChatPrompts
+from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.engine import Engine
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.text import token_bytes
-from jaxgpt.serving.http_errors import ApiError, not_ready
+from jaxgpt.model.sizes import parameter_count
+from jaxgpt.parallel.compiler import use_compilation_cache
+from jaxgpt.serving.schemas import ApiError, bad_request, not_ready
+from jaxgpt.training.models import load_model
 
 STUCK_SECONDS = 120.0  # without one chunk, while requests are under way: longer than any chunk takes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What to serve and how; `jaxgpt serve --help` explains the flags of these names."""
+
+    checkpoint: str
+    weights: str | None
+    host: str
+    port: int
+    name: str | None
+    system: str | None
+    slots: int
+    queue: int
+    chunk: int
+    request_seconds: float
+    drain_seconds: float
+    api_key_file: Path | None
+    open: Sequence[str]
+    cors_origin: Sequence[str]
+
+
 @dataclasses.dataclass
-class Served:
-    """One model and where its engine stands; every request looks here first."""
+class ServedModel:
+    """One model and the state of its engine; every request looks here first."""
 
     name: str
     tokenizer: Tokenizer
@@ -23,20 +50,11 @@ class Served:
     parameters: int
     step: int
     system: str = ""
-    """The system message of conversations that bring none of their own."""
+    """The system message of conversations that have none."""
     engine: Engine | None = None
     stopping: bool = False
-    chat: ChatPrompts | None = None
-    no_chat: str = ""
-    """Why there is no chat."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    def __post_init__(self):
-        self._names: dict[int, str] = {}
-        try:
-            self.chat = ChatPrompts(self.tokenizer, self.n_positions, self.name)
-        except UserError as error:
-            self.no_chat = str(error)
+    _names: dict[int, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def state(self) -> str:
@@ -49,46 +67,60 @@ class Served:
 
     @property
     def is_healthy(self) -> bool:
-        """Neither failed nor stuck: a server that loads or stops is healthy."""
+        """Whether the engine has neither failed nor got stuck: a server that loads or stops is healthy."""
         if self.engine is None:
             return True
         is_stuck = self.engine.running and time.monotonic() - self.engine.moved_at > STUCK_SECONDS
         return self.engine.failure is None and not is_stuck
 
     def ready_engine(self) -> Engine:
-        """
+        """The engine.
+
         Raises:
             ApiError: 503 in any state but "ready".
         """
-        if self.state != "ready":
+        if self.engine is None or self.state != "ready":
             raise not_ready(self.state)
         return self.engine
 
-    def check_name(self, name: str | None) -> None:
-        """
+    def chat_prompts(self) -> ChatPrompts:
+        """The function from conversations to prompts.
+
         Raises:
-            ApiError: 404 for another model's name.
+            ApiError: 400, the model has no chat template.
+        """
+        try:
+            return ChatPrompts(self.tokenizer, self.n_positions, self.name)
+        except UserError as error:
+            raise bad_request(str(error), "messages", "no_chat_template") from None
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            ApiError: 404, this server does not have the model.
         """
         if name is not None and name != self.name:
             message = f"there is no model {name[:100]!r}; this server has {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def card(self) -> dict:
-        """The model as /v1/models tells of it."""
+        """The model's entry of /v1/models."""
+        is_chat = self.tokenizer.end_of_turn is not None
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "jaxgpt",
             "max_model_len": self.n_positions,
-            "has_chat_template": self.chat is not None,
-            "system": self.system if self.chat else "",
+            "has_chat_template": is_chat,
+            "system": self.system if is_chat else "",
             "parameters": self.parameters,
             "step": self.step,
         }
 
     def token_name(self, token: int) -> str:
-        r"""A token's text, or `bytes:\xe4\xbd` where it is a part of a character: a name for each token of its own."""
+        r"""A token's text, or a name like `bytes:\xe4\xbd` for a token that is a part of a character."""
         if token not in self._names:
             written = token_bytes(self.tokenizer, token)
             try:
@@ -96,3 +128,31 @@ class Served:
             except UnicodeDecodeError:
                 self._names[token] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
         return self._names[token]
+
+
+def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
+    """(the model of a checkpoint, a function that compiles its engine; to be called once).
+
+    Raises:
+        UserError: there is no such model.
+    """
+    loaded = load_model(options.checkpoint)
+    use_compilation_cache(loaded.config.train.compilation_cache_dir)
+    config, vocab_size, tokenizer = loaded.config.model, loaded.vocab_size, loaded.tokenizer
+    count = parameter_count(config, vocab_size)
+    name = options.name or options.checkpoint.removeprefix("hf:").rstrip("/").split("/")[-1]
+    system = loaded.config.chat.system if options.system is None else options.system
+    model = ServedModel(name, tokenizer, config.n_positions, count, loaded.step, system)
+    step = f", step {loaded.step:,}" if loaded.step else ""
+    kind = options.weights or config.dtype
+    print(f"{options.checkpoint}{step}, {count / 1e6:.1f}M parameters, {kind}", file=sys.stderr)
+    params = [loaded.params]
+    del loaded
+
+    def build() -> Engine:
+        # The parameters are not kept: the decoder has them in a layout of its own.
+        weights, slots = options.weights, options.slots
+        decoder = build_decoder(config, vocab_size, params.pop(), tokenizer.end_of_text, weights, slots)
+        return Engine(decoder, slots, options.chunk, options.queue)
+
+    return model, build

@@ -1,21 +1,25 @@
-"""Answers that take long: sent as server-sent events while they are made, and given up when nobody waits for them.
+"""Answers that take long: sent as server-sent events while they are made, and cancelled when the client has left.
 
 The event stream format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from jaxgpt.serving.generated_texts import Generation
-from jaxgpt.serving.http_errors import ApiError
 from jaxgpt.serving.responses import Chats, Completions
+from jaxgpt.serving.schemas import ApiError
 
-PING_SECONDS = 15.0  # proxies cut a connection on which nothing comes; most wait for 60 s
+T = TypeVar("T")
+
+PING_SECONDS = 15.0  # proxies cut a silent connection; most wait for 60 s
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -27,15 +31,15 @@ def event(content: object) -> bytes:
     return b"data: " + to_json(content) + b"\n\n"
 
 
-async def events(generation: Generation, shape: Completions | Chats) -> AsyncIterator[bytes]:
-    """The events of an answer; what goes wrong on the way is an event, too."""
+async def events(generation: Generation, shape: Completions | Chats) -> AsyncGenerator[bytes]:
+    """The events of an answer; an error is an event, too."""
     try:
         async for part in generation.parts(PING_SECONDS):
             yield b": ping\n\n" if part is None else b"".join(map(event, shape.chunks(part)))
     except ApiError as error:
         yield event(error.body)
     else:
-        usage = event(shape.last_chunk(generation.usage)) if generation.work.include_usage else b""
+        usage = event(shape.last_chunk(generation.usage)) if generation.asked.include_usage else b""
         yield usage + b"data: [DONE]\n\n"
 
 
@@ -44,31 +48,15 @@ class EventStream(Response):
 
     background = None
 
-    def __init__(
-        self,
-        source: AsyncIterator[bytes],
-        generation: Generation,
-        left: Callable[[], None],
-        ended: Callable[[], None],
-    ):
-        """`left` is called when the client leaves before the end, `ended` when nothing is left to send."""
-        self._source, self._generation, self._left, self._ended = source, generation, left, ended
+    def __init__(self, source: AsyncGenerator[bytes], counted: contextlib.AbstractContextManager[object]):
+        """`counted` is left when nothing is sent any more."""
+        self._source, self._counted = source, counted
 
-    async def __call__(self, scope, receive, send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(_wait_until_gone(receive))
-        try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-            else:
-                self._left()
-        finally:
-            self._generation.cancel()
-            await _end(writing, gone)
-            self._ended()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientDisconnect), self._counted:
+            await while_connected(receive, self._write(send))
 
-    async def _write(self, send) -> None:
+    async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
         async with contextlib.aclosing(self._source):
             async for content in self._source:
@@ -76,29 +64,25 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def while_connected(request: Request, work: Coroutine):
-    """The result of `work`, which is given up when the client leaves.
+async def while_connected(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
+    """The result of `answer`, which is cancelled if the client leaves.
 
     Raises:
-        ClientDisconnect: it did.
+        ClientDisconnect: the client has left.
     """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_wait_until_gone(request.receive))
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_wait_until_gone(receive))
     try:
-        done, _ = await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working in done:
-            return working.result()
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
         raise ClientDisconnect
     finally:
-        await _end(working, gone)
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
-async def _wait_until_gone(receive) -> None:
+async def _wait_until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _end(*tasks: asyncio.Future) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
