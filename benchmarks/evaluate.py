@@ -65,7 +65,7 @@ def write_model(name: str, folder: Path) -> None:
 
 class Ours:
     def __init__(self, folder: Path):
-        from jaxgpt.parallel.host_memory import keep_freed_memory
+        from jaxgpt.parallel.accelerator import keep_freed_memory
 
         keep_freed_memory()
         import jax

@@ -58,7 +58,7 @@ def write_weights(model: str, folder: Path) -> None:
 
 class Ours:
     def __init__(self, folder: Path, kind: str, batch: int):
-        from jaxgpt.parallel.host_memory import keep_freed_memory
+        from jaxgpt.parallel.accelerator import keep_freed_memory
 
         keep_freed_memory()  # as `sample` does
         import jax
@@ -203,7 +203,7 @@ def perplexity(run: str) -> None:
     from jaxgpt.model.quantized import pack
     from jaxgpt.parallel import sharding
     from jaxgpt.parallel.mesh import build_mesh
-    from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.preparation.make_dataset import prepare
     from jaxgpt.settings import MeshConfig
     from jaxgpt.training.models import load_model
     from jaxgpt.training.step import build_program

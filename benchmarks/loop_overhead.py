@@ -20,7 +20,7 @@ from train_step import machine
 from jaxgpt.config import load_config
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.parallel.mesh import build_mesh
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.train import train
 from jaxgpt.training.loop import Position, Run, training_batches
 from jaxgpt.training.metrics import read_metrics

@@ -128,7 +128,7 @@ def ours(folder: Path) -> dict:
     import tensorflow_datasets  # noqa: F401  (not part of what is compared)
 
     from jaxgpt.preparation import preparation_report
-    from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.preparation.make_dataset import prepare
 
     with tempfile.TemporaryDirectory(dir=folder) as prepared_dir:
         config = settings(folder, Path(prepared_dir))
@@ -206,8 +206,8 @@ def reading_speed(folder: Path) -> None:
 
     from jaxgpt.data.dataset import open_dataset
     from jaxgpt.data.pipeline import train_batches
-    from jaxgpt.preparation.preparation import prepare
-    from jaxgpt.prepare import read_speed
+    from jaxgpt.preparation.make_dataset import prepare
+    from jaxgpt.preparation.preparation_report import read_speed
 
     with tempfile.TemporaryDirectory(dir=folder) as prepared_dir:
         train = open_dataset(prepare(settings(folder, Path(prepared_dir)))).train

@@ -81,7 +81,7 @@ def clients() -> Worker:
 
 def engine_worker(arguments: argparse.Namespace) -> None:
     """The engine without HTTP. A line {"bodies"} on stdin; seconds and tokens go to stdout as JSON."""
-    from jaxgpt.parallel.host_memory import keep_freed_memory
+    from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # as the server does
     from jaxgpt.inference.decode import build_decoder

@@ -46,7 +46,7 @@ def child(started: float, config: str, workdir: str, overrides: list[str]) -> No
 
         setattr(owner, name, timed)
 
-    from jaxgpt.parallel.host_memory import keep_freed_memory
+    from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # as `train` does, before jax
     import jax  # noqa: F401

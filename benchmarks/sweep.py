@@ -1,14 +1,15 @@
-"""A sweep of 12 learning rates beside 12 runs of `train`: seconds from the command to the end.
+"""A sweep of 12 learning rates and 12 runs of `train`: seconds from the command to the end, and CPU seconds.
 
     python benchmarks/sweep.py                                   # configs/drill.toml
     python benchmarks/sweep.py --config C --rounds 3 --train.max_steps 100
 
-The data is prepared before. Both begin with an empty compilation cache in each round and keep it: so the second of the
+The data is prepared before. In each round both begin with an empty compilation cache and keep it, so the second of the
 12 runs finds compiled what the first has compiled. The rounds alternate.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -23,11 +24,13 @@ TRIALS = 12
 LOWEST, HIGHEST = 1e-4, 1e-1
 
 
-def seconds(*command: str) -> float:
-    """Of a verb in a process of its own."""
-    began = time.perf_counter()
+def seconds(*command: str) -> tuple[float, float]:
+    """(wall, CPU) seconds of a verb in a process of its own. CPU seconds compare on a busy machine, too."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - began, cpu
 
 
 def rates() -> list[float]:
@@ -50,7 +53,7 @@ def main() -> None:
             place = folder / str(number)
             cache = ["--train.compilation_cache_dir", str(place / "cache-sweep")]
             varied = "optimizer.learning_rate=" + ",".join(f"{rate:g}" for rate in rates())
-            took = seconds("jaxgpt.sweep", *common, *cache, "--vary", varied, "--workdir", str(place / "sweep"))
+            took, cpu = seconds("jaxgpt.sweep", *common, *cache, "--vary", varied, "--workdir", str(place / "sweep"))
             found["sweep"].append(took)
             cache = ["--train.compilation_cache_dir", str(place / "cache-runs")]
             each = [
@@ -58,6 +61,7 @@ def main() -> None:
                         "--optimizer.learning_rate", f"{rate:g}")
                 for index, rate in enumerate(rates())
             ]  # fmt: skip
+            each, cpu_each = zip(*each)
             found["runs"].append(sum(each))
             losses = _losses(place)
             apart = sorted(abs(one - other) for one, other in losses)
@@ -65,6 +69,7 @@ def main() -> None:
             print(
                 f"round {number}: sweep {took:.1f} s, {TRIALS} runs {sum(each):.1f} s ({each[0]:.1f}, then "
                 f"{statistics.median(each[1:]):.1f} each); ratio {took / sum(each):.3f}; "
+                f"CPU seconds {cpu:.1f} and {sum(cpu_each):.1f}, ratio {cpu / sum(cpu_each):.3f}; "
                 f"differences of the final losses: best trial {best:.1e}, median {statistics.median(apart):.1e}, "
                 f"largest {apart[-1]:.1e}",
                 flush=True,

@@ -9,6 +9,7 @@ Needs libtpu and no TPU; takes about half an hour on two cores (programs are kep
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import statistics
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from kernel_schedules import Schedule, kernel_schedules
 
 from jaxgpt.parallel.chips import CHIPS
-from jaxgpt.planning.cost import estimate, read_program
-from jaxgpt.planning.kernels import Schedule, kernel_schedules
+from jaxgpt.planning.cost import estimate
+from jaxgpt.planning.program import Kernel, read_program
 from jaxgpt.planning.topology import compile_only_devices, parse_slice
 
 
@@ -146,12 +148,13 @@ def compiled_text(run: Run, keep: pathlib.Path | None) -> str:
     return text
 
 
-def splash_cycles(schedule: Schedule) -> float:
+def splash_cycles(schedules: dict[str, Schedule], kernel: Kernel, _chip: str) -> float:
     """Cycles of a call of a splash kernel on 2 x 2 blocks of a causal row.
 
     The computing part of a grid step runs for 3 of the 4 blocks; what prepares a row of blocks and what finishes it
     runs once for every two. The compiler does not know: the kernel reads which blocks are masked from its operands.
     """
+    schedule = schedules[kernel.name]
     whens = {i: region for i, region in enumerate(schedule.regions) if region.kind == "when"}
     around = lambda a, b: a is not b and a.start <= b.start and b.stop <= a.stop
     leaves = {i: r for i, r in whens.items() if not any(around(r, other) for other in whens.values())}
@@ -162,7 +165,7 @@ def splash_cycles(schedule: Schedule) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="runs whose name contains this")
-    parser.add_argument("--keep", type=pathlib.Path, help="folder for compiled programs and schedules")
+    parser.add_argument("--keep", type=pathlib.Path, help="folder for compiled programs")
     args = parser.parse_args()
     factors = []
     print("| run | M cycles | kernels, M cycles | estimated ms | measured ms | k | source |")
@@ -171,9 +174,9 @@ def main() -> None:
         if args.only not in run.name:
             continue
         text = compiled_text(run, args.keep)
-        schedules = kernel_schedules(text, f"{run.chip}:1x1", args.keep)
+        schedules = {schedule.name: schedule for schedule in kernel_schedules(text, f"{run.chip}:2x2")}
         cost, chip = read_program(text), CHIPS[run.chip]
-        time = estimate(cost, chip, (1, 1), {s.identity: splash_cycles(s) for s in schedules})
+        time = estimate(cost, chip, (1, 1), functools.partial(splash_cycles, schedules))
         factors.append(run.seconds / time.seconds)
         print(
             f"| {run.name} | {cost.cycles / 1e6:.1f} | {time.kernel_seconds * chip.clock_hz / 1e6:.1f} "

@@ -6,7 +6,7 @@ No TPU is needed (pip install 'jaxgpt[plan]', x86-64 Linux). T = 1024 and 524,28
 they finish; compiled programs are kept in the cache, so a run that was stopped goes on where it was.
 
 MFU here is model FLOPs (6 N + causal attention, recomputation not counted) over the time of the compiler's cycles,
-the kernels' own schedules and the exposed collectives, before calibration; the calibration is printed below.
+the attention kernels and the exposed collectives, before calibration; the calibration is printed below.
 """
 
 import argparse
@@ -22,9 +22,8 @@ from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning.compile import compile_step
 from jaxgpt.planning.plan_search import own_candidate
 from jaxgpt.planning.plan_table import calibration_lines
-from jaxgpt.planning.prices import read_prices
 from jaxgpt.planning.topology import parse_slice
-from jaxgpt.planning.verdict import Verdict, judge
+from jaxgpt.planning.verdict import Verdict, judge, read_prices
 from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 GLOBAL_BATCH = 512  # x 1024 = 524,288 tokens
@@ -87,7 +86,7 @@ def verdict_of(run: Run, cache: Path) -> Verdict:
     where = parse_slice(run.slice)
     candidate = own_candidate(config_of(run), GPT2_VOCAB, where)
     step = compile_step(candidate.config, GPT2_VOCAB, where, cache)
-    return judge(dataclasses.replace(candidate, own=False), step, GPT2_VOCAB, read_prices(), cache)
+    return judge(dataclasses.replace(candidate, own=False), step, GPT2_VOCAB, read_prices())
 
 
 def line(run: Run, row: Verdict) -> str:

@@ -6,7 +6,7 @@
 
 The peer is `transformers.GPT2LMHeadModel` (eager, as shipped) with `torch.optim.AdamW(fused=True)`, clipping and
 the same decay mask, on the same batches. "tuned" is the same peer whose allocator keeps freed memory as ours does
-(jaxgpt/parallel/host_memory.py), which nobody's torch does by itself. Each side runs in a process of its own that waits
+(jaxgpt/parallel/accelerator.py), which nobody's torch does by itself. Each side runs in a process of its own that waits
 while another one works; the figure is the median over rounds of the round's median step. The first losses are
 compared too: started from the same weights, all sides must agree.
 """
@@ -43,7 +43,7 @@ class Ours:
     """The jitted step of the package, on one device."""
 
     def __init__(self, shape: str, dtype: str, weights: Path):
-        from jaxgpt.parallel.host_memory import keep_freed_memory
+        from jaxgpt.parallel.accelerator import keep_freed_memory
 
         keep_freed_memory()  # as `train` does
         import jax
@@ -120,7 +120,7 @@ def worker(side: str, shape: str, dtype: str, weights: str) -> None:
     """Serve rounds: a line on stdin runs one, whose step times and losses go to stdout as JSON."""
     start = time.perf_counter()
     if side == "tuned":
-        from jaxgpt.parallel.host_memory import keep_freed_memory
+        from jaxgpt.parallel.accelerator import keep_freed_memory
 
         keep_freed_memory()  # before torch is imported
     runner = (Ours if side == "ours" else Peer)(shape, dtype, Path(weights))

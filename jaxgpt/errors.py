@@ -1,4 +1,4 @@
-"""The exceptions that end a command with one line, and the exit codes they lead to."""
+"""The exceptions that more than one room raises or catches, and the exit codes that commands end with."""
 
 import errno
 
@@ -9,6 +9,18 @@ EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG = 0,
 
 class UserError(Exception):
     """The user's input is wrong: one line that says what, where, and the fix. Exit code 2."""
+
+
+class BadRecord(ValueError):
+    """One record of a data source cannot be used: where it is, and why, each in a few words."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(where, reason)  # both, so that it survives pickling between processes
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 class RunFailed(Exception):

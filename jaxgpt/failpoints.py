@@ -1,11 +1,11 @@
-"""Named places in preparing, reading, saving, cleaning up and resuming where a test can make this process die or fail.
+"""Named points in preparing, reading, saving, cleaning up and resuming where a test can make this process die or fail.
 
-    JAXGPT_FAILPOINT=save.renamed:kill python -m jaxgpt.train ...      the first time it gets there
+    JAXGPT_FAILPOINT=save.renamed:kill python -m jaxgpt.train ...      the first time
     JAXGPT_FAILPOINT=save.arrays:full@3                                the third time
     JAXGPT_FAILPOINT=save.begin:term,data.read:hang@7                  both
 
-What happens is real: `kill` is SIGKILL, `term` is SIGTERM, `full` raises the error of a full disk, `hang` waits for
-ever. Without the variable a failpoint is one look into the environment.
+`kill` sends SIGKILL, `term` SIGTERM, `full` raises the error of a full disk, `hang` waits for ever. Without the
+variable, a failpoint only reads the environment.
 """
 
 import collections
@@ -38,11 +38,11 @@ POINTS = (
 )
 """The points of a run, in order."""
 
-_passes: collections.Counter[str] = collections.Counter()  # how often this process came by, for @N
+_passes: collections.Counter[str] = collections.Counter()  # per point, for @N
 
 
 def failpoint(name: str) -> None:
-    """Do here what JAXGPT_FAILPOINT asks for, if it names this point."""
+    """Do what JAXGPT_FAILPOINT asks for, if it names this point."""
     for wanted in os.environ.get("JAXGPT_FAILPOINT", "").split(","):
         if wanted.startswith(f"{name}:"):
             _passes[name] += 1

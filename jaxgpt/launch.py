@@ -1,27 +1,18 @@
 """Several processes on this machine as one run: `python -m jaxgpt.launch --local-procs 2 -- train --config FILE`.
 
-For trying the code path of a pod without one: each process is what a host would be, with CPU devices of its own,
-joined by jax over the loopback interface. Their output carries the process's number, [1]. What is sent to the
-launcher (SIGTERM, Ctrl-C) goes to all. It exits as the first process that failed.
+It runs the code path of a pod without one: each process stands for a host, with CPU devices of its own, joined by jax
+over the loopback interface. Their output carries the process's number, [1]. A signal sent to the launcher (SIGTERM,
+Ctrl-C) goes to all. The exit code is that of the first process that failed.
 """
 
 import argparse
-import contextlib
-import ctypes
-import os
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 
 from jaxgpt import cli
 from jaxgpt.errors import UserError
 
 JOINING_VERBS = ("train",)
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @cli.command
@@ -44,96 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"launch runs {' or '.join(JOINING_VERBS)}, {given}; for example: launch --local-procs 2 -- train"
         )
+    from jaxgpt.parallel.local_launch import local_environments, run_together
+
     environments = local_environments(arguments.local_procs, arguments.devices_per_proc)
     return run_together([sys.executable, "-m", "jaxgpt", *verb], environments, arguments.grace)
-
-
-def local_environments(num_processes: int, devices_each: int) -> list[dict[str, str]]:
-    """The environment of each process: this one's, with its place in the run and its number of CPU devices."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-    common = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices_each}"]),
-        "JAXGPT_COORDINATOR": f"127.0.0.1:{port}",
-        "JAXGPT_NUM_PROCESSES": str(num_processes),
-        "PYTHONUNBUFFERED": "1",
-    }
-    return [common | {"JAXGPT_PROCESS_ID": str(number)} for number in range(num_processes)]
-
-
-def run_together(command: Sequence[str], environments: Sequence[dict[str, str]], grace_seconds: float) -> int:
-    """Run `command` once in each environment; the exit code of the first that failed, 0 if none did.
-
-    A death by signal s counts as 128 + s. Once one has failed, the others have `grace_seconds` to end.
-    """
-    processes = [_start(command, environment) for environment in environments]
-    writing = threading.Lock()
-    readers = [threading.Thread(target=_relay, args=(n, p, writing), daemon=True) for n, p in enumerate(processes)]
-    for reader in readers:
-        reader.start()
-    handlers = {number: signal.signal(number, _forward_to(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = _wait(processes, grace_seconds)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for reader in readers:
-        reader.join(5)
-    return code
-
-
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
-    prctl = ctypes.CDLL(None).prctl  # found here, because little is safe between fork and exec
-
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-        preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # also when the launcher itself is killed
-    )
-
-
-def _relay(number: int, process: subprocess.Popen, writing: threading.Lock) -> None:
-    """Each line whole, so that lines of different processes never mix."""
-    for line in process.stdout:
-        # Where the reader of our output left (`| head`), we read on: the processes must not block on theirs.
-        with writing, contextlib.suppress(OSError):
-            sys.stdout.buffer.write(f"[{number}] ".encode() + line.removesuffix(b"\n") + b"\n")
-            sys.stdout.buffer.flush()
-
-
-def _forward_to(processes: Sequence[subprocess.Popen]):
-    def forward(number: int, frame) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    return forward
-
-
-def _wait(processes: Sequence[subprocess.Popen], grace_seconds: float) -> int:
-    """Until all ended, or the grace after the first failure is over."""
-    first_failure, deadline = 0, float("inf")
-    running = list(processes)
-    while running and time.monotonic() < deadline:
-        for process in running:
-            code = process.poll()
-            if code and not first_failure:
-                first_failure = code if code > 0 else 128 - code
-                deadline = time.monotonic() + grace_seconds
-        running = [process for process in running if process.returncode is None]
-        time.sleep(0.05)
-    if running:
-        numbers = ", ".join(str(processes.index(process)) for process in running)
-        print(f"launch: process {numbers} still ran {grace_seconds:g} s after another had failed; killed", flush=True)
-    return first_failure
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise UserError("the server needs packages that are not installed: pip install 'jaxgpt[serve]'")
 
-    from jaxgpt.parallel.host_memory import keep_freed_memory
+    from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # before jax is imported
 

@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(config: Config, workdir: Path, force: bool = False) -> None:
     """`training.run.train`, with the tasks of evaluation/ and the report of reporting/."""
     from jaxgpt.evaluation.in_training import task_scorer
-    from jaxgpt.reporting.run_summary import write_report
+    from jaxgpt.reporting.run_page import write_summary
     from jaxgpt.training import run
 
-    run.train(config, workdir, force, build_scorer=task_scorer(config.eval.tasks), write_report=write_report)
+    run.train(config, workdir, force, build_scorer=task_scorer(config.eval.tasks), write_report=write_summary)
 
 
 if __name__ == "__main__":

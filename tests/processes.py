@@ -1,7 +1,7 @@
 """Several real processes that join over the loopback interface, each with CPU devices of its own.
 
-Run as a program, this file is what they run: the loop of a training without the training, so that it starts in
-two seconds: join, watch, vote, step. `python tests/processes.py FOLDER [fault of this process]`.
+Each process runs this file as a program, `python tests/processes.py FOLDER FAULT`: the loop of a training without the
+training (join, watch, vote, step), which starts in two seconds. FAULT is the fault of this process, or empty.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from jaxgpt import cli
 from jaxgpt.errors import StorageFailed
-from jaxgpt.launch import local_environments
+from jaxgpt.parallel.local_launch import local_environments
 
-HOST_TIMEOUT = 2.0
+HOST_TIMEOUT = 3.0
 STOP_AT, FAIL_AT = 5, 5
 
 
@@ -38,8 +38,8 @@ def main(argv=None) -> None:
         reached = [0]
         with PeerWatch(HOST_TIMEOUT, lambda: reached[0], functools.partial(record_lost_host, folder / "run")):
             vote = distributed.StopVote()
-            told = distributed.broadcast_from_writer(2**40 + 1 if process == 0 else 0)
-            print(f"process {process} of {jax.process_count()} was told {told}", flush=True)
+            received = distributed.broadcast_from_writer(2**40 + 1 if process == 0 else 0)
+            print(f"process {process} of {jax.process_count()} received {received}", flush=True)
             for step in range(3000):
                 reached[0] = step
                 if step == 3:
@@ -66,7 +66,7 @@ class Processes:
         self.wait_for(lambda: all((self.folder / f"runs-{n}").exists() for n in range(len(self.started))))
 
     def wait_for(self, condition) -> None:
-        """Until `condition()`, while all of them live."""
+        """Wait for `condition()`; fails when one of them ends before."""
 
         def holds() -> bool:
             ended = [number for number, process in enumerate(self.started) if process.poll() is not None]
@@ -75,7 +75,7 @@ class Processes:
 
         wait_for(holds, 120)
 
-    def code(self, process: int, seconds: float = 40) -> int:
+    def code(self, process: int, seconds: float = 120) -> int:
         return self.started[process].wait(seconds)
 
     def output(self, process: int) -> str:
@@ -84,7 +84,7 @@ class Processes:
 
 @contextlib.contextmanager
 def started(folder: Path, commands: list[list], environments: list[dict[str, str]]) -> Iterator[Processes]:
-    """Python with each process's words, in its environment; output to `folder`; those left at the end are killed."""
+    """Start Python with each command in its environment, output to `folder`; what still runs at the end is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     running = []
     try:
@@ -100,13 +100,13 @@ def started(folder: Path, commands: list[list], environments: list[dict[str, str
 
 
 def joined(folder: Path, count: int, faults: dict[int, str] | None = None):
-    """`count` processes of this file; `faults`: what goes wrong in which of them."""
+    """`count` processes of this file; `faults`: process -> its fault."""
     commands = [[__file__, folder, (faults or {}).get(number, "")] for number in range(count)]
     return started(folder, commands, environments(count))
 
 
 def environments(count: int, devices_each: int = 1) -> list[dict[str, str]]:
-    """As launch sets them, and compiled as the tests compile."""
+    """The environments that launch sets, with the tests' compiler options."""
     return [
         place | {"XLA_FLAGS": place["XLA_FLAGS"] + " --xla_backend_optimization_level=0"}
         for place in local_environments(count, devices_each)

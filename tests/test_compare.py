@@ -17,6 +17,7 @@ from jaxgpt.reporting.comparison import (
     distinguishing_names,
     numbers,
     read_runs,
+    text_report,
 )
 from jaxgpt.reporting.comparison_page import write_page
 from jaxgpt.settings import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -156,7 +157,7 @@ def test_a_warning_says_why_numbers_do_not_compare(tmp_path, second, comparable,
 
 def test_no_loss_per_token_is_called_the_best_where_tokenizers_differ(tmp_path):
     better = [line | ({"eval_loss": 1.0, "eval_bits_per_byte": 1.0} if "eval_loss" in line else {}) for line in LINES]
-    text = compare.report(pair(tmp_path, second={"tokenizer": "t2", "lines": better}), 120)
+    text = text_report(pair(tmp_path, second={"tokenizer": "t2", "lines": better}), 120)
     starred = [line.split("  ")[0] for line in text.splitlines() if "*" in line]
     assert starred == ["bits per byte of the best", "* the best"]
 
@@ -181,7 +182,7 @@ def test_names_are_the_shortest_that_differ(paths, names):
 
 def test_every_run_and_number_is_told_however_narrow_the_screen(tmp_path):
     runs = read_runs([make_run(tmp_path / f"run{number:02d}") for number in range(13)])
-    text = compare.report(runs, 60)
+    text = text_report(runs, 60)
     assert max(map(len, text.splitlines())) <= 60
     assert [text.count(run.name) for run in runs] == [1] * 13  # there is no table of settings
     assert sum(line.count("2.0000") for line in text.splitlines() if line.startswith("validation loss, best")) == 13
@@ -227,7 +228,6 @@ def test_the_page_draws_both_losses_by_each_axis(tmp_path, capsys, by, axes):
         for title in ("Validation loss", "Training loss", "piqa"):
             assert (f"<h2>{title} by {axis}</h2>" in source) == (axis in axes)
     assert "training time (seconds)" in source or by
-    assert not re.findall(r"#[0-9a-f]{6}\b", "".join(re.findall(r"<svg.*?</svg>", source, re.DOTALL)))
 
 
 def test_the_same_runs_make_the_same_page(tmp_path):
@@ -240,20 +240,6 @@ def test_24_lines_look_different_and_any_two_of_the_first_six_in_marker_too():
     assert len({(str(look["color"]), str(look["linestyle"])) for look in looks}) == 24
     assert len({look["marker"] for look in looks[:6]}) == 6
     figures.series(10**6)
-
-
-@pytest.mark.parametrize("theme", [0, 1])
-def test_every_line_stands_out_from_the_page(theme):
-    def luminance(colour):
-        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return np.dot(linear, [0.2126, 0.7152, 0.0722])
-
-    variables = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", figures.PAGE_STYLE.split("@media")[theme]))
-    card = luminance(variables["card"])
-    for name in (*(f"series-{number}" for number in range(6)), *(f"ramp-{level}" for level in range(9)), "ink"):
-        low, high = sorted([luminance(variables[name]), card])
-        assert (high + 0.05) / (low + 0.05) >= 3, name
 
 
 # ---------------------------------------------------------------- the verb

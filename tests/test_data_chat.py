@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import chat
-from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
-from jaxgpt.preparation.documents import BadRecord
+from jaxgpt.data.tokenizer import TEMPLATE, char_tokenizer, load_tokenizer, train_bpe
+from jaxgpt.errors import BadRecord
 from jaxgpt.settings import ChatConfig
 
 TEXTS = [
@@ -133,6 +133,7 @@ def characters(_):
     return chat.with_chat_tokens(char_tokenizer([*TEXTS, *(random_text(rng) for _ in range(300))]))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("make", [lambda _: TOKENIZER, gpt2_like, characters], ids=["bpe", "trimmed", "char"])
 def test_ids_and_mask_are_those_of_transformers(make, tmp_path):
     from transformers import AutoTokenizer
@@ -155,7 +156,7 @@ def test_ids_and_mask_are_those_of_transformers(make, tmp_path):
 def test_readers_that_know_no_template_file_find_the_template_in_the_settings(tmp_path):
     TOKENIZER.save(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert settings["chat_template"] == chat.TEMPLATE == (tmp_path / "chat_template.jinja").read_text()
+    assert settings["chat_template"] == TEMPLATE == (tmp_path / "chat_template.jinja").read_text()
     train_bpe(TEXTS, 300).save(tmp_path / "plain")  # no chat tokens: no template
     assert not (tmp_path / "plain" / "chat_template.jinja").exists()
     assert "chat_template" not in (tmp_path / "plain" / "tokenizer_config.json").read_text()
@@ -174,6 +175,7 @@ def test_supervised_are_exactly_the_answers_and_their_stop_tokens():
     assert TOKENIZER.decode(made.tokens) == whole
 
 
+@pytest.mark.system
 def test_letters_of_a_special_token_are_text_here_and_a_token_in_transformers_unless_it_is_told(tmp_path):
     from transformers import AutoTokenizer
 

@@ -18,8 +18,8 @@ from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.dataset import RECORD_TOKENS, SPLITS, TokenStream, open_dataset
 from jaxgpt.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import preparation, writer
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation import make_dataset, writer
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.stages import PIECE
 from jaxgpt.preparation.writer import DatasetWriter
 from jaxgpt.settings import DataConfig, ModelConfig, TokenizerConfig
@@ -59,13 +59,13 @@ def whole(stream: TokenStream) -> np.ndarray:
 def split_documents(config: Config) -> dict[str, list[str]]:
     """The documents of each split, in order, as the dataset gives them back."""
     path = prepare(config)
-    tokenizer, dataset = load_tokenizer(path / "tokenizer"), open_dataset(path)
+    dataset = open_dataset(path)
     found = {}
     for split in SPLITS:
         tokens = whole(getattr(dataset, split))
         assert tokens[0] == dataset.end_of_text
         parts = np.split(tokens, np.flatnonzero(tokens == dataset.end_of_text))[1:]
-        found[split] = [tokenizer.decode(part[1:]) for part in parts]
+        found[split] = [dataset.tokenizer.decode(part[1:]) for part in parts]
     return found
 
 
@@ -112,10 +112,10 @@ def test_end_of_text_written_out_in_a_document_is_text(tmp_path):
 
 def test_the_tokens_are_those_of_the_whole_text_although_it_is_tokenized_in_pieces(one_file):
     path = prepare(one_file)
-    tokenizer, dataset = load_tokenizer(path / "tokenizer"), open_dataset(path)
+    dataset = open_dataset(path)
     text = "".join(LINES)
     border = int(len(text) * 0.95)
-    expected = [dataset.end_of_text, *tokenizer.encode(text[:border])]
+    expected = [dataset.end_of_text, *dataset.tokenizer.encode(text[:border])]
     assert border > PIECE
     assert whole(dataset.train).tolist() == expected
 
@@ -214,6 +214,7 @@ def test_other_settings_or_another_source_make_another_dataset(one_file):
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("point", ["DatasetWriter.add", "DatasetWriter.finish", "manifest.write"])
 def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(point, one_file):
     from jaxgpt.config import to_json
@@ -221,9 +222,9 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_succeeds(poin
     code = (
         "import os, signal, sys\n"
         "from jaxgpt.config import from_json\n"
-        "from jaxgpt.preparation import preparation, writer\n"
+        "from jaxgpt.preparation import make_dataset, writer\n"
         f"writer.{point} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "preparation.prepare(from_json(sys.stdin.read()))\n"
+        "make_dataset.prepare(from_json(sys.stdin.read()))\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], input=to_json(one_file), text=True, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -386,7 +387,7 @@ def test_data_of_an_older_version_is_refused_and_made_anew_under_another_name(on
     path = prepare(one_file)
     (path / manifest.NAME).unlink()  # as version 1 left it
     damaged(path, "before format 2 prepared it, or it was deleted; delete .* and prepare again")
-    monkeypatch.setattr(preparation, "FORMAT_VERSION", 3)
+    monkeypatch.setattr(make_dataset, "FORMAT_VERSION", 3)
     assert prepare(one_file) != path
 
 

@@ -167,6 +167,7 @@ def test_a_corpus_shorter_than_a_window_is_refused_at_once_with_both_numbers():
         )
 
 
+@pytest.mark.system
 def test_closing_early_ends_the_threads_and_lets_python_exit():
     code = (
         "import jax, numpy as np\n"

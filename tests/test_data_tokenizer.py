@@ -71,6 +71,7 @@ def test_char_tokenizer_names_an_unknown_character_and_its_code_point():
         tokenizer.encode_batch(["a", "中"])
 
 
+@pytest.mark.system
 def test_bpe_training_is_deterministic_across_processes(bpe):
     code = (
         "from jaxgpt.data.tokenizer import train_bpe; import sys, json\n"
@@ -97,6 +98,7 @@ def test_digest_tells_tokenizers_apart(bpe, char):
     assert len({bpe.digest, char.digest, train_bpe(CORPUS, 290).digest}) == 3
 
 
+@pytest.mark.system
 def test_auto_tokenizer_reads_the_folder_and_agrees(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
@@ -168,6 +170,7 @@ def test_the_letters_of_a_special_token_are_never_the_token():
             assert extended.decode(extended.encode(text)) == text
 
 
+@pytest.mark.system
 def test_special_tokens_are_saved_and_every_reader_finds_them(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
@@ -213,6 +216,7 @@ def test_a_tokenizer_that_splits_text_otherwise_does_not_extend(bpe, tmp_path, p
     assert not load_tokenizer(tmp_path).extends(bpe)
 
 
+@pytest.mark.system
 def test_one_tokenizer_in_three_spellings_extends_itself(bpe, tmp_path):
     """GPT-2's own files, our tokenizer.json and the one that transformers writes differ in what changes no id."""
     from transformers import GPT2TokenizerFast

@@ -13,7 +13,7 @@ import pytest
 from machines import case
 
 from jaxgpt.config import Config
-from jaxgpt.diagnosis import experiment, folders, machine
+from jaxgpt.diagnosis import experiment, machine
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
 from jaxgpt.settings import DataConfig, ModelConfig, TokenizerConfig
 from jaxgpt.storage.lease import Lease
@@ -25,7 +25,7 @@ def run_folder_on(mount: str, here: Case, before: str = "true") -> list[dict]:
     folder.mkdir(exist_ok=True)
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets no user mount")
-    probe = f"{sys.executable} -m jaxgpt.diagnosis.probe_process experiment run_folder 30"
+    probe = f"{sys.executable} -m jaxgpt.diagnosis.checkup experiment run_folder 30"
     script = f"mount {mount} {folder} && {{ {before}; {probe}; }}"
     command = ["unshare", "-Urm", "sh", "-c", script]
     done = subprocess.run(command, input=here.to_json(), capture_output=True, text=True)
@@ -33,6 +33,7 @@ def run_folder_on(mount: str, here: Case, before: str = "true") -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.system
 def test_a_read_only_run_folder_is_a_problem(tmp_path):
     finding, room = run_folder_on("-t tmpfs -o ro none", case(tmp_path))
     assert finding["status"] == PROBLEM and "Read-only file system" in finding["text"]
@@ -47,6 +48,7 @@ def test_a_run_folder_of_somebody_else_is_a_problem(tmp_path):
     assert finding.status == PROBLEM and "chown" in finding.fix
 
 
+@pytest.mark.system
 def test_a_full_disk_is_a_problem_and_a_small_one_too(tmp_path):
     here, size = case(tmp_path, is_given=True), "-t tmpfs -o size=4m none"
     full, _ = run_folder_on(size, here, f"head -c 8000000 /dev/zero > {here.workdir}/filled 2> /dev/null")
@@ -81,9 +83,9 @@ def test_what_is_no_folder_is_a_problem_and_a_link_is_named(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for name, word in [("file", "not a folder"), ("file/below", "not a folder"), ("broken", "broken symbolic link")]:
-        finding, place = folders.check_folder("run folder", str(tmp_path / name), "choose another")
+        finding, place = experiment.check_folder("run folder", str(tmp_path / name), "choose another")
         assert finding.status == PROBLEM and word in finding.text and place is None
-    finding, _ = folders.check_folder("run folder", str(tmp_path / "link"), "choose another")
+    finding, _ = experiment.check_folder("run folder", str(tmp_path / "link"), "choose another")
     assert f"by a symbolic link to {tmp_path / 'real'}" in finding.text
     assert list((tmp_path / "real").iterdir()) == []
 
@@ -98,7 +100,7 @@ def test_a_folder_that_a_run_writes_to_now_is_named_with_the_run(tmp_path):
 
 
 def test_a_bucket_has_to_be_mounted():
-    finding, place = folders.check_folder("run folder", "gs://bucket/runs/a", "")
+    finding, place = experiment.check_folder("run folder", "gs://bucket/runs/a", "")
     assert finding.status == PROBLEM and place is None
     assert "gcsfuse" in finding.fix and finding.fix.endswith("then give ~/bucket/runs/a")
 
@@ -107,7 +109,7 @@ def test_a_bucket_has_to_be_mounted():
 
 
 def test_prepared_data_is_found_and_damage_is_a_problem(tmp_path):
-    from jaxgpt.preparation.preparation import prepare
+    from jaxgpt.preparation.make_dataset import prepare
 
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     settings = DataConfig(source="text", path=str(tmp_path / "text.txt"), prepared_dir=str(tmp_path / "prepared"))

@@ -9,10 +9,9 @@ from fake_metadata import attributes, metadata_server
 from machines import SECRET, with_tpu
 
 from jaxgpt.config import Config
-from jaxgpt.diagnosis import other_hosts
+from jaxgpt.diagnosis import machine
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case
-from jaxgpt.parallel.cluster_env import OWN, group_of
-from jaxgpt.parallel.tpu_metadata import METADATA
+from jaxgpt.parallel.cluster_env import METADATA, OWN, find_place
 from jaxgpt.settings import MeshConfig
 
 
@@ -29,7 +28,7 @@ def ask_hosts(monkeypatch, address: str, index: int = 1, **variables: str):
     names = dict(zip(OWN, (address, "2", str(index)), strict=True)) | variables
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    [finding] = other_hosts.joined(Case(Config(), "run"))
+    [finding] = machine.joined(Case(Config(), "run"))
     return finding
 
 
@@ -64,7 +63,7 @@ def test_a_proxy_is_in_the_way_unless_the_host_is_spared(alone, monkeypatch):
 def test_variables_that_do_not_fit_together_are_named(alone, monkeypatch, variables, text):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    [finding] = other_hosts.joined(Case(Config(), "run"))
+    [finding] = machine.joined(Case(Config(), "run"))
     assert finding.status == PROBLEM and text in finding.text and finding.fix
 
 
@@ -74,7 +73,7 @@ def test_slurm_and_open_mpi_are_read_as_jax_reads_them():
 
     for nodes, first in [("node[007-015],b", "node007"), ("a,b", "a"), ("tpu-[1,3]", "tpu-1")]:
         slurm = dict(SLURM_JOB_ID="70001", SLURM_STEP_NODELIST=nodes, SLURM_NTASKS="4", SLURM_PROCID="2")
-        group = group_of(slurm)
+        group = find_place(slurm)
         assert (group.num_processes, group.process_id, group.address()[0]) == (4, 2, first)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in slurm.items():
@@ -82,7 +81,7 @@ def test_slurm_and_open_mpi_are_read_as_jax_reads_them():
             assert SlurmCluster.get_coordinator_address(1, None) == group.coordinator
     uri = "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
     mpi = dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1", OMPI_MCA_orte_hnp_uri=uri)
-    assert group_of(mpi).address()[0] == "10.96.0.1"
+    assert find_place(mpi).address()[0] == "10.96.0.1"
 
 
 def test_a_tpu_vm_asks_its_metadata_who_the_others_are(alone, monkeypatch, tmp_path):
@@ -91,17 +90,17 @@ def test_a_tpu_vm_asks_its_metadata_who_the_others_are(alone, monkeypatch, tmp_p
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     with metadata_server(told) as (server, questions):
         monkeypatch.setenv("GCE_METADATA_IP", server["GCE_METADATA_IP"])
-        [finding] = other_hosts.joined(Case(Config(), "run", root=str(with_tpu(tmp_path / "tpu", chips=4))))
+        [finding] = machine.joined(Case(Config(), "run", root=str(with_tpu(tmp_path / "tpu", chips=4))))
         assert finding.status == OK  # auto joins them
         assert f"process 1 of 4, says {METADATA}; coordinator 127.0.0.1:8476" in finding.text
         assert json.loads(finding.to_json())["facts"]["hosts"]["2"] == "10.0.0.4"
         asked = len(questions)
-        [finding] = other_hosts.joined(Case(Config(), "run", root=str(tmp_path / "no-tpu")))
+        [finding] = machine.joined(Case(Config(), "run", root=str(tmp_path / "no-tpu")))
         assert finding.status == NOT_APPLICABLE and len(questions) == asked
 
 
 @pytest.mark.parametrize("setting, status", [("on", PROBLEM), ("auto", NOT_APPLICABLE), ("off", NOT_APPLICABLE)])
 def test_a_run_that_insists_on_others_has_to_have_some(alone, setting, status):
     config = Config(mesh=MeshConfig(distributed=setting))
-    [finding] = other_hosts.joined(Case(config, "run", root="/nowhere"))
+    [finding] = machine.joined(Case(config, "run", root="/nowhere"))
     assert finding.status == status

@@ -23,7 +23,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.evaluation import harness
 from jaxgpt.evaluation.scoring import RequestScorer, encode_pair
 from jaxgpt.evaluation.tasks import read_tasks
-from jaxgpt.inference.conversation import ChatPrompts
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.training.models import export_model, load_model

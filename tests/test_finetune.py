@@ -10,61 +10,29 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import RUN
+from tiny import TRAINED
 
 from jaxgpt import train
 from jaxgpt.config import load_config
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.model import gpt2
-from jaxgpt.preparation.preparation import given_tokenizer
+from jaxgpt.preparation.make_dataset import given_tokenizer
 from jaxgpt.settings import ModelConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import export_model, load_model, save_as_run
 
-CONFIG = (
-    RUN
-    + """warmup_steps = 1
-[train]
-max_steps = 4
-per_device_train_batch_size = 1
-[eval]
-eval_steps = 2
-sample_tokens = 0
-[checkpoint]
-save_steps = 2
-[log]
-logging_steps = 1
-tensorboard = false
-"""
-)
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "then",
-    "the",
-    "dog",
-    "ran",
-    "after",
-    "it",
-    "over",
-    "one",
-    "hill",
-]
 SHARDED = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 ROLES = '["<|user|>", "<|assistant|>"]'
 MANY = json.dumps([f"<|{number}|>" for number in range(120)])  # with 17 characters: more than 128 rows
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, trained) -> Path:
+    """The text and the config of the session's trained run, without its samples."""
     folder = tmp_path_factory.mktemp("finetune")
-    (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 1500)))
-    (folder / "config.toml").write_text(CONFIG.format(folder=folder))
+    shutil.copy(trained.text, folder / "text.txt")
+    config = TRAINED.format(folder=folder).replace("sample_tokens = 8", "sample_tokens = 0")
+    (folder / "config.toml").write_text(config)
     return folder
 
 
@@ -79,9 +47,9 @@ def run(folder: Path, workdir: Path, settings: dict) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(folder) -> Path:
-    """A finished run with checkpoints of steps 2 and 4; its hf/ is the other kind of source."""
-    return run(folder, folder / "source", {})
+def source(trained) -> Path:
+    """A finished run with checkpoints of steps 3 and 6; its hf/ is the other kind of source."""
+    return trained.run
 
 
 def starts(source: Path) -> dict[str, dict]:
@@ -160,7 +128,7 @@ def test_a_start_is_the_same_on_every_mesh(source, begun, name, tokens):
 
 
 def test_starting_from_one_step_of_a_run_takes_that_step(source, begun):
-    step = source / "checkpoints" / "2"
+    step = source / "checkpoints" / "3"
     early = begun({"init.from_checkpoint": step})
     assert_same(load_model(early).params, load_model(step).params)
     assert np.any(np.asarray(load_model(early).params["wpe"]) != np.asarray(load_model(source).params["wpe"]))
@@ -225,7 +193,7 @@ def test_a_hub_name_gives_weights_and_tokenizer(source, begun, tmp_path, monkeyp
         "tokenizer.type": "folder",
         "tokenizer.path": "hf:someone/tiny",
     }
-    workdir = begun(settings | {"tokenizer.special_tokens": "<|user|>"})
+    workdir = begun(settings | {"tokenizer.special_tokens": ROLES})
     assert json.loads((workdir / "config.json").read_text())["tokenizer"]["path"] == "hf:someone/tiny"
 
 
@@ -236,7 +204,7 @@ def test_a_run_that_goes_on_needs_its_source_no_more(folder, source, tmp_path, c
     assert "2 new tokens start as the mean of its 18 embeddings" in capsys.readouterr().out
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "gone")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     shutil.rmtree(tmp_path / "run" / "hf")
     run(folder, tmp_path / "run", settings)
     assert losses(tmp_path / "run") == whole

@@ -10,8 +10,9 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import decode
-from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, stream
+from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, start_rows, stream
 from jaxgpt.inference.sampling import SamplingOptions
+from jaxgpt.inference.slots import NO_TOKEN
 from jaxgpt.model import gpt2, quantized
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.parallel.sharding import param_shardings
@@ -98,8 +99,8 @@ def test_activations_and_cache_are_float32_on_cpu_whatever_the_weights_are():
     for weights in (*WEIGHTS, None):
         decoder = decoder_of(params, config=SMALL, weights=weights)
         assert decoder.config.dtype == "float32"
-        state = decode._read(decoder, [[1, 2, 3]], n=1, most=16, penalties=False)
-        assert {array.dtype.name for array in state.cache.keys + state.cache.values} == {"float32"}
+        rows = start_rows(decoder, [[1, 2, 3]], SamplingOptions(), n=1, positions=32, penalties=False)
+        assert {array.dtype.name for array in rows.cache.keys + rows.cache.values} == {"float32"}
     assert jax.tree.leaves(decoder.weights["blocks"][0]["mlp"]["c_fc"]["kernel"])[0].dtype == "uint16"  # None: bfloat16
 
 
@@ -118,7 +119,7 @@ def test_a_batch_of_different_prompt_lengths_is_each_alone(params, weights, temp
             np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_how_many_rows_are_expected_changes_the_layout_and_no_token(params, weights):
     one, many = (build_decoder(CONFIG, VOCAB, params, None, weights, rows) for rows in (1, 2))
     kernels = [decoder.weights["blocks"][0]["mlp"]["c_fc"]["kernel"].layout for decoder in (one, many)]
@@ -175,14 +176,14 @@ def test_padding_of_the_vocabulary_is_never_drawn(params):
 @pytest.fixture
 def steps_made(monkeypatch):
     """How many tokens each call of the decoding loop made."""
-    made, decode_loop = [], decode._decode
+    made, decode_chunk = [], decode.decode_chunk
 
-    def recorded(*args, **kwargs):
-        state, (tokens, logprobs, steps) = decode_loop(*args, **kwargs)
-        made.append(int(steps))
-        return state, (tokens, logprobs, steps)
+    def recorded(*args):
+        slots, out = decode_chunk(*args)
+        made.append(int((out[0] != NO_TOKEN).any(axis=0).sum()))
+        return slots, out
 
-    monkeypatch.setattr(decode, "_decode", recorded)
+    monkeypatch.setattr(decode, "decode_chunk", recorded)
     return made
 
 

@@ -18,12 +18,12 @@ from jaxgpt.model import gpt2
 from jaxgpt.settings import ModelConfig
 
 VOCAB = 300  # more than the sampler's small vocabulary: all of its ways are used
-CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, dtype="float32")
+CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=64, dtype="float32")
 SLOTS = 4
 
 
 def model_params() -> dict:
-    params = gpt2.init_params(CONFIG, VOCAB, jax.random.key(0))
+    params = jax.jit(gpt2.init_params, static_argnums=(0, 1))(CONFIG, VOCAB, jax.random.key(0))
     return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params)  # it looks at its context
 
 
@@ -111,7 +111,7 @@ def test_a_request_gets_what_it_gets_alone_and_what_generate_gives(engine, decod
 
 
 def test_nothing_compiles_once_it_stands(engine):
-    programs = ("admit", "score", "decode_chunk", "release", "read", "_with_positions")
+    programs = ("admit", "score", "decode_chunk", "release", "prefill", "_with_positions")
     compiled = lambda: [getattr(slots, name)._cache_size() for name in programs]
     before = compiled()
     for number, request in enumerate(requests(8)):
@@ -149,13 +149,14 @@ def test_alternatives_are_the_likeliest_tokens_of_the_model_itself(engine, decod
 
 def test_a_prompt_is_scored_as_the_model_scores_it(engine):
     params = model_params()
+    all_logits = jax.jit(lambda tokens_1T: gpt2.bind(CONFIG, VOCAB, params)(tokens_1T))
     for length, continues in ((1, True), (2, False), (30, True), (63, True), (64, False)):
         prompt = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
         free = SamplingOptions(max_new_tokens=1, temperature=0.0)
         reader = ask(engine, prompt, free, scores_prompt=True, continues=continues, alternatives=5).wait()
         told = reader.pieces[0].prompt
-        logits_TV = gpt2.bind(CONFIG, VOCAB, params)(np.array([prompt], np.int32))[0]
-        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        padded = np.array([prompt + [0] * (CONFIG.n_positions - length)], np.int32)
+        logprobs_TV = np.asarray(jax.nn.log_softmax(all_logits(padded)[0]))
         assert told.tokens == prompt and told.logprobs[0] is None and told.alternatives[0] == []
         np.testing.assert_allclose(
             told.logprobs[1:], logprobs_TV[np.arange(length - 1), prompt[1:]].astype(float), atol=1e-4
@@ -170,7 +171,7 @@ def test_a_prompt_is_scored_as_the_model_scores_it(engine):
 
 
 def test_requests_that_belong_together_come_in_together_or_not_at_all(decoder):
-    with Engine(decoder, slots=1, chunk=3, queue=4) as engine:
+    with Engine(decoder, slots=SLOTS, chunk=3, queue=4) as engine:
         request = engine.check(Request([1], SamplingOptions(max_new_tokens=5)))
         with pytest.raises(QueueFull):
             engine.submit([(request, Reader())] * 5)

@@ -10,7 +10,7 @@ import pytest
 from processes import is_alive, wait_for
 
 from jaxgpt import launch
-from jaxgpt.launch import local_environments, run_together
+from jaxgpt.parallel.local_launch import local_environments, run_together
 
 NUMBER = "import os, sys, time; number = int(os.environ['JAXGPT_PROCESS_ID'])\n"
 
@@ -19,6 +19,7 @@ def ran(code: str, count: int = 2, grace: float = 30) -> int:
     return run_together([sys.executable, "-c", NUMBER + code], local_environments(count, 1), grace)
 
 
+@pytest.mark.system
 def test_each_process_gets_its_place_and_its_devices(capfd):
     names = "JAXGPT_COORDINATOR JAXGPT_NUM_PROCESSES JAXGPT_PROCESS_ID JAX_PLATFORMS XLA_FLAGS"
     assert ran(f"print(*(os.environ[name] for name in {names.split()}))") == 0
@@ -31,6 +32,7 @@ def test_each_process_gets_its_place_and_its_devices(capfd):
     assert first[4].endswith("--xla_force_host_platform_device_count=1")
 
 
+@pytest.mark.system
 def test_lines_of_different_processes_do_not_mix(capfd):
     assert ran("[print(str(number) * 200, flush=True) for _ in range(300)]", count=3) == 0
     lines = capfd.readouterr().out.splitlines()
@@ -38,6 +40,7 @@ def test_lines_of_different_processes_do_not_mix(capfd):
     assert set(lines) == {f"[{number}] {str(number) * 200}" for number in range(3)}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -52,6 +55,7 @@ def test_the_exit_code_is_that_of_the_first_process_that_failed(code, expected):
     assert ran(code) == expected
 
 
+@pytest.mark.system
 def test_once_one_failed_the_others_have_a_bounded_time(capfd):
     began = time.monotonic()
     assert ran("number or sys.exit(3); time.sleep(60)", grace=0.5) == 3
@@ -67,13 +71,17 @@ def launcher(tmp_path):
         f"open(rf'{tmp_path}/{{number}}', 'w').write(str(os.getpid()))\n"
         "time.sleep(60)"
     )
-    run = f"from jaxgpt.launch import *\nsys.exit(run_together([sys.executable, '-c', {NUMBER + code!r}], "
-    process = subprocess.Popen([sys.executable, "-c", run + "local_environments(2, 1), 30))"])
+    run = (
+        "import sys; from jaxgpt.parallel.local_launch import local_environments, run_together\n"
+        f"sys.exit(run_together([sys.executable, '-c', {NUMBER + code!r}], local_environments(2, 1), 30))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", run])
     wait_for(lambda: all((tmp_path / str(n)).exists() and (tmp_path / str(n)).read_text() for n in range(2)))
     yield process, [int((tmp_path / str(n)).read_text()) for n in range(2)]
     process.kill()
 
 
+@pytest.mark.system
 def test_what_the_launcher_is_sent_reaches_all(launcher):
     process, children = launcher
     process.send_signal(signal.SIGTERM)
@@ -81,6 +89,7 @@ def test_what_the_launcher_is_sent_reaches_all(launcher):
     assert not any(map(is_alive, children))
 
 
+@pytest.mark.system
 def test_no_process_outlives_a_launcher_that_is_killed(launcher):
     process, children = launcher
     process.kill()
@@ -103,6 +112,7 @@ def test_wrong_arguments_are_one_line(arguments, complaint, capsys):
     assert line.startswith("error: ") and complaint in line
 
 
+@pytest.mark.system
 def test_the_exit_code_of_what_was_launched_is_the_launchers(tmp_path):
     command = ["-m", "jaxgpt", "launch", "--local-procs", "2", "--", "train", "--config", str(tmp_path / "no.toml")]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ)

@@ -13,13 +13,24 @@ from tiny import MODEL, VOCAB
 from jaxgpt.model import gpt2
 from jaxgpt.model.attention import attend, dropout
 from jaxgpt.model.loss import cross_entropy
-from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED, flops_per_token, parameter_count
+from jaxgpt.model.sizes import GPT2_VOCAB, PUBLISHED, flops_per_token, padded_vocab, parameter_count
 from jaxgpt.settings import ModelConfig
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits_of(params, tokens_BT, config=MODEL):
+    return gpt2.bind(config, VOCAB, params)(tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rate"))
+def hidden_of(params, tokens_BT, segments_BT=None, key=None, config=MODEL, rate=0.3):
+    dropout = gpt2.NO_DROPOUT if key is None else (rate, key)
+    return gpt2.bind(config, VOCAB, params).hidden(tokens_BT, segments_BT=segments_BT, dropout=dropout)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return gpt2.init_params(MODEL, VOCAB, jax.random.key(0))
+    return jax.jit(gpt2.init_params, static_argnums=(0, 1))(MODEL, VOCAB, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,7 @@ def test_published_sizes_have_the_published_number_of_parameters(name):
     config = ModelConfig(**shape)
     assert parameter_count(config, GPT2_VOCAB) == published
     _, shapes, _ = gpt2.abstract_model(config, GPT2_VOCAB)
-    padding = (gpt2.padded_vocab(GPT2_VOCAB) - GPT2_VOCAB) * config.n_embd
+    padding = (padded_vocab(GPT2_VOCAB) - GPT2_VOCAB) * config.n_embd
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published + padding
 
 
@@ -59,27 +70,23 @@ def test_initial_values_follow_the_paper(params):
 
 def test_no_position_sees_the_future(params):
     """Causality by gradients: d logits[t] / d input[s] is 0 exactly for s > t, and not 0 for s <= t."""
-    model = gpt2.bind(MODEL, VOCAB, params)
     length = 8
 
     def logits_TV(wpe_TD):
-        moved = gpt2.bind(MODEL, VOCAB, {**params, "wpe": wpe_TD})
-        return moved(jnp.arange(length)[None])[0].sum(-1)
+        return logits_of({**params, "wpe": wpe_TD}, jnp.arange(length)[None])[0].sum(-1)
 
-    influence_TS = np.abs(jax.jacobian(logits_TV)(params["wpe"])[:, :length]).sum(-1)
+    influence_TS = np.abs(jax.jit(jax.jacobian(logits_TV))(params["wpe"])[:, :length]).sum(-1)
     assert np.all(np.triu(influence_TS, 1) == 0)
     assert np.all(influence_TS[np.tril_indices(length)] > 0)
-    assert model(jnp.arange(length)[None]).shape == (1, length, VOCAB)
 
 
 def test_padding_of_the_vocabulary_is_invisible(params, tokens_BT):
     assert params["wte"].shape[0] == 128
-    logits_BTV = gpt2.bind(MODEL, VOCAB, params)(tokens_BT)
-    assert logits_BTV.shape[-1] == VOCAB
+    assert logits_of(params, tokens_BT).shape == (*tokens_BT.shape, VOCAB)
     # Whatever stands in the padding rows changes neither loss nor gradients.
-    hidden_BTD = gpt2.bind(MODEL, VOCAB, params).hidden(tokens_BT)
-    loss = lambda wte: cross_entropy(hidden_BTD, wte, tokens_BT, jnp.ones(tokens_BT.shape), VOCAB)[0]
-    value, grad = jax.value_and_grad(loss)(params["wte"])
+    hidden_BTD = hidden_of(params, tokens_BT)
+    loss = jax.jit(lambda wte: cross_entropy(hidden_BTD, wte, tokens_BT, jnp.ones(tokens_BT.shape), VOCAB)[0])
+    value, grad = jax.jit(jax.value_and_grad(loss))(params["wte"])
     noisy = params["wte"].at[VOCAB:].set(7.0)
     np.testing.assert_allclose(loss(noisy), value, rtol=1e-6)
     assert not np.any(grad[VOCAB:])
@@ -87,30 +94,33 @@ def test_padding_of_the_vocabulary_is_invisible(params, tokens_BT):
 
 def test_loss_is_minus_log_softmax_as_sum_and_count(params, tokens_BT):
     weights_BT = jnp.asarray(np.random.default_rng(0).random(tokens_BT.shape), jnp.float32)
-    model = gpt2.bind(MODEL, VOCAB, params)
-    hidden_BTD = model.hidden(tokens_BT)
-    total, count = cross_entropy(hidden_BTD, params["wte"], tokens_BT, weights_BT, VOCAB)
-    log_probs = jax.nn.log_softmax(model(tokens_BT), axis=-1)
+    summed = jax.jit(cross_entropy, static_argnums=4)
+    total, count = summed(hidden_of(params, tokens_BT), params["wte"], tokens_BT, weights_BT, VOCAB)
+    log_probs = jax.nn.log_softmax(logits_of(params, tokens_BT), axis=-1)
     picked = jnp.take_along_axis(log_probs, tokens_BT[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(total, -(picked * weights_BT).sum(), rtol=1e-5)
     np.testing.assert_allclose(count, weights_BT.sum(), rtol=1e-6)
 
 
 def test_bfloat16_compute_stays_close_and_keeps_float32_logits(params, tokens_BT):
-    exact = gpt2.bind(MODEL, VOCAB, params)(tokens_BT)
-    rounded = gpt2.bind(dataclasses.replace(MODEL, dtype="bfloat16"), VOCAB, params)(tokens_BT)
+    exact = logits_of(params, tokens_BT)
+    rounded = logits_of(params, tokens_BT, dataclasses.replace(MODEL, dtype="bfloat16"))
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(exact - rounded).max() < 0.02
 
 
+decoding_weights = jax.jit(lambda params: gpt2.decoding_weights(MODEL, params, "float32", "plain"))
+read_prompt = jax.jit(functools.partial(gpt2.read_prompt, MODEL, VOCAB, positions=32))
+read_token = jax.jit(functools.partial(gpt2.read_token, MODEL, VOCAB))
+
+
 def test_cached_decoding_equals_the_full_forward_at_every_position(params, tokens_BT):
     """Rows of different lengths: each reads its own prompt, then the rest token by token."""
-    full_BTV = gpt2.bind(MODEL, VOCAB, params)(tokens_BT)
-    weights = gpt2.decoding_weights(MODEL, params, "float32", "plain")
-    read_token = jax.jit(functools.partial(gpt2.read_token, MODEL, VOCAB))
+    full_BTV = logits_of(params, tokens_BT)
+    weights = decoding_weights(params)
     lengths = np.array([0, 1, 5, 9])
     rows = np.resize(np.arange(len(tokens_BT)), len(lengths))
-    cache = gpt2.read_prompt(MODEL, VOCAB, weights, tokens_BT[rows], jnp.asarray(lengths), positions=32)
+    cache = read_prompt(weights, tokens_BT[rows], jnp.asarray(lengths))
     for step in range(tokens_BT.shape[1] - lengths.max()):
         at = lengths + step
         logits_BV, cache = read_token(weights, tokens_BT[rows, at], cache)
@@ -119,20 +129,19 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(params, token
 
 
 def test_what_lies_behind_a_prompt_is_never_read(params, tokens_BT):
-    weights = gpt2.decoding_weights(MODEL, params, "float32", "plain")
+    weights = decoding_weights(params)
     length_B = jnp.array([4, 4])
     logits = []
     for padding in (0, 7):
         padded_BT = jnp.where(jnp.arange(16)[None] < 4, tokens_BT[:2], padding)
-        cache = gpt2.read_prompt(MODEL, VOCAB, weights, padded_BT, length_B, positions=32)
-        logits.append(gpt2.read_token(MODEL, VOCAB, weights, tokens_BT[:2, 4], cache)[0])
+        logits.append(read_token(weights, tokens_BT[:2, 4], read_prompt(weights, padded_BT, length_B))[0])
     np.testing.assert_array_equal(*logits)
 
 
 def test_segments_do_not_see_each_other(params, tokens_BT):
     """Two texts in one row give what the second alone gives (with the positions it has in the row)."""
     segments_BT = jnp.asarray([[0] * 6 + [1] * 10] * 2)
-    hidden = lambda tokens: gpt2.bind(MODEL, VOCAB, params).hidden(tokens, segments_BT=segments_BT)
+    hidden = lambda tokens_BT: hidden_of(params, tokens_BT, segments_BT)
     changed = tokens_BT.at[:, :6].set((tokens_BT[:, :6] + 1) % VOCAB)
     np.testing.assert_array_equal(hidden(tokens_BT)[:, 6:], hidden(changed)[:, 6:])
     assert np.abs(hidden(tokens_BT)[:, :6] - hidden(changed)[:, :6]).max() > 0
@@ -158,11 +167,10 @@ def test_dropout_keeps_the_mean_and_depends_on_the_key():
 
 
 def test_dropout_in_the_network_needs_a_key_and_differs_between_layers_and_keys(params, tokens_BT):
-    model = gpt2.bind(dataclasses.replace(MODEL, dropout=0.3), VOCAB, params)
-    plain = gpt2.bind(MODEL, VOCAB, params).hidden(tokens_BT)
-    np.testing.assert_array_equal(model.hidden(tokens_BT), plain)
-    one, again, two = (model.hidden(tokens_BT, dropout=(0.3, jax.random.key(i))) for i in (0, 0, 1))
+    config = dataclasses.replace(MODEL, dropout=0.3)
+    np.testing.assert_array_equal(hidden_of(params, tokens_BT, config=config), hidden_of(params, tokens_BT))
+    one, again, two = (hidden_of(params, tokens_BT, key=jax.random.key(i), config=config) for i in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, two)
-    scanned = gpt2.bind(dataclasses.replace(MODEL, dropout=0.3, scan_layers=True), VOCAB, params)
-    np.testing.assert_allclose(scanned.hidden(tokens_BT, dropout=(0.3, jax.random.key(0))), one, atol=1e-5)
+    scanned = dataclasses.replace(config, scan_layers=True)
+    np.testing.assert_allclose(hidden_of(params, tokens_BT, key=jax.random.key(0), config=scanned), one, atol=1e-5)

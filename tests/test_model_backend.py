@@ -32,8 +32,11 @@ def relative(ours, reference) -> float:
 
 
 def value_and_gradients(function, arguments, dout):
-    out, vjp = jax.vjp(function, *arguments)
-    return out, vjp(dout)
+    def both(arguments, dout):
+        out, vjp = jax.vjp(function, *arguments)
+        return out, vjp(dout)
+
+    return jax.jit(both)(arguments, dout)
 
 
 # ---------------------------------------------------------------- attention
@@ -42,9 +45,8 @@ def value_and_gradients(function, arguments, dout):
 @pytest.mark.parametrize(
     ("positions", "heads", "head_size", "segments"),
     [
-        (256, 2, 64, False),
-        (384, 1, 128, True),  # several blocks; segments that end inside of them
-        (300, 3, 64, True),  # neither positions nor heads fill the last block
+        (384, 1, 128, False),  # several blocks
+        (300, 3, 64, True),  # segments end inside of blocks; neither positions nor heads fill the last one
         (40, 5, 32, False),  # less than one block
         (130, 4, 16, False),
     ],
@@ -96,7 +98,7 @@ def test_tpu_operations_are_the_plain_ones(name, dtype):
 
 def test_the_whole_network_on_the_tpu_operations_has_the_plain_loss_and_gradients():
     config = ModelConfig(n_layer=2, n_head=2, n_embd=128, n_positions=64, dtype="float32")
-    params = gpt2.init_params(config, 300, jax.random.key(0))
+    params = jax.jit(gpt2.init_params, static_argnums=(0, 1))(config, 300, jax.random.key(0))
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 65), 0, 300)
     fast = dataclasses.replace(tpu.TPU, attend=lambda q, k, v, **_: interpreted(q, k, v), loss_rows=32)
 
@@ -107,7 +109,7 @@ def test_the_whole_network_on_the_tpu_operations_has_the_plain_loss_and_gradient
         )
         return total / count
 
-    ours, plain = (jax.value_and_grad(loss)(params, backend) for backend in (fast, PLAIN))
+    ours, plain = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, backend) for backend in (fast, PLAIN))
     assert float(ours[0]) == pytest.approx(float(plain[0]), abs=1e-5)
     for (path, gradient), expected in zip(jax.tree_util.tree_leaves_with_path(ours[1]), jax.tree.leaves(plain[1])):
         assert relative(gradient, expected) < 1e-4, path
@@ -128,33 +130,31 @@ def loss_inputs(scale: float = 1.0):
     return hidden_BTD, wte_VD.at[100:].set(0.0), targets_BT, (jnp.arange(30.0).reshape(3, 10) % 4) / 2
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 30, 15, 7, 1])
+@pytest.mark.parametrize("chunk_rows", [None, 7, 1])
 def test_the_gradients_computed_with_the_loss_are_its_gradients(chunk_rows):
     hidden_BTD, wte_VD, targets_BT, weights_BT = loss_inputs()
     ours = lambda h, w: cross_entropy(h, w, targets_BT, weights_BT, 100, chunk_rows)[0]
     plain = lambda h, w: textbook_loss(h, w, targets_BT, weights_BT, 100)
     for function in (ours, lambda *a: 3.0 * ours(*a)):
-        (value, gradients) = jax.value_and_grad(function, (0, 1))(hidden_BTD, wte_VD)
+        (value, gradients) = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden_BTD, wte_VD)
         scale = 1.0 if function is ours else 3.0
         assert float(value) == pytest.approx(scale * float(plain(hidden_BTD, wte_VD)), rel=1e-6)
-        for gradient, expected in zip(gradients, jax.grad(plain, (0, 1))(hidden_BTD, wte_VD)):
+        for gradient, expected in zip(gradients, jax.jit(jax.grad(plain, (0, 1)))(hidden_BTD, wte_VD)):
             assert relative(gradient, scale * expected) < 1e-5
-    value = ours(hidden_BTD, wte_VD)  # not differentiated: another path
+    value = jax.jit(ours)(hidden_BTD, wte_VD)  # not differentiated: another path
     assert float(value) == pytest.approx(float(plain(hidden_BTD, wte_VD)), rel=1e-6)
 
 
 def test_a_loss_too_large_for_the_fast_shift_is_still_exact():
     hidden_BTD, wte_VD, targets_BT, weights_BT = loss_inputs(scale=40.0)
     plain = lambda h, w: textbook_loss(h, w, targets_BT, weights_BT, 100)
-    single = [
-        textbook_loss(hidden_BTD[b : b + 1, t : t + 1], wte_VD, targets_BT[b : b + 1, t : t + 1], jnp.ones((1, 1)), 100)
-        for b, t in np.ndindex(3, 10)
-    ]
-    assert max(single) > 3 * FAST_UP_TO and min(single) < FAST_UP_TO
+    logs_BTV = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden_BTD, wte_VD[:100]))
+    single_BT = -jnp.take_along_axis(logs_BTV, targets_BT[..., None], -1)[..., 0]
+    assert single_BT.max() > 3 * FAST_UP_TO and single_BT.min() < FAST_UP_TO
     ours = lambda h, w: cross_entropy(h, w, targets_BT, weights_BT, 100, 10)[0]
-    value, gradients = jax.value_and_grad(ours, (0, 1))(hidden_BTD, wte_VD)
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden_BTD, wte_VD)
     assert float(value) == pytest.approx(float(plain(hidden_BTD, wte_VD)), rel=1e-6)
-    for gradient, expected in zip(gradients, jax.grad(plain, (0, 1))(hidden_BTD, wte_VD)):
+    for gradient, expected in zip(gradients, jax.jit(jax.grad(plain, (0, 1)))(hidden_BTD, wte_VD)):
         assert relative(gradient, expected) < 1e-5
 
 

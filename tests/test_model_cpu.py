@@ -18,7 +18,7 @@ from jaxgpt.model.backend import PLAIN
 from jaxgpt.model.cpu import CPU, QUERIES
 from jaxgpt.model.loss import cross_entropy
 
-LENGTHS = (1, 5, QUERIES, QUERIES + 3, 2 * QUERIES)
+LENGTHS = (1, QUERIES, QUERIES + 3)
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -35,9 +35,13 @@ def assert_close(actual, expected, relative):
 
 def values_and_gradients(function, *arrays):
     """The output, and the gradients by every argument of its sum weighted with unequal numbers."""
-    out, pullback = jax.vjp(jax.jit(function), *arrays)
-    weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(jnp.bfloat16)  # the same for both types
-    return out, jax.jit(pullback)(weights.astype(out.dtype))
+
+    def both(*arrays):
+        out, pullback = jax.vjp(function, *arrays)
+        weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(jnp.bfloat16)  # the same for both types
+        return out, pullback(weights.astype(out.dtype))
+
+    return jax.jit(both)(*arrays)
 
 
 def assert_same(name, arrays, **options):
@@ -79,8 +83,7 @@ def test_operation_in_bfloat16_is_the_float32_one_rounded(name):
     assert_rounded(name, operation(name, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("inputs,outputs", [(16, 64), (64, 16), (32, 32)])
-@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("inputs,outputs,length", [(16, 64, 1), (64, 16, 7), (32, 32, 7)])
 def test_kernel_gradient_is_right_in_both_orientations(inputs, outputs, length):
     arrays = normal(0, 2, length, inputs), normal(1, inputs, outputs), normal(2, outputs)
     assert_same("linear", arrays)
@@ -133,7 +136,7 @@ def network(backend, params, tokens_BT, dtype="float32", **options):
 def params_and_tokens():
     config = dataclasses.replace(MODEL, n_positions=QUERIES + 6)
     tokens_BT = jax.random.randint(jax.random.key(1), (2, QUERIES + 6), 0, VOCAB)
-    return gpt2.init_params(config, VOCAB, jax.random.key(0)), tokens_BT
+    return jax.jit(gpt2.init_params, static_argnums=(0, 1))(config, VOCAB, jax.random.key(0)), tokens_BT
 
 
 def test_loss_and_gradients_of_a_network_are_the_reference(params_and_tokens):
@@ -176,6 +179,7 @@ SHAPES_PROGRAM = """
 """
 
 
+@pytest.mark.system
 def test_every_form_runs_as_it_is_compiled_for_users():
     """Some bfloat16 products compile and then fail when they run ("UNIMPLEMENTED ... DotThunk"), depending on shape and
     on how much XLA optimizes. Other tests compile at level 0, so this one has a process of its own at the default."""

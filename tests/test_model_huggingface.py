@@ -28,6 +28,7 @@ torch.set_num_threads(1)  # its threads and XLA's would wait for each other's co
 # (layers, heads, width): the heads and widths of the four published sizes at reduced depth, and a tiny one.
 PUBLISHED = [(1, 12, 768), (1, 16, 1024), (1, 20, 1280), (1, 25, 1600)]
 TINY = (2, 4, 64)
+SHAPES = [TINY, *(pytest.param(shape, marks=pytest.mark.system) for shape in PUBLISHED)]
 VOCAB, POSITIONS = 65, 24
 
 
@@ -96,7 +97,7 @@ def test_the_table_names_every_array_of_ours_and_every_tensor_of_theirs():
     assert theirs == {name.format(layer) for name, _ in NAMES.values() for layer in range(2)}
 
 
-@pytest.mark.parametrize("shape", [TINY, *PUBLISHED], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_and_the_gradient_of_every_tensor_agree(shape, tmp_path):
     peer = random_peer(*shape)
     config, params = imported(peer, tmp_path / "theirs")
@@ -126,7 +127,7 @@ def test_logits_and_the_gradient_of_every_tensor_agree(shape, tmp_path):
     assert not ours
 
 
-@pytest.mark.parametrize("shape", [TINY, *PUBLISHED], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_twenty_steps_of_adamw_lose_alike(shape, tmp_path):
     # Small weights and steps: where a step overshoots, the next ones multiply any difference in the last bit.
     peer, rate = random_peer(*shape, scale=0.3), 0.08 / shape[-1]

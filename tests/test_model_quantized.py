@@ -9,10 +9,13 @@ import pytest
 
 from jaxgpt.model import gpt2
 from jaxgpt.model import quantized as packed_module
-from jaxgpt.model.quantized import LAYOUTS, STREAMED_TILE, pack
+from jaxgpt.model.quantized import LAYOUTS, STREAMED_TILE
 from jaxgpt.settings import ModelConfig
 
 KINDS = ("int8", "bfloat16", "float32")
+pack = jax.jit(packed_module.pack, static_argnums=(1, 2, 3))
+columns = jax.jit(lambda packed: packed.column(jnp.arange(math.prod(packed.outputs))))
+product_of = jax.jit(lambda packed, x: packed(x))
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,7 @@ def matrix(*shape) -> np.ndarray:
 
 def stands_for(packed) -> np.ndarray:
     """(inputs, outputs) in float32, read output by output."""
-    return np.asarray(packed.column(jnp.arange(math.prod(packed.outputs)))).T
+    return np.asarray(columns(packed)).T
 
 
 def shape_in_memory(layout: str, kind: str) -> tuple[int, ...]:
@@ -51,12 +54,12 @@ def shape_in_memory(layout: str, kind: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 5)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3)])
 def test_the_product_is_that_of_the_matrix_it_stands_for(kind, layout, rows):
     packed = pack(jnp.asarray(matrix(48, 2, 96)), 1, kind, layout)
     assert packed.tiles.shape == shape_in_memory(layout, kind)
     x = np.random.default_rng(1).standard_normal((*rows, 48)).astype(np.float32)
-    product = jax.jit(lambda packed, x: packed(x))(packed, x)
+    product = product_of(packed, x)
     assert product.shape == (*rows, 2, 96) and product.dtype == jnp.float32
     expected = (x.astype(np.float64) @ stands_for(packed).astype(np.float64)).reshape(product.shape)
     np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-4)
@@ -65,7 +68,7 @@ def test_the_product_is_that_of_the_matrix_it_stands_for(kind, layout, rows):
 def test_several_input_axes_are_summed_over():
     packed = pack(jnp.asarray(matrix(4, 12, 64)), 2, "int8", "streamed")
     x = np.random.default_rng(1).standard_normal((3, 1, 4, 12)).astype(np.float32)
-    np.testing.assert_allclose(packed(x), x.reshape(3, 1, 48) @ stands_for(packed), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(product_of(packed, x), x.reshape(3, 1, 48) @ stands_for(packed), rtol=1e-5, atol=1e-4)
 
 
 def test_int8_is_the_nearest_of_255_steps_of_each_output():
@@ -91,22 +94,27 @@ def test_a_width_that_no_tile_divides_is_one_tile(layout):
     packed = pack(jnp.asarray(matrix(48, 100)), 1, "int8", layout)
     assert packed.tiles.shape[0] == 1
     x = np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
-    np.testing.assert_allclose(packed(x), x @ stands_for(packed), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(product_of(packed, x), x @ stands_for(packed), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_network_of_bfloat16_weights_is_the_network_of_rounded_weights(layout):
     config = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=16, dtype="float32")
-    params = gpt2.init_params(config, 65, jax.random.key(0))
+    params = jax.jit(gpt2.init_params, static_argnums=(0, 1))(config, 65, jax.random.key(0))
     round_matrices = lambda path, x: x.astype(jnp.bfloat16).astype(jnp.float32) if path[-1].key in ROUNDED else x
     rounded = jax.tree_util.tree_map_with_path(round_matrices, params)
     tokens_BT = jnp.arange(14).reshape(2, 7)
-    weights = gpt2.decoding_weights(config, params, "bfloat16", layout)
-    cache = gpt2.read_prompt(config, 65, weights, tokens_BT[:, :6], jnp.array([6, 6]), positions=16)
-    logits_BV, _ = gpt2.read_token(config, 65, weights, tokens_BT[:, 6], cache)
-    expected_BTV = gpt2.bind(config, 65, rounded)(tokens_BT)
+
+    @jax.jit
+    def decoded(params):
+        weights = gpt2.decoding_weights(config, params, "bfloat16", layout)
+        cache = gpt2.read_prompt(config, 65, weights, tokens_BT[:, :6], jnp.array([6, 6]), positions=16)
+        return gpt2.read_token(config, 65, weights, tokens_BT[:, 6], cache)[0]
+
+    whole = jax.jit(lambda params: gpt2.bind(config, 65, params)(tokens_BT))
+    logits_BV, expected_BTV = decoded(params), whole(rounded)
     np.testing.assert_allclose(logits_BV, expected_BTV[:, -1], atol=1e-5)
-    assert np.abs(expected_BTV - gpt2.bind(config, 65, params)(tokens_BT)).max() > 1e-4
+    assert np.abs(expected_BTV - whole(params)).max() > 1e-4
 
 
 ROUNDED = ("kernel", "wte")

@@ -1,18 +1,11 @@
 """The signs of an accelerator, on copies of /dev, /sys and /proc; and the refusal to train on the CPU in its place."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import jax
 import pytest
 from machines import with_gpu, with_tpu
 
+from jaxgpt.errors import UserError
 from jaxgpt.parallel.accelerator import accelerators, asks_for_cpu, nvidia_driver, refuse_silent_cpu
-
-REFUSE = (
-    "import sys, pathlib; from jaxgpt.parallel.accelerator import refuse_silent_cpu as r; r(pathlib.Path(sys.argv[1]))"
-)
 
 
 def test_a_tpu_is_known_by_its_chips_and_not_by_googles_network_card(tmp_path):
@@ -54,23 +47,27 @@ def test_who_asks_for_the_cpu(platforms, asked):
     assert asks_for_cpu(platforms) is asked
 
 
-def refuse(root: Path, platforms: str) -> str:
-    """What `refuse_silent_cpu` says in a process with JAX_PLATFORMS = `platforms`; "" where it lets it pass."""
-    environment = os.environ | {"JAX_PLATFORMS": platforms}
-    done = subprocess.run([sys.executable, "-c", REFUSE, root], env=environment, capture_output=True, text=True)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+@pytest.fixture
+def unasked():
+    """As if JAX_PLATFORMS were not set: jax runs on the CPU because it found nothing else."""
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    yield
+    jax.config.update("jax_platforms", before)
 
 
-def test_a_silent_fall_to_the_cpu_is_refused_in_one_line_with_its_fix(tmp_path):
+def test_a_silent_fall_to_the_cpu_is_refused_in_one_line_with_its_fix(tmp_path, unasked):
     with_gpu(tmp_path / "gpu")
-    line = refuse(tmp_path / "gpu", platforms="")
+    with pytest.raises(UserError) as refused:
+        refuse_silent_cpu(tmp_path / "gpu")
+    line = str(refused.value)
     assert "1 x NVIDIA GPU (/dev/nvidia0), but jax sees only the CPU" in line
     assert 'pip install -U "jax[cuda12]"' in line  # driver 570 is too old for CUDA 13
     assert "JAX_PLATFORMS=cpu" in line
 
 
-def test_a_machine_without_an_accelerator_trains_on_its_cpu(tmp_path):
-    assert refuse(tmp_path, platforms="") == ""
+def test_a_machine_without_an_accelerator_trains_on_its_cpu(tmp_path, unasked):
+    refuse_silent_cpu(tmp_path)
 
 
 def test_a_fall_to_the_cpu_that_was_asked_for_is_none(tmp_path):
@@ -78,7 +75,7 @@ def test_a_fall_to_the_cpu_that_was_asked_for_is_none(tmp_path):
     refuse_silent_cpu(tmp_path)  # the tests run with JAX_PLATFORMS=cpu
 
 
-def test_a_container_without_the_device_file_was_not_given_the_tpu(tmp_path):
+def test_a_container_without_the_device_file_was_not_given_the_tpu(tmp_path, unasked):
     with_tpu(tmp_path, files=False)
     assert accelerators(tmp_path)[0].device_files == ()
-    assert refuse(tmp_path, platforms="") == ""
+    refuse_silent_cpu(tmp_path)

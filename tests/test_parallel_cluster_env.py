@@ -15,11 +15,10 @@ from machines import with_gpu, with_tpu
 from processes import started
 
 from jaxgpt.errors import EXIT_WATCHDOG, HostLost, UserError
-from jaxgpt.parallel.cluster_env import Unclear, group_of
-from jaxgpt.parallel.distributed import Place, place_in
+from jaxgpt.parallel.cluster_env import METADATA, ProcessPlace, Unclear, find_place
+from jaxgpt.parallel.distributed import place_in
 from jaxgpt.parallel.join import roll_call
 from jaxgpt.parallel.mesh import AXES, build_mesh
-from jaxgpt.parallel.tpu_metadata import METADATA
 from jaxgpt.settings import MeshConfig
 
 # What GKE gives a pod of a v6e-16 slice.
@@ -59,10 +58,10 @@ def asked(told, root, setting="auto", **variables):
 def test_each_host_of_a_slice_knows_its_number_and_the_first(vm, kind):
     root = vm(kind)
     places = [asked(attributes(kind, worker), root) for worker in range(4)]
-    assert places == [Place("10.0.0.2:8476", 4, worker) for worker in range(4)]
+    assert places == [ProcessPlace("10.0.0.2:8476", 4, worker) for worker in range(4)]
     assert {place.said_by for place in places} == {METADATA}
     assert places[3].hosts == {worker: f"10.0.0.{2 + worker}" for worker in range(4)}
-    assert asked(attributes(kind, 1), root, JAX_COORDINATOR_PORT="1234") == Place("10.0.0.2:1234", 4, 1)
+    assert asked(attributes(kind, 1), root, JAX_COORDINATOR_PORT="1234") == ProcessPlace("10.0.0.2:1234", 4, 1)
 
 
 @pytest.mark.parametrize("kind", ["v6e-16", "v6e-8"])
@@ -70,7 +69,7 @@ def test_hosts_of_two_slices_are_numbered_through_and_meet_at_the_first(vm, kind
     root, hosts = vm(kind), HOSTS[kind]
     every = itertools.product(range(2), range(hosts))
     places = [asked(attributes(kind, worker, 2, number), root) for number, worker in every]
-    assert places == [Place("10.0.0.2:8476", 2 * hosts, process) for process in range(2 * hosts)]
+    assert places == [ProcessPlace("10.0.0.2:8476", 2 * hosts, process) for process in range(2 * hosts)]
     assert places[hosts].hosts[hosts] == "10.0.1.2"  # of the other slice's hosts it knows none by name
 
 
@@ -81,7 +80,7 @@ def test_what_is_found_is_what_jax_finds(vm, monkeypatch):
     pytest.importorskip("requests")  # jax asks with it
     told = attributes("v5litepod-16", 3, 2, 1)
     with metadata_server(told) as (environment, _):
-        ours = group_of(environment, vm("v5litepod-16"))
+        ours = find_place(environment, vm("v5litepod-16"))
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert GceTpuCluster.get_coordinator_address(1, "8476") == ours.coordinator
@@ -102,7 +101,7 @@ def test_slices_are_known_in_every_form_of_the_metadata(vm, changes):
     told = {name: text for name, text in (attributes("v6e-16", 2) | changes).items() if text}
     place = asked(told, vm("v6e-16"))
     first = changes.get("worker-network-endpoints", "10.0.0.2").split(",")[0]
-    assert place == Place(f"{first}:8476", 4, 2)
+    assert place == ProcessPlace(f"{first}:8476", 4, 2)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if HOSTS[kind] == 1])
@@ -136,14 +135,14 @@ def test_a_host_that_was_told_to_go_alone_does(vm, variables):
 
 def test_a_server_that_is_away_for_a_moment_is_asked_again(vm):
     with metadata_server(attributes("v6e-16", 1), refuse=1) as (environment, _):
-        assert place_in(environment, "auto", vm("v6e-16")) == Place("10.0.0.2:8476", 4, 1)
+        assert place_in(environment, "auto", vm("v6e-16")) == ProcessPlace("10.0.0.2:8476", 4, 1)
 
 
 def test_a_silent_server_is_an_error_on_googles_machines_and_no_matter_elsewhere(vm, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-    monkeypatch.setattr("jaxgpt.parallel.tpu_metadata._ADDRESS", address)
-    monkeypatch.setattr("jaxgpt.parallel.tpu_metadata._PAUSE", 0.01)
+    monkeypatch.setattr("jaxgpt.parallel.cluster_env._METADATA_ADDRESS", address)
+    monkeypatch.setattr("jaxgpt.parallel.cluster_env._PAUSE_SECONDS", 0.01)
     root = vm("v6e-16")
     assert place_in({}, "auto", root) is None
     with pytest.raises(UserError, match=f"{address} did not answer.*mesh.distributed = off") as silent:
@@ -215,7 +214,7 @@ def test_kubernetes_is_asked_only_where_that_is_insisted_on(monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(K8sCluster, name, answer)
     assert place_in(pod, "auto") is None
-    assert place_in(pod, "on") == Place("train-0.train:55527", 2, 0)
+    assert place_in(pod, "on") == ProcessPlace("train-0.train:55527", 2, 0)
 
     def may_not(*_):
         raise RuntimeError("Kubernetes API Error: 403\nForbidden")
@@ -230,15 +229,15 @@ def test_kubernetes_is_asked_only_where_that_is_insisted_on(monkeypatch):
 
 def test_a_pod_of_gke_is_told_by_its_variables(vm):
     root = vm("v6e-16")
-    assert place_in(GKE, "auto", root) == Place("train-slice-0-0.train:8476", 4, 2)
+    assert place_in(GKE, "auto", root) == ProcessPlace("train-slice-0-0.train:8476", 4, 2)
     second = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "a.train:8080"}
-    assert place_in(GKE | second, "auto", root) == Place("a.train:8476", 8, 6)
+    assert place_in(GKE | second, "auto", root) == ProcessPlace("a.train:8476", 8, 6)
 
 
 def test_the_hosts_may_be_listed_in_a_file(vm, tmp_path):
     (tmp_path / "hosts").write_text("10.0.0.7:8471,10.0.0.8:8471\n")
     listed = {"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "hosts"), "TPU_WORKER_ID": "1"}
-    assert place_in(listed, "auto", vm("v6e-16")) == Place("10.0.0.7:8476", 2, 1)
+    assert place_in(listed, "auto", vm("v6e-16")) == ProcessPlace("10.0.0.7:8476", 2, 1)
     (tmp_path / "hosts").write_text("\n")
     with pytest.raises(Unclear, match="names no host"):
         place_in(listed, "auto")
@@ -247,7 +246,7 @@ def test_the_hosts_may_be_listed_in_a_file(vm, tmp_path):
 def test_several_processes_on_the_chips_of_one_host_leave_each_other_their_ports(vm):
     addresses = {"TPU_PROCESS_ADDRESSES": "localhost:8476,localhost:8477", "TPU_PROCESS_BOUNDS": "1,2,1"}
     place = place_in(addresses | {"CLOUD_TPU_TASK_ID": "1", "TPU_VISIBLE_CHIPS": "2,3"}, "auto", vm("v6e-8"))
-    assert place == Place("localhost:8482", 2, 1)
+    assert place == ProcessPlace("localhost:8482", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_several_processes_on_the_chips_of_one_host_leave_each_other_their_ports
 def test_processes_that_share_a_host_share_its_gpus(local, tasks, visible, gpus):
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
     slurm |= {"SLURM_LOCALID": local, "SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible}
-    assert group_of(slurm).local_device_ids == gpus
+    assert find_place(slurm).local_device_ids == gpus
 
 
 # ---------------------------------------------------------------- the mesh over slices
@@ -284,6 +283,7 @@ def test_an_axis_that_would_cross_slices_is_refused():
         build_mesh(MeshConfig(), jax.devices()[:7], halves)
 
 
+@pytest.mark.system
 def test_the_devices_of_tpu_slices_say_which_they_are_in(monkeypatch):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: plan)")
     from jax.experimental import topologies
@@ -348,6 +348,7 @@ def free_port() -> str:
         return str(unused.getsockname()[1])
 
 
+@pytest.mark.system
 def test_two_slices_find_each_other_by_their_metadata_and_only_data_crosses(tmp_path, vm):
     """Two hosts that know of each other from two metadata servers alone; their two devices each are a slice."""
     root, port = vm("v6e-8"), free_port()
@@ -379,6 +380,7 @@ def test_a_host_whose_others_do_not_come_names_them(vm, capfd, monkeypatch):
     assert notice.startswith(f"waiting for {missing}")
 
 
+@pytest.mark.system
 def test_hosts_of_which_one_lacks_its_chips_do_not_join(tmp_path):
     """jax would run on the CPU there, and the others wait for it for ever."""
     variables = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": free_port()}

@@ -43,6 +43,7 @@ def run(directory, code: str = TRAIN) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in done.stdout.splitlines()) | {"errors": done.stderr}
 
 
+@pytest.mark.system
 def test_a_second_start_takes_the_programs_from_the_cache_and_computes_the_same_bits(tmp_path):
     directory = tmp_path / "not there yet" / "xla"
     first, second = run(directory), run(directory)

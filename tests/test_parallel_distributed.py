@@ -1,17 +1,15 @@
 """Several processes as one run, with real processes: joining, agreeing, losing one, leaving; and the training."""
 
 import functools
-import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -22,7 +20,8 @@ from tiny import RUN
 
 from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, UserError
 from jaxgpt.parallel import distributed
-from jaxgpt.parallel.distributed import Place, StopVote, place_in
+from jaxgpt.parallel.cluster_env import ProcessPlace
+from jaxgpt.parallel.distributed import StopVote, place_in
 from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, Peers, PeerWatch, Sign
 from jaxgpt.parallel.join import roll_call
 from jaxgpt.training.checkpoint import finished_steps
@@ -43,15 +42,15 @@ SLURM = {
 
 
 def test_the_setting_decides_whether_a_pod_is_joined():
-    assert place_in(OURS, "auto") == place_in(OURS, "on") == Place("10.0.0.1:8476", 4, 2)
+    assert place_in(OURS, "auto") == place_in(OURS, "on") == ProcessPlace("10.0.0.1:8476", 4, 2)
     assert place_in(OURS, "off") is None
     assert place_in({}, "auto") is None
-    with pytest.raises(UserError, match="nothing here speaks of other processes; set JAXGPT_COORDINATOR"):
+    with pytest.raises(UserError, match="nothing here names other processes; set JAXGPT_COORDINATOR"):
         place_in({}, "on")
 
 
 def test_a_cluster_is_recognised_by_its_environment():
-    assert place_in(SLURM, "auto") == Place(f"node001:{77 + 65535 - 2**12 + 1}", 2, 1)
+    assert place_in(SLURM, "auto") == ProcessPlace(f"node001:{77 + 65535 - 2**12 + 1}", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -98,60 +97,65 @@ def test_one_process_needs_no_vote_no_threads_and_no_barrier():
 # ---------------------------------------------------------------- joining
 
 
-def roll_calls(processes: list[tuple[int, int]], timeout: float, versions: tuple[str, ...] = ()) -> list[str]:
-    """What each (process, of how many) is told, from processes of their own; `versions`: of jax, in each of them."""
-    [first] = environments(1)
-    address = first["JAXGPT_COORDINATOR"]
-    code = (
-        "import sys; from jaxgpt.parallel.cluster_env import Place; from jaxgpt.parallel.join import roll_call\n"
-        "count, process, seconds = map(int, sys.argv[2:5])\n"
-        "roll_call(Place(sys.argv[1], count, process), seconds, {'jax': sys.argv[5]})"
-    )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(count), str(process), str(int(timeout)), version],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for (process, count), version in itertools.zip_longest(processes, versions, fillvalue="1")
-    ]
-    return [process.communicate(timeout=60)[1].strip().split("\n")[-1] for process in running]
+@pytest.fixture
+def roll_calls(monkeypatch):
+    """Calls the roll as (process, of how many), each in a thread that passes for a process; returns their errors."""
+    monkeypatch.setattr(os, "getpid", threading.get_ident)
+
+    def call(processes: list[tuple[int, int]], timeout: float, versions: tuple[str, ...] = ()) -> list[str]:
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            address = f"127.0.0.1:{unused.getsockname()[1]}"
+
+        def answer(number: int) -> str:
+            process, count = processes[number]
+            try:
+                roll_call(
+                    ProcessPlace(address, count, process), timeout, {"jax": dict(enumerate(versions)).get(number)}
+                )
+            except HostLost as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(len(processes)) as pool:
+            return list(pool.map(answer, range(len(processes))))
+
+    return call
 
 
-def test_all_answer_the_roll_call():
+def test_all_answer_the_roll_call(roll_calls):
     assert roll_calls([(2, 3), (0, 3), (1, 3)], 30) == ["", "", ""]
 
 
-def test_who_does_not_come_is_named_to_all_who_came():
-    told = roll_calls([(0, 4), (2, 4)], 3)
-    assert all("no sign of process 1, 3 of 4 within 3 s" in line for line in told), told
+def test_who_does_not_come_is_named_to_all_who_came(roll_calls):
+    errors = roll_calls([(0, 4), (2, 4)], 1)
+    assert all("no sign of process 1, 3 of 4 within 1 s" in line for line in errors), errors
 
 
-def test_a_coordinator_that_does_not_come_is_named():
-    [told] = roll_calls([(1, 2)], 1)
-    assert "process 0 did not answer at 127.0.0.1:" in told
+def test_a_coordinator_that_does_not_come_is_named(roll_calls):
+    [error] = roll_calls([(1, 2)], 0.5)
+    assert "process 0 did not answer at 127.0.0.1:" in error
 
 
-def test_processes_that_expect_different_numbers_do_not_join():
-    told = roll_calls([(0, 2), (1, 3)], 20)
-    assert all("expects 3 processes" in line and "expects 2" in line for line in told), told
+def test_processes_that_expect_different_numbers_do_not_join(roll_calls):
+    errors = roll_calls([(0, 2), (1, 3)], 20)
+    assert all("expects 3 processes" in line and "expects 2" in line for line in errors), errors
 
 
-def test_processes_with_different_versions_of_jax_do_not_join():
-    told = roll_calls([(0, 2), (1, 2)], 20, ("0.10.2", "0.12.0"))
-    assert all("jax: 0.12.0 in process 1 on " in line and "0.10.2 in process 0 on " in line for line in told), told
+def test_processes_with_different_versions_of_jax_do_not_join(roll_calls):
+    errors = roll_calls([(0, 2), (1, 2)], 20, ("0.10.2", "0.12.0"))
+    assert all("jax: 0.12.0 in process 1 on " in line and "0.10.2 in process 0 on " in line for line in errors), errors
 
 
-def test_two_processes_with_one_number_do_not_join():
-    told = roll_calls([(0, 3), (1, 3), (1, 3)], 20)
-    assert all("both say that they are process 1" in line for line in told), told
+def test_two_processes_with_one_number_do_not_join(roll_calls):
+    errors = roll_calls([(0, 3), (1, 3), (1, 3)], 20)
+    assert all("both say that they are process 1" in line for line in errors), errors
 
 
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(HostLost, match=f"port {port} of this host is taken"):
-            roll_call(Place(f"127.0.0.1:{port}", 2, 0), 0.5)
+            roll_call(ProcessPlace(f"127.0.0.1:{port}", 2, 0), 0.5)
 
 
 # ---------------------------------------------------------------- who is lost
@@ -187,20 +191,21 @@ def test_a_machine_that_slept_does_not_take_the_others_for_dead():
 # ---------------------------------------------------------------- together, in real processes
 
 
-def test_one_that_is_told_to_stop_stops_all_at_the_same_step(tmp_path):
+@pytest.mark.system
+def test_one_that_is_asked_to_stop_stops_all_at_the_same_step(tmp_path):
     with joined(tmp_path, 2, {1: "stops"}) as processes:
         assert [processes.code(0), processes.code(1)] == [0, 0]
         for number in range(2):
-            assert f"process {number} of 2 was told {2**40 + 1}\nstopped at {STOP_AT + 1}\n" in processes.output(number)
+            assert f"process {number} of 2 received {2**40 + 1}\nstopped at {STOP_AT + 1}\n" in processes.output(number)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("count", "lost", "number"),
     [
-        (2, 1, signal.SIGKILL),
-        (2, 0, signal.SIGKILL),
-        (2, 0, signal.SIGSTOP),
+        pytest.param(2, 1, signal.SIGKILL, marks=pytest.mark.system),
+        pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.system),
+        pytest.param(2, 0, signal.SIGSTOP, marks=pytest.mark.system),
         pytest.param(2, 1, signal.SIGSTOP, marks=pytest.mark.chaos),
         pytest.param(4, 2, signal.SIGKILL, marks=pytest.mark.chaos),
         pytest.param(4, 0, signal.SIGKILL, marks=pytest.mark.chaos),
@@ -224,7 +229,9 @@ def test_a_lost_process_ends_the_others_and_is_named(tmp_path, count, lost, numb
     assert all(record["step"] > 0 for record in records)
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.chaos), 1])
+@pytest.mark.parametrize(
+    "failing", [pytest.param(0, marks=pytest.mark.chaos), pytest.param(1, marks=pytest.mark.system)]
+)
 def test_a_process_that_fails_keeps_its_exit_code_and_takes_the_others_with_it(tmp_path, failing):
     with joined(tmp_path, 2, {failing: "fails"}) as processes:
         assert processes.code(failing) == EXIT_STORAGE
@@ -232,6 +239,7 @@ def test_a_process_that_fails_keeps_its_exit_code_and_takes_the_others_with_it(t
         assert "failed: StorageFailed: the disk is full; process" in processes.output(1 - failing)
 
 
+@pytest.mark.system
 def test_processes_that_fail_alike_keep_their_exit_codes(tmp_path):
     with joined(tmp_path, 2, {0: "fails", 1: "fails"}) as processes:
         assert [processes.code(0), processes.code(1)] == [EXIT_STORAGE] * 2
@@ -313,6 +321,7 @@ def assert_same(ours: dict[int, dict], theirs: dict[int, dict]) -> None:
         assert abs(line["loss"] - theirs[step]["loss"]) < 1e-6
 
 
+@pytest.mark.system
 def test_two_and_four_launched_processes_train_as_one(folder, one_process, two_processes):
     assert list(one_process) == [1, 2, 3, 4]
     assert_same(one_process, two_processes)
@@ -320,11 +329,13 @@ def test_two_and_four_launched_processes_train_as_one(folder, one_process, two_p
     assert_same(one_process, four)
 
 
+@pytest.mark.system
 def test_what_two_processes_saved_one_process_restores(folder, one_process, two_processes):
     ours, theirs = (load_model(folder / name).params for name in ("one", "two"))
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), ours, theirs))
 
 
+@pytest.mark.system
 def test_sigterm_to_one_of_two_saves_the_same_step_in_both(folder):
     long = ("--train.max_steps", "5000", "--eval.eval_steps", "5000", "--checkpoint.save_steps", "5000")
     with training(folder, "told", 2, 1, *long) as processes:
@@ -382,6 +393,7 @@ def lines_if_any(workdir: Path) -> dict[int, dict]:
     return lines(workdir) if (workdir / "metrics.jsonl").exists() else {}
 
 
+@pytest.mark.system
 def test_a_training_whose_others_do_not_come_fails_before_it_writes_anything(folder):
     [first, _] = environments(2)
     alone = first | {"JAXGPT_JOIN_TIMEOUT": "1"}

@@ -6,7 +6,11 @@ import sys
 import pytest
 
 from jaxgpt import plan
-from jaxgpt.planning import topology
+from jaxgpt.config import Config, load_config
+from jaxgpt.errors import RunFailed, UserError
+from jaxgpt.planning import plan_table, planner, topology, verdict
+from jaxgpt.planning.compile import CompiledStep
+from jaxgpt.planning.plan_search import own_candidate
 
 CONFIG = """
 [model]
@@ -64,8 +68,6 @@ def test_the_price_of_a_token_is_chips_times_hours(run, tmp_path):
 
 
 def test_the_fastest_settings_are_printed_as_a_config_takes_them(run, tmp_path):
-    from jaxgpt.config import load_config
-
     _, out, _ = run("--tpu", "v5e-8")
     fragment = out.split("The fastest that fits:\n")[1].split("\nPrice")[0]
     file = tmp_path / "fragment.toml"
@@ -76,7 +78,7 @@ def test_the_fastest_settings_are_printed_as_a_config_takes_them(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "give the slices to plan for, for example --tpu v5e-8"),
         (["--tpu", "v9-8"], "--tpu v9-8: no such slice; known: v4-{8,16"),
@@ -89,10 +91,10 @@ def test_the_fastest_settings_are_printed_as_a_config_takes_them(run, tmp_path):
         (["--tpu", "v5e-8", "--tokenizer.type", "folder", "--tokenizer.path", "hf:some/one"], "--vocab-size N"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, told):
+def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -126,7 +128,7 @@ def test_one_slice_that_cannot_run_the_config_does_not_stop_the_others(run):
         '[v5e]\nusd_per_chip_hour = "1"\ndate = ""\nsource = ""',
     ],
 )
-def test_a_wrong_price_file_is_told(run, tmp_path, text):
+def test_a_wrong_price_file_is_the_users_mistake(run, tmp_path, text):
     (tmp_path / "prices.toml").write_text(text)
     code, _, err = run("--tpu", "v5e-8", "--prices", str(tmp_path / "prices.toml"))
     assert code == 2
@@ -134,9 +136,7 @@ def test_a_wrong_price_file_is_told(run, tmp_path, text):
 
 
 def test_the_prices_that_come_with_the_package_cover_every_chip():
-    from jaxgpt.planning.prices import read_prices
-
-    prices = read_prices()
+    prices = verdict.read_prices()
     assert set(prices) == set(topology.FAMILIES)
     assert all(price.date.startswith("202") and price.source for price in prices.values())
 
@@ -150,35 +150,31 @@ class Row:
 
 def test_the_gate_lets_two_percent_pass_and_stops_the_rest(tmp_path, capsys):
     bounds = {"v5e-8": {"cycles": 100e6}}
-    plan.check_bounds(tmp_path, bounds, [Row(101.9e6)])
+    planner.check_bounds(tmp_path, bounds, [Row(101.9e6)])
     assert "holds" in capsys.readouterr().out
-    with pytest.raises(plan.RunFailed, match="v5e-8 takes 102.1 M cycles, 100.0 M were recorded"):
-        plan.check_bounds(tmp_path, bounds, [Row(102.1e6)])
-    with pytest.raises(plan.RunFailed, match="v5e-8 no longer fits"):
-        plan.check_bounds(tmp_path, bounds, [Row(None, fits=False)])
+    with pytest.raises(RunFailed, match="v5e-8 takes 102.1 M cycles, 100.0 M were recorded"):
+        planner.check_bounds(tmp_path, bounds, [Row(102.1e6)])
+    with pytest.raises(RunFailed, match="v5e-8 no longer fits"):
+        planner.check_bounds(tmp_path, bounds, [Row(None, fits=False)])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"v5e-8": 3}', '{"v5e-8": {}}'])
 def test_a_file_that_no_gate_wrote_is_the_users_mistake(tmp_path, text):
     (tmp_path / "bound.json").write_text(text)
-    with pytest.raises(plan.UserError, match="not a file that --record wrote"):
-        plan.read_bounds(tmp_path / "bound.json")
+    with pytest.raises(UserError, match="not a file that --record wrote"):
+        planner.read_bounds(tmp_path / "bound.json")
 
 
 @pytest.mark.parametrize(
     ("name", "calibrated"), [("v5e-1", True), ("v6e-1", True), ("v5e-8", False), ("v6e-8", False), ("v5p-16", False)]
 )
 def test_an_error_band_is_claimed_only_where_measured_runs_are_behind_it(name, calibrated):
-    from jaxgpt.planning import plan_table, verdict
-    from jaxgpt.planning.compile import CompiledStep
-    from jaxgpt.planning.plan_search import own_candidate
-
     where = topology.parse_slice(name)
-    config = plan.Config(train={"global_batch_size": 64, "per_device_train_batch_size": 2})
+    config = Config(train={"global_batch_size": 64, "per_device_train_batch_size": 2})
     hlo = "HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
     hlo += '  ROOT %a = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"1500000"}\n}\n'
     candidate = own_candidate(config, 50257, where)
-    row = verdict.judge(candidate, CompiledStep(True, {"program": 1}, 1, 2, 0, 1.0, hlo), 50257, {}, None)
+    row = verdict.judge(candidate, CompiledStep(True, {"program": 1}, 1, 2, 0, 1.0, hlo), 50257, {})
     assert row.seconds > 0
     assert (row.low is not None) == (row.high is not None) == calibrated
     assert ("~" in plan_table.table([row], absolute=True)) == (not calibrated)

@@ -42,16 +42,16 @@ def test_every_candidate_takes_the_same_sequences_a_step_on_all_devices():
     found = candidates(SMALL, VOCAB, SLICE)
     assert len({c.label for c in found}) == len(found) > 20
     for candidate in found:
-        layout = candidate.layout
-        assert layout.data * layout.fsdp * layout.tensor == 8
-        assert layout.rows * layout.accumulation * layout.data * layout.fsdp == 512
+        shape = candidate.shape
+        assert shape.data * shape.fsdp * shape.tensor == 8
+        assert shape.rows * shape.accumulation * shape.data * shape.fsdp == 512
 
 
 def test_a_small_model_is_first_tried_whole_and_a_large_one_split():
-    assert candidates(SMALL, VOCAB, SLICE)[0].layout.fsdp == 1
+    assert candidates(SMALL, VOCAB, SLICE)[0].shape.fsdp == 1
     assert candidates(SMALL, VOCAB, SLICE)[0].config.model.remat == "none"
     assert not candidates(SMALL, VOCAB, SLICE)[0].config.model.scan_layers
-    assert candidates(LARGE, VOCAB, SLICE)[0].layout.fsdp == 8  # whole, its state is larger than a chip
+    assert candidates(LARGE, VOCAB, SLICE)[0].shape.fsdp == 8  # whole, its state is larger than a chip
 
 
 def test_what_arithmetic_finds_far_too_large_is_no_candidate():
@@ -114,4 +114,4 @@ def test_an_automatic_batch_is_the_largest_that_fits_by_arithmetic():
     auto = dataclasses.replace(SMALL, train=TrainConfig(global_batch_size=512, per_device_train_batch_size="auto"))
     own = own_candidate(auto, VOCAB, SLICE)
     assert own.guessed_bytes <= SLICE.hbm_bytes
-    assert own.layout.rows in (32, 64)
+    assert own.shape.rows in (32, 64)

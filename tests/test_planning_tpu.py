@@ -16,6 +16,7 @@ from jaxgpt.settings import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxgpt.training.auto_batch import largest_batch
 from jaxgpt.training.step import resolve_batch
 
+pytestmark = pytest.mark.system
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=256)
 VOCAB = 257
 DATA_PARALLEL = MeshConfig()
@@ -86,12 +87,12 @@ def test_a_step_that_does_not_fit_says_how_much_it_needs(cache):
     assert not step.hlo
 
 
-def test_an_automatic_batch_that_cannot_fit_is_the_users_mistake_and_told_with_what_would():
+def test_an_automatic_batch_that_cannot_fit_is_the_users_mistake_and_says_what_would():
     mesh = build_mesh(MeshConfig(), compile_only_devices(parse_slice("v5e-1")))
     train = TrainConfig(global_batch_size=8192, gradient_accumulation_steps=1, per_device_train_batch_size="auto")
-    with pytest.raises(UserError, match="needs more than the 15.75 GiB of a device; try --train.per_device") as told:
+    with pytest.raises(UserError, match="needs more than the 15.75 GiB of a device; try --train.per_device") as error:
         largest_batch(Config(model=MODEL, train=train), VOCAB, mesh, parse_slice("v5e-1").hbm_bytes)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["v4", "v5e", "v5p", "v6e", "v7x"])

@@ -31,8 +31,7 @@ def test_the_steps_are_the_settings_in_their_order():
 
 @pytest.mark.parametrize("text", ["", "Plain text.\n", " \u3000é\r\n😀 https://x.y \x00 <p>"])
 def test_by_default_nothing_is_touched(text):
-    cleaner = Cleaner(CleaningConfig())
-    assert cleaner.is_off and cleaner(text) == Cleaned(text, None, ())
+    assert Cleaner(CleaningConfig())(text) == Cleaned(text, None, ())
 
 
 # ---------------------------------------------------------------- each kind of dirt

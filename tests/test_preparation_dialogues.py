@@ -1,5 +1,6 @@
 """Made-up conversations are always the same, and none is there twice; the reader of Schema-Guided Dialogue files."""
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -7,8 +8,8 @@ from collections import Counter
 import pytest
 
 from jaxgpt.data import chat
+from jaxgpt.errors import BadRecord
 from jaxgpt.preparation.dialogues import COUNT, sgd_records, support_records
-from jaxgpt.preparation.documents import BadRecord
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,8 @@ def records() -> list[dict]:
 def test_thousands_of_different_conversations_that_are_always_the_same(records):
     texts = [chat.conversation(record, "support") for record in records]  # each can be learned from
     assert len(set(texts)) == len(texts) == COUNT >= 5000
+    digest = hashlib.sha256("\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode())
+    assert digest.hexdigest().startswith("38e1c3fb74e9d2ae"), "other records: RECORDS_VERSION has to change, too"
     again = [chat.conversation(record, "support") for record in itertools.islice(support_records(), 50)]
     assert again == texts[:50]
     assert not any(mark in turn["content"] for record in records for turn in record["messages"] for mark in "{}#|")

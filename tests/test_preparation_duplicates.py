@@ -119,6 +119,7 @@ def test_the_signature_of_a_long_text_is_that_of_its_shingles_wherever_it_is_has
     assert signature(text, NEAR) == whole
 
 
+@pytest.mark.system
 def test_signatures_are_the_same_in_every_process():
     code = (
         "from jaxgpt.config import CleaningConfig; from jaxgpt.preparation.duplicates import signature\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import chat
-from jaxgpt.data.dataset import open_dataset
+from jaxgpt.data.dataset import PackedRows, open_dataset
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import lint
@@ -45,7 +45,7 @@ def test_the_counts_are_those_of_the_conversations(tmp_path):
     ]
     encoder = chat.ChatEncoder(TOKENIZER, ChatConfig(), BLOCK)
     parts = [part for text in texts for part in encoder.encode(text)]
-    found = lint.check(prepared(tmp_path / "data", texts), TOKENIZER)
+    found = lint.check(prepared(tmp_path / "data", texts))
     assert found.num_conversations == len(parts) > found.num_documents == 3
     assert found.num_tokens == sum(len(part.tokens) for part in parts)
     assert found.num_supervised == sum(part.supervised.sum() for part in parts)
@@ -63,7 +63,7 @@ def test_empty_turns_and_conversations_without_an_answer_are_counted(tmp_path):
 
     texts = [conversation("Hi", "Good day"), conversation("Hi", "abcd"), conversation("Hi", "Ho")]
     assert len(TOKENIZER.encode("abcd")) == 4
-    found = lint.check(prepared(tmp_path / "data", texts, change), TOKENIZER)
+    found = lint.check(prepared(tmp_path / "data", texts, change))
     assert (found.empty_turns, found.without_answer) == (1, 1)
     assert "warning: 1 of them have nothing to learn" in lint.show(found)
 
@@ -75,19 +75,20 @@ def test_an_answer_that_does_not_end_in_the_stop_token_is_refused_with_its_numbe
 
     dataset = prepared(tmp_path / "data", [conversation("Hi", f"Good day {i}") for i in range(9)], change)
     with pytest.raises(UserError) as error:
-        lint.check(dataset, TOKENIZER)
+        lint.check(dataset)
     assert f"{tmp_path / 'data'}: conversation 7: an answer does not end in <|im_end|>" in str(error.value)
 
 
 def test_a_tokenizer_without_a_stop_token_is_refused(tmp_path):
     dataset = prepared(tmp_path / "data", [conversation("Hi", "Ho")])
+    PLAIN.save(tmp_path / "data" / "tokenizer")
     with pytest.raises(UserError, match=r"no <\|im_end\|>, so no answer would stop"):
-        lint.check(dataset, PLAIN)
+        lint.check(dataclasses.replace(dataset))  # which has not read its tokenizer yet
 
 
 def test_three_conversations_are_shown_with_what_is_learned_marked(tmp_path, monkeypatch):
     texts = [conversation("Hi 你好", f"Good \x1b[31m day {i}", "And?", "No") for i in range(30)]
-    found = lint.check(prepared(tmp_path / "data", texts), TOKENIZER)
+    found = lint.check(prepared(tmp_path / "data", texts))
     assert len({example.document for example in found.examples}) == 3
     plain = lint.show(found)  # stdout is no terminal here
     assert plain.count("<|im_start|>user\nHi 你好<|im_end|>\n<|im_start|>assistant\n[[Good ") == 3
@@ -104,7 +105,7 @@ def test_of_many_rows_evenly_spread_ones_are_looked_at_and_that_is_said(tmp_path
     texts = [conversation("Hi", f"Good day {i} " + "x" * 60) for i in range(30)]
     dataset = prepared(tmp_path / "data", texts)
     monkeypatch.setattr(lint, "MOST_ROWS", 5)
-    found = lint.check(dataset, TOKENIZER)
+    found = lint.check(dataset)
     assert found.rows_read == 5 < found.num_rows == dataset.train.num_rows
     assert f"5 of {found.num_rows} rows" in lint.show(found)
     assert found.examples[-1].document > 15
@@ -112,5 +113,6 @@ def test_of_many_rows_evenly_spread_ones_are_looked_at_and_that_is_said(tmp_path
 
 def test_an_empty_split_is_no_failure(tmp_path):
     dataset = prepared(tmp_path / "data", [conversation("Hi", "Ho")])
-    train = dataclasses.replace(dataset, train=type("Empty", (), {"num_rows": 0})())
-    assert lint.check(train, TOKENIZER).num_conversations == 0
+    rows = PackedRows([], "uint16", BLOCK, *[0] * 6)
+    empty = dataclasses.replace(dataset, train=rows)
+    assert lint.check(empty).num_conversations == 0

@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.dataset import Batch, PackedRows, open_dataset
-from jaxgpt.data.pipeline import eval_batches, train_batches, train_rows
-from jaxgpt.data.skip_list import add_to_skip_list, read_skip_list
+from jaxgpt.data.pipeline import add_to_skip_list, eval_batches, read_skip_list, train_batches, train_rows
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
@@ -221,7 +220,7 @@ def test_a_skip_list_is_read_and_added_to(tmp_path):
 @pytest.mark.parametrize("line", ["x", "-1", "1 2", "1.5", "²"])
 def test_a_line_of_a_skip_list_that_is_no_row_is_named(line, tmp_path):
     (tmp_path / "skip.txt").write_text(f"# rows\n5\n{line}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"skip\.txt:3: '{re.escape(line)}' is no row"):
+    with pytest.raises(UserError, match=rf"skip\.txt:3: '{re.escape(line)}' is not a row"):
         read_skip_list(tmp_path / "skip.txt")
     with pytest.raises(UserError, match="cannot be read"):
         read_skip_list(tmp_path / "gone.txt")
@@ -229,7 +228,8 @@ def test_a_line_of_a_skip_list_that_is_no_row_is_named(line, tmp_path):
 
 # ---------------------------------------------------------------- the loss
 
-MODEL = dataclasses.replace(tiny.MODEL, n_head=2, n_positions=BLOCK)
+MODEL = dataclasses.replace(tiny.MODEL, n_layer=1, n_head=2, n_embd=32, n_positions=BLOCK)
+SLOW = pytest.mark.system
 BACKENDS = {
     "plain": PLAIN,
     "cpu": CPU,
@@ -258,7 +258,7 @@ def alone(talks) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], weights)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["plain", "cpu", pytest.param("flash", marks=SLOW)])
 def test_packed_rows_are_learned_as_their_conversations_alone(backend, tmp_path):
     talks = conversations(24, longest=BLOCK)
     split = open_dataset(write(tmp_path / "data", talks)).train
@@ -276,9 +276,10 @@ def test_packed_rows_are_learned_as_their_conversations_alone(backend, tmp_path)
     assert loss_and_gradients(params, other, backend)[0][0] == loss
 
 
+@pytest.mark.system
 def test_a_step_on_packed_rows_is_the_same_on_a_mesh_of_all_axes(folder):
     split = open_dataset(folder).train
-    config = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(MODEL, n_layer=1))
+    config = dataclasses.replace(tiny.CONFIG, model=MODEL)
 
     def steps(mesh):
         built = tiny.program(config, mesh)
@@ -295,11 +296,11 @@ def test_a_step_on_packed_rows_is_the_same_on_a_mesh_of_all_axes(folder):
         assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=SLOW)])
 def test_a_step_whose_rows_all_weigh_nothing_is_no_bad_step_and_enters_no_window(name):
     optimizer = dataclasses.replace(tiny.CONFIG.optimizer, name=name)
     faults = dataclasses.replace(tiny.CONFIG.faults, spike_sigma=6.0)
-    config = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(MODEL, n_layer=1))
+    config = dataclasses.replace(tiny.CONFIG, model=MODEL)
     built = tiny.program(dataclasses.replace(config, optimizer=optimizer, faults=faults))
     state, counts = built.init(), []
     for step in range(4):

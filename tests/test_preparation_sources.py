@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxgpt.errors import UserError
-from jaxgpt.preparation.documents import BadRecord, BadRecords
+from jaxgpt.errors import BadRecord, UserError
+from jaxgpt.preparation.documents import BadRecords
 from jaxgpt.preparation.source_files import source_files
 from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key
 from jaxgpt.settings import DataConfig, SourceConfig
@@ -263,7 +263,9 @@ def test_bad_records_are_skipped_and_counted_with_their_places(tmp_path):
     bad = BadRecords("skip")
     assert [document.text for document in documents(data, bad)] == ["good", "last"]
     assert sum(bad.counts.values()) == 8
-    places = {place.partition("a.jsonl:")[2].partition(":")[0] for _, _, examples in bad for place in examples}
+    places = {
+        place.partition("a.jsonl:")[2].partition(":")[0] for examples in bad.examples.values() for place in examples
+    }
     assert places == {"2", "3", "4", "5", "6", "7", "9", ""}  # "" is the empty file
     assert bad.counts["empty"] == 2 and any("b.jsonl" in place for place in bad.examples["empty"])
     assert bad.counts["longer than data.max_record_bytes = N"] == 1
@@ -281,15 +283,14 @@ def test_bad_conversations_are_skipped_and_counted_or_refused(tmp_path):
         texts(**data)
 
 
-def test_counts_of_several_processes_are_added_and_errors_travel_between_them():
-    first, second = BadRecords("skip"), BadRecords("skip")
+def test_reasons_are_counted_without_their_numbers_and_errors_travel_between_processes():
+    bad = BadRecords("skip")
     for number in range(9):
-        first.add(BadRecord(f"a:{number}", "not JSON: x"))
-        second.add(pickle.loads(pickle.dumps(BadRecord(f"b:{number}", f"turn {number}; why"))))
-    second.empty("c")
-    first.add_all(second)
-    assert first.counts == {"not JSON": 9, "turn N": 9, "empty": 1}
-    assert first.examples["turn N"] == [f"b:{number}: turn {number}; why" for number in range(5)]
+        bad.add(BadRecord(f"a:{number}", "not JSON: x"))
+        bad.add(pickle.loads(pickle.dumps(BadRecord(f"b:{number}", f"turn {number}; why"))))
+    bad.empty("c")
+    assert bad.counts == {"not JSON": 9, "turn N": 9, "empty": 1}
+    assert bad.summary()["turn N"] == {"count": 9, "where": [f"b:{number}: turn {number}; why" for number in range(5)]}
 
 
 def test_reasons_that_quote_the_data_stay_few():
@@ -554,6 +555,7 @@ def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.system
 def test_importing_sources_imports_nothing_heavy():
     code = (
         "import sys, jaxgpt.preparation.sources, jaxgpt.data.tokenizer, jaxgpt.data.dataset\n"

@@ -69,14 +69,15 @@ def test_beam_that_is_not_installed_is_a_users_mistake(config, tmp_path, capsys,
     assert not (tmp_path / "prepared").exists()
 
 
+@pytest.mark.system
 def test_preparing_and_reading_never_import_tensorflow_or_torch(config):
     code = (
         "import sys, jax\n"
         "from jaxgpt.prepare import main\n"
         "from jaxgpt.config import load_config\n"
-        "from jaxgpt.data import dataset as on_disk, pipeline\nfrom jaxgpt.preparation import preparation\n"
+        "from jaxgpt.data import dataset as on_disk, pipeline\nfrom jaxgpt.preparation import make_dataset\n"
         f"assert main(['--config', {str(config)!r}]) == 0\n"
-        f"dataset = on_disk.open_dataset(preparation.prepare(load_config({str(config)!r})))\n"
+        f"dataset = on_disk.open_dataset(make_dataset.prepare(load_config({str(config)!r})))\n"
         "place = jax.sharding.SingleDeviceSharding(jax.devices()[0])\n"
         "(batch,) = pipeline.train_batches(dataset.train, seed=0, start_step=0, stop_step=1, global_batch_size=4,\n"
         "                                  accumulation=2, block_size=16, sharding=place)\n"

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="the extra beam is not installed")
 
-from jaxgpt.preparation import reading
+from jaxgpt.preparation import stages
 from jaxgpt.prepare import main
 
 TEXTS = [f"number {i}  the cat sat on the mat, https://x.org/{i * i} 中文\n" * 3 for i in range(60)]
@@ -16,7 +16,7 @@ TEXTS = [f"number {i}  the cat sat on the mat, https://x.org/{i * i} 中文\n" *
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(stages, "CHUNK_BYTES", 2000)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     file = tmp_path / "small.toml"
     file.write_text(

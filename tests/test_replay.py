@@ -21,6 +21,7 @@ from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
 from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
+from jaxgpt.training import replayed_step
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.recovery import read_faults
 
@@ -44,12 +45,15 @@ tensorboard = false
 """
 
 
-OF_KIND = {"text": {"eval.sample_tokens": 0}, "chat": {"data.format": "chat", "eval.chat_prompts": 4}}
+OF_KIND = {
+    "text": {"eval.sample_tokens": 0},
+    "chat": {"data.format": "chat", "eval.chat_prompts": 4, "train.max_steps": 3, "eval.eval_steps": 3},
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run on text, and one on conversations, of 6 steps each with a checkpoint after every one."""
+    """A run of 6 steps on text, and one of 3 on conversations, with a checkpoint after each step."""
     folder = tmp_path_factory.mktemp("replay")
     (folder / "config.toml").write_text(RUN.format(folder=folder).replace("n_layer = 2", "n_layer = 1") + TRAIN)
     for kind, write in (("text", write_text), ("chat", write_chat)):
@@ -117,8 +121,8 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_the_batch_and_the_loss_are_those_of_the_step(kind, folder):
     lines, seen = lines_of(folder / kind), []
-    for step in (2, 3, 6):
-        found = replay.replay(folder / kind, step, weights_step=step - 1)
+    for step in (2, 3, *([6] if kind == "text" else [])):
+        found = replayed_step.replay(folder / kind, step, weights_step=step - 1)
         assert found.batch_hash == found.logged_hash == lines[step]["batch_hash"]
         assert found.loss == pytest.approx(lines[step]["loss"], rel=1e-4)
         assert sorted(row.row for row in found.rows) == list(range(8 * (step - 1), 8 * step))
@@ -131,14 +135,14 @@ def test_the_batch_and_the_loss_are_those_of_the_step(kind, folder):
 def test_a_row_of_text_is_a_part_of_it(folder):
     dataset = open_dataset(folder / "text-data")
     text = load_tokenizer(dataset.path / "tokenizer").decode(dataset.train.read(0, dataset.train.num_tokens))
-    rows = replay.replay(folder / "text", 1).rows
+    rows = replayed_step.replay(folder / "text", 1).rows
     shown = ["".join(piece for piece, _ in row.texts[0].pieces) for row in rows]
     assert sum(part in text for part in shown) >= len(rows) - 1  # one may go past the end of an epoch
     assert {len(part) for part in shown if part in text} == {33}
 
 
 def test_a_row_of_conversations_tells_them_apart_and_marks_what_is_learned(folder, capsys):
-    found = replay.replay(folder / "chat", 1)
+    found = replayed_step.replay(folder / "chat", 1)
     assert found.weights_step == 1
     for row in found.rows:
         assert row.learned_tokens == sum(text.learned_tokens for text in row.texts)
@@ -168,12 +172,13 @@ def test_json_holds_every_row(folder, tmp_path, capsys):
 
 def test_the_weights_are_those_of_the_nearest_checkpoint_up_to_the_step(folder, tmp_path, capsys):
     run = copy(folder / "text", tmp_path / "run", 3, 4)
-    assert replay.replay(run, 4).weights_step == 2
+    assert replayed_step.replay(run, 4).weights_step == 2
     late = copy(folder / "text", tmp_path / "late", 1, 2, 3, 4)
-    assert replay.replay(late, 4).weights_step == 5
+    assert replayed_step.replay(late, 4).weights_step == 5
     assert "these weights have learned from it" in command(capsys, "--checkpoint", late, "--step", 4)[1]
 
 
+@pytest.mark.system
 def test_after_a_rollback_a_step_is_replayed_with_the_rows_it_has_read(folder, tmp_path, monkeypatch):
     whole = pipeline.train_rows
 
@@ -189,7 +194,7 @@ def test_after_a_rollback_a_step_is_replayed_with_the_rows_it_has_read(folder, t
     lines = lines_of(tmp_path / "run")
     without = copy(tmp_path / "run", tmp_path / "copy", 4)  # then that of 6 tells
     for run, step, position in ((tmp_path / "run", 2, 1), (tmp_path / "run", 3, 4), (without, 3, 4), (without, 5, 6)):
-        found = replay.replay(run, step)
+        found = replayed_step.replay(run, step)
         assert (found.position, found.batch_hash) == (position, lines[step]["batch_hash"])
 
 
@@ -197,7 +202,7 @@ def test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them(fo
     run = copy(folder / "text", tmp_path / "run", 4, 5, 6)
     for name in ("hf", "report.html", "summary.json"):
         shutil.rmtree(run / name, ignore_errors=True) or (run / name).unlink(missing_ok=True)
-    found = replay.replay(run, 4)
+    found = replayed_step.replay(run, 4)
     border = found.rows[1].loss  # one row is above it
     chosen = ["--skip-above", border, "--skip", found.rows[3].row]
     code, out, _ = command(capsys, "--checkpoint", run, "--step", 4, *chosen)
@@ -211,7 +216,7 @@ def test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them(fo
         train_on("text", folder, run, {"data.skip_list": run / "skip.txt"})
     train_on("text", folder, run, {"data.skip_list": run / "skip.txt"}, force=True)
     lines, before = lines_of(run), lines_of(folder / "text")
-    again = replay.replay(run, 4, weights_step=3)
+    again = replayed_step.replay(run, 4, weights_step=3)
     assert {row.row for row in again.rows if row.skipped} == skipped
     assert lines[4]["batch_hash"] == before[4]["batch_hash"] == again.batch_hash
     assert lines[4]["loss"] == pytest.approx(again.loss, rel=1e-4) != before[4]["loss"]
@@ -228,7 +233,7 @@ def test_rows_of_high_loss_go_to_a_skip_list_and_the_run_goes_on_without_them(fo
         (["--step", "2", "--data", "gone"], "gone: the data of the run is not there"),
         (["--step", "2", "--data", "{folder}/chat-data"], "is not the data that the run in .* has read"),
         (["--step", "2", "--skip", "3"], "--skip 3: step 2 has the rows 8 to 15"),
-        (["--step", "2", "--skip", "x"], "'x' is no list of rows"),
+        (["--step", "2", "--skip", "x"], "'x' is not a list of rows"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(arguments, message, folder, capsys):
@@ -256,7 +261,7 @@ def test_data_that_was_changed_is_told_and_nothing_is_skipped(folder, tmp_path, 
 
 def test_a_chat_run_tells_which_answers_stop_and_shows_one_and_looks_at_the_data_first(folder):
     run, printed = folder / "chat", (folder / "chat.out").read_text()
-    assert printed.count("learned tokens") == 1 and printed.index("learned tokens") < printed.index("step 1/6")
+    assert printed.count("learned tokens") == 1 and printed.index("learned tokens") < printed.index("step 1/3")
     [line] = [line for line in read_metrics(run) if "eval_loss" in line]
     assert 0 <= line["eval_stop_rate"] <= 1 and line["sample"]
     assert "answers that stop" in printed and "answers that stop" in (run / "report.html").read_text()
@@ -264,6 +269,7 @@ def test_a_chat_run_tells_which_answers_stop_and_shows_one_and_looks_at_the_data
     assert "learned tokens" not in (folder / "text.out").read_text()
 
 
+@pytest.mark.system
 def test_a_model_that_learned_to_stop_is_told_from_one_that_did_not(folder):
     dataset = open_dataset(folder / "chat-data")
     config = load(folder, {"data.format": "chat"})

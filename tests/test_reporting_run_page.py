@@ -3,15 +3,20 @@
 import html.parser
 import json
 import re
+from types import SimpleNamespace
 
+import jax
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib._pylab_helpers import Gcf
 
 from jaxgpt.config import Config, to_json
 from jaxgpt.errors import UserError
-from jaxgpt.reporting.run_page import write_report
-from jaxgpt.settings import ModelConfig
+from jaxgpt.parallel.mesh import build_mesh
+from jaxgpt.reporting import figures
+from jaxgpt.reporting.run_page import write_report, write_summary
+from jaxgpt.settings import MeshConfig, ModelConfig, TrainConfig
 
 EVIL = "</pre><script>alert('x')</script> & \"quoted\""
 
@@ -152,21 +157,21 @@ def test_figures_that_are_not_finite_are_said_and_not_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines, figures",
+    "lines, drawn",
     [
         ([], 0),
         ([{"step": 0}], 0),
         ([{"step": 1, "loss": None, "eval_loss": None}], 0),
         ([{"step": 1, "sample": "x"}], 0),
-        ([eval_line(0, 5.0)], 2),
-        ([train_line(1)], 4),
-        ([train_line(step) for step in range(1, 201)], 4),
-        ([train_line(step, loss=2.0) for step in range(1, 201)], 4),
+        ([eval_line(0, 5.0)], 1),
+        ([train_line(1)], 3),
+        ([train_line(step) for step in range(1, 201)], 3),
+        ([train_line(step, loss=2.0) for step in range(1, 201)], 3),
     ],
 )
-def test_any_number_of_lines_makes_a_page(tmp_path, lines, figures):
+def test_any_number_of_lines_makes_a_page(tmp_path, lines, drawn):
     page = report(run_folder(tmp_path, lines))
-    assert page.count("svg") == figures
+    assert page.count("svg") == drawn
     assert page.count("h1") == 1
 
 
@@ -190,13 +195,30 @@ def test_the_first_steps_and_a_spike_do_not_flatten_the_loss_curve(tmp_path):
     assert "the maximum is 102" in page.text
 
 
-def test_every_figure_follows_the_theme(tmp_path):
-    lines = [train_line(1), train_line(2), eval_line(2, 2.0)]
-    page = report(run_folder(tmp_path, lines))
-    assert "prefers-color-scheme: dark" in page.source
-    for svg in re.findall(r"<svg.*?</svg>", page.source, re.DOTALL):
-        assert not re.findall(r"#[0-9a-f]{6}\b", svg)
-        assert "var(--ink)" in svg and "var(--grid)" in svg
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_and_every_colour_of_a_figure_stand_out_from_the_light_page_and_the_dark_one(tmp_path, theme):
+    page = report(run_folder(tmp_path, [train_line(1), train_line(2), eval_line(2, 2.0)]))
+    variables = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", figures.PAGE_STYLE.split("@media screen")[theme]))
+    for ground in ("card", "page"):
+        assert contrast(variables["ink"], variables[ground]) > 10
+        assert contrast(variables["muted"], variables[ground]) >= 4.5
+    ramp = [matplotlib.colors.to_hex(figures.ramp(share)) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    for colour in (*figures.SERIES, *figures.COLOURS.values(), *ramp):
+        assert contrast(colour, variables["card"]) >= 3, colour
+    assert "svg text { fill: var(--ink) !important }" in figures.PAGE_STYLE and "prefers-color-scheme" in page.source
+    drawn = set(re.findall(r"#[0-9a-f]{6}\b", "".join(re.findall(r"<svg.*?</svg>", page.source, re.DOTALL))))
+    assert drawn - {"#000000"} <= {*figures.SERIES, *figures.COLOURS.values()}
 
 
 def test_the_same_run_makes_the_same_bytes(tmp_path):
@@ -211,9 +233,9 @@ def test_making_a_page_leaves_no_global_state_of_matplotlib(tmp_path):
     assert not Gcf.get_all_fig_managers()  # where pyplot keeps its figures
 
 
-def test_a_hundred_thousand_lines_make_less_than_a_megabyte(tmp_path):
-    lines = [train_line(step) for step in range(1, 100_001)]
-    for line in lines[999::1000]:
+def test_thirty_thousand_lines_make_less_than_a_megabyte(tmp_path):
+    lines = [train_line(step) for step in range(1, 30_001)]
+    for line in lines[299::300]:
         line |= eval_line(line["step"], 2 + 1 / line["step"], sample="字" * 5000)
     path = write_report(run_folder(tmp_path, lines))
     assert path.stat().st_size < 1_000_000
@@ -283,6 +305,27 @@ def test_a_status_is_told_as_it_is(tmp_path):
     status = "finished (stopped early: no better validation loss for 3 evaluations)"
     page = report(run_folder(tmp_path, [train_line(1)], summary={"status": status}))
     assert status in page.text
+
+
+@pytest.mark.parametrize("has_metrics", [True, False])
+def test_the_summary_says_what_ran_and_how_it_ended(tmp_path, has_metrics):
+    if has_metrics:
+        run_folder(tmp_path, [train_line(1)])
+    split = SimpleNamespace(num_tokens=1000, facts=lambda: {"rows": 5})
+    data = {"path": tmp_path / "data", "fingerprint": "f1", "vocab_size": 65, "train": split, "validation": split}
+    config = Config(model=ModelConfig(n_layer=2), train=TrainConfig(global_batch_size=4))
+    mesh = build_mesh(MeshConfig(), jax.devices()[:2])
+    write_summary(
+        SimpleNamespace(config=config, dataset=SimpleNamespace(**data), mesh=mesh, workdir=tmp_path), "over", 1.26
+    )
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["status"], found["seconds"], found["devices"], found["mesh"]["data"]) == ("over", 1.3, 2, 2)
+    assert found["tokens_per_step"] == 4 * config.block_size
+    assert found["data"] | {"path": ""} == {
+        "path": "", "fingerprint": "f1", "training_tokens": 1000, "validation_tokens": 1000, "rows": 5, "vocabulary": 65
+    }  # fmt: skip
+    assert found["versions"]["jax"] == jax.__version__
+    assert (tmp_path / "report.html").exists() == has_metrics
 
 
 def test_a_folder_without_metrics_is_the_users_error_and_gets_no_page(tmp_path):

@@ -289,6 +289,7 @@ class Terminal:
         return shown, code
 
 
+@pytest.mark.system
 def test_a_session_on_a_terminal_streams_stops_an_answer_at_ctrl_c_and_ends_at_ctrl_d(tmp_path):
     checkpoint = make_run(tmp_path / "run", dataclasses.replace(MODEL, n_positions=2048))
     flags = ["--checkpoint", str(checkpoint), "--max-new-tokens", "2000", "--temperature", "0"]
@@ -372,6 +373,7 @@ def test_stdout_is_utf8_whatever_the_locale(checkpoint, capsys, monkeypatch):
     assert written.getvalue().decode() == expected(checkpoint, "你好", max_new_tokens=5)
 
 
+@pytest.mark.system
 def test_help_answers_without_jax_and_names_every_flag():
     code = (
         "import sys; from jaxgpt import sample\ntry: sample.main(['--help'])\nfinally: assert 'jax' not in sys.modules"

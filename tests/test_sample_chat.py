@@ -14,10 +14,10 @@ from test_sample import Terminal, run, stdin_of
 
 from jaxgpt.config import Config
 from jaxgpt.data import chat
-from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.data.tokenizer import TEMPLATE, train_bpe
 from jaxgpt.errors import UserError
-from jaxgpt.inference.conversation import ChatPrompts, ChatSession
 from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.prompts import ChatPrompts, ChatSession
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.settings import ChatConfig, ModelConfig
@@ -143,7 +143,7 @@ def test_an_answer_ends_at_the_end_of_its_turn_here_and_in_transformers_settings
     settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [TOKENIZER.end_of_turn, TOKENIZER.end_of_text]
     assert settings["pad_token_id"] == TOKENIZER.end_of_text
-    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == chat.TEMPLATE
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TEMPLATE
 
 
 def test_letters_of_special_tokens_in_a_message_are_text():
@@ -176,6 +176,7 @@ def test_that_turns_fell_out_is_said_in_one_line(checkpoint, monkeypatch, capsys
     assert "(the context is full: the oldest 2 turns were left out)\n" in err
 
 
+@pytest.mark.system
 def test_a_session_on_a_terminal_stops_an_answer_at_ctrl_c_and_goes_on(tmp_path):
     save_as_run(tmp_path / "run", make_model(likely=TOKENIZER.encode("a")[0], n_positions=2048))
     flags = ["--checkpoint", str(tmp_path / "run"), "--chat", "--max-new-tokens", "1900", "--temperature", "0"]

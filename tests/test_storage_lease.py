@@ -27,6 +27,7 @@ def test_a_second_owner_is_refused_by_name_and_let_in_when_the_first_has_left(tm
         pass
 
 
+@pytest.mark.system
 def test_the_lease_of_a_killed_process_is_taken_over(tmp_path, capsys):
     code = f"import os, sys; from pathlib import Path; from jaxgpt.storage.lease import Lease; Lease(Path({str(tmp_path)!r})).__enter__(); print(1, flush=True); os.kill(os.getpid(), 9)"  # noqa: E501
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

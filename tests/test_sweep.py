@@ -18,10 +18,12 @@ from jaxgpt.config import load_config
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.model import gpt2
+from jaxgpt.training.bad_steps import BadStep
 from jaxgpt.training.models import LoadedModel, save_as_run
-from jaxgpt.tuning import learning_rate
+from jaxgpt.tuning import learning_rate, trial_runner
 from jaxgpt.tuning import sweep_folder as recording
-from jaxgpt.tuning.trial_runner import Result, Runner
+from jaxgpt.tuning.sweep_folder import Records, TrialRecord
+from jaxgpt.tuning.trial_runner import Trial, TrialRunner
 
 CONFIG = """
 [model]
@@ -74,38 +76,53 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 
 def pretended(self, trials, until=None):
-    """Results without training: the lowest loss at a learning rate of 1e-3."""
+    """Records without training: the lowest loss at a learning rate of 1e-3."""
     for trial in trials:
         loss = 2 + math.log10(trial.config.optimizer.learning_rate / 1e-3) ** 2
-        yield Result(trial.number, 9, "finished", loss, [[9, loss]], [[9, loss]], 1000, 1000, 1.0)
+        curve = [[9, loss]]
+        yield TrialRecord(trial.number, trial.settings, 9, "finished", loss, curve, curve, 1000, 1000, 1.0)
 
 
 @pytest.fixture(scope="module")
-def killed(folder) -> bytes:
-    """The records of a grid of four learning rates whose process was killed when two were there."""
-    command = [sys.executable, "-m", "jaxgpt.sweep", "--config", str(folder / "tiny.toml"), "--vary", RATES]
-    command += ["--workdir", str(folder / "grid"), "--side-by-side", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while len(lines(folder, "grid")) < 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        said = process.communicate()[1]
-    assert len(lines(folder, "grid")) >= 2, said
-    assert not (folder / "grid" / recording.BEST).exists()
-    return (folder / "grid" / recording.TRIALS).read_bytes()
+def grid(folder) -> Path:
+    """A grid of four learning rates that crashed before its third record, and went on to its end."""
+    add = Records.add
 
+    def crash_at_the_third(self, record):
+        if record.number == 2:
+            raise RuntimeError("crashed")
+        add(self, record)
 
-@pytest.fixture(scope="module")
-def grid(folder, killed) -> Path:
-    """The same one, gone on with to its end."""
-    assert run(folder, "grid", "--vary", RATES, "--side-by-side", "1", "--json", str(folder / "grid.json")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", crash_at_the_third)
+        with pytest.raises(RuntimeError):
+            run(folder, "grid", "--vary", RATES)
+    assert [trial["number"] for trial in lines(folder, "grid")] == [0, 1]
+    before, fit, steps = (folder / "grid" / recording.TRIALS).read_bytes(), trial_runner.fit, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial_runner, "fit", lambda run, state, start: steps.append(start.step) or fit(run, state, start))
+        assert run(folder, "grid", "--vary", RATES, "--json", str(folder / "grid.json")) == 0
+    assert steps == [9, 0]  # the third was trained but not recorded
+    assert (folder / "grid" / recording.TRIALS).read_bytes().startswith(before)
     return folder / "grid"
 
 
-def test_a_killed_sweep_repeats_no_finished_trial(folder, killed, grid):
-    assert (grid / recording.TRIALS).read_bytes().startswith(killed)
-    assert [trial["number"] for trial in lines(folder, "grid")] == [0, 1, 2, 3]
+@pytest.mark.system
+def test_a_killed_sweep_repeats_no_finished_trial(folder):
+    command = [sys.executable, "-m", "jaxgpt.sweep", "--config", str(folder / "tiny.toml"), "--vary", RATES]
+    command += ["--workdir", str(folder / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while len(lines(folder, "killed")) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[1]
+    assert len(lines(folder, "killed")) >= 2, said
+    assert not (folder / "killed" / recording.BEST).exists()
+    killed = (folder / "killed" / recording.TRIALS).read_bytes()
+    assert run(folder, "killed", "--vary", RATES) == 0
+    assert (folder / "killed" / recording.TRIALS).read_bytes().startswith(killed)
+    assert [trial["number"] for trial in lines(folder, "killed")] == [0, 1, 2, 3]
 
 
 def test_best_toml_is_the_config_of_the_lowest_loss(folder, grid):
@@ -116,11 +133,11 @@ def test_best_toml_is_the_config_of_the_lowest_loss(folder, grid):
     config = load_config(grid / recording.BEST)
     assert config == load_config(folder / "tiny.toml", best["settings"])
     assert json.loads((folder / "grid.json").read_text())["best"]["number"] == best["number"]
-    assert "report.html" in os.listdir(grid) and not any((grid / "states").iterdir())
+    assert "report.html" in os.listdir(grid) and not any((grid / "trials").iterdir())
 
 
-def test_a_finished_sweep_is_told_again_and_trains_nothing(folder, grid, monkeypatch, capsys):
-    monkeypatch.setattr(Runner, "__init__", None)
+def test_a_finished_sweep_is_shown_again_and_trains_nothing(folder, grid, monkeypatch, capsys):
+    monkeypatch.setattr(TrialRunner, "__init__", None)
     before = (grid / recording.TRIALS).read_bytes()
     assert run(folder, "grid", "--vary", RATES) == 0
     assert "all 4 trials are done" in capsys.readouterr().out
@@ -138,23 +155,23 @@ def test_another_sweep_in_the_folder_is_refused(folder, grid, capsys):
 
 def test_halving_gives_the_steps_to_the_best_third(folder):
     halving = ["--method", "halving", "--trials", "3", "--vary", f"{RATE}=1e-4..1e-1"]
-    assert run(folder, "halving", *halving, "--side-by-side", "1") == 0
+    assert run(folder, "halving", *halving) == 0
     reached = [(trial["step"], trial["number"]) for trial in lines(folder, "halving")]
     first = {trial["number"]: trial["eval_loss"] for trial in lines(folder, "halving") if trial["step"] == 3}
     assert reached == [(3, 0), (3, 1), (3, 2), (9, min(first, key=first.get))]
-    assert not any((folder / "halving" / "states").iterdir())
+    assert not any((folder / "halving" / "trials").iterdir())
 
 
 def test_the_estimator_goes_on_with_the_same_proposals(folder, monkeypatch):
     pytest.importorskip("optuna")
-    monkeypatch.setattr(Runner, "run", pretended)
-    tpe = ["--method", "tpe", "--vary", f"{RATE}=1e-4..1e-1", "--side-by-side", "2"]
+    monkeypatch.setattr(TrialRunner, "run", pretended)
+    tpe = ["--method", "tpe", "--vary", f"{RATE}=1e-4..1e-1"]
     assert run(folder, "whole", *tpe, "--trials", "15") == 0
     assert run(folder, "parts", *tpe, "--trials", "15") == 0
     kept = lines(folder, "parts")[:12]
     file = folder / "parts" / recording.TRIALS
     file.write_text("".join(json.dumps(trial) + "\n" for trial in kept) + '{"number": 12, "settings": {"opt')
-    assert run(folder, "parts", *tpe, "--trials", "16", "--side-by-side", "4") == 0
+    assert run(folder, "parts", *tpe, "--trials", "16") == 0
     assert lines(folder, "parts")[:15] == lines(folder, "whole") and len(lines(folder, "parts")) == 16
 
 
@@ -163,23 +180,33 @@ def test_a_sweep_that_is_told_to_stop_shows_what_it_has(folder, monkeypatch, cap
         yield from pretended(self, trials[:1])
         raise Interrupted("SIGTERM")
 
-    monkeypatch.setattr(Runner, "run", stopped)
-    assert run(folder, "stopped", "--vary", RATES, "--side-by-side", "1") == 42
+    monkeypatch.setattr(TrialRunner, "run", stopped)
+    assert run(folder, "stopped", "--vary", RATES) == 42
     assert "stopped: SIGTERM" in (said := capsys.readouterr()).err and "best     trial 0" in said.out
     assert len(lines(folder, "stopped")) == 1
     assert load_config(folder / "stopped" / recording.BEST).optimizer.learning_rate == 1e-4
 
 
-def test_trials_get_the_weights_that_init_names(folder, grid):
+def test_trials_get_the_weights_that_init_names(folder, grid, tmp_path, monkeypatch):
     config = load_config(folder / "tiny.toml")
     tokenizer = load_tokenizer(next((folder / "prepared").iterdir()) / "tokenizer")
     params = gpt2.init_params(config.model, tokenizer.vocab_size, jax.random.key(5))
     save_as_run(folder / "given", LoadedModel(config, tokenizer.vocab_size, params, tokenizer, 0))
     config = load_config(folder / "tiny.toml", {"init.from_checkpoint": str(folder / "given")})
-    jax.tree.map(np.testing.assert_array_equal, sweep.prepare_bench(config, [config]).weights, params)
+    started = []
+
+    def end_at_once(run, state, start):
+        started.append(state.params)
+        raise BadStep
+
+    monkeypatch.setattr(trial_runner, "fit", end_at_once)
+    bench = trial_runner.prepare_bench(config, [config])
+    (record,) = TrialRunner(tmp_path, bench).run([Trial(0, {}, bench.resolved(config))])
+    jax.tree.map(np.testing.assert_array_equal, started[0], params)
+    assert record.status == "diverged"
     other = load_config(folder / "tiny.toml", {"init.from_checkpoint": str(folder / "given"), "model.n_layer": "2"})
     with pytest.raises(UserError, match="model.n_layer = 1, but this config has 2"):
-        sweep.prepare_bench(config, [config, other])
+        trial_runner.prepare_bench(config, [config, other])
 
 
 def test_the_range_finder_writes_its_picture(folder, monkeypatch, capsys):

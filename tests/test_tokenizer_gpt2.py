@@ -21,6 +21,7 @@ CODE = """def f(x):
 
     raise ValueError(f"{x!r}")
 """
+pytestmark = pytest.mark.system
 TEXTS = {
     "english": "Hello world! It's the cat's; we'd don't they've I'm you're HE'LL 3.14159 1,000,000  two  spaces ",
     "chinese": "你好，世界。我们今天去北京，天气很好。繁體字也要對：龍龜鬱。𠀀𪚥 全角ＡＢＣ１２３",

@@ -279,13 +279,6 @@ def test_what_is_restored_is_what_was_saved_to_the_last_bit(compiled, tmp_path):
     checkpoints.close()
 
 
-def test_room_for_the_checkpoints_counts_those_kept_and_the_one_being_written(compiled):
-    state = compiled.init()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    config = dataclasses.replace(CONFIG.checkpoint, save_total_limit=3, keep_best=True)
-    assert checkpoint.bytes_needed(compiled.abstract_state, config) == 5 * size
-
-
 def test_a_rule_for_spikes_may_come_and_go_in_the_course_of_a_run(tmp_path):
     plain, ruled = (program(dataclasses.replace(CONFIG, faults=FaultsConfig(spike_sigma=sigma))) for sigma in (0, 6))
     checkpoints, state = Checkpoints(tmp_path, CheckpointConfig()), plain.init()

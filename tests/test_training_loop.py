@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import RUN, overrides
+from tiny import RUN, WORDS, overrides
 
 from jaxgpt import evaluate, train
 from jaxgpt.config import Config
@@ -31,14 +31,14 @@ CONFIG = (
     RUN
     + """warmup_steps = 2
 [train]
-max_steps = 8
+max_steps = 6
 per_device_train_batch_size = 1
 [eval]
-eval_steps = 4
+eval_steps = 3
 eval_batches = 1
 sample_tokens = 0
 [checkpoint]
-save_steps = 4
+save_steps = 3
 [log]
 logging_steps = 1
 tensorboard = false
@@ -49,8 +49,7 @@ tensorboard = false
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("loop")
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 2000)
-    (folder / "text.txt").write_text(" ".join(words))
+    (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 2000)))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
     return folder
 
@@ -76,35 +75,35 @@ def traced_steps(workdir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def profiled(folder) -> tuple[Path, str]:
-    """A run of 8 steps with steps 3 to 5 traced, an evaluation and a checkpoint among them; and what it printed."""
+    """A run of 6 steps with steps 2 to 4 traced, an evaluation and a checkpoint among them; and what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert train.main(command(folder, folder / "profiled", log__profile="3:5")) == 0
+        assert train.main(command(folder, folder / "profiled", log__profile="2:4")) == 0
     return folder / "profiled", out.getvalue()
 
 
 def test_a_trace_holds_exactly_the_steps_asked_for_and_one_line_says_where_it_is(profiled):
     workdir, printed = profiled
-    assert traced_steps(workdir) == [3, 4, 5]
+    assert traced_steps(workdir) == [2, 3, 4]
     [line] = [line for line in printed.splitlines() if "trace" in line]
-    assert str(workdir / "profile") in line and "xprof --logdir" in line and "steps 3 to 5" in line
+    assert str(workdir / "profile") in line and "xprof --logdir" in line and "steps 2 to 4" in line
 
 
 def test_a_run_that_is_past_the_traced_steps_traces_nothing_and_computes_the_same(folder, profiled, capsys):
     workdir = folder / "resumed"
-    shutil.copytree(profiled[0], workdir, ignore=shutil.ignore_patterns("profile", "8"))
-    assert train.main(command(folder, workdir, log__profile="3:5")) == 0  # from step 4
+    shutil.copytree(profiled[0], workdir, ignore=shutil.ignore_patterns("profile", "6"))
+    assert train.main(command(folder, workdir, log__profile="2:4")) == 0  # from step 3
     assert not (workdir / "profile").exists()
     assert "trace of" not in capsys.readouterr().out
     traced, plain = (
         {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line} for run in (profiled[0], workdir)
     )
-    assert len(plain) == 8
-    assert plain == traced  # step 5 was traced in one and not in the other
+    assert len(plain) == 6
+    assert plain == traced  # step 4 was traced in one and not in the other
 
 
 @pytest.mark.parametrize(
     ("steps", "words"),
-    [("5:3", "ends before it begins"), ("7:9", "beyond the last step, train.max_steps = 8"), ("3", "log.profile")],
+    [("5:3", "ends before it begins"), ("5:7", "beyond the last step, train.max_steps = 6"), ("3", "log.profile")],
 )
 def test_steps_that_cannot_be_traced_are_refused_at_the_start(folder, steps, words, tmp_path, capsys):
     assert words in error_of(command(folder, tmp_path / "run", log__profile=steps), capsys)
@@ -124,7 +123,7 @@ def test_each_line_says_what_share_of_the_time_data_took(profiled):
     shown = re.findall(r"\| data (\d+\.\d)% \|", printed)
     expected = [f"{100 * line['seconds_data'] / line['seconds_total']:.1f}" for line in lines]
     assert shown == expected
-    assert len(shown) == 8
+    assert len(shown) == 6
 
 
 # ---------------------------------------------------------------- early stopping, and questions scored in between

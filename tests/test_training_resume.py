@@ -7,16 +7,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from tiny import RUN
 
 from jaxgpt import train
 from jaxgpt.config import Config, load_config, to_json
 from jaxgpt.data.dataset import SPLITS, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.writer import DatasetWriter
 from jaxgpt.settings import OptimizerConfig, TrainConfig
 from jaxgpt.storage import manifest
@@ -155,18 +153,13 @@ def test_the_schedules_called_endless_are_those_that_do_not_know_the_last_step()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A folder with a finished run of 2 steps, run/, and the arguments that made it."""
-    folder = tmp_path_factory.mktemp("resume")
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "mat"], 2000)
-    (folder / "text.txt").write_text(" ".join(words))
-    text = RUN.format(folder=folder).replace('type = "char"', "vocab_size = 270").replace("n_layer = 2", "n_layer = 1")
-    text += "warmup_steps = 1\n[train]\nmax_steps = 2\nper_device_train_batch_size = 1\n"
-    text += "[eval]\neval_batches = 1\nsample_tokens = 0\n"
-    (folder / "config.toml").write_text(text)
-    arguments = ["--config", str(folder / "config.toml"), "--workdir", str(folder / "run")]
-    assert train.main(arguments) == 0
-    return folder, arguments
+def run(tmp_path_factory, trained) -> tuple[Path, list[str]]:
+    """A copy of the session's trained run, run/, with data of its own, and the arguments that resume it."""
+    copy = trained.copy(tmp_path_factory.mktemp("resume") / "trained")
+    shutil.rmtree(copy.folder / "prepared")
+    assert train.main(copy.arguments) == 0  # prepares the data again, and trains no more
+    (copy.run / CHANGES).unlink()  # the data has moved
+    return copy.folder, copy.arguments
 
 
 @pytest.fixture
@@ -230,7 +223,7 @@ def test_a_flipped_bit_in_the_data_stops_a_start_before_anything_is_compiled(run
 def test_shards_of_another_tokenizer_are_refused_although_they_belong_together(run, data, capsys, nothing_compiled):
     folder, arguments = run
     whole = open_dataset(data)
-    other = train_bpe(["another text altogether, with other pairs of letters"] * 9, 270)
+    other = char_tokenizer([(folder / "text.txt").read_text().replace("v", "w")])  # of the same size
     replace(data, other, whole.fingerprint, whole.settings)
     assert manifest.problems(data) == []
     assert prepare(load_config(Path(arguments[1]))) == data
@@ -269,18 +262,18 @@ def test_a_run_goes_on_with_a_forced_change_and_remembers_it(run, tmp_path, caps
     folder, arguments = run
     workdir = tmp_path / "forced"
     shutil.copytree(folder / "run", workdir)
-    again = [*arguments[:2], "--workdir", str(workdir), "--train.max_steps", "3", "--optimizer.learning_rate", "0.5"]
+    again = [*arguments[:2], "--workdir", str(workdir), "--train.max_steps", "7", "--optimizer.learning_rate", "0.5"]
     before = files(workdir)
-    refused(again, capsys, "optimizer.learning_rate was 0.01, now 0.5", "train.max_steps was 2, now 3", "--force")
-    refused([*again, "--force", "--train.seed", "1"], capsys, "train.seed was 42, now 1")
+    refused(again, capsys, "optimizer.learning_rate was 0.01, now 0.5", "train.max_steps was 6, now 7", "--force")
+    refused([*again, "--force", "--train.seed", "1"], capsys, "train.seed was 7, now 1")
     assert untouched(before)
     assert not (workdir / CHANGES).exists()
     assert train.main([*again, "--force"]) == 0
-    assert "optimizer.learning_rate was 0.01, now 0.5, from step 2 on" in capsys.readouterr().out
+    assert "optimizer.learning_rate was 0.01, now 0.5, from step 6 on" in capsys.readouterr().out
     [line] = map(json.loads, (workdir / CHANGES).read_text().splitlines())
-    assert line["step"] == 2
-    assert line["changes"] == {"optimizer.learning_rate": [0.01, 0.5], "train.max_steps": [2, 3]}
+    assert line["step"] == 6
+    assert line["changes"] == {"optimizer.learning_rate": [0.01, 0.5], "train.max_steps": [6, 7]}
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 0.5
-    assert resume.finished_steps(workdir)[-1] == 3
+    assert resume.finished_steps(workdir)[-1] == 7
     assert train.main(again) == 0  # they are the run's settings now
     assert len((workdir / CHANGES).read_text().splitlines()) == 1

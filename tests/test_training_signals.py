@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import RUN
+from tiny import RUN, WORDS, overrides
 
 from jaxgpt import train
 from jaxgpt.storage import manifest
@@ -49,10 +49,20 @@ ENVIRONMENT = {  # of processes: one device
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 2000)
-    (folder / "text.txt").write_text(" ".join(words))
+    (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 2000)))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
     return folder
+
+
+# Runs within this process have 6 steps: the program of the session's trained run.
+QUICK = overrides(train__max_steps=6, train__per_device_train_batch_size=1, eval__eval_batches=2)
+QUICK += overrides(eval__eval_steps=2, checkpoint__save_steps=2)
+# A constant learning rate has one program for any number of steps.
+CONSTANT = overrides(optimizer__lr_scheduler_type="constant")
+
+
+def train_here(folder: Path, workdir: Path, *options: str) -> int:
+    return train.main(["--config", str(folder / "config.toml"), "--workdir", str(workdir), *QUICK, *options])
 
 
 def start(folder: Path, workdir: Path, *options: str, failpoint: str = "", prefix=()) -> subprocess.Popen:
@@ -91,10 +101,6 @@ def undisturbed(folder) -> Path:
     return folder / "undisturbed"
 
 
-def command(folder: Path, workdir: Path, *options: str) -> list[str]:
-    return ["--config", str(folder / "config.toml"), "--workdir", str(workdir), *options]
-
-
 def assert_same_run(ours: Path, theirs: Path) -> None:
     assert record(ours) == record(theirs)
     for file in (theirs / "hf").iterdir():
@@ -104,25 +110,26 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 # ---------------------------------------------------------------- SIGTERM, wherever the run is
 
 
-# One start after the other, each told to stop at its point; then the run goes on to its end of 12 steps, with
-# evaluations of 4 batches and checkpoints at steps 4, 8 and 12. Not delete.renamed: all steps are done before a
-# checkpoint is deleted, and the run is finished then.
+# One start after the other, each told to stop at its point; then the run goes on to its end. There are 9 steps, each
+# with an evaluation of 2 batches and a checkpoint, so that each point is met wherever the start before it stopped. Not
+# delete.renamed: all steps may be done before a checkpoint is deleted, and the run is finished then.
 POINTS = [
-    "lease.taken:term",  # before there is a run
-    "data.read:term@5",
-    "evaluate:term@2",  # in the middle of the evaluation of step 4
-    "save.arrays:term",  # in the background, at the save after that evaluation
+    "data.read:term@6",  # the reader is at most 4 batches ahead
+    "evaluate:term@2",  # in the middle of the evaluation that was left out
+    "save.arrays:term",  # in the background, while the next step is done
     "restore.done:term",
-    "evaluate:term@2",  # of step 8
-    "save.manifest:term",
-    "evaluate:term@2",  # of the last step
+    "evaluate:term@4",  # in the middle of the evaluation of a step
+    "save.started:term",
+    "evaluate:term@2",
 ]
-ONE_THREAD = ("--data.num_threads", "1")  # it reads two batches ahead, and no more
+BEFORE_A_RUN = "lease.taken:term"  # a process that lives on keeps its lease
+EACH_STEP = [*QUICK, *CONSTANT, *overrides(train__max_steps=9, eval__eval_steps=1, checkpoint__save_steps=1)]
+EACH_STEP += overrides(data__num_threads=1, data__prefetch_batches=1)
 
 
-def stop_at_each_point(run: Callable[[str], tuple[int, str]], workdir: Path) -> None:
-    """Go through POINTS; `run` starts or resumes the run in `workdir` and gives its exit code and messages."""
-    for number, point in enumerate(POINTS):
+def stop_at_each_point(run: Callable[[str], tuple[int, str]], workdir: Path, points: list[str]) -> None:
+    """`run` starts or resumes the run in `workdir` and gives its exit code and messages."""
+    for number, point in enumerate(points):
         code, output = run(point)
         assert code == 42, f"{number}, {point}: {output}"
         assert "run the same command again" in output
@@ -137,20 +144,19 @@ def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happe
 ):
     def run(point: str) -> tuple[int, str]:
         failpoint(point)
-        return train.main(command(folder, tmp_path / "run", *ONE_THREAD)), capsys.readouterr().err
+        return train_here(folder, tmp_path / "run", *EACH_STEP), capsys.readouterr().err
 
-    assert train.main(command(folder, folder / "whole")) == 0
-    stop_at_each_point(run, tmp_path / "run")
+    assert train_here(folder, folder / "whole", *EACH_STEP) == 0
+    stop_at_each_point(run, tmp_path / "run", POINTS)
     assert_same_run(tmp_path / "run", folder / "whole")
 
 
 @pytest.mark.system
-def test_sigterm_anywhere_ends_the_process_with_42_and_the_run_ends_as_if_nothing_had_happened(
-    folder, undisturbed, tmp_path
-):
-    workdir = tmp_path / "run"
-    stop_at_each_point(lambda point: finish(start(folder, workdir, *ONE_THREAD, failpoint=point)), workdir)
-    assert_same_run(workdir, undisturbed)
+def test_sigterm_anywhere_ends_the_process_with_42_and_the_run_ends_as_if_nothing_had_happened(folder, tmp_path):
+    run = lambda point: finish(start(folder, tmp_path / "run", *EACH_STEP, failpoint=point))
+    stop_at_each_point(run, tmp_path / "run", [BEFORE_A_RUN, *POINTS])
+    assert finish(start(folder, tmp_path / "whole", *EACH_STEP))[0] == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.system
@@ -279,24 +285,24 @@ def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(
     workdir = tmp_path / "run"
 
     def crash(evaluated_batches: int) -> None:
-        """In the evaluation of step 12, of which a start has evaluated so many batches before."""
+        """In the evaluation of step 6, of which a start has evaluated so many batches before."""
         failpoint(f"evaluate:crash@{evaluated_batches + 1}")
         with pytest.raises(ValueError, match="evaluate:crash"):  # there is no such action
-            train.main(command(folder, workdir))
+            train_here(folder, workdir)
 
-    for batches in (8, 0, 0):  # from the beginning, then from step 8
+    for batches in (4, 0, 0):  # from the beginning, then from step 4
         crash(batches)
-    assert [fault["step"] for fault in read_faults(workdir)] == [12] * 3
+    assert [fault["step"] for fault in read_faults(workdir)] == [6] * 3
     capsys.readouterr()
-    for batches in (4, 0, 0):  # from step 4, then from the new step 8
+    for batches in (2, 0, 0):  # from step 2, then from the new step 4
         crash(batches)
-    assert "going one checkpoint back, to step 4" in capsys.readouterr().out
-    assert (workdir / "quarantine" / "8" / manifest.NAME).is_file()
-    assert train.main(command(folder, workdir)) == 1
+    assert "going one checkpoint back, to step 2" in capsys.readouterr().out
+    assert (workdir / "quarantine" / "4" / manifest.NAME).is_file()
+    assert train_here(folder, workdir) == 1
     assert re.search("also from one checkpoint earlier.*not tried again", capsys.readouterr().err)
     failpoint("")
     (workdir / "faults.jsonl").unlink()  # what the message says
-    assert train.main(command(folder, workdir)) == 0
+    assert train_here(folder, workdir) == 0
     assert json.loads((workdir / "summary.json").read_text())["status"] == "finished"
 
 
@@ -305,14 +311,14 @@ def test_three_crashes_at_one_step_go_one_checkpoint_back_and_three_more_end_it(
 
 @pytest.fixture
 def bad_data(monkeypatch):
-    """The batch at position 6 of the data, that of step 7, makes the loss a NaN."""
+    """The batch at position 3 of the data, that of step 4, makes the loss a NaN."""
     from jaxgpt.data import pipeline
 
     whole = pipeline.train_rows
 
     def train_rows(stream, *, step, **how):
         batch = whole(stream, step=step, **how)
-        return batch._replace(weights_BT=batch.weights_BT * np.float32("nan")) if step == 6 else batch
+        return batch._replace(weights_BT=batch.weights_BT * np.float32("nan")) if step == 3 else batch
 
     monkeypatch.setattr(pipeline, "train_rows", train_rows)
 
@@ -323,31 +329,28 @@ def hashes(workdir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed_hashes(folder) -> list[int]:
-    """Of the first 15 batches."""
-    assert train.main(command(folder, folder / "15-steps", *CONSTANT, "--train.max_steps", "15")) == 0
-    return hashes(folder / "15-steps")
-
-
-CONSTANT = ("--optimizer.lr_scheduler_type", "constant")
+    """Of the first 8 batches."""
+    assert train_here(folder, folder / "8-steps", *CONSTANT, "--train.max_steps", "8") == 0
+    return hashes(folder / "8-steps")
 
 
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after_the_bad_step(
     folder, tmp_path, undisturbed_hashes, bad_data, capsys
 ):
     workdir = tmp_path / "run"
-    assert train.main(command(folder, workdir, *CONSTANT, "--faults.on_bad_step", "rollback")) == 0
-    assert "step 7: loss = nan" in capsys.readouterr().out
+    assert train_here(folder, workdir, *CONSTANT, "--faults.on_bad_step", "rollback") == 0
+    assert "step 4: loss = nan" in capsys.readouterr().out
     assert [fault["what"] for fault in read_faults(workdir)] == ["bad step"]
-    # What an undisturbed run reads: 15 batches; of these, 5, 6 and 7 are left out.
-    assert hashes(workdir) == undisturbed_hashes[:4] + undisturbed_hashes[7:15]
+    # Of what an undisturbed run reads, batches 3 and 4 are left out.
+    assert hashes(workdir) == undisturbed_hashes[:2] + undisturbed_hashes[4:]
     assert all(np.isfinite(line["loss"]) for line in read_metrics(workdir) if "loss" in line)
 
 
 def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, tmp_path, bad_data, capsys):
     workdir = tmp_path / "run"
-    assert train.main(command(folder, workdir, *CONSTANT, "--faults.on_bad_step", "skip")) == 0
+    assert train_here(folder, workdir, *CONSTANT, "--faults.on_bad_step", "skip") == 0
     lines = {line["step"]: line for line in read_metrics(workdir) if "batch_hash" in line}
-    assert list(lines) == list(range(1, 13))
-    assert lines[7]["loss"] is None and "skipped_steps" not in lines[6]
-    assert lines[12]["skipped_steps"] == 1 and np.isfinite(lines[12]["loss"])
+    assert list(lines) == list(range(1, 7))
+    assert lines[4]["loss"] is None and "skipped_steps" not in lines[3]
+    assert lines[6]["skipped_steps"] == 1 and np.isfinite(lines[6]["loss"])
     assert "the update was skipped" in capsys.readouterr().out

@@ -68,10 +68,10 @@ def test_an_automatic_batch_that_cannot_divide_is_told_before_anything_is_prepar
 
 
 def test_a_run_that_is_out_of_memory_says_what_took_it_and_what_would_fit(run, tmp_path, monkeypatch):
-    told = "RESOURCE_EXHAUSTED: the total memory required (21.50G) exceeds available HBM (15.75G). HLO module: x."
+    message = "RESOURCE_EXHAUSTED: the total memory required (21.50G) exceeds available HBM (15.75G). HLO module: x."
 
     def fit(*_):
-        raise jax.errors.JaxRuntimeError(told)
+        raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr("jaxgpt.training.run.fit", fit)
     code, _, err = run("--train.per_device_train_batch_size", "4")

@@ -52,14 +52,14 @@ def sizes_of(counts, law=LAW) -> list[Size]:
 
 
 def test_the_next_size_is_twice_the_largest_unless_told():
-    assert scaling.of_sizes(sizes_of(SIZES), None).next.parameters == 3_200_000
-    assert scaling.of_sizes(sizes_of(SIZES[::-1]), 10_000_000).next.parameters == 10_000_000
-    said = scaling.report(sizes_of(SIZES), scaling.of_sizes(sizes_of(SIZES), None))
+    assert scaling.fit_sizes(sizes_of(SIZES), None).next.parameters == 3_200_000
+    assert scaling.fit_sizes(sizes_of(SIZES[::-1]), 10_000_000).next.parameters == 10_000_000
+    said = scaling.report(sizes_of(SIZES), scaling.fit_sizes(sizes_of(SIZES), None))
     assert "1.7 + 40 x N^-0.25" in said and "90% interval" in said and "without embeddings" in said
 
 
 def test_three_sizes_are_too_few():
-    assert scaling.of_sizes(sizes_of(SIZES[:3]), None) is None
+    assert scaling.fit_sizes(sizes_of(SIZES[:3]), None) is None
     assert "a law needs 4" in scaling.report(sizes_of(SIZES[:3]), None)
     assert scaling.report(sizes_of(SIZES[:1]), None) == ""
     with pytest.raises(UserError, match="3 sizes of model, 4 are needed"):
@@ -68,7 +68,7 @@ def test_three_sizes_are_too_few():
 
 def test_losses_that_do_not_fall_give_no_law():
     rising = [Size(int(count), 0, 3.0 + number, number) for number, count in enumerate(SIZES)]
-    assert "no law" in scaling.report(rising, scaling.of_sizes(rising, None))
+    assert "no law" in scaling.report(rising, scaling.fit_sizes(rising, None))
 
 
 def test_embeddings_are_left_out_of_the_count():

@@ -10,12 +10,11 @@ import pytest
 from jaxgpt.config import Config, load_config
 from jaxgpt.errors import UserError
 from jaxgpt.settings import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
-from jaxgpt.tuning import search as searching
 from jaxgpt.tuning import sweep_folder as recording
 from jaxgpt.tuning import sweep_table
-from jaxgpt.tuning.search import Search, rungs_of
+from jaxgpt.tuning.search import Search, SweepRequest, requested_search, rungs_of
 from jaxgpt.tuning.space import Space, read_space
-from jaxgpt.tuning.sweep_folder import Record, Records
+from jaxgpt.tuning.sweep_folder import Records, TrialRecord
 
 RATE = "optimizer.learning_rate"
 
@@ -33,7 +32,7 @@ def search(tmp_path):
 
     def make(method: str, *words: str, **options) -> Search:
         space = Space(str(file), {}, read_space(words, load_config(file)))
-        return Search(**{"method": method, "space": space, "seed": 0, "trials": 9, "together": 3} | options)
+        return Search(**{"method": method, "space": space, "seed": 0, "trials": 9} | options)
 
     return make
 
@@ -43,9 +42,9 @@ def loss_of(settings: dict) -> float:
     return 2 + math.log10(float(settings[RATE]) / 1e-3) ** 2
 
 
-def record(number: int, settings: dict, step: int = 100, status: str = "finished", loss=None) -> Record:
+def record(number: int, settings: dict, step: int = 100, status: str = "finished", loss=None) -> TrialRecord:
     loss = loss_of(settings) if loss is None and status != "diverged" else loss
-    return Record(number, settings, step, status, loss, [], [], 1000, 10, 1.0)
+    return TrialRecord(number, settings, step, status, loss, [], [], 1000, 10, 1.0)
 
 
 def run(search: Search, records: Records, only: int | None = None) -> list[tuple[int, dict, int | None]]:
@@ -112,7 +111,7 @@ def test_rungs_lie_where_evaluations_are():
 
 def test_the_estimator_moves_to_where_the_losses_are_low(tmp_path, search):
     pytest.importorskip("optuna")
-    asked = search("tpe", f"{RATE}=1e-6..1", "optimizer.name=adamw,muon", trials=40, together=4)
+    asked = search("tpe", f"{RATE}=1e-6..1", "optimizer.name=adamw,muon", trials=40)
     run(asked, Records(tmp_path))
     trials = Records(tmp_path).latest()
     assert len(trials) == 40 and {trial.settings["optimizer.name"] for trial in trials} == {"adamw", "muon"}
@@ -132,10 +131,11 @@ def test_the_estimator_learns_from_trials_that_diverged(tmp_path, search):
     assert sum(trial.status == "diverged" for trial in records.latest()[15:]) <= 8  # half of what is drawn at random
 
 
-def test_the_estimator_names_what_to_install(monkeypatch):
+def test_the_estimator_names_what_to_install(tmp_path, monkeypatch):
+    request = SweepRequest("C", {}, [f"{RATE}=1e-4..1e-2"], "tpe", 9, 0, tmp_path, None, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[sweep\]'"):
-        searching.check_estimator()
+        requested_search(Config(), request)
 
 
 # ---------------------------------------------------------------- records
@@ -183,7 +183,7 @@ def test_the_winner_is_a_config_file_with_the_settings_that_differ_only(tmp_path
     space = Space(str(base), overrides, read_space([f"{RATE}=1e-3,2e-3", "train.global_batch_size=none,8"], Config()))
     settings = {RATE: "2e-3", "train.global_batch_size": "none"}
     (tmp_path / "sweep").mkdir()
-    file = recording.write_best(tmp_path / "sweep", space, record(3, settings), lambda file: f"train {file}")
+    file = recording.write_best(tmp_path / "sweep", space, record(3, settings))
     assert load_config(file) == space.config(settings)
     assert 'base = "../configs/base.toml"' in file.read_text(encoding="utf-8")
     assert "source" not in file.read_text(encoding="utf-8")

@@ -82,7 +82,7 @@ def test_corners_hold_every_end_and_every_value():
         (RATE, "write KEY=VALUES"),
         (f"{RATE}=", "write KEY=VALUES"),
         (f"{RATE}=1,,2", "a value is empty"),
-        (f"{RATE}=1e-3,0.001", "stands there twice"),
+        (f"{RATE}=1e-3,0.001", "is given twice"),
         (f"{RATE}=1e-2..1e-4", "the smaller one first"),
         (f"{RATE}=1e-4..nan", "two numbers"),
         (f"{RATE}=1e-4...1e-2", "two numbers"),

@@ -37,7 +37,7 @@ def program(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE):
     return build_program(config, VOCAB, build_mesh(mesh, jax.devices()[:devices]))
 
 
-def run_steps(compiled, steps: int = 10, accumulation: int = 1):
+def run_steps(compiled, steps: int = 6, accumulation: int = 1):
     """(state, list of metrics) after `steps` steps of a program."""
     state, metrics = compiled.init(), []
     for step in range(steps):
@@ -46,7 +46,7 @@ def run_steps(compiled, steps: int = 10, accumulation: int = 1):
     return state, metrics
 
 
-def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 10, accumulation: int = 1):
+def train(config: Config = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 6, accumulation: int = 1):
     """(state, list of metrics) after `steps` steps."""
     return run_steps(program(config, mesh), steps, accumulation)
 

@@ -1,1 +1,1 @@
-"""What does it read? From text to a token stream on disk, and from that to the batch of a step."""
+"""The data that a step reads: prepared datasets, tokenizers, conversations, batches."""

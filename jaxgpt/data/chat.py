@@ -1,61 +1,50 @@
-"""Conversations: the formats they are read in, the template they are written in, and which tokens are learned.
+"""Conversations: the formats they are read from, their tokens, and how learned tokens are shown.
 
-The idea: a conversation is one canonical JSON text, a list of {"role", "content"}, from the moment it is read; here
-alone it becomes tokens. Each turn is "<|im_start|>ROLE\nCONTENT<|im_end|>\n" (ChatML), CONTENT without whitespace
-at its ends. Learned are an assistant's CONTENT and the <|im_end|> after it, which is how a model learns to stop:
+A conversation is one canonical JSON text, a list of {"role", "content"}, from the moment it is read; only this module
+turns it into tokens. Each turn is "<|im_start|>ROLE\nCONTENT<|im_end|>\n" (ChatML), CONTENT stripped of whitespace.
+An assistant's CONTENT and the <|im_end|> after it are learned (supervised), which is how a model learns to stop:
 
     <|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n Good day <|im_end|> \n
                                                                        ^^^^^^^^ ^^^^^^^^^^
 
-`TEMPLATE` is the same for Hugging Face's `apply_chat_template`, which gives the same ids and the same mask. One
-thing differs: in what a user wrote, the letters "<|im_end|>" are only text here, and the token there (unless it is
-called with sanitize_control_tokens = True): a user must not be able to end the own turn and begin an assistant's.
+With `tokenizer.TEMPLATE`, Hugging Face's `apply_chat_template` gives the same ids and the same mask, except that the
+letters "<|im_end|>" in a user's text become the token there (unless sanitize_control_tokens = True). Here they stay
+text: a user must not be able to end their own turn and begin an assistant's.
 """
 
+import itertools
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.preparation.documents import BadRecord
+from jaxgpt.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
+from jaxgpt.errors import BadRecord
 from jaxgpt.settings import ChatConfig
 
-if TYPE_CHECKING:  # tokenizer.py writes this file's template beside a tokenizer
-    from jaxgpt.data.tokenizer import Tokenizer
-
-START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}"
-    "{{ message['content'] | trim + '<|im_end|>' }}"
-    "{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
 _FORMATS = '"messages", "conversations", or "prompt" and "response"'
+COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
 # ---------------------------------------------------------------- reading
 
 
 def conversation(record: object, where: str) -> str:
-    """The canonical JSON of one record: [{"role": ..., "content": ...}, ...], contents without whitespace at the ends.
+    """The canonical JSON of one record: [{"role": ..., "content": ...}, ...], contents stripped of whitespace.
 
-    The record's keys tell its format: {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from",
-    "value"}]}, or a pair {"prompt", "response"}, {"prompt", "completion"}, {"question", "answer"}; a "system" text
-    beside the last two kinds is the system message.
+    The keys decide the format: {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from", "value"}]},
+    or a pair {"prompt", "response"}, {"prompt", "completion"}, {"question", "answer"}. With the last two, a "system"
+    text is the system message.
 
     Raises:
-        BadRecord: it is none of these, or no conversation that can be learned from (see `check_messages`).
+        BadRecord: none of these formats, or `check_messages` refuses it.
     """
     if not isinstance(record, Mapping):
         raise BadRecord(where, f"not an object with {_FORMATS}")
@@ -65,16 +54,16 @@ def conversation(record: object, where: str) -> str:
 
 
 def to_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """Canonical JSON of messages."""
+    """The canonical JSON of messages."""
     plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
     return json.dumps(plain, ensure_ascii=False)
 
 
-def check_messages(messages: Sequence[Mapping[str, object]], where: str) -> None:
-    """A system message or none, then user and assistant in turns, the assistant last; no content is blank.
+def check_messages(messages: Sequence[Mapping[str, str]], where: str) -> None:
+    """Require at most one system message, then user and assistant in turns, the assistant last, no content blank.
 
     Raises:
-        BadRecord: it is not so.
+        BadRecord: names the turn that is wrong.
     """
     for number, message in enumerate(messages, 1):
         _check_content(message["content"], f"{where}, turn {number}")
@@ -94,7 +83,8 @@ def check_messages(messages: Sequence[Mapping[str, object]], where: str) -> None
         raise BadRecord(where, "ends in a user turn, which no answer follows; drop it")
 
 
-def _messages(record: Mapping, where: str) -> list[dict[str, object]]:
+def _messages(record: Mapping, where: str) -> list[dict[str, Any]]:
+    """The messages of a record in any of the formats; contents are not checked yet."""
     if "messages" in record:
         return [
             {"role": _role(turn, "role", dict(zip(ROLES, ROLES)), place), "content": turn.get("content")}
@@ -108,11 +98,10 @@ def _messages(record: Mapping, where: str) -> list[dict[str, object]]:
         ]
     for question, answer in _PAIRS:
         if question in record and answer in record:
-            user, assistant = (
+            return system + [
                 {"role": "user", "content": record[question]},
                 {"role": "assistant", "content": record[answer]},
-            )
-            return [*system, user, assistant]
+            ]
     keys = ", ".join(map(str, record)) or "nothing"
     raise BadRecord(where, f"unknown format: it has {keys[:80]}, but a conversation has {_FORMATS}")
 
@@ -151,52 +140,53 @@ def _check_content(content: object, where: str) -> None:
 # ---------------------------------------------------------------- tokens
 
 
-def with_chat_tokens(tokenizer: "Tokenizer") -> "Tokenizer":
-    """The tokenizer with the two tokens of a turn; itself where it has them already."""
+def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the two tokens of a turn added; the same tokenizer if it has them already."""
     return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
 
 
 def with_system(messages: Sequence[Mapping[str, str]], system: str) -> list[Mapping[str, str]]:
-    """The messages, with `system` before them where they have no system message of their own."""
+    """The messages, with `system` in front if they have no system message of their own."""
     has_one = bool(messages) and messages[0]["role"] == "system"
     return list(messages) if has_one or not system.strip() else [{"role": "system", "content": system}, *messages]
 
 
 def plain_texts(text: str, settings: ChatConfig) -> list[str]:
-    """What a tokenizer for conversations is trained on: each turn of a canonical conversation without its tokens."""
+    """The texts of a canonical conversation that a tokenizer is trained on: one a turn, without special tokens."""
     messages = with_system(json.loads(text), settings.system)
     return [f"{message['role']}\n{message['content'].strip()}" for message in messages]
 
 
 class Encoded(NamedTuple):
-    """A conversation, or a part of one, as tokens."""
+    """The tokens of a conversation or of a part of one."""
 
     tokens: np.ndarray
     """int32 [n]"""
     supervised: np.ndarray
-    """bool [n]: the token is learned, as one of an answer or the <|im_end|> after it."""
+    """bool [n]: the token is learned: part of an answer, or the <|im_end|> after it."""
     num_bytes: int
-    """UTF-8 bytes of its answers: the text that the supervised tokens spell."""
+    """UTF-8 bytes of the answers."""
 
 
 class ChatEncoder:
     """Turns canonical conversations into tokens."""
 
-    def __init__(self, tokenizer: "Tokenizer", settings: ChatConfig, block_size: int):
-        """`tokenizer` has the chat tokens; no conversation becomes longer than `block_size` tokens."""
+    def __init__(self, tokenizer: Tokenizer, settings: ChatConfig, block_size: int):
+        """`tokenizer` has the chat tokens; a conversation is cut into parts of at most `block_size` tokens."""
         self._tokenizer, self._system, self._block_size = tokenizer, settings.system, block_size
-        self._start, self._end = (tokenizer.backend.token_to_id(token) for token in (START_OF_TURN, END_OF_TURN))
-        assert None not in (self._start, self._end), "call with_chat_tokens first"
+        start, end = tokenizer.backend.token_to_id(START_OF_TURN), tokenizer.backend.token_to_id(END_OF_TURN)
+        assert start is not None and end is not None, "call with_chat_tokens first"
+        self._start, self._end = start, end
         self._line_break = tokenizer.encode("\n")
 
     def encode(self, text: str, where: str = "a conversation") -> list[Encoded]:
-        """The parts of a conversation: one where it fits the block, else as few as hold it, cut between two turns.
+        """The parts of a canonical conversation: one if it fits the block, else as few as possible, cut between turns.
 
-        Each part begins with the system message, if there is one, and a user turn, and ends with a whole answer; so
-        nothing is lost, and what comes before a cut is not seen after it.
+        Each part begins with the system message, if there is one, and a user turn, and ends with a whole answer.
+        Nothing is lost; text before a cut is not visible after it.
 
         Raises:
-            BadRecord: one question and its answer do not fit the block by themselves.
+            BadRecord: `check_messages` refuses it, or one question and its answer do not fit the block.
         """
         messages = with_system(json.loads(text), self._system)
         check_messages(messages, where)
@@ -220,7 +210,7 @@ class ChatEncoder:
         return [_join(part) for part in parts]
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The tokens of a conversation that ends in a user turn, and the beginning of the answer to it."""
+        """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
         turns = [self._turn(message) for message in with_system(messages, self._system)]
         tokens = [int(token) for turn in turns for token in turn.tokens]
         return [*tokens, self._start, *self._tokenizer.encode("assistant\n")]
@@ -239,3 +229,33 @@ class ChatEncoder:
 def _join(turns: Sequence[Encoded]) -> Encoded:
     tokens, supervised, sizes = zip(*turns)
     return Encoded(np.concatenate(tokens), np.concatenate(supervised), sum(sizes))
+
+
+# ---------------------------------------------------------------- showing which tokens are learned
+
+
+def marks(colour: bool | None = None) -> tuple[str, str]:
+    """The marks before and after a learned text; with None, colour is used if stdout is a terminal without NO_COLOR."""
+    if colour is None:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return COLOUR if colour else BRACKETS
+
+
+def pieces(tokens: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of tokens [n] as [(text, whether it is learned)], cut where `learned`, bool [n], changes."""
+    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
+    spans = itertools.pairwise(borders)
+    return [(tokenizer.decode(tokens[begin:end]), bool(learned[begin])) for begin, end in spans if end > begin]
+
+
+def marked(parts: list[tuple[str, bool]], between: tuple[str, str], longest: int) -> str:
+    """The text of `pieces`, at most `longest` characters, the learned ones between the two `marks`."""
+    text, left = "", longest
+    for piece, is_learned in parts:
+        # A terminal would obey control characters in the data.
+        safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in piece[:left])
+        text += f"{between[0]}{safe}{between[1]}" if is_learned else safe
+        left -= len(piece)
+        if left <= 0:
+            return f"{text} ..."
+    return text.rstrip("\n")

@@ -1,9 +1,9 @@
 """Prepared data on disk: a TFDS dataset in ArrayRecord form, read without TensorFlow. writer.py writes it.
 
-A dataset of format "text" holds, a split, one stream of tokens, each document preceded by the end-of-text token, in
-records of RECORD_TOKENS tokens (the last may be shorter): token i lies in record i // RECORD_TOKENS and any span can
-be read. One of format "chat" holds rows of block_size positions, each with one conversation or several. A folder is
-either complete or not there: it is written beside its place and renamed at the end.
+For each split, a dataset of format "text" holds one stream of tokens, each document preceded by the end-of-text token,
+in records of RECORD_TOKENS tokens (the last may be shorter): token i lies in record i // RECORD_TOKENS, and any span
+can be read. One of format "chat" holds rows of block_size positions, each with one or several conversations. A folder
+is complete or not there: it is written under another name and renamed at the end.
 
     {folder}/  dataset_info.json features.json metadata.json jaxgpt_tokens-{split}.array_record-*  tokenizer/
                manifest.sha256, written last: the digest of every other file
@@ -12,11 +12,13 @@ either complete or not there: it is written beside its place and renamed at the 
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,56 +33,30 @@ SPLITS = ("train", "validation")
 RECORD_TOKENS = 2048  # 40 us to read; a window of 1024 touches one or two records
 SHARDS = "*.array_record-*"
 _CACHE_BYTES = 256 << 20
-_LONG = 1_000_000_000  # bytes that take about a second to verify: more of them get a progress bar
+_LONG = 1_000_000_000  # bytes that take about a second to verify: more than that gets a progress bar
+
+Records = Sequence[Mapping[str, np.ndarray]]
+"""The records of a split, as `tfds.data_source` gives them."""
 
 
 class Batch(NamedTuple):
-    """Rows of tokens; all arrays have the same shape [..., T]."""
+    """Rows of tokens. All arrays have the same shape [..., T]."""
 
     tokens_BT: "np.ndarray | jax.Array"
     """int32 inputs."""
     targets_BT: "np.ndarray | jax.Array"
-    """int32, the token that follows each input."""
+    """int32: the token that follows each input."""
     weights_BT: "np.ndarray | jax.Array"
-    """float32, 1 where the target counts and 0 where it does not."""
+    """float32: 1 where the target counts, 0 where it does not."""
     segments_BT: "np.ndarray | jax.Array | None" = None
-    """int32 number of the conversation at each position, 0 for padding; None: one segment a row."""
-
-
-class Split(Protocol):
-    """What training and evaluation ask of a split, whatever is in it. Threads may read at the same time."""
-
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    """Bytes in UTF-8 of the text that is learned."""
-    targets_per_byte: float
-    """Tokens that are learned a byte of that text: turns a loss a token into one a byte."""
-
-    def facts(self) -> dict[str, int]:
-        """What else there is to know about it, for a report."""
-
-    def check(self, block_size: int) -> None:
-        """Raise UserError where no training row of `block_size` positions can be read."""
-
-    def rows_per_epoch(self, block_size: int) -> int:
-        """Rows in one pass over the split."""
-
-    def rows_to_evaluate(self, block_size: int) -> int:
-        """Rows that hold each target that can be one once, in the order of the documents."""
-
-    def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
-        """Rows of epochs in numpy, [len(places), T]. A place is (number in its epoch, 64 random bits of the epoch)."""
-
-    def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
-        """Rows to evaluate, in numpy; what lies at and after `rows_to_evaluate` weighs nothing."""
+    """int32: number of the conversation at each position, 0 for padding. None: one segment a row."""
 
 
 # ---------------------------------------------------------------- text
 
 
 def check_window(num_tokens: int, block_size: int) -> None:
-    """Raise UserError when a training stream cannot fill one window of block_size + 1 tokens."""
+    """Raise UserError if a training stream cannot fill one window of block_size + 1 tokens."""
     if num_tokens < block_size + 1:
         raise UserError(
             f"the training split has {num_tokens} tokens, fewer than the {block_size + 1} of one window "
@@ -88,58 +64,65 @@ def check_window(num_tokens: int, block_size: int) -> None:
         )
 
 
+@dataclasses.dataclass(eq=False)
 class TokenStream:
     """A split of text: `num_tokens` tokens in a circle. Threads may read at the same time.
 
-    Epoch e starts at a pseudo-random place o_e and cuts the circle into W = ceil(N / T) windows; window k holds the T
-    targets that follow position o_e + kT:
+    Epoch e starts at a pseudo-random position o_e and cuts the circle into W = ceil(N / T) windows; window k holds the
+    T targets that follow position o_e + kT:
 
         stream      ... t0 t1 t2 t3 t4 t5 t6 t7 t8 ...          T = 4, o_e at t1
         tokens            [t1 t2 t3 t4][t5 t6 t7 t8]
         targets              [t2 t3 t4 t5][t6 t7 t8 ...
 
-    The last window goes past the end of the circle; what it would repeat weighs 0, so each token is a target exactly
+    The last window goes past the end of the circle; repeated targets have weight 0, so each token is a target exactly
     once in an epoch.
     """
 
-    def __init__(self, records, num_tokens: int, num_bytes: int, num_documents: int, dtype: str):
-        """`records[i]["tokens"]` is the i-th record, as `tfds.data_source` gives it."""
-        self.num_tokens = num_tokens
-        self.num_bytes = num_bytes
-        self.num_documents = num_documents
-        self._records = records
+    records: Records
+    """records[i]["tokens"] holds the tokens of record i."""
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of the learned text."""
+    num_documents: int
+    dtype: npt.DTypeLike
+
+    def __post_init__(self) -> None:
         # A split that fits is kept in memory as it is read: 64-token windows then cost 3 us, not 40.
-        fits = num_tokens * np.dtype(dtype).itemsize <= _CACHE_BYTES
-        self._cache = np.empty(num_tokens, dtype) if fits else None
-        self._cached = np.zeros(len(records), bool)
+        fits = self.num_tokens * np.dtype(self.dtype).itemsize <= _CACHE_BYTES
+        self._cache = np.empty(self.num_tokens, self.dtype) if fits else None
+        self._cached = np.zeros(len(self.records), bool)
 
     @property
     def targets_per_byte(self) -> float:
+        """Learned tokens per byte of their text: converts a loss per token into one per byte."""
         return self.num_tokens / self.num_bytes
 
     def facts(self) -> dict[str, int]:
+        """Further counts for a report."""
         return {}
 
     def check(self, block_size: int) -> None:
+        """Raise UserError if no training row of `block_size` positions can be read."""
         check_window(self.num_tokens, block_size)
 
     def rows_per_epoch(self, block_size: int) -> int:
+        """Number of rows in one pass over the split."""
         return -(-self.num_tokens // block_size)
 
     def rows_to_evaluate(self, block_size: int) -> int:
-        """Windows that do not overlap: every token but the first is a target once, as the first has none before it."""
+        """Number of rows that hold every possible target once, in order: every token but the first."""
         return -(-(self.num_tokens - 1) // block_size)
 
     def training_rows(self, places: Sequence[tuple[int, int]], block_size: int) -> Batch:
-        spans, starts = [], []
-        for window, draw in places:
-            start = block_size * window
-            spans.append(self.read(draw % self.num_tokens + start, block_size + 1))
-            starts.append(start)
+        """Training rows as numpy arrays [len(places), T]. A place is (row in its epoch, random bits of the epoch)."""
+        starts = [block_size * window for window, _ in places]
+        spans = [self.read(draw % self.num_tokens + block_size * window, block_size + 1) for window, draw in places]
         positions_BT = np.array(starts, np.int64).reshape(-1, 1) + np.arange(block_size)
         return _windows(spans, block_size, positions_BT < self.num_tokens)
 
     def evaluation_rows(self, numbers: Sequence[int], block_size: int) -> Batch:
+        """Evaluation rows as numpy arrays [len(numbers), T]; rows from `rows_to_evaluate` on have weight 0."""
         spans = [self.read(window * block_size, block_size + 1) for window in numbers]
         targets_BT = np.array(numbers, np.int64).reshape(-1, 1) * block_size + np.arange(1, block_size + 1)
         return _windows(spans, block_size, targets_BT < self.num_tokens)
@@ -156,7 +139,7 @@ class TokenStream:
         return tokens
 
     def _copy(self, begin: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens from `begin` on; they do not pass the end of the stream."""
+        """Fill `out` with the tokens from `begin` on, which do not pass the end of the stream."""
         end = begin + len(out)
         for record in range(begin // RECORD_TOKENS, -(-end // RECORD_TOKENS)):
             first = record * RECORD_TOKENS
@@ -165,10 +148,10 @@ class TokenStream:
 
     def _record(self, record: int) -> np.ndarray:
         if self._cache is None:
-            return self._records[record]["tokens"]
+            return self.records[record]["tokens"]
         kept = self._cache[record * RECORD_TOKENS : (record + 1) * RECORD_TOKENS]
         if not self._cached[record]:  # two threads may both fill it, with the same tokens
-            kept[:] = self._records[record]["tokens"]
+            kept[:] = self.records[record]["tokens"]
             self._cached[record] = True
         return kept
 
@@ -181,20 +164,29 @@ def _windows(spans: list[np.ndarray], block_size: int, counts_BT: np.ndarray) ->
 # ---------------------------------------------------------------- conversations
 
 
+def check_answers(num_supervised: int) -> None:
+    """Raise UserError if a training split of conversations has no learned token."""
+    if not num_supervised:
+        raise UserError(
+            "the training split has no conversation with an answer that could be learned; give more conversations "
+            "or a smaller data.validation_fraction"
+        )
+
+
 class PackedRow(NamedTuple):
-    """One row of T positions as it lies on disk."""
+    """One row of T positions as stored on disk."""
 
     tokens: np.ndarray
-    """[T]; end-of-text where there is padding."""
+    """[T]; padding is end-of-text."""
     supervised: np.ndarray
-    """bool [T]: the tokens to be learned, an assistant's."""
+    """bool [T]: the learned tokens, an assistant's."""
     segments: np.ndarray
-    """[T]: 0 for padding, else 1, 2, ...: the conversations, one after the other."""
+    """[T]: 0 for padding, else the number of the conversation in the row, from 1."""
     documents: np.ndarray
-    """int64: of segment s, documents[s - 1] is the number of its conversation in the source."""
+    """int64: documents[s - 1] is the number of segment s's conversation in the source."""
 
     def conversations(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(number of the document, its tokens, which of them are supervised) of each conversation."""
+        """(number of the document, tokens, which of them are supervised) of each conversation."""
         found = []
         for segment, document in enumerate(self.documents.tolist(), start=1):
             there = self.segments == segment
@@ -202,37 +194,33 @@ class PackedRow(NamedTuple):
         return found
 
 
+@dataclasses.dataclass(eq=False)
 class PackedRows:
-    """A split of conversations: rows of `block_size` positions, each row once an epoch."""
+    """A split of conversations: rows of `block_size` positions, each read once in an epoch.
 
-    def __init__(
-        self,
-        records,
-        dtype: str,
-        block_size: int,
-        num_rows: int,
-        num_conversations: int,
-        num_supervised: int,
-        num_tokens: int,
-        num_bytes: int,
-        num_documents: int,
-    ):
-        """`records[i]` is the i-th row, as `tfds.data_source` gives it: a dict of the fields of PackedRow."""
-        self.block_size = block_size
-        self.num_rows = num_rows
-        self.num_conversations = num_conversations
-        """Packed ones; a long document is several."""
-        self.num_supervised = num_supervised
-        self.num_tokens = num_tokens
-        """Without padding."""
-        self.num_bytes = num_bytes
-        """Of the supervised tokens."""
-        self.num_documents = num_documents
-        self._records = records
-        parts = {"tokens": dtype, "supervised": np.uint8, "segments": np.uint16}
-        fits = num_rows * block_size * sum(np.dtype(kind).itemsize for kind in parts.values()) <= _CACHE_BYTES
-        self._cache = {name: np.empty((num_rows, block_size), kind) for name, kind in parts.items()} if fits else None
-        self._cached = np.zeros(num_rows, bool)
+    Its methods are those of TokenStream, so that training and evaluation read both alike.
+    """
+
+    records: Records
+    """records[i] holds the fields of PackedRow i."""
+    dtype: npt.DTypeLike
+    block_size: int
+    num_rows: int
+    num_conversations: int
+    """Packed parts; a long document gives several."""
+    num_supervised: int
+    num_tokens: int
+    """Without padding."""
+    num_bytes: int
+    """UTF-8 bytes of the supervised tokens only."""
+    num_documents: int
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, npt.DTypeLike] = {"tokens": self.dtype, "supervised": np.uint8, "segments": np.uint16}
+        shape = (self.num_rows, self.block_size)
+        fits = math.prod(shape) * sum(np.dtype(kind).itemsize for kind in kinds.values()) <= _CACHE_BYTES
+        self._cache = {name: np.empty(shape, kind) for name, kind in kinds.items()} if fits else None
+        self._cached = np.zeros(self.num_rows, bool)
 
     @property
     def targets_per_byte(self) -> float:
@@ -247,11 +235,7 @@ class PackedRows:
                 f"the conversations are packed into rows of {self.block_size} tokens, but data.block_size = "
                 f"{block_size}; set it back, or prepare again"
             )
-        if not self.num_supervised:
-            raise UserError(
-                "the training split has no conversation with an answer that could be learned; give more conversations "
-                "or a smaller data.validation_fraction"
-            )
+        check_answers(self.num_supervised)
 
     def rows_per_epoch(self, block_size: int) -> int:
         self.check(block_size)
@@ -270,7 +254,7 @@ class PackedRows:
 
     def row(self, number: int) -> PackedRow:
         """Row `number` (0 <= number < num_rows) with the numbers of its documents."""
-        record = self._records[number]
+        record = self.records[number]
         return PackedRow(record["tokens"], record["supervised"].astype(bool), record["segments"], record["documents"])
 
     def _batch(self, numbers: list[int]) -> Batch:
@@ -282,15 +266,15 @@ class PackedRows:
             tokens_BT[place], segments_BT[place] = row["tokens"], row["segments"]
             weights_BT[place, :-1] = row["supervised"][1:]
         targets_BT[:, :-1] = tokens_BT[:, 1:]
-        # The first token of a conversation follows from nothing, whatever stands before it in the row.
+        # The first token of a conversation is no target, whatever comes before it in the row.
         weights_BT[:, :-1] *= segments_BT[:, 1:] == segments_BT[:, :-1]
         return Batch(tokens_BT, targets_BT, weights_BT, segments_BT)
 
-    def _read(self, number: int) -> dict[str, np.ndarray]:
+    def _read(self, number: int) -> Mapping[str, np.ndarray]:
         if self._cache is None:
-            return self._records[number]
+            return self.records[number]
         if not self._cached[number]:  # two threads may both fill it, with the same row
-            record = self._records[number]
+            record = self.records[number]
             for name, kept in self._cache.items():
                 kept[number] = record[name]
             self._cached[number] = True
@@ -299,10 +283,12 @@ class PackedRows:
 
 # ---------------------------------------------------------------- datasets
 
+Split = TokenStream | PackedRows
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenDataset:
-    """A prepared dataset: what it was made with, and its two splits."""
+    """A prepared dataset: its two splits, its tokenizer, and the settings it was made with."""
 
     path: Path
     format: Literal["text", "chat"]
@@ -312,25 +298,25 @@ class TokenDataset:
     fingerprint: str
     """SHA-256 over the documents."""
     settings: dict[str, object]
-    """Those that decided what is in it."""
+    """The settings that decide the content."""
     train: Split
-    """A TokenStream or PackedRows, as `format` says."""
+    """A TokenStream for format "text", PackedRows for "chat"."""
     validation: Split
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one that made the data, from its folder."""
+        """The tokenizer saved in the dataset's folder, loaded at the first use."""
         return load_tokenizer(self.path / "tokenizer")
 
 
 def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digests") -> TokenDataset:
-    """Open a prepared dataset and check that it is whole and belongs to the tokenizer saved in it.
+    """Open a prepared dataset and check that it is complete and belongs to the tokenizer saved in it.
 
-    With `verify` = "sizes" the shards have to be there with their sizes, and what is in them is not read. Of several
-    processes that open the same folder, one verifies the digests and the others the sizes.
+    `verify` = "sizes" compares only the sizes of the shards, and the digests of the other files. Where several
+    processes open one folder, one verifies the digests and the others the sizes.
 
     Raises:
-        UserError: nothing finished lies at `path`, or it is damaged; names the file.
+        UserError: no finished dataset at `path`, or it is damaged; names the file.
     """
     path = Path(path)
     if not (path / "dataset_info.json").is_file() or not (path / "metadata.json").is_file():
@@ -359,24 +345,26 @@ def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digest
 def _open_verified(path: Path, about: dict) -> TokenDataset:
     import tensorflow_datasets as tfds
 
-    if load_tokenizer(path / "tokenizer").digest != about["tokenizer_digest"]:
-        raise UserError(
-            f"the tokenizer in {path / 'tokenizer'} does not match the prepared data beside it; "
-            f"delete {path} and prepare again"
-        )
     sources = tfds.builder_from_directory(path).as_data_source()
     is_chat = about.get("format", "text") == "chat"
     kind, extra = (PackedRows, {"block_size": about["block_size"]}) if is_chat else (TokenStream, {})
     splits = {
         split: kind(sources[split], dtype=about["token_dtype"], **extra, **about["splits"][split]) for split in SPLITS
     }
-    facts = {name: about[name] for name in ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint", "settings")}
-    return TokenDataset(path=path, format="chat" if is_chat else "text", **facts, **splits)
+    names = ("vocab_size", "end_of_text", "tokenizer_digest", "fingerprint", "settings")
+    facts = {name: about[name] for name in names} | splits
+    dataset = TokenDataset(path=path, format="chat" if is_chat else "text", **facts)
+    if dataset.tokenizer.digest != dataset.tokenizer_digest:
+        raise UserError(
+            f"the tokenizer in {path / 'tokenizer'} does not match the prepared data beside it; "
+            f"delete {path} and prepare again"
+        )
+    return dataset
 
 
 def _verify(path: Path, size: int) -> None:
-    """Read and compare every file; the shards have `size` bytes."""
-    disable = None if size > _LONG else True  # None: where stderr is no terminal
+    """Read and compare every file; the shards have `size` bytes in all."""
+    disable = None if size > _LONG else True  # None: hidden if stderr is not a terminal
     with tqdm(total=size, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
         _refuse_damage(path, manifest.problems(path, bar.update))
 

@@ -1,22 +1,26 @@
-"""From a split to the batch of a step. The idea: a batch is a pure function of (seed, step).
+"""From a split to the batch of a step: a pure function of (seed, step), without iterator state.
 
-A split is cut into the rows of an epoch (rows.py), which come in a pseudo-random order of the epoch, computed and not
-stored. Row r of step s is row number s * B + r of an endless run of epochs. Nothing here knows what kind of data it
-is, nor how many hosts or devices there are, except which of the rows this process has to read.
+A split is cut into the rows of an epoch (dataset.py), which come in a pseudo-random order that is computed, not stored.
+Row r of step s is row number s * B + r of an endless sequence of epochs. Nothing here knows what kind of data it is, or
+how many hosts and devices there are, except which rows this process has to read.
 """
 
 import collections
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from jaxgpt.data.dataset import Batch, Split
+from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
+from jaxgpt.storage.files import write_file
 
-AHEAD = 2  # batches sent to the devices before the step asks: the transfer overlaps the step
+AHEAD = 2  # batches sent to the devices before the step needs them: the transfer overlaps the step
 
 
 def train_rows(
@@ -29,9 +33,9 @@ def train_rows(
     rows: Iterable[int],
     skip: frozenset[int] = frozenset(),
 ) -> Batch:
-    """The given rows (0 <= row < global_batch_size) of the batch of `step`, [len(rows), T] in numpy.
+    """The given rows (0 <= row < global_batch_size) of the batch of `step`, as numpy arrays [len(rows), T].
 
-    Those whose number, step * global_batch_size + row, is in `skip` weigh nothing.
+    Rows whose number, step * global_batch_size + row, is in `skip` have weight 0.
     """
     numbers = [step * global_batch_size + row for row in rows]
     batch = split.training_rows([place_of_row(split, seed, number, block_size) for number in numbers], block_size)
@@ -41,14 +45,14 @@ def train_rows(
 
 
 def place_of_row(split: Split, seed: int, number: int, block_size: int) -> tuple[int, int]:
-    """Where row `number` of an endless run of epochs lies: (row of the split, 64 random bits of its epoch)."""
+    """(row of the split, 64 random bits of its epoch) of row `number` in the endless sequence of epochs."""
     length = split.rows_per_epoch(block_size)
     epoch, index = divmod(number, length)
     return _shuffled(index, length, seed, epoch), _hash(seed, epoch, "offset")
 
 
 def eval_rows(split: Split, *, step: int, global_batch_size: int, block_size: int, rows: Iterable[int]) -> Batch:
-    """The given rows of the `step`-th batch of rows in the split's own order, [len(rows), T] in numpy."""
+    """The given rows of the `step`-th batch in the split's own order, as numpy arrays [len(rows), T]."""
     return split.evaluation_rows([step * global_batch_size + row for row in rows], block_size)
 
 
@@ -68,27 +72,21 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of steps start_step..stop_step - 1 as global arrays [accumulation, B / accumulation, T].
 
-    Row r of the global batch lies at [r // M, r % M], M = B / accumulation. A process reads the rows that
-    `sharding` puts on its devices. Rows of `skip` weigh nothing. Close the iterator (or drop it) to end its threads.
+    Row r of the global batch lies at [r // M, r % M], M = B / accumulation. A process reads the rows that `sharding`
+    puts on its devices. Rows in `skip` have weight 0. Close the iterator (or drop it) to end its threads.
 
     Raises:
-        UserError: the split has not even one row of this block size.
+        UserError: the split has no training row of this block size.
     """
     split.check(block_size)
     if global_batch_size % accumulation:
         raise ValueError(f"accumulation {accumulation} does not divide batch {global_batch_size}")
 
+    how: dict[str, Any] = {"seed": seed, "global_batch_size": global_batch_size, "block_size": block_size, "skip": skip}
+
     def read(step: int, rows: np.ndarray) -> Batch:
         failpoint("data.read")
-        return train_rows(
-            split,
-            seed=seed,
-            step=step,
-            global_batch_size=global_batch_size,
-            block_size=block_size,
-            rows=rows.tolist(),
-            skip=skip,
-        )
+        return train_rows(split, step=step, rows=rows.tolist(), **how)
 
     shape = (accumulation, global_batch_size // accumulation, block_size)
     steps = range(start_step, stop_step)
@@ -105,20 +103,15 @@ def eval_batches(
     num_threads: int = 2,
     prefetch_batches: int = 4,
 ) -> Iterator[Batch]:
-    """The split from its start, as global arrays [B, T].
+    """The batches of the split from its start, as global arrays [B, T]; at most `max_batches`.
 
-    Every target that counts is there once; what fills up the last row and the last batch weighs 0. Every process
-    gets the same number of batches: at most `max_batches`.
+    Every target occurs once; padding of the last row and the last batch has weight 0. Every process gets the same
+    number of batches.
     """
 
     def read(step: int, rows: np.ndarray) -> Batch:
-        return eval_rows(
-            split,
-            step=step,
-            global_batch_size=global_batch_size,
-            block_size=block_size,
-            rows=rows.tolist(),
-        )
+        size = global_batch_size
+        return eval_rows(split, step=step, global_batch_size=size, block_size=block_size, rows=rows.tolist())
 
     count = -(-split.rows_to_evaluate(block_size) // global_batch_size)
     steps = range(count if max_batches is None else min(count, max_batches))
@@ -127,7 +120,7 @@ def eval_batches(
 
 
 def _hash(seed: int, epoch: int, use: str) -> int:
-    """64 pseudo-random bits; SHA-256, because a generator's stream may change with its library's version."""
+    """64 pseudo-random bits, from SHA-256 because a generator's stream may change with its library's version."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{use}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -135,9 +128,9 @@ def _hash(seed: int, epoch: int, use: str) -> int:
 def _shuffled(index: int, length: int, seed: int, epoch: int) -> int:
     """Where the epoch's permutation of range(length) sends `index`, in constant time and memory.
 
-    Grain's permutation is a block cipher on indices of 32 bits.
+    Grain's permutation is a block cipher on 32-bit indices.
     """
-    import grain  # here and below: the step and the samplers import this module for Batch alone
+    import grain  # heavy: many modules import this one only for types
 
     assert length < 2**32, length
     key = _hash(seed, epoch, "order") % 2**32
@@ -152,13 +145,14 @@ def _batches(
     num_threads: int,
     prefetch_batches: int,
 ) -> Iterator[Batch]:
-    """Global arrays of `shape` [..., T] for each step, read by Grain's threads and sent AHEAD of use."""
+    """Global arrays of `shape` [..., T] for each step, read by Grain's threads and sent to the devices AHEAD of use."""
     import grain
 
     local_rows, place = _local_rows(shape, sharding)
 
     def put(local_BT: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(shape, sharding, lambda index: local_BT[place[index[:-1]]][..., index[-1]])
+        part = lambda index: local_BT[place[index[:-1]]][..., index[-1]]
+        return jax.make_array_from_callback(shape, sharding, part)
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     dataset = grain.MapDataset.range(steps.start, max(steps.start, steps.stop))
@@ -166,7 +160,7 @@ def _batches(
 
     def generate() -> Iterator[Batch]:
         host_batches = iter(dataset)
-        sent = collections.deque()
+        sent: collections.deque[Batch] = collections.deque()
         try:
             for host_batch in host_batches:
                 sent.append(jax.tree.map(put, host_batch))
@@ -181,14 +175,55 @@ def _batches(
 
 
 def _local_rows(shape: tuple[int, ...], sharding: Sharding) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a global [..., T] array that lie on this process's devices, and where each is among them.
+    """The rows of a global [..., T] array that lie on this process's devices, and the place of each among them.
 
     Returns:
-        rows [R] ascending, and an array of shape[:-1] that holds row r's position in it, -1 if it is elsewhere.
+        rows [R], ascending; and an array of shape[:-1] with the position of each row in it, -1 if it is elsewhere.
     """
     number = np.arange(int(np.prod(shape[:-1]))).reshape(shape[:-1])
     indices = sharding.addressable_devices_indices_map(shape).values()
-    rows = np.unique(np.concatenate([number[index[:-1]].ravel() for index in indices]))
+    rows = np.unique(np.concatenate([number[index[:-1]].ravel() for index in indices if index is not None]))
     place = np.full(number.shape, -1)
     place.ravel()[rows] = np.arange(len(rows))
     return rows, place
+
+
+# ---------------------------------------------------------------- skip lists
+#
+# A skip list is a file of training rows that get weight 0: one row number a line, with # for comments. `jaxgpt replay`
+# shows the numbers.
+
+
+def read_skip_list(path: str | Path | None) -> frozenset[int]:
+    """The row numbers in the file; none if `path` is None.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a number; names the file and the line.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"data.skip_list = {path}: cannot be read ({reason})") from None
+    found = set()
+    for number, line in enumerate(lines, start=1):
+        word = line.split("#")[0].strip()
+        if not word:
+            continue
+        if not (word.isascii() and word.isdigit()):
+            raise UserError(f"{path}:{number}: {word!r} is not a row; write one whole number a line, such as 12345")
+        found.add(int(word))
+    return frozenset(found)
+
+
+def add_to_skip_list(path: Path, rows: Iterable[int], comment: str) -> list[int]:
+    """Append the `rows` that are not in the file yet, after a line of comment; returns them."""
+    there = read_skip_list(path) if path.exists() else frozenset()
+    new = sorted(set(rows) - there)
+    if new:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text += "\n" if text and not text.endswith("\n") else ""
+        write_file(path, text + f"# {comment}\n" + "".join(f"{row}\n" for row in new))
+    return new

@@ -1,9 +1,8 @@
-"""Text to token ids and back: a thin layer over the `tokenizers` library, stored as Hugging Face stores it.
+"""Text to token ids and back: a thin layer over the `tokenizers` library, stored in Hugging Face's files.
 
-The idea: a tokenizer IS its JSON text. It is written once, when the tokenizer is made, and copied unchanged
-from then on, so its digest says whether two tokenizers are the same whatever library versions read them.
-Text is always only text here: the letters "<|endoftext|>" in a document or a prompt are thirteen characters
-and never the end-of-text token, which is reached by its id alone.
+A tokenizer is its JSON text, written once when the tokenizer is made and copied unchanged from then on, so its digest
+identifies it whatever library version reads it. Text is always only text: the letters "<|endoftext|>" in a document or
+a prompt are thirteen characters and never the end-of-text token, which has only its id.
 """
 
 import functools
@@ -12,27 +11,45 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxgpt.data.chat import END_OF_TURN, START_OF_TURN, TEMPLATE
 from jaxgpt.errors import UserError
+from jaxgpt.storage.files import write_file
+
+if TYPE_CHECKING:
+    import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] | trim + '<|im_end|>' }}"
+    "{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The chat template that is saved with a tokenizer: what Hugging Face calls chat_template. chat.py explains it."""
 FILE = "tokenizer.json"
 
 _LONG = 4096  # characters, a millisecond
 
-# GPT-2's pattern never joins a line break that follows a visible character with the visible character after
-# it, so tokenizing the parts of a text cut there gives the tokens of the whole.
+# GPT-2's pattern never joins a line break after a visible character with a visible character that follows, so the
+# tokens of a text cut there are the tokens of the whole.
 _SAFE_BORDER = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 class Tokenizer:
-    """A tokenizer in the form of the `tokenizers` library with the id of its end-of-text token."""
+    """A tokenizer of the `tokenizers` library with the id of its end-of-text token."""
 
     def __init__(self, json_text: str, end_of_text: str = END_OF_TEXT):
-        """`json_text` is the content of a tokenizer.json that has the token `end_of_text`."""
+        """`json_text` is the content of a tokenizer.json with the token `end_of_text`."""
         import tokenizers
 
         content = json.loads(json_text)
@@ -43,10 +60,17 @@ class Tokenizer:
         special = {token: number for token, (number, is_special) in _added_tokens(self.backend).items() if is_special}
         self.end_of_turn: int | None = special.get(END_OF_TURN) if START_OF_TURN in special else None
         """The token that ends an answer; None for a tokenizer without the tokens of a chat."""
-        self.end_of_text: int = self.backend.token_to_id(end_of_text)
+        end = self.backend.token_to_id(end_of_text)
+        assert end is not None, f"no token {end_of_text}"
+        self.end_of_text: int = end
         self.vocab_size: int = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self._characters = _characters(content, end_of_text)
         self._cuttable = self._characters is not None or _is_gpt2_like(content)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type in which prepared data stores tokens."""
+        return np.dtype("uint16" if self.vocab_size < 65_536 else "uint32")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -54,43 +78,43 @@ class Tokenizer:
         return hashlib.sha256(f"{self._json}\n{self._end_of_text}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without any special token.
+        """The ids of `text`, never special tokens.
 
         Raises:
             UserError: a character-level tokenizer has no token for a character.
         """
         self._check_characters(text)
-        if len(text) > _LONG:  # a batch lets other threads run meanwhile; a single text stops them
+        if len(text) > _LONG:  # a batch releases the GIL; a single text does not
             return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_from(self, text: str, start: int) -> tuple[list[int], int]:
-        """`encode`, and how many of the ids come before character `start` of the text."""
+        """The ids of `text`, and how many of them come before character `start` of it."""
         self._check_characters(text)
         encoding = self.backend.encode(text, add_special_tokens=False)
         before = next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding.ids))
         return encoding.ids, before
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` for many texts on all cores; int32 arrays."""
+        """The ids of many texts as int32 arrays, encoded on all cores."""
         for text in texts:
             self._check_characters(text)
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def pieces(self, text: str, size: int) -> Iterator[str]:
-        """`cut` the text, or give it whole where that could change its tokens."""
+        """The parts of the text by `cut`, or the whole text if cutting could change its tokens."""
         return cut(text, size) if self._cuttable else iter([text])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens are shown. Bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`, including special tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
-        """This tokenizer with `tokens` added at the end of its vocabulary; those that it has already stay.
+        """This tokenizer with `tokens` added at the end of its vocabulary, except those that it has already.
 
         Raises:
-            UserError: one of them is what ordinary text can become, or cannot be shown as it is written.
+            UserError: ordinary text can become one of them, or one cannot be decoded as it is written.
         """
         special = {token for token, (_, is_special) in _added_tokens(self.backend).items() if is_special}
         new = [token for token in tokens if token not in special]
@@ -108,15 +132,15 @@ class Tokenizer:
             added.append({"id": token_id, "content": token, "special": True, **plain})
         extended = Tokenizer(json.dumps(content, ensure_ascii=False), self._end_of_text)
         for token_id, token in enumerate(new, start=self.vocab_size):
-            # The library numbers added tokens by itself, and its decoder may take a letter for a byte.
+            # The library chooses the ids of added tokens, and its decoder may take a letter for a byte.
             if extended.backend.token_to_id(token) != token_id or extended.decode([token_id]) != token:
                 raise UserError(f"tokenizer.special_tokens: {token!r} cannot be added to this tokenizer; use ASCII")
         return extended
 
     def extends(self, other: "Tokenizer") -> bool:
-        """Whether ids of `other` mean the same here, so that weights trained with it may go on with this one.
+        """Whether ids of `other` mean the same here, so that weights trained with it can be used with this one.
 
-        Both split text alike, and every token of `other` has its id here; this one may have special tokens more.
+        Both split text alike, and every token of `other` has the same id; this one may have more special tokens.
         """
         ours, theirs = _added_tokens(self.backend), _added_tokens(other.backend)
         same_end = self.end_of_text == other.end_of_text
@@ -125,12 +149,11 @@ class Tokenizer:
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads.
 
-        With the tokens of a chat also its template: chat_template.jinja, and in the settings for readers that do
-        not know this file.
+        With chat tokens also the chat template: in chat_template.jinja, and in the config for older readers.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(self._json, encoding="utf-8")
+        write_file(folder / FILE, self._json)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": False,
@@ -141,9 +164,8 @@ class Tokenizer:
             settings["model_max_length"] = model_max_length
         if self.end_of_turn is not None:
             settings["chat_template"] = TEMPLATE
-            (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+            write_file(folder / "chat_template.jinja", TEMPLATE)
+        write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def _check_characters(self, text: str) -> None:
         if self._characters is None:
@@ -159,12 +181,12 @@ class Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is something that `load_tokenizer` could read."""
+    """Whether the folder has a file that `load_tokenizer` reads."""
     return any((folder / name).is_file() for name in (FILE, "vocab.json", "merges.txt"))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt as GPT-2's.
+    """The tokenizer of a Hugging Face folder: tokenizer.json, or GPT-2's vocab.json and merges.txt.
 
     Raises:
         UserError: the files are missing or broken, or there is no end-of-text token.
@@ -173,18 +195,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         if (folder / FILE).is_file():
             text = (folder / FILE).read_text(encoding="utf-8")
-            known = _tokens(json.loads(text))
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             text = _gpt2_json(folder)
-            known = _tokens(json.loads(text))
         else:
             raise UserError(f"{folder}: no tokenizer here; it must hold tokenizer.json, or vocab.json and merges.txt")
+        known = _tokens(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: JSON and UTF-8
         raise UserError(f"{folder}: the tokenizer's files are broken ({error!r})") from None
-    end_of_text = _declared_end_of_text(folder)
-    if END_OF_TEXT in known:
-        end_of_text = END_OF_TEXT
-    if end_of_text not in known:
+    declared = _declared_end_of_text(folder)
+    end_of_text = END_OF_TEXT if END_OF_TEXT in known else declared
+    if end_of_text is None or end_of_text not in known:
         raise UserError(
             f"{folder}: the tokenizer has no end-of-text token: neither {END_OF_TEXT} nor an eos_token in "
             "tokenizer_config.json; add one"
@@ -193,10 +213,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
-    """A byte-level BPE as GPT-2's, trained on `texts`: the end-of-text token, the 256 bytes, merges.
+    """A byte-level BPE like GPT-2's, trained on `texts`: the end-of-text token, the 256 bytes, merges.
 
-    The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` entries: a pair
-    is merged only where it occurs twice.
+    The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` entries, as a pair must
+    occur twice to be merged.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -213,11 +233,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """One token a character: the characters of `texts` in the order of their code points, then end-of-text."""
+    """A tokenizer with one token for each character of `texts`, in the order of code points, then end-of-text."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
-    characters = set()
+    characters: set[str] = set()
     for text in texts:
         characters.update(text)
     vocab = {token: i for i, token in enumerate([*sorted(characters), END_OF_TEXT])}
@@ -229,10 +249,10 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Parts of about `size` characters, cut only where GPT-2's pattern cuts too.
+    """The text in parts of about `size` characters, cut only where GPT-2's pattern always cuts.
 
-    Their tokens one after another are those of the text, and all cores and little memory serve to get them.
-    Where a text has no such border the part is longer.
+    The tokens of the parts are those of the whole, encoded on all cores in little memory. Without such a border a part
+    is longer.
     """
     start = 0
     while len(text) - start > size:
@@ -246,9 +266,9 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def spread(texts: Iterable[str], max_bytes: int, size: int) -> list[str]:
-    """Parts of at most about `size` characters, spread evenly over all `texts`: no more than `max_bytes` of UTF-8.
+    """A sample of parts of about `size` characters, spread evenly over all `texts`, of at most `max_bytes` of UTF-8.
 
-    All of the texts where they are no longer than that, else at least half of `max_bytes`.
+    It has all of the texts if they are not longer than that, else at least half of `max_bytes`.
     """
     kept: list[tuple[str, int]] = []
     stride, number, total = 1, 0, 0
@@ -258,13 +278,13 @@ def spread(texts: Iterable[str], max_bytes: int, size: int) -> list[str]:
                 kept.append((piece, len(piece.encode())))
                 total += kept[-1][1]
             number += 1
-            while total > max_bytes and len(kept) > 1:  # drop every other one, and take half as many from now on
+            while total > max_bytes and len(kept) > 1:  # drop every other part, and take half as many from now on
                 kept, stride = kept[::2], 2 * stride
                 total = sum(bytes_ for _, bytes_ in kept)
     return [piece for piece, _ in kept]
 
 
-def _byte_level(model):
+def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import decoders, pre_tokenizers
 
@@ -279,8 +299,8 @@ def _gpt2_json(folder: Path) -> str:
 
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    backend = _byte_level(models.BPE(vocab=vocab, merges=pairs))
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    backend = _byte_level(models.BPE(vocab=vocab, merges=[(first, second) for first, second in pairs]))
     backend.add_special_tokens([END_OF_TEXT])
     return backend.to_str()
 
@@ -293,7 +313,7 @@ def _tokens(content: dict) -> set[str]:
 
 
 def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
-    """The alphabet of a tokenizer that `char_tokenizer` made; None for any other."""
+    """The alphabet of a tokenizer made by `char_tokenizer`; None for any other."""
     if content["model"].get("type") != "WordLevel":
         return None
     alphabet = frozenset(content["model"]["vocab"]) - {end_of_text}
@@ -301,25 +321,25 @@ def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
 
 
 def _is_gpt2_like(content: dict) -> bool:
-    """Whether the text is split by GPT-2's pattern, with nothing added or changed before."""
+    """Whether text is split by GPT-2's pattern and not changed before."""
     splitter = content.get("pre_tokenizer") or {}
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return gpt2.items() <= splitter.items() and content.get("normalizer") is None
 
 
-def _rules(backend) -> dict:
-    """What decides which ids a text becomes, added tokens left out; written alike whatever wrote the file.
+def _rules(backend: "tokenizers.Tokenizer") -> dict[str, object]:
+    """The parts of the JSON that decide the ids of a text, without added tokens, comparable between writers.
 
-    Left out as well: the post-processor, which adds tokens that are never asked for here. In the model's own
-    settings, which old files leave out or write as "", null or false, all of these are the same.
+    The post-processor is left out: it adds tokens that are never used here. Settings of the model that old files omit
+    or write as "", null or false are equal.
     """
     content = json.loads(backend.to_str())
     content["model"] = {key: value for key, value in content["model"].items() if value}
     return {key: value for key, value in content.items() if key not in ("added_tokens", "post_processor", "version")}
 
 
-def _added_tokens(backend) -> dict[str, tuple[int, bool]]:
-    """{token: (id, whether ordinary text never becomes it)}"""
+def _added_tokens(backend: "tokenizers.Tokenizer") -> dict[str, tuple[int, bool]]:
+    """{token: (id, whether it is special: ordinary text never becomes it)}"""
     return {token.content: (number, token.special) for number, token in backend.get_added_tokens_decoder().items()}
 
 

@@ -1,15 +1,15 @@
-"""The accelerator: who holds it, what jax sees of it, and whether it computes."""
+"""The accelerator: which process holds it, which devices jax sees, and whether they compute."""
 
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.diagnosis.file_holders import describe, file_users, lock_owners
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
-from jaxgpt.diagnosis.other_hosts import Unclear, group_of
+from jaxgpt.diagnosis.machine import describe, file_users, lock_owners
 from jaxgpt.errors import UserError
 from jaxgpt.parallel.accelerator import Accelerator, accelerators, asks_for_cpu, plugin_to_install
+from jaxgpt.parallel.cluster_env import Unclear, find_place
 
 LOCK = "tmp/libtpu_lockfile"  # libtpu locks it (lockf) as long as its process holds the chips
 
@@ -18,7 +18,7 @@ LOCK = "tmp/libtpu_lockfile"  # libtpu locks it (lockf) as long as its process h
 
 
 def holder(case: Case) -> Iterator[Finding]:
-    """Finds "holder": the processes that have the TPU; two cannot share it."""
+    """Finds "holder": the processes that hold the TPU, which cannot be shared."""
     root = Path(case.root)
     tpu = next((found for found in accelerators(root) if found.kind == "tpu"), None)
     lock = root / LOCK
@@ -45,10 +45,10 @@ def holder(case: Case) -> Iterator[Finding]:
 
 
 def compute(case: Case) -> Iterator[Finding]:
-    """Finds "accelerator": what jax sees; "arithmetic": whether it computes; "mesh": whether the config's mesh fits."""
+    """Finds "accelerator": jax's devices; "arithmetic": whether they compute; "mesh": whether the mesh fits."""
     started = time.monotonic()
     present = accelerators(Path(case.root))
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to who computes on it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to others
     try:
         import jax
 
@@ -73,7 +73,7 @@ def compute(case: Case) -> Iterator[Finding]:
 
 
 def _judge(case: Case, present: list[Accelerator], kind: str, text: str, facts: dict) -> Finding:
-    """What jax sees against what was expected and what the machine has."""
+    """Compare jax's devices with the expected ones and with those of the machine."""
     root = Path(case.root)
     if case.expect not in (None, kind):
         fix = how_to_get(case.expect, present, root)
@@ -95,7 +95,7 @@ def _judge(case: Case, present: list[Accelerator], kind: str, text: str, facts: 
 
 
 def why_not(kind: str) -> str:
-    """What jax says when it is asked for this kind of device by name; by itself it falls back to the CPU in silence."""
+    """The error of asking jax for this kind of device by name; by default jax falls back to the CPU without a word."""
     import jax
 
     try:
@@ -106,7 +106,7 @@ def why_not(kind: str) -> str:
 
 
 def how_to_get(kind: str, present: list[Accelerator], root: Path) -> str:
-    """What to do so that jax sees devices of this kind."""
+    """The fix that lets jax see devices of this kind."""
     if kind == "cpu":
         return "set JAX_PLATFORMS=cpu"
     found = next((found for found in present if found.kind == kind), None)
@@ -135,7 +135,7 @@ def _no_devices(text: str, fix: str) -> Iterator[Finding]:
 
 
 def environment_names_tpu() -> str:
-    """The variable that says there is a TPU, as Colab and GKE set it; "" for none."""
+    """The variable of Colab or GKE that says there is a TPU; "" for none."""
     names = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "COLAB_TPU_ADDR")
     return next((name for name in names if os.environ.get(name)), "")
 
@@ -144,7 +144,7 @@ def environment_names_tpu() -> str:
 
 
 def _arithmetic(devices: list) -> Finding:
-    """A matrix product on each device and its sum over all of them, against the number that it must give."""
+    """Compare a matrix product on each device, summed over all of them, with the exact result."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -157,10 +157,12 @@ def _arithmetic(devices: list) -> Finding:
         (len(devices) * size, size), rows, lambda index: np.ones((size, size), np.float32)
     )
 
-    def program(x):
-        return jax.lax.psum(jnp.sum(x @ x.T), "all")
-
-    total = jax.shard_map(program, mesh=mesh, in_specs=PartitionSpec("all", None), out_specs=PartitionSpec())
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(jnp.sum(x @ x.T), "all"),
+        mesh=mesh,
+        in_specs=PartitionSpec("all", None),
+        out_specs=PartitionSpec(),
+    )
     result = float(jax.jit(total)(ones).addressable_data(0))
     seconds, expected = time.monotonic() - started, float(len(devices) * size**3)
     facts = {"result": result, "expected": expected, "seconds": round(seconds, 3)}
@@ -173,7 +175,7 @@ def _arithmetic(devices: list) -> Finding:
 
 def _is_one_of_several(case: Case) -> bool:
     try:
-        return group_of(os.environ, Path(case.root)) is not None
+        return find_place(os.environ, Path(case.root)) is not None
     except Unclear:
         return True
 

@@ -1,22 +1,39 @@
-"""What an experiment needs on this machine: its run folder, room for checkpoints, its data, its compile cache."""
+"""Is this machine ready for the experiment? Its run folder, room for checkpoints, data and compile cache."""
 
+import dataclasses
+import errno
 import os
+import re
+import secrets
+import shutil
 import stat
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from jaxgpt.diagnosis.file_holders import describe, lock_owners
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
-from jaxgpt.diagnosis.folders import check_folder
-from jaxgpt.diagnosis.machine import in_words
+from jaxgpt.diagnosis.machine import describe, in_words, lock_owners
 from jaxgpt.errors import UserError
+from jaxgpt.model.sizes import GPT2_VOCAB, checkpoint_bytes, checkpoints_at_once, padded_vocab, parameter_count
 from jaxgpt.settings import sources_of
+from jaxgpt.storage.lease import FILE
 
-_SPARE = 1.2  # of the room that checkpoints need: logs, the report and hf/ lie beside them
+_SPARE = 1.2  # times the room of the checkpoints: logs, the report and hf/ need some too
 _READING = 2.0  # seconds to spend on reading cache entries
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_NETWORK = {
+    "9p", "afs", "beegfs", "ceph", "cifs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs",
+    "gcsfuse", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "virtiofs",
+}  # fmt: skip
+_FLEETING = {
+    "tmpfs": "it lies in memory and is gone after a reboot",
+    "ramfs": "it lies in memory and is gone after a reboot",
+    "overlay": "it lies in the container and is gone with it",
+}
+_GCSFUSE = "--implicit-dirs --rename-dir-limit=100000"  # by default it renames no folder, and checkpoints are renamed
+_FEW_FILES = 10_000  # a checkpoint has dozens, a compile cache hundreds
 
 
 def run_folder(case: Case) -> Iterator[Finding]:
@@ -39,9 +56,7 @@ def run_folder(case: Case) -> Iterator[Finding]:
 
 
 def _in_use(case: Case, finding: Finding) -> Finding:
-    """`finding`, or that a run on this machine writes to the folder now."""
-    from jaxgpt.storage.lease import FILE
-
+    """`finding`, or a warning that a run on this machine writes to the folder now."""
     lease, root = Path(case.workdir).expanduser() / FILE, Path(case.root)
     owners = lock_owners(lease, root) if lease.exists() else []
     if not owners:
@@ -53,8 +68,7 @@ def _in_use(case: Case, finding: Finding) -> Finding:
 
 def _room(case: Case, checkpoints: Path, free: int) -> Finding:
     parameters, size = checkpoint_size(case)
-    keep = case.config.checkpoint
-    count = keep.save_total_limit + keep.keep_best + 1  # the one being written is there before an old one goes
+    count = checkpoints_at_once(case.config)
     there = sum(file.lstat().st_size for file in checkpoints.rglob("*") if file.is_file())
     needed = max(count * size - there, 0)
     facts = {
@@ -71,14 +85,11 @@ def _room(case: Case, checkpoints: Path, free: int) -> Finding:
 
 
 def checkpoint_size(case: Case) -> tuple[int, int]:
-    """(parameters, bytes of a checkpoint): weights and two moments, float32; Muon keeps one moment less."""
-    from jaxgpt.model.sizes import GPT2_VOCAB, parameter_count
-
-    config, settings = case.config, case.config.tokenizer
+    """(parameters, bytes of a checkpoint), the vocabulary estimated from the settings."""
+    settings = case.config.tokenizer
     vocabulary = {"bpe": settings.vocab_size, "char": 128, "folder": GPT2_VOCAB}[settings.type]
     vocabulary += len(settings.special_tokens)
-    parameters = parameter_count(config.model, -(-vocabulary // 128) * 128)  # the embedding is padded
-    return parameters, parameters * (10 if config.optimizer.adam_mu_dtype == "bfloat16" else 12)
+    return parameter_count(case.config.model, padded_vocab(vocabulary)), checkpoint_bytes(case.config, vocabulary)
 
 
 # ---------------------------------------------------------------- data
@@ -98,10 +109,10 @@ def data(case: Case) -> Iterator[Finding]:
         yield Finding("prepared data", OK, text, facts=place.facts)
         return
     from jaxgpt.data.dataset import open_dataset
-    from jaxgpt.preparation import preparation
+    from jaxgpt.preparation import make_dataset
 
     try:
-        path = preparation.place_of(config, preparation.given_tokenizer(config))
+        path = make_dataset.place_of(config, make_dataset.given_tokenizer(config))
         dataset = open_dataset(path, verify="sizes") if path.exists() else None
     except UserError as error:
         fix = "correct [data] or [tokenizer] in the config; a damaged folder: delete it and run jaxgpt prepare"
@@ -147,10 +158,10 @@ def compile_cache(case: Case) -> Iterator[Finding]:
 
 
 def damaged_entries(entries: list[Path]) -> list[Path]:
-    """Those that jax could not unpack, the newest first, as many as can be read in two seconds.
+    """The entries that jax could not unpack, newest first, as many as can be read in two seconds.
 
-    jax packs an entry with zstandard where it is installed, else with zlib; without it, of the former only the
-    beginning can be told.
+    jax packs an entry with zstandard where it is installed, else with zlib; of the former, only the first bytes are
+    checked.
     """
     started, damaged = time.monotonic(), []
     for file in sorted(entries, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -173,3 +184,116 @@ def _is_zlib(content: bytes) -> bool:
     except zlib.error:
         return False
     return unpacker.eof
+
+
+# ---------------------------------------------------------------- a folder that a run writes to
+
+
+@dataclasses.dataclass(frozen=True)
+class WritableFolder:
+    """A folder that could be written."""
+
+    exists: bool
+    kind: str
+    """The file system's type."""
+    free: int
+    """Bytes that this user may still write."""
+    text: str
+    facts: dict[str, Any]
+
+
+def check_folder(name: str, folder: str, fix: str, *, lasting: bool = False) -> tuple[Finding, WritableFolder | None]:
+    """(finding, folder), the folder None where nothing can be written.
+
+    `fix` says how to choose another folder; a `lasting` folder should survive a reboot.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", folder):
+        return _bucket(name, folder), None
+    path = Path(folder).expanduser().absolute()
+    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        what = "a broken symbolic link" if there.is_symlink() and not there.exists() else "a file, not a folder"
+        return Finding(name, PROBLEM, f"{folder}: {there} is {what}", fix, {"path": str(path)}), None
+    mount, kind = file_system(there)
+    try:
+        seconds = write_and_rename(there)
+    except OSError as error:
+        facts: dict[str, Any] = {"path": str(path), "file_system": kind}
+        facts["errno"] = errno.errorcode.get(error.errno or 0, "")
+        text = f"{folder}: {there} cannot be written: {error.strerror}"
+        return Finding(name, PROBLEM, text, _cure(error, there, mount, kind, fix), facts), None
+    free = shutil.disk_usage(there).free
+    link = "" if there.resolve() == there else f", by a symbolic link to {there.resolve()}"
+    network = f"network file system {kind}" if kind in _NETWORK else kind
+    state = "" if there == path else f" (to be made in {there})"
+    text = f"{folder}{state}: written in {seconds * 1e3:.0f} ms, {in_words(free)} free on {network} at {mount}{link}"
+    facts = {"path": str(path), "file_system": kind, "mount": mount, "free_bytes": free, "seconds": round(seconds, 4)}
+    place = WritableFolder(there == path, kind, free, text, facts)
+    files = os.statvfs(there)
+    if files.f_files and files.f_favail < _FEW_FILES:
+        return Finding(name, WARNING, f"{text}; only {files.f_favail} more files", "delete files there", facts), place
+    if lasting and kind in _FLEETING:
+        return Finding(name, WARNING, f"{text}; {_FLEETING[kind]}", fix, facts), place
+    return Finding(name, OK, text, facts=facts), place
+
+
+def _bucket(name: str, folder: str) -> Finding:
+    bucket, _, rest = re.sub(r"^[^:]*:/+", "", folder).partition("/")
+    text = f"{folder} is a bucket; jaxgpt writes to folders of mounted file systems"
+    if not folder.startswith("gs:"):
+        return Finding(name, PROBLEM, text, "mount it (s3fs, rclone mount) and give the folder")
+    mounted = "/".join(part for part in (f"~/{bucket}", rest.strip("/")) if part)
+    mount = f"mkdir -p ~/{bucket} && gcsfuse {_GCSFUSE} {bucket} ~/{bucket}"
+    fix = f"{mount}; then give {mounted}"
+    return Finding(name, PROBLEM, text, fix)
+
+
+def write_and_rename(folder: Path) -> float:
+    """The seconds that it takes to write a file in a folder, force it to disk and rename the folder, as a save does.
+
+    Raises:
+        OSError: one of them failed; nothing is left behind.
+    """
+    started, content = time.monotonic(), os.urandom(64 << 10)
+    first = folder / f".jaxgpt-doctor-{os.getpid()}-{secrets.token_hex(4)}"
+    second = first.with_name(first.name + ".renamed")
+    try:
+        first.mkdir()
+        with (first / "file").open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        first.rename(second)
+        if (second / "file").read_bytes() != content:
+            raise OSError(errno.EIO, "what is read back is not what was written")
+    finally:
+        for path in (first, second):
+            shutil.rmtree(path, ignore_errors=True)
+    return time.monotonic() - started
+
+
+def _cure(error: OSError, there: Path, mount: str, kind: str, fix: str) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"make room on {mount} (du -xh {mount} | sort -h | tail), or {fix}"
+    if error.errno == errno.EROFS:
+        return f"mount -o remount,rw {mount}, or {fix}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"sudo chown -R $USER {there}, or {fix}"
+    if kind == "fuse.gcsfuse":
+        return f"mount the bucket anew with {_GCSFUSE}, or {fix}"
+    return f"{mount} is failing (dmesg tells more): {fix}"
+
+
+def file_system(folder: Path) -> tuple[str, str]:
+    """(mount point, type) of the file system of a folder that exists; ("/", "unknown") outside of Linux."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return "/", "unknown"
+    path, best = folder.resolve(), ("/", "unknown")
+    for line in lines:  # 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
+        before, _, after = line.partition(" - ")
+        mount = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), before.split()[4])
+        if path.is_relative_to(mount) and len(mount) >= len(best[0]):  # a later line lies over an earlier one
+            best = (mount, after.split()[0])
+    return best

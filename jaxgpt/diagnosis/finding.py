@@ -1,7 +1,8 @@
-"""What a probe is asked and what it answers. Both travel between processes as JSON."""
+"""The input of a probe (Case) and its answer (Finding). Both travel between processes as JSON."""
 
 import dataclasses
 import json
+from typing import Any
 
 from jaxgpt.config import Config, from_json, to_json
 
@@ -17,7 +18,7 @@ class Case:
     workdir: str
     """Its run folder, as the user wrote it."""
     is_given: bool = False
-    """Whether the user gave settings; without one there is no model whose checkpoints could be measured."""
+    """Whether the user gave settings; without them there is no model whose checkpoints could be measured."""
     expect: str | None = None
     """tpu, gpu or cpu, where the user says what jax has to find."""
     root: str = "/"
@@ -35,19 +36,19 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's answer, and one line that mends it where something is wrong."""
+    """One line of the doctor's answer, and one line with the fix where something is wrong."""
 
     name: str
     status: str
     text: str
     fix: str = ""
-    facts: dict = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The numbers behind the line, for programs."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status
         assert bool(self.fix) == (self.status in (WARNING, PROBLEM)), self
-        for name in ("text", "fix"):  # what a library or the system said may have several lines
+        for name in ("text", "fix"):  # a message of a library or the system may have several lines
             object.__setattr__(self, name, " ".join(getattr(self, name).split()))
 
     def to_json(self) -> str:

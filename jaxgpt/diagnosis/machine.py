@@ -1,16 +1,20 @@
-"""The host's memory, cores, shared memory and open files."""
+"""This host: its memory, cores and open files, who holds a file, and whether the other hosts of the run answer."""
 
+import dataclasses
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxgpt.diagnosis.finding import OK, WARNING, Case, Finding
+from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.parallel.accelerator import accelerators
+from jaxgpt.parallel.cluster_env import OWN, ProcessPlace, Unclear, find_place
 
 _OPEN_FILES = 1024  # Orbax and ArrayRecord keep dozens of files open, and a compile cache hundreds
 _SPARE_MEMORY = 1 << 30
+_CONNECT_SECONDS = 5.0
 _SHARED_MEMORY = 256 << 20  # NCCL hands data from GPU to GPU through it; Docker gives 64 MiB
 
 
@@ -28,22 +32,22 @@ def _memory(root: Path) -> Finding:
     if limit is not None and limit[0] < total:
         total, free = limit[0], min(free, limit[0] - limit[1])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"total_bytes": total, "free_bytes": free, "cores": cores}
+    facts: dict[str, int | None] = {"total_bytes": total, "free_bytes": free, "cores": cores}
     text = f"{in_words(free)} of {in_words(total)} free, {cores} cores" if total else f"size not known, {cores} cores"
-    shared = root / "dev/shm"
-    if shared.is_dir():
-        facts["shared_bytes"] = shutil.disk_usage(shared).free
-        text += f", {in_words(facts['shared_bytes'])} of shared memory"
+    shared = shutil.disk_usage(root / "dev/shm").free if (root / "dev/shm").is_dir() else None
+    if shared is not None:
+        facts["shared_bytes"] = shared
+        text += f", {in_words(shared)} of shared memory"
     if total and free < _SPARE_MEMORY:
         return Finding("memory", WARNING, text, "end what else uses memory (ps aux --sort=-rss), or add some", facts)
     gpus = sum(len(found.device_files) for found in accelerators(root) if found.kind == "gpu")
-    if gpus > 1 and facts.get("shared_bytes", _SHARED_MEMORY) < _SHARED_MEMORY:
+    if gpus > 1 and shared is not None and shared < _SHARED_MEMORY:
         return Finding("memory", WARNING, text, "give the container more: docker run --shm-size=1g", facts)
     return Finding("memory", OK, text, facts=facts)
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """{"MemTotal": bytes, ...}; empty where the system is no Linux."""
+    """{"MemTotal": bytes, ...}; empty on other systems than Linux."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
@@ -52,7 +56,7 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _container_limit(root: Path) -> tuple[int, int] | None:
-    """(bytes that the container may use, bytes that it uses); None without a limit. Of cgroup 2, then of cgroup 1."""
+    """(bytes that the container may use, bytes that it uses), by cgroup 2 or 1; None without a limit."""
     for folder, limit, used, cached in (
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -63,10 +67,8 @@ def _container_limit(root: Path) -> tuple[int, int] | None:
             continue
         if most.strip() == "max":
             return None
-        given_back = dict(line.split() for line in statistics.splitlines()).get(
-            cached, 0
-        )  # files that the kernel caches
-        return int(most), int(now) - int(given_back)
+        file_cache = dict(line.split() for line in statistics.splitlines()).get(cached, 0)  # the kernel gives it back
+        return int(most), int(now) - int(file_cache)
     return None
 
 
@@ -81,3 +83,111 @@ def _open_files() -> Finding:
 
 def in_words(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+# ---------------------------------------------------------------- who holds a file
+
+
+def lock_owners(lock: Path, root: Path) -> list[int]:
+    """The processes that lock a file, other users' too, by the kernel's list."""
+    status = lock.stat()
+    wanted = (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+    pids = []
+    try:
+        lines = (root / "proc/locks").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:  # 1: POSIX  ADVISORY  WRITE 4711 fe:00:2146491 0 EOF
+        fields = [field for field in line.split() if field != "->"]  # an arrow: it waits for the lock
+        if "->" in line or len(fields) < 6:
+            continue
+        major, minor, inode = fields[5].split(":")
+        if (int(major, 16), int(minor, 16), int(inode)) == wanted and fields[4].isdigit():
+            pids.append(int(fields[4]))
+    return pids
+
+
+def file_users(files: tuple[str, ...], root: Path) -> list[int]:
+    """The processes that have one of the files open, as far as this user may see."""
+    pids = []
+    for folder in root.glob("proc/[0-9]*"):
+        try:
+            opened = {os.readlink(link) for link in (folder / "fd").iterdir()}
+        except OSError:  # ended by now, or another user's
+            continue
+        if opened & set(files):
+            pids.append(int(folder.name))
+    return pids
+
+
+def describe(pid: int, root: Path) -> str:
+    """ "process 4711 (python -m jaxgpt.train --config ...)": the beginning of its command line, without secrets."""
+    try:
+        words = (root / f"proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return f"process {pid}"
+    hidden = ("key", "token", "secret", "password")
+    words = [word for word in words[:6] if word and not any(name in word.lower() for name in hidden)]
+    return f"process {pid} ({' '.join(words)[:120]})" if words else f"process {pid}"
+
+
+# ---------------------------------------------------------------- the other hosts
+
+
+def joined(case: Case) -> Iterator[Finding]:
+    """Finds "hosts": the coordinator, whether it has an address and answers, and proxies that may be in the way."""
+    setting = case.config.mesh.distributed
+    if setting == "off":
+        yield Finding("hosts", NOT_APPLICABLE, "mesh.distributed = off: this process trains alone")
+        return
+    try:
+        group = find_place(os.environ, Path(case.root))
+    except Unclear as unclear:
+        yield Finding("hosts", PROBLEM, unclear.text, unclear.fix)
+        return
+    if group is None and setting == "on":
+        text = "mesh.distributed = on, but the environment names no other processes"
+        yield Finding("hosts", PROBLEM, text, f"set {', '.join(OWN)} on every host, or use jaxgpt launch")
+        return
+    if group is None:
+        yield Finding("hosts", NOT_APPLICABLE, "one host: the environment names no others")
+        return
+    facts = dataclasses.asdict(group)
+    text = f"process {group.process_id} of {group.num_processes}, says {group.said_by}; coordinator {group.coordinator}"
+    status, more, fix = _reach(group)
+    proxies = proxies_in_the_way(os.environ, group.address()[0])
+    if status == OK and proxies:
+        status, more = WARNING, f"{more}; {', '.join(proxies)} can make jax.distributed hang"
+        fix = f"unset {' '.join(proxies)}, or export no_proxy={group.address()[0]}"
+    yield Finding("hosts", status, f"{text} {more}", fix, facts)
+
+
+def _reach(group: ProcessPlace) -> tuple[str, str, str]:
+    """Connect to the coordinator: (status, outcome, fix). Nobody listens there before a run has begun."""
+    host, port = group.address()
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        return PROBLEM, f"has no address: {error}", "correct the name, or put it into /etc/hosts on every host"
+    try:
+        with socket.socket(*address[:3]) as connection:
+            connection.settimeout(_CONNECT_SECONDS)
+            connection.connect(address[4])
+    except ConnectionRefusedError:
+        return OK, "answers, and no run listens there yet", ""
+    except OSError as error:
+        fix = f"start that host, and open port {port} between the hosts (firewall, network tag)"
+        return PROBLEM, f"cannot be reached: {error}", fix
+    if group.process_id == 0:
+        fix = "end the run that is under way, or choose another port"
+        return WARNING, "is this host, and something listens there already", fix
+    return OK, "listens", ""
+
+
+def proxies_in_the_way(environment: Mapping[str, str], host: str) -> list[str]:
+    """Names of the proxy variables that gRPC would follow to `host`. Their values may hold a password."""
+    spared = environment.get("no_proxy", "") + "," + environment.get("NO_PROXY", "")
+    if any(end.strip() and host.endswith(end.strip().lstrip("*")) for end in spared.split(",")):
+        return []
+    wanted = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    return sorted(name for name, value in environment.items() if name.lower() in wanted and value)

@@ -1,4 +1,4 @@
-"""Which Python and which packages are here, and do the versions belong together? Read from metadata, no import."""
+"""Do the versions of Python and the installed packages fit together? Read from metadata, without imports."""
 
 import importlib.util
 import platform
@@ -52,7 +52,7 @@ def own_packages() -> Finding:
 
 
 def own_requirements() -> tuple[str, list[str]]:
-    """(versions of Python, requirements): from pyproject.toml in a source tree, where metadata may be old or absent."""
+    """(Python's versions, requirements); from pyproject.toml in a source tree, where metadata may be old or absent."""
     project = Path(jaxgpt.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         content = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
@@ -94,7 +94,7 @@ def version(name: str) -> str | None:
 
 
 def jax_versions(case: Case) -> Finding:
-    """Whether jax, jaxlib and the plugin of the device were released for each other, as jax's metadata says."""
+    """Whether jax, jaxlib and the device's plugin were released for each other, by jax's metadata."""
     jax = version("jax")
     if jax is None:
         return Finding("jax", PROBLEM, "jax is not installed", 'pip install "jax[tpu]", "jax[cuda13]" or jax')
@@ -119,7 +119,7 @@ def jax_versions(case: Case) -> Finding:
 
 
 def _apart(text: str, jax: str, broken: str, kind: str, extra: str, installed: dict) -> Finding:
-    """jax passes over a CUDA plugin of another version, in silence; another libtpu may work, and nobody tested it."""
+    """jax ignores a CUDA plugin of another version without a word; another libtpu may work, but was not tested."""
     fix = f'pip install -U "jax[{extra}]=={jax}"'
     if kind == "gpu":
         return Finding("jax", PROBLEM, f"jax {jax} does not use its CUDA plugin: it wants {broken}", fix, installed)

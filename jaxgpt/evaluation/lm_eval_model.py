@@ -19,12 +19,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from jaxgpt.config import Config
-from jaxgpt.data.chat import TEMPLATE
+from jaxgpt.data.tokenizer import TEMPLATE
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import RequestScorer, Score, ScoringRequest
 from jaxgpt.evaluation.wikitext import rolling
-from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.decode import Decoder, build_decoder
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import complete, fit_prompt
 from jaxgpt.parallel.mesh import batch_shards

@@ -1,1 +1,1 @@
-"""What comes next? Sampling rules and the jitted decoding loop."""
+"""Text from a trained model: sampling rules, decoding, the engine of the server, prompts and conversations."""

@@ -1,6 +1,6 @@
-"""What a model says while it is trained: a text that it goes on with, or its answers to validation conversations.
+"""Samples of a model while it is trained: a text that it continues, or its answers to validation conversations.
 
-Both kinds are a function of the parameters that returns metrics: "sample", a text to look at, and for a chat model
+Both are functions of the parameters that return metrics: "sample", a text to look at, and for a chat model
 "eval_stop_rate", the share of answers that end by themselves.
 """
 
@@ -27,7 +27,7 @@ def sampler(config: Config, dataset: TokenDataset) -> Sampler | None:
     """
     if not config.eval.sample_tokens:
         return None
-    if dataset.format == "text":
+    if not isinstance(dataset.validation, PackedRows):
         return continuing(config, dataset.vocab_size, dataset.tokenizer)
     if not config.eval.chat_prompts:
         return None
@@ -35,7 +35,7 @@ def sampler(config: Config, dataset: TokenDataset) -> Sampler | None:
 
 
 def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler:
-    """A sampler that has the model go on with eval.sample_prompt.
+    """A sampler that continues eval.sample_prompt.
 
     Raises:
         UserError: the prompt leaves no room for a new token.
@@ -51,7 +51,7 @@ def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler
         max_new_tokens=min(config.eval.sample_tokens, room), temperature=0.8, top_k=50, seed=config.train.seed
     )
 
-    def sample(params) -> dict:
+    def sample(params: dict) -> dict[str, str | float]:
         decoder = build_decoder(config.model, vocab_size, params, tokenizer.end_of_text)
         [[continuation]] = generate(decoder, [prompt], options)
         return {"sample": config.eval.sample_prompt + tokenizer.decode(continuation.tokens)}
@@ -60,7 +60,7 @@ def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler
 
 
 def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation: PackedRows) -> Sampler | None:
-    """A sampler that has the model answer eval.chat_prompts validation conversations, each its likeliest answer.
+    """A sampler that answers eval.chat_prompts validation conversations by the likeliest tokens.
 
     None where no conversation leaves room for an answer of eval.sample_tokens tokens.
     """
@@ -68,9 +68,10 @@ def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation:
     prompts = prompts_of(validation, config.eval.chat_prompts, config.model.n_positions - new)
     if not prompts:
         return None
-    options = SamplingOptions(max_new_tokens=new, temperature=0.0, stop_token_ids=(tokenizer.end_of_turn,))
+    ends = () if tokenizer.end_of_turn is None else (tokenizer.end_of_turn,)
+    options = SamplingOptions(max_new_tokens=new, temperature=0.0, stop_token_ids=ends)
 
-    def sample(params) -> dict:
+    def sample(params: dict) -> dict[str, str | float]:
         # Without an end-of-text token, since that is not how an answer ends.
         decoder = build_decoder(config.model, vocab_size, params, None, rows=len(prompts))
         answers = [answer for [answer] in generate(decoder, prompts, options)]
@@ -82,9 +83,9 @@ def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation:
 
 
 def prompts_of(rows: PackedRows, count: int, longest: int) -> list[list[int]]:
-    """Of `count` conversations, taken evenly from the rows, all that comes before an answer.
+    """The prompts of up to `count` conversations, taken evenly from the rows: all that comes before an answer.
 
-    It is the last answer whose prompt has at most `longest` tokens; fewer prompts where there are no more such.
+    It is the last answer of the conversation whose prompt has at most `longest` tokens.
     """
     steps = max(min(count, rows.num_rows), 1)
     numbers = [step * rows.num_rows // steps for step in range(steps)] if rows.num_rows else []

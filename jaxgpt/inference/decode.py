@@ -1,33 +1,28 @@
 """From prompts to their continuations: read each prompt once into a cache, then one token a row a step.
 
-The whole loop is one jitted call (or one call every few steps, to stream). Shapes come in powers of two, and
-what varies within them (prompt lengths, new tokens, seeds, rules, stops) is traced: a process compiles `_prefill`
-and `_decode` a handful of times, whatever it is asked.
+The whole loop is one call of `slots.decode_chunk` (or one call every few steps, to stream). Shapes come in powers of
+two, and what varies within them (prompt lengths, new tokens, seeds, rules, stops) is traced: a process compiles
+`prefill` and `decode_chunk` a handful of times, whatever it is asked.
 
-Every row has its own rules, length and random stream, so what it gets does not depend on the rows beside it.
-
-Axes in names: P prompts, B rows (continuations: n a prompt, prompt by prompt), T prompt positions, S cache or text
-positions, V vocabulary, K stop tokens.
+Axes in names: P prompts, B rows (continuations: n a prompt, prompt by prompt), T prompt positions, S steps,
+K stop tokens.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.errors import UserError
-from jaxgpt.inference.sampling import Rules, SamplingOptions, draw_keys, rules_of, sample
+from jaxgpt.inference.sampling import SamplingOptions, rules_of
+from jaxgpt.inference.slots import NO_TOKEN, STOPS, Slots, decode_chunk, prefill, release
 from jaxgpt.model import gpt2
-from jaxgpt.model.attention import KVCache
-from jaxgpt.parallel.sharding import replicated
 from jaxgpt.settings import ModelConfig
 
 SMALLEST_BUCKET = 16
-NO_TOKEN = -1
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
@@ -42,10 +37,19 @@ class Decoder:
     end_of_text: int | None
     """The token that ends every continuation, if the tokenizer has one."""
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the weights are sharded over; None for one device."""
+        return _mesh(self.weights)
+
+    def stops(self, options: SamplingOptions) -> list[int]:
+        """The tokens that end a continuation."""
+        return [token for token in (self.end_of_text, *options.stop_token_ids) if token is not None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What the model wrote after a prompt."""
+    """The text that a model adds to a prompt, or a part of it."""
 
     tokens: list[int]
     """Without the token that ended it."""
@@ -55,17 +59,8 @@ class Continuation:
     """"stop" (the end-of-text token or a stop token came), "length", or None in a part that is not the last."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """Where each row is between two steps. Donated, so the cache lies in memory once."""
-
-    cache: KVCache
-    token_B: jax.Array
-    """The row's last token, which the cache does not hold yet."""
-    done_B: jax.Array
-    seen_BV: jax.Array | None
-    """The tokens in prompt and text, where a row has a repetition penalty."""
+Parts = Generator[list[Continuation], set[int] | None, None]
+"""New parts of all rows, again and again; takes the indices of rows that are to end early."""
 
 
 def build_decoder(
@@ -90,7 +85,7 @@ def build_decoder(
     if on_cpu and _mesh(params) is None:
         layout = "streamed" if rows == 1 else "turned"
     packed = _pack(config, params, kind, layout)
-    compute = "float32" if on_cpu or kind == "float32" else "bfloat16"
+    compute: Literal["float32", "bfloat16"] = "float32" if on_cpu or kind == "float32" else "bfloat16"
     return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text)
 
 
@@ -103,82 +98,103 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], options: Sampli
     Raises:
         UserError: a prompt and its new tokens do not fit `n_positions`, or a prompt cannot be read.
     """
-    prompts = [checked_prompt(decoder, prompt, options.max_new_tokens) for prompt in prompts]
     if not prompts:
         return []
-    (rows,) = _parts(decoder, prompts, options, options.max_new_tokens)
+    (rows,) = stream(decoder, prompts, options, options.max_new_tokens)
     n = options.num_return_sequences
     return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
-def stream(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], options: SamplingOptions, chunk: int = 8
-) -> Iterator[list[Continuation]]:
+def stream(decoder: Decoder, prompts: Sequence[Sequence[int]], options: SamplingOptions, chunk: int = 8) -> Parts:
     """The tokens of `generate`, handed out every `chunk` steps: one part a row, the rows prompt by prompt.
 
     A part's `finish_reason` is None until the row has ended; parts after that are empty. `.send(rows)` ends the
     rows of these indices early; closing the generator stops the work. Raises as `generate` does, at once.
     """
-    prompts = [checked_prompt(decoder, prompt, options.max_new_tokens) for prompt in prompts]
-    return _parts(decoder, prompts, options, chunk) if prompts else iter(())
+    return _parts(decoder, [checked_prompt(decoder, ids, options.max_new_tokens) for ids in prompts], options, chunk)
 
 
-def _parts(decoder: Decoder, prompts: list[list[int]], options: SamplingOptions, chunk: int):
-    """Generator of the rows' parts of up to `chunk` tokens, until all rows have ended."""
-    n = options.num_return_sequences
-    asked = len(prompts) * n
-    prompts = prompts + [[0]] * (_power_of_two(len(prompts)) - len(prompts))  # rows that are done from the start
-    rows = len(prompts) * n
-    ids = [token for token in (decoder.end_of_text, *options.stop_token_ids) if token is not None]
-    stops_K = np.full(-(-max(len(ids), 1) // 8) * 8, NO_TOKEN, np.int32)  # in eights: few shapes
-    stops_K[: len(ids)] = ids
-    traced = dict(
-        stops_K=stops_K,
+def _parts(decoder: Decoder, prompts: list[list[int]], options: SamplingOptions, chunk: int) -> Parts:
+    """The rows' parts of up to `chunk` tokens, until all rows have ended."""
+    if not prompts:
+        return
+    limit, stops = decoder.config.n_positions, decoder.stops(options)
+    most = bucket(options.max_new_tokens, limit)
+    # Twice the larger bucket holds any prompt and any number of new tokens of these buckets.
+    positions = min(2 * max(bucket(max(map(len, prompts)), limit), most), limit)
+    n, penalties = options.num_return_sequences, options.repetition_penalty != 1
+    slots = start_rows(decoder, prompts, options, n, positions, penalties)
+    program = (decoder.config, decoder.vocab_size, most, 0, decoder.mesh, decoder.weights)
+    ended_B = np.arange(len(slots.left_B)) >= n * len(prompts)
+    while not ended_B.all():
+        slots, made = decode_chunk(*program, slots, np.int32(chunk), np.bool_(False))
+        tokens_BS, logprobs_BS, left_B = jax.device_get(made)
+        parts = [
+            Continuation([], [], None) if ended_B[row] else _part(tokens_BS[row], logprobs_BS[row], left_B[row], stops)
+            for row in range(n * len(prompts))
+        ]
+        ended_B |= left_B == 0
+        stopped_B = np.isin(np.arange(len(ended_B)), list((yield parts) or ()))
+        if (stopped_B & ~ended_B).any():
+            slots = release(slots, stopped_B)
+            ended_B |= stopped_B
+
+
+def _part(tokens_S: np.ndarray, logprobs_S: np.ndarray, left: int, stops: list[int]) -> Continuation:
+    tokens, reason = row_result(tokens_S, left, stops)
+    tokens = tokens[: len(tokens) - (reason == "stop")]
+    return Continuation(tokens, logprobs_S[: len(tokens)].tolist(), reason)
+
+
+def row_result(tokens_S: np.ndarray, left: int, stops: list[int]) -> tuple[list[int], str | None]:
+    """(tokens that a busy row got from `decode_chunk`, why it ended: "stop" by its last token, "length", or None)."""
+    tokens = tokens_S[tokens_S != NO_TOKEN].tolist()
+    if left:
+        return tokens, None
+    return tokens, "stop" if tokens[-1] in stops else "length"
+
+
+def start_rows(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    options: SamplingOptions,
+    n: int,
+    positions: int,
+    penalties: bool,
+    first_row: int = 0,
+) -> Slots:
+    """`n` new rows a prompt, whose prompts have been read, with a cache of `positions`; rows that have ended fill up
+    the number of prompts to a power of two. `first_row` is the number of a prompt's first row for its random draws."""
+    asked, count = n * len(prompts), _power_of_two(len(prompts))
+    tokens_PT = padded_prompts(prompts + [[0]] * (count - len(prompts)), decoder.config.n_positions)
+    length_P = np.array([len(prompt) for prompt in prompts] + [1] * (count - len(prompts)), np.int32)
+    stops = decoder.stops(options)
+    stops_K = np.full(-(-max(len(stops), 1) // STOPS) * STOPS, NO_TOKEN, np.int32)
+    stops_K[: len(stops)] = stops
+    rows = n * count
+    return prefill(
+        decoder.config,
+        decoder.vocab_size,
+        positions,
+        n,
+        penalties,
+        decoder.weights,
+        tokens_PT,
+        length_P,
+        left_B=np.where(np.arange(rows) < asked, options.max_new_tokens, 0).astype(np.int32),
         seed_B=np.full(rows, options.seed, np.uint32),
-        row_B=np.tile(np.arange(n, dtype=np.int32), len(prompts)),
+        row_B=first_row + np.tile(np.arange(n, dtype=np.int32), count),
+        stops_BK=np.tile(stops_K, (rows, 1)),
         rules=rules_of([options] * rows, decoder.vocab_size),
     )
-    most = bucket(options.max_new_tokens, decoder.config.n_positions)
-    state = _read(decoder, prompts, n, most, penalties=options.repetition_penalty != 1)
-    ended_B = np.arange(rows) >= asked
-    left = options.max_new_tokens
-    mesh = _mesh(decoder.weights)
-    while left and not ended_B.all():
-        steps = min(chunk, left)
-        state, out = _decode(
-            decoder.config, decoder.vocab_size, most, mesh, decoder.weights, state, np.int32(steps), ended_B, **traced
-        )
-        tokens_BS, logprobs_BS, made = jax.device_get(out)
-        left -= steps
-        parts = [
-            _part(tokens_BS[row, :made], logprobs_BS[row, :made], ids, ended_B[row], last=not left)
-            for row in range(asked)
-        ]
-        ended_B = ended_B | np.array([bool(part.finish_reason) for part in parts] + [True] * (rows - asked))
-        stopped = yield parts
-        ended_B[list(stopped or ())] = True
 
 
-def _part(tokens, logprobs, stop_ids: list[int], ended: bool, last: bool) -> Continuation:
-    tokens, logprobs = tokens.tolist(), logprobs.tolist()
-    if ended:
-        return Continuation([], [], None)
-    end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-    if end is not None:
-        return Continuation(tokens[:end], logprobs[:end], "stop")
-    return Continuation(tokens, logprobs, "length" if last else None)
-
-
-def _read(decoder: Decoder, prompts: list[list[int]], n: int, most: int, penalties: bool) -> _State:
-    """The state of n rows a prompt after all of the prompt but its last token has been read."""
-    longest = bucket(max(map(len, prompts)), decoder.config.n_positions)
-    # Twice the larger bucket holds any prompt and any number of new tokens of these buckets.
-    positions = min(2 * max(longest, most), decoder.config.n_positions)
-    tokens_PT = np.zeros((len(prompts), longest), np.int32)
+def padded_prompts(prompts: Sequence[Sequence[int]], n_positions: int) -> np.ndarray:
+    """(P, T), int32: the prompts with zeros after them, T the bucket of the longest."""
+    tokens_PT = np.zeros((len(prompts), bucket(max(map(len, prompts)), n_positions)), np.int32)
     for row, prompt in zip(tokens_PT, prompts):
         row[: len(prompt)] = prompt
-    length_P = np.array([len(prompt) for prompt in prompts], np.int32)
-    return _prefill(decoder.config, decoder.vocab_size, positions, n, penalties, decoder.weights, tokens_PT, length_P)
+    return tokens_PT
 
 
 def checked_prompt(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -217,81 +233,7 @@ def bucket(length: int, largest: int) -> int:
 
 def _mesh(params: dict) -> Mesh | None:
     sharding = params["wpe"].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
 
 
 _pack = jax.jit(gpt2.decoding_weights, static_argnames=("config", "kind", "layout"))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "positions", "n", "penalties"))
-def _prefill(
-    config: ModelConfig, vocab_size: int, positions: int, n: int, penalties: bool, weights: dict, tokens_PT, length_P
-) -> _State:
-    """Read each padded prompt once; its cache is copied for its n rows."""
-    cache = gpt2.read_prompt(config, vocab_size, weights, tokens_PT, length_P - 1, positions)
-    rows = jnp.arange(len(length_P))
-    seen_PV = None
-    if penalties:
-        real_PT = jnp.arange(tokens_PT.shape[1])[None] < length_P[:, None]
-        seen_PV = jnp.zeros((len(length_P), vocab_size), bool).at[rows[:, None], tokens_PT].max(real_PT)
-    state = _State(cache, tokens_PT[rows, length_P - 1], jnp.zeros(len(length_P), bool), seen_PV)
-
-    # Row by row: a layer's keys have the heads of all prompts on their first axis.
-    def repeat(x):
-        by_prompt = x.reshape(len(length_P), -1, *x.shape[1:])
-        return jnp.repeat(by_prompt, n, axis=0).reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(repeat, state)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size", "most", "mesh"), donate_argnames="state")
-def _decode(
-    config: ModelConfig,
-    vocab_size: int,
-    most: int,
-    mesh: Mesh | None,
-    weights: dict,
-    state: _State,
-    max_steps,
-    ended_B,
-    *,
-    stops_K,
-    seed_B,
-    row_B,
-    rules: Rules,
-):
-    """(state, (new tokens (B, most), their log-probabilities, how many steps were made)).
-
-    Stops after `max_steps`, or when every row has ended: those of `ended_B`, and those that drew one of `stops_K`.
-    """
-    rows = len(seed_B)
-
-    def unfinished(carry):
-        step, state, _, _ = carry
-        return (step < max_steps) & ~state.done_B.all()
-
-    def add_token(carry):
-        step, state, tokens_BS, logprobs_BS = carry
-        logits_BV, cache = gpt2.read_token(config, vocab_size, weights, state.token_B, state.cache)
-        token_B, logprob_B = sample(logits_BV, uniform_SB[step], rules, state.seen_BV)
-        tokens_BS = jax.lax.dynamic_update_slice_in_dim(tokens_BS, token_B[:, None], step, axis=1)
-        logprobs_BS = jax.lax.dynamic_update_slice_in_dim(logprobs_BS, logprob_B[:, None], step, axis=1)
-        done_B = state.done_B | (token_B[:, None] == stops_K[None]).any(axis=1)
-        seen_BV = None if state.seen_BV is None else state.seen_BV.at[jnp.arange(rows), token_B].set(True)
-        return step + 1, _State(cache, token_B, done_B, seen_BV), tokens_BS, logprobs_BS
-
-    # One random number for each place in a text, drawn here for all steps at once: in the loop it would cost a small
-    # model more than a layer.
-    place_SB = state.cache.length_B[None] + 1 + jnp.arange(most)[:, None]
-    uniform_SB = draw_keys(
-        *(jnp.broadcast_to(x[None], place_SB.shape).ravel() for x in (seed_B, row_B)), place_SB.ravel()
-    )
-    uniform_SB = uniform_SB.reshape(place_SB.shape)
-    state = dataclasses.replace(state, done_B=state.done_B | ended_B)
-    empty = (jnp.zeros((rows, most), jnp.int32), jnp.zeros((rows, most), jnp.float32))
-    steps, state, *out = jax.lax.while_loop(unfinished, add_token, (jnp.int32(0), state, *empty))
-    out = (*out, steps)
-    if mesh is not None:
-        # The compiler may leave the answer split over the mesh; whole on each device, any process can read it.
-        out = jax.lax.with_sharding_constraint(out, replicated(mesh))
-    return state, out

@@ -1,11 +1,10 @@
 """Continuous batching: requests come and go while others are under way, each in a slot of one fixed batch.
 
-The idea: the device only ever runs a few programs, all compiled at the start (slots.py). `read` reads a prompt (one
-program for each bucket of lengths), `admit` puts it into the cache of a free slot, `decode_chunk` makes a few tokens
-for all slots. The cache is as long as the longest text needs, one of few sizes: `resize` changes it.
-Between two chunks, which take milliseconds, requests are admitted, their new tokens handed out, and those that were
-cancelled leave. A request has its own rules, seed and length, so it gets the tokens that `generate` gives it, whoever
-is beside it.
+The device only runs a few programs, all compiled at the start (slots.py). `prefill` reads a prompt (one program for
+each bucket of lengths), `admit` puts it into a free slot, `decode_chunk` makes a few tokens for all slots. The cache
+is as long as the longest text needs, one of few sizes: `resize` changes it. Between two chunks, which take
+milliseconds, requests are admitted, new tokens handed out, and cancelled requests removed. A request gets the tokens
+that `generate` gives it, whatever runs beside it.
 
 A thread of the engine's own does all of this; `submit` and `cancel` may be called from any other.
 
@@ -25,13 +24,21 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import slots as programs
-from jaxgpt.inference.decode import NO_TOKEN, SMALLEST_BUCKET, Decoder, bucket, checked_prompt
-from jaxgpt.inference.sampling import SamplingOptions, rules_of
+from jaxgpt.inference.decode import (
+    SMALLEST_BUCKET,
+    Decoder,
+    bucket,
+    checked_prompt,
+    padded_prompts,
+    row_result,
+    start_rows,
+)
+from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue holds as many requests as it may."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +55,8 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Piece(Tokens):
-    """What a request gets, again and again until `finish_reason` is not None: new tokens, without the one that ends it.
-
-    "stop", "length", "cancelled" or "error"; None where more will come.
+    """Part of the answer to a request: new tokens, without the one that ends it. The last part has a `finish_reason`:
+    "stop", "length", "cancelled" or "error".
     """
 
     finish_reason: str | None = None
@@ -70,11 +76,11 @@ class Request:
     row: int = 0
     """Which of several continuations of one prompt, for its random numbers."""
     alternatives: int = 0
-    """How many of the likeliest tokens are told at each place."""
+    """How many of the likeliest tokens to return at each place."""
     scores_prompt: bool = False
-    """Tell of the prompt's tokens, too."""
+    """Return the log-probabilities of the prompt's tokens, too."""
     continues: bool = True
-    """Make new tokens; without, only the prompt is told of."""
+    """Make new tokens; without, only the prompt is scored."""
 
 
 def _at_once(work: Callable[[], None]) -> None:
@@ -83,7 +89,7 @@ def _at_once(work: Callable[[], None]) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request and where it stands."""
+    """A request and its state."""
 
     request: Request
     deliver: Callable[[Piece], None]
@@ -105,7 +111,7 @@ class Engine:
         self._sizes = programs.doubled(programs.SMALLEST_CACHE, decoder.config.n_positions)
         # Put on the device by name: arrays that are only there by default make another program of `admit` than the
         # slots that a program gave back, and the first request would wait for its compilation.
-        nobody = programs.empty_slots(decoder, slots, self._sizes[0])
+        nobody = programs.empty_slots(decoder.config, decoder.vocab_size, slots, self._sizes[0])
         self._slots = jax.device_put(nobody, decoder.weights["wpe"].sharding)
         self._tickets: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -113,13 +119,13 @@ class Engine:
         self._closing: str | None = None  # "drain" or "now"
         self._outbox: list[tuple[Ticket, Piece]] = []
         self.failure: BaseException | None = None
-        """What ended the engine; it does nothing any more."""
+        """The exception that ended the engine."""
         self.chunks = 0
         """Made so far."""
         self.tokens = 0
         """Made so far, over all requests."""
         self.moved_at = time.monotonic()
-        """When the work in hand began, one chunk at most: long ago while requests run, and the device is stuck."""
+        """Start of the current chunk (time.monotonic()); long ago while requests run, the device is stuck."""
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -127,14 +133,14 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # ------------------------------------------------------------ for any thread
 
     @property
     def slots(self) -> int:
-        """How many requests can be under way."""
+        """The number of requests that can run at once."""
         return len(self._tickets)
 
     @property
@@ -150,11 +156,11 @@ class Engine:
         """The request as it can be carried out.
 
         Raises:
-            UserError: it does not fit the model, or asks for what there is not.
+            UserError: it does not fit the model, or a number in it is out of range.
         """
         options = request.options
         prompt = checked_prompt(self._decoder, request.prompt, options.max_new_tokens if request.continues else 0)
-        stops = len(self._stops(options))
+        stops = len(self._decoder.stops(options))
         if stops > STOPS:
             raise UserError(f"stop_token_ids: {stops} with the end-of-text token, but at most {STOPS}")
         if not 0 <= request.alternatives <= ALTERNATIVES:
@@ -168,8 +174,8 @@ class Engine:
     ) -> list[Ticket]:
         """Have requests (from `check`) carried out, all of them or none; each one's function gets its pieces.
 
-        `run` has the functions called: at once, by the engine's thread, or with an event loop's `call_soon_threadsafe`
-        there, which is woken once for all that a chunk has made.
+        `run` calls these functions: at once in the engine's thread, or with `call_soon_threadsafe` in an event loop,
+        which then wakes once a chunk.
 
         Raises:
             QueueFull: try again later.
@@ -186,13 +192,13 @@ class Engine:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """Its slot is free after the chunk in hand; it gets a last piece that says "cancelled"."""
+        """End a request after the current chunk; its last piece has the reason "cancelled"."""
         with self._changed:
             ticket.cancelled = True
             self._changed.notify()
 
     def close(self, drain: bool = False, seconds: float | None = None) -> bool:
-        """Stop; with `drain` after all requests have ended, those that wait included. Whether it did in `seconds`."""
+        """Stop, with `drain` after all requests have ended, waiting ones too; returns whether it did in `seconds`."""
         with self._changed:
             self._closing = "drain" if drain else "now"
             self._changed.notify()
@@ -207,7 +213,7 @@ class Engine:
                 self.moved_at = time.monotonic()
                 self._admit_waiting()
                 self._make_chunk()
-        finally:  # whatever it was, nobody may wait for it for ever
+        finally:  # also after a failure: no request may wait for ever
             self.failure = sys.exception()
             self._end_all("error" if self.failure else "cancelled")
 
@@ -226,10 +232,10 @@ class Engine:
         for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
             self._waiting.remove(ticket)
             self._end(ticket, "cancelled")
-        for slot, ticket in enumerate(self._tickets):
-            if ticket is not None and ticket.cancelled:
-                self._slots = programs.release(self._slots, np.int32(slot))
-                self._end(ticket, "cancelled")
+        for slot, running in enumerate(self._tickets):
+            if running is not None and running.cancelled:
+                self._slots = programs.release(self._slots, np.arange(self.slots) == slot)
+                self._end(running, "cancelled")
 
     def _admit_waiting(self) -> None:
         for _ in range(self.slots):  # and no more: prompts that are only scored free their slot at once
@@ -240,47 +246,31 @@ class Engine:
             ticket.slot = self._tickets.index(None)
             self._tickets[ticket.slot] = ticket
             if ticket.request.scores_prompt:
-                self._tell_of_prompt(ticket)
+                self._score_prompt(ticket)
             if not ticket.is_done:
                 self._fit_cache()
                 self._slots = self._admitted(ticket.request, ticket.slot)
 
-    def _tell_of_prompt(self, ticket: Ticket) -> None:
+    def _score_prompt(self, ticket: Ticket) -> None:
         request, decoder = ticket.request, self._decoder
         wanted, length = np.bool_(request.alternatives), len(request.prompt)
-        out = programs.score(decoder.config, decoder.vocab_size, decoder.weights, self._padded(request.prompt), wanted)
+        tokens_1T = padded_prompts([request.prompt], decoder.config.n_positions)
+        out = programs.score(decoder.config, decoder.vocab_size, decoder.weights, tokens_1T, wanted)
         logprobs_T, ids_TK, others_TK = jax.device_get(out)
-        told = _tokens(request.prompt, logprobs_T[:length], ids_TK, others_TK, request.alternatives)
-        told.logprobs[0] = None
-        if told.alternatives:
-            told.alternatives[0] = []
+        scored = _tokens(request.prompt, logprobs_T[:length], ids_TK, others_TK, request.alternatives)
+        scored.logprobs[0] = None
+        if scored.alternatives:
+            scored.alternatives[0] = []
         if not request.continues:
             self._forget(ticket)
-        self._tell(ticket, Piece([], [], [], None if request.continues else "length", told))
-
-    def _padded(self, prompt: list[int]) -> np.ndarray:
-        tokens_1T = np.zeros((1, bucket(len(prompt), self._decoder.config.n_positions)), np.int32)
-        tokens_1T[0, : len(prompt)] = prompt
-        return tokens_1T
+        self._send(ticket, Piece([], [], [], None if request.continues else "length", scored))
 
     def _admitted(self, request: Request, slot: int) -> Slots:
-        decoder, options = self._decoder, request.options
-        ids = self._stops(options)
-        stops_K = np.array(ids + [NO_TOKEN] * (STOPS - len(ids)), np.int32)
-        own = dict(
-            last_token=np.int32(request.prompt[-1]),
-            left=np.int32(options.max_new_tokens),
-            seed=np.uint32(options.seed),
-            row=np.int32(request.row),
-            stops_K=stops_K,
-            rules=rules_of([options], decoder.vocab_size),
-        )
-        model, tokens_1T = (decoder.config, decoder.vocab_size, decoder.weights), self._padded(request.prompt)
-        size = programs.size_for(tokens_1T.shape[1], self._sizes)
-        prompt, seen_V = programs.read(*model, tokens_1T, np.int32(len(request.prompt)), size)
+        size = programs.size_for(bucket(len(request.prompt), self._decoder.config.n_positions), self._sizes)
+        one = start_rows(self._decoder, [request.prompt], request.options, 1, size, True, request.row)
         # A CPU would read several prompts at once, each on all cores (124M: 156 tokens a second instead of 180).
-        jax.block_until_ready(prompt)
-        return programs.admit(self._slots, prompt, seen_V, np.int32(slot), **own)
+        jax.block_until_ready(one)
+        return programs.admit(self._slots, one, np.int32(slot))
 
     def _make_chunk(self) -> None:
         made = self._start_chunk()
@@ -289,7 +279,7 @@ class Engine:
             self._finish_chunk(made)
 
     def _start_chunk(self) -> tuple | None:
-        """What the device will have made; None where all that was admitted wanted its prompt scored and no more."""
+        """The arrays that the device is filling; None where no request wants new tokens."""
         if not self.running:
             return None
         self._fit_cache()
@@ -302,8 +292,9 @@ class Engine:
 
     def _decode(self, wanted: bool) -> tuple:
         decoder = self._decoder
-        shape = (decoder.config, decoder.vocab_size, self._chunk)
-        self._slots, made = programs.decode_chunk(*shape, decoder.weights, self._slots, np.bool_(wanted))
+        count = min(ALTERNATIVES, decoder.vocab_size)
+        program = (decoder.config, decoder.vocab_size, self._chunk, count, decoder.mesh, decoder.weights)
+        self._slots, made = programs.decode_chunk(*program, self._slots, np.int32(self._chunk), np.bool_(wanted))
         return made
 
     def _finish_chunk(self, made: tuple) -> None:
@@ -312,35 +303,28 @@ class Engine:
         for slot, ticket in enumerate(self._tickets):
             if ticket is None:
                 continue
-            count = int((tokens_BS[slot] != NO_TOKEN).sum())
-            tokens, ended = tokens_BS[slot, :count].tolist(), left_B[slot] == 0
-            self.tokens += count
-            ticket.made += count
-            stopped = ended and tokens[-1] in self._stops(ticket.request.options)
-            kept = count - stopped
+            tokens, reason = row_result(tokens_BS[slot], left_B[slot], self._decoder.stops(ticket.request.options))
+            self.tokens += len(tokens)
+            ticket.made += len(tokens)
+            kept = len(tokens) - (reason == "stop")
             alternatives = ticket.request.alternatives
-            told, ending = (
+            new, ending = (
                 _tokens(
                     tokens[part], logprobs_BS[slot, part], ids_BSK[slot, part], others_BSK[slot, part], alternatives
                 )
-                for part in (slice(kept), slice(kept, count))
+                for part in (slice(kept), slice(kept, len(tokens)))
             )
-            reason = ("stop" if stopped else "length") if ended else None
-            if ended:
+            if reason:
                 self._forget(ticket)
-            self._tell(
-                ticket, Piece(told.tokens, told.logprobs, told.alternatives, reason, ending=ending if stopped else None)
-            )
-
-    def _stops(self, options: SamplingOptions) -> list[int]:
-        return [token for token in (self._decoder.end_of_text, *options.stop_token_ids) if token is not None]
+            piece = Piece(new.tokens, new.logprobs, new.alternatives, reason)
+            self._send(ticket, dataclasses.replace(piece, ending=ending) if reason == "stop" else piece)
 
     def _forget(self, ticket: Ticket) -> None:
         ticket.is_done = True
         if ticket.slot is not None:
             self._tickets[ticket.slot] = None
 
-    def _tell(self, ticket: Ticket, piece: Piece) -> None:
+    def _send(self, ticket: Ticket, piece: Piece) -> None:
         self._outbox.append((ticket, piece))
 
     def _hand_out(self) -> None:
@@ -348,12 +332,12 @@ class Engine:
         for ticket, piece in self._outbox:
             by_run.setdefault(ticket.run, []).append((ticket, piece))
         self._outbox.clear()
-        for run, told in by_run.items():
-            run(functools.partial(_deliver, told))
+        for run, pieces in by_run.items():
+            run(functools.partial(_deliver, pieces))
 
     def _end(self, ticket: Ticket, reason: str) -> None:
         self._forget(ticket)
-        self._tell(ticket, Piece([], [], [], reason))
+        self._send(ticket, Piece([], [], [], reason))
 
     def _end_all(self, reason: str) -> None:
         with self._changed:
@@ -370,7 +354,7 @@ class Engine:
         lengths = [min(length, longest - 1) for length in programs.doubled(SMALLEST_BUCKET, longest)]
         prompts = [Request([0] * length, once, alternatives=1) for length in lengths]
         for request in prompts:
-            self._tell_of_prompt(Ticket(request, lambda piece: None))
+            self._score_prompt(Ticket(request, lambda piece: None))
         for size in self._sizes:
             self._slots = programs.resize(self._slots, self._sizes, size)
             for request in (request for request in prompts if len(request.prompt) <= size):
@@ -378,17 +362,19 @@ class Engine:
             jax.block_until_ready(self._decode(wanted=False))
         self._slots = programs.resize(self._slots, self._sizes, self._sizes[0])
         self._outbox.clear()
-        self._slots = programs.release(self._slots, np.int32(0))
+        self._slots = programs.release(self._slots, np.arange(self.slots) == 0)
 
 
-def _deliver(told: Sequence[tuple[Ticket, Piece]]) -> None:
-    for ticket, piece in told:
+def _deliver(pieces: Sequence[tuple[Ticket, Piece]]) -> None:
+    for ticket, piece in pieces:
         ticket.deliver(piece)
 
 
-def _tokens(tokens: list[int], logprobs, ids_TK, others_TK, alternatives: int) -> Tokens:
-    """What the device told of tokens, as lists; of the likeliest ones the first `alternatives`."""
-    logprobs = logprobs.tolist()
+def _tokens(
+    tokens: list[int], logprobs_T: np.ndarray, ids_TK: np.ndarray, others_TK: np.ndarray, alternatives: int
+) -> Tokens:
+    """Arrays from the device as lists; of the likeliest tokens the first `alternatives`."""
+    logprobs = logprobs_T.tolist()
     if not alternatives:
         return Tokens(tokens, logprobs, [])
     places = zip(tokens, logprobs, ids_TK[:, :alternatives].tolist(), others_TK[:, :alternatives].tolist())

@@ -1,22 +1,26 @@
-"""Prompts as users write them: on the command line, in a file, at a terminal. No jax import."""
+"""Prompts: as users write them on the command line and in files, and as made of conversations. No jax import.
 
-import contextlib
+The prompt of a conversation is whole turns or nothing. Where the context is full, the oldest question and answer are
+left out together, and the system message stays; so the model never reads half a turn, as it never did in training.
+"""
+
 import dataclasses
 import json
-import signal
-import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from jaxgpt.data.chat import END_OF_TURN, ChatEncoder
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.settings import ChatConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     text: str
     where: str
-    """Where the user wrote it, for messages."""
+    """The place where the user wrote it, for messages."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -67,40 +71,87 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: not valid Unicode ({bad} at position {error.start + 1})") from None
 
 
-def typed_lines() -> Iterator[str]:
-    """What the user types, line by line, without empty lines."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if is_terminal:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 - with it, `input` has the arrow keys and a history
-    while True:
-        try:
-            line = input("> " if is_terminal else "")
-        except EOFError:
-            if is_terminal:
-                print()
-            return
-        except KeyboardInterrupt:  # forget the line, as a shell does
-            print()
-            continue
-        if line.strip() == "/quit":
-            return
-        if line:
-            yield line
+# ---------------------------------------------------------------- conversations
 
 
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """Within it, Ctrl-C sets the event, which nothing is lost by; a second one is a KeyboardInterrupt as usual."""
-    asked = threading.Event()
+class ChatPrompt(NamedTuple):
+    ids: list[int]
+    dropped: int
+    """Oldest turns that did not fit."""
 
-    def on_signal(number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
 
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+class ChatPrompts:
+    """Makes prompts of conversations for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, n_positions: int, where: str):
+        """
+        Raises:
+            UserError: the tokenizer has no chat tokens; `where` is the model's name in the message.
+        """
+        if tokenizer.end_of_turn is None:
+            raise UserError(
+                f"{where}: no chat model, as its tokenizer has no {END_OF_TURN}; fine-tune it with "
+                'data.format = "chat" (configs/support_chat.toml), or continue plain texts'
+            )
+        self.end_of_turn: int = tokenizer.end_of_turn
+        self._encoder = ChatEncoder(tokenizer, ChatConfig(), n_positions)
+        self._n_positions = n_positions
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a whole conversation that ends in a user turn, however long it is."""
+        return self._encoder.prompt(messages)
+
+    def fit(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int) -> ChatPrompt:
+        """The tokens of a conversation that ends in a user turn, without its oldest turns where it is too long.
+
+        Raises:
+            UserError: system message and last turn alone leave no room for `max_new_tokens`.
+        """
+        head = [message for message in messages[:1] if message["role"] == "system"]
+        turns = list(messages[len(head) :])
+        room, dropped = self._n_positions - max_new_tokens, 0
+        while len(ids := self._encoder.prompt([*head, *turns[dropped:]])) > room:
+            if len(turns) - dropped <= 2:
+                beside = " with the system message" if head else ""
+                raise UserError(
+                    f"the message{beside} takes {len(ids)} tokens, with {max_new_tokens} new ones more than "
+                    f"the model's n_positions = {self._n_positions}; shorten it, or ask for fewer new tokens"
+                )
+            dropped += 2
+        return ChatPrompt(ids, dropped)
+
+
+class ChatSession:
+    """One conversation: messages as they come, each answered before the next."""
+
+    def __init__(self, prompts: ChatPrompts, system: str = ""):
+        self.system = system
+        self._prompts = prompts
+        self._turns: list[dict[str, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        head = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        return head + self._turns
+
+    def ask(self, message: str, max_new_tokens: int) -> ChatPrompt:
+        """The prompt for the answer to `message`; it becomes part of the conversation with `answered`.
+
+        Raises:
+            UserError: it does not fit (see `ChatPrompts.fit`), or is blank.
+        """
+        if not message.strip():
+            raise UserError("the message is blank; write something")
+        asked = [*self.messages, {"role": "user", "content": message}]
+        prompt = self._prompts.fit(asked, max_new_tokens)
+        self._turns = self._turns[prompt.dropped :]
+        return prompt
+
+    def answered(self, message: str, answer: str) -> None:
+        """Keep a message with its answer; one that was stopped before its first word leaves no trace."""
+        if answer.strip():
+            self._turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self._turns = []

@@ -1,14 +1,13 @@
 """The rules that turn logits into the next token, each row of a batch by its own: repetition penalty, temperature,
 top-k, top-p, min-p, in Hugging Face's order.
 
-A token is drawn by inverse cumulative distribution: line the tokens up, the likeliest first and of equal ones
-the lower id first, and take the first at which the summed weight exceeds a uniform number times the weight
-that may be drawn. Top-k, top-p and min-p all keep a prefix of that line, so each only lowers this weight.
+A token is drawn by inverse cumulative distribution: sort the tokens, the likeliest first and equal ones by id, and take
+the first at which the summed weight exceeds a uniform number times the weight that may be drawn. Top-k, top-p and
+min-p all keep a prefix of that order, so each only lowers this weight.
 
-Sorting GPT-2's vocabulary takes longer than a small model's whole step. So only the candidates are lined up: a
-vocabulary of bytes or characters whole, of a larger one the 64 best tokens. Where a row may draw others, a search
-over the bits of a float32 finds the cuts instead, a pass over the vocabulary for each bit. All rules are traced
-values: changing them compiles nothing.
+Sorting GPT-2's vocabulary takes longer than a small model's whole step, so only candidates are sorted: a vocabulary of
+bytes or characters whole, of a larger one the 64 best tokens. Where a row may draw others, a search over the bits of a
+float32 finds the cuts, a pass over the vocabulary for each bit. All rules are traced: changing them compiles nothing.
 
 Axes in names: B rows, V vocabulary, K candidates, N blocks of the vocabulary, L tokens of a block, 1 an axis of
 size one.
@@ -18,12 +17,13 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxgpt.errors import UserError
 
@@ -59,29 +59,20 @@ class SamplingOptions:
     seed: int = 0
     """The same seed draws the same tokens."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
-            "temperature": (
-                0 <= self.temperature < math.inf,
-                "a number >= 0 (0 takes the likeliest token)",
-            ),
+            "temperature": (0 <= self.temperature < math.inf, "a number >= 0 (0 takes the likeliest token)"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1 (1 is off)"),
             "min_p": (0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            "repetition_penalty": (
-                0 < self.repetition_penalty < math.inf,
-                "a number > 0 (1 is off)",
-            ),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
             "stop": (
                 not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop),
                 "a list of texts, none of them empty",
             ),
-            "stop_token_ids": (
-                all(token >= 0 for token in self.stop_token_ids),
-                "token ids, each at least 0",
-            ),
+            "stop_token_ids": (all(token >= 0 for token in self.stop_token_ids), "token ids, each at least 0"),
             "seed": (0 <= self.seed < 2**31, "between 0 and 2147483647"),
         }
         for name, (valid, rule) in allowed.items():
@@ -92,11 +83,11 @@ class SamplingOptions:
 class Rules(NamedTuple):
     """The rules of each row: arrays (B,), all float32 but `top_k`, which is int32."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
 
 
 def rules_of(options: Sequence[SamplingOptions], vocab_size: int) -> Rules:
@@ -105,17 +96,18 @@ def rules_of(options: Sequence[SamplingOptions], vocab_size: int) -> Rules:
     A `top_k` of the vocabulary or more is the same as none, and cheaper as none.
     """
     column = lambda name: np.minimum([getattr(row, name) for row in options], FLOAT.max).astype(np.float32)
-    top_k_B = np.array([row.top_k if row.top_k < vocab_size else 0 for row in options], np.int32)
-    return Rules(column("temperature"), top_k_B, column("top_p"), column("min_p"), column("repetition_penalty"))
+    columns: dict[str, Any] = {name: column(name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+    top_k_B: Any = np.array([row.top_k if row.top_k < vocab_size else 0 for row in options], np.int32)
+    return Rules(**columns, top_k=top_k_B)
 
 
-def draw_keys(seed_B: jax.Array, row_B: jax.Array, position_B: jax.Array) -> jax.Array:
+def draw_keys(seed_B: Array, row_B: Array, position_B: Array) -> Array:
     """One uniform float32 in [0, 1) for each of three integers (B,), which depends on nothing but them.
 
     `row_B` counts the continuations of one request, `position_B` the tokens of one text.
     """
 
-    def uniform(seed, row, position):
+    def uniform(seed: Array, row: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
         # float32 holds all multiples of 2^-24 below 1, and the largest of them is not 1.
         return (jax.random.bits(key) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
@@ -123,7 +115,7 @@ def draw_keys(seed_B: jax.Array, row_B: jax.Array, position_B: jax.Array) -> jax
     return jax.vmap(uniform)(seed_B, row_B, position_B)
 
 
-def sample(logits_BV, uniform_B, rules: Rules, seen_BV=None) -> tuple[jax.Array, jax.Array]:
+def sample(logits_BV: Array, uniform_B: Array, rules: Rules, seen_BV: Array | None = None) -> tuple[Array, Array]:
     """Tokens (B,), int32, and the log-probability (B,), float32, the model gave them before any rule.
 
     Args:
@@ -154,7 +146,7 @@ def sample(logits_BV, uniform_B, rules: Rules, seen_BV=None) -> tuple[jax.Array,
     return tokens_B, _log_probabilities(logits_BV, tokens_B)
 
 
-def _penalise(logits_BV, seen_BV, rules):
+def _penalise(logits_BV: Array, seen_BV: Array, rules: Rules) -> Array:
     penalty_B1 = jnp.clip(rules.repetition_penalty, 1e-30, 1e30)[:, None]
     lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     # An overflow must not turn a token that could be drawn into one that cannot.
@@ -162,24 +154,24 @@ def _penalise(logits_BV, seen_BV, rules):
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
-def _log_probabilities(logits_BV, tokens_B):
+def _log_probabilities(logits_BV: Array, tokens_B: Array) -> Array:
     chosen_B1 = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)
     best_B1 = logits_BV.max(axis=-1, keepdims=True)
     total_B1 = jnp.exp(_below(logits_BV, best_B1)).sum(axis=-1, keepdims=True)
     return (_below(chosen_B1, best_B1) - jnp.log(jnp.maximum(total_B1, FLOAT.tiny)))[:, 0]
 
 
-def _below(x_BX, best_B1):
+def _below(x_BX: Array, best_B1: Array) -> Array:
     """Logits relative to the best one, which becomes 0: only the tail can overflow, to -inf (inf - inf is NaN)."""
     return jnp.minimum(x_BX, FLOAT.max) - jnp.clip(best_B1, FLOAT.min, FLOAT.max)
 
 
-def _weights(scores_BX, best_B1, rules):
+def _weights(scores_BX: Array, best_B1: Array, rules: Rules) -> Array:
     """Probabilities relative to the best token's, which becomes 1."""
     return jnp.exp(_below(scores_BX, best_B1) / rules.temperature[:, None])
 
 
-def _best(scores_BV, uniform_B, rules):
+def _best(scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
     """The likeliest token of each row (B,): as `jnp.argmax`, which takes six times as long on a CPU."""
     vocab_size = scores_BV.shape[-1]
     best_B1 = scores_BV.max(axis=-1, keepdims=True)
@@ -187,15 +179,15 @@ def _best(scores_BV, uniform_B, rules):
     return ids_BV.min(axis=-1).astype(jnp.int32)
 
 
-def _draw_each_its_way(few_B, scores_BV, uniform_B, rules):
-    """Tokens (B,) of rows of which some need the whole vocabulary. The others are drawn as they are without these: the
-    two ways add up in another order, and a row's token may not depend on the rows beside it."""
+def _draw_each_its_way(few_B: Array, scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
+    """Tokens (B,) where some rows need the whole vocabulary. The others are drawn as if these were not there: the two
+    ways sum in another order, and a row's token may not depend on the rows beside it."""
     from_all_B = _draw_from_all(scores_BV, uniform_B, rules)
     from_few = lambda: jnp.where(few_B, _draw_from_candidates(scores_BV, uniform_B, rules), from_all_B)
     return jax.lax.cond(few_B.any(), from_few, lambda: from_all_B)
 
 
-def _draw_from_candidates(scores_BV, uniform_B, rules):
+def _draw_from_candidates(scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
     """Tokens (B,) where no row keeps any but its best `CANDIDATES`, or where the vocabulary is small."""
     vocab_size = scores_BV.shape[-1]
     count = vocab_size if vocab_size <= SMALL_VOCABULARY else CANDIDATES
@@ -216,7 +208,7 @@ def _draw_from_candidates(scores_BV, uniform_B, rules):
     return jnp.where(places[None] == place_B1, ids_BK, 0).sum(axis=-1).astype(jnp.int32)
 
 
-def _draw_from_all(scores_BV, uniform_B, rules):
+def _draw_from_all(scores_BV: Array, uniform_B: Array, rules: Rules) -> Array:
     """Tokens (B,) for any rules and any vocabulary."""
     vocab_size = scores_BV.shape[-1]
     weights_BV = _weights(scores_BV, scores_BV.max(axis=-1, keepdims=True), rules)
@@ -240,7 +232,7 @@ def _draw_from_all(scores_BV, uniform_B, rules):
     return jnp.clip(ids_B, 0, vocab_size - 1).astype(jnp.int32)
 
 
-def _top_k_cut(scores_BNL, weights_BNL, top_k_B11):
+def _top_k_cut(scores_BNL: Array, weights_BNL: Array, top_k_B11: Array) -> tuple[Array, Array]:
     """Weight (B, 1, 1) of the k best tokens together, and of the least of them."""
     cut_B11 = _threshold(scores_BNL, jnp.ones_like(weights_BNL), top_k_B11)
     above_BNL = scores_BNL > cut_B11
@@ -249,7 +241,7 @@ def _top_k_cut(scores_BNL, weights_BNL, top_k_B11):
     return _total(jnp.where(above_BNL, weights_BNL, 0.0)) + tied_B11 * least_B11, least_B11
 
 
-def _top_p_cut(weights_BNL, target_B11):
+def _top_p_cut(weights_BNL: Array, target_B11: Array) -> tuple[Array, Array]:
     """Weight (B, 1, 1) of the fewest best tokens that reach the target together, and of the least of them."""
     target_B11 = jnp.maximum(target_B11, FLOAT.tiny)
     least_B11 = _threshold(weights_BNL, weights_BNL, target_B11)
@@ -258,7 +250,7 @@ def _top_p_cut(weights_BNL, target_B11):
     return above_B11 + tied_B11 * least_B11, least_B11
 
 
-def _at_mass(scores_BNL, weights_BNL, mass_B11, uniform_B11):
+def _at_mass(scores_BNL: Array, weights_BNL: Array, mass_B11: Array, uniform_B11: Array) -> Array:
     """Ids (B,), float32: the first token of each row that with all better ones weighs more than a share of the mass.
 
     The weights are 0 where nothing may be drawn, and more than the mass where it holds only some of equal tokens.
@@ -272,7 +264,7 @@ def _at_mass(scores_BNL, weights_BNL, mass_B11, uniform_B11):
     held_B11 = jnp.minimum(jnp.round((mass_B11 - above_B11) / weight_B11), _total(jnp.where(tied_BNL, 1.0, 0.0)))
     place_B11 = jnp.clip(jnp.floor((target_B11 - above_B11) / weight_B11), 0, jnp.maximum(held_B11 - 1, 0))
 
-    # Of equal tokens the lower id goes first. float32 holds ids up to 2^24.
+    # The lower id of equal tokens goes first. float32 holds ids up to 2^24.
     blocks, block = scores_BNL.shape[1:]
     ids_1NL = jnp.arange(blocks * block, dtype=jnp.float32).reshape(1, blocks, block)
     order_BNL = jnp.where(tied_BNL, -ids_1NL, -jnp.inf)
@@ -284,34 +276,34 @@ def _at_mass(scores_BNL, weights_BNL, mass_B11, uniform_B11):
     return -found_B11[:, 0, 0]
 
 
-def _blocks(x_BV, filler):
+def _blocks(x_BV: Array, filler: float) -> Array:
     """(B, V) as (B, N, L): a CPU sums many blocks side by side six times as fast as one long row."""
     rows, size = x_BV.shape
     return jnp.pad(x_BV, ((0, 0), (0, -size % BLOCK)), constant_values=filler).reshape(rows, -1, BLOCK)
 
 
-def _total(x_BNL):
+def _total(x_BNL: Array) -> Array:
     return x_BNL.sum(axis=1, keepdims=True).sum(axis=2, keepdims=True)
 
 
-def _threshold(x_BNL, weights_BNL, target_B11, reaches=operator.ge):
+def _threshold(x_BNL: Array, weights_BNL: Array, target_B11: Array, reaches: Callable = operator.ge) -> Array:
     """The highest float32 (B, 1, 1) such that the weights where `x_BNL` is not below it reach the target.
 
     Rounding may keep all of a row from it: then the lowest `x_BNL` that has a weight.
     """
 
-    def set_bit(i, order_B11):
+    def set_bit(i: Array, order_B11: Array) -> Array:
         higher_B11 = order_B11 | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         total_B11 = _total(jnp.where(x_BNL >= _float_at(higher_B11), weights_BNL, 0.0))
         return jnp.where(reaches(total_B11, target_B11), higher_B11, order_B11)
 
     order_B11 = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(target_B11.shape, jnp.uint32))
     lowest_B11 = jnp.where(weights_BNL > 0, x_BNL, jnp.inf).min(axis=(1, 2), keepdims=True)
-    # Of two numbers, one NaN, fmax takes the other: the order below that of -inf is of NaN.
+    # fmax prefers the number to a NaN, which the lowest orders stand for.
     return jnp.fmax(_float_at(order_B11), lowest_B11)
 
 
-def _float_at(order):
+def _float_at(order: Array) -> Array:
     """The float32 at a place in their order, a uint32: the sign bit flipped, and the others of negative numbers."""
     sign = jnp.uint32(1 << 31)
     return jax.lax.bitcast_convert_type(jnp.where(order >= sign, order ^ sign, ~order), jnp.float32)

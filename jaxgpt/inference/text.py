@@ -12,9 +12,11 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import tokenizers
+
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import Continuation, Decoder, generate, stream
+from jaxgpt.inference.decode import Continuation, Decoder, stream
 from jaxgpt.inference.sampling import SamplingOptions
 
 REPLACEMENT = "\ufffd"
@@ -75,9 +77,10 @@ class TextGeneration:
         tokenizer: Tokenizer,
         prompts: Sequence[str | Sequence[int]],
         options: SamplingOptions,
+        chunk: int = 8,
     ):
-        """A prompt is text, or token ids."""
-        self._decoder, self._options = decoder, options
+        """A prompt is text, or token ids; `chunk` tokens are made between two looks at the stop texts."""
+        self._decoder, self._options, self._chunk = decoder, options, chunk
         self._prompts = _token_ids(tokenizer, prompts)
         self._rows = [
             GrowingText(tokenizer, options.stop, prompt)
@@ -87,7 +90,7 @@ class TextGeneration:
 
     def __iter__(self) -> Iterator[list[str]]:
         """The new text of each row, again and again; "" for a row that has none."""
-        parts = stream(self._decoder, self._prompts, self._options)
+        parts = stream(self._decoder, self._prompts, self._options, self._chunk)
         try:
             new = next(parts)
             while True:
@@ -103,7 +106,7 @@ class TextGeneration:
 
     @property
     def completions(self) -> list[list[Completion]]:
-        """What was made so far, num_return_sequences entries a prompt."""
+        """The continuations so far, num_return_sequences a prompt."""
         made, count = [row.completion() for row in self._rows], self._options.num_return_sequences
         return [made[i : i + count] for i in range(0, len(made), count)]
 
@@ -119,19 +122,11 @@ def complete(
     Raises:
         UserError: prompt and new tokens do not fit the context, or the prompt cannot be read.
     """
-    if options.stop:
-        generation = TextGeneration(decoder, tokenizer, prompts, options)
-        for _ in generation:
-            pass
-        return generation.completions
-    prompts = _token_ids(tokenizer, prompts)
-
-    def completion(prompt, made):
-        text = TextStream(tokenizer, after=prompt)
-        return Completion(text.add(made.tokens) + text.finish(), made.tokens, made.logprobs, made.finish_reason)
-
-    batch = generate(decoder, prompts, options)  # one compiled call, with no stop on the way
-    return [[completion(prompt, made) for made in row] for prompt, row in zip(prompts, batch, strict=True)]
+    # One call of the device if there is no stop text to look for.
+    generation = TextGeneration(decoder, tokenizer, prompts, options, 8 if options.stop else options.max_new_tokens)
+    for _ in generation:
+        pass
+    return generation.completions
 
 
 def fit_prompt(ids: Sequence[int], options: SamplingOptions, n_positions: int, truncate: bool) -> list[int]:
@@ -148,7 +143,7 @@ def fit_prompt(ids: Sequence[int], options: SamplingOptions, n_positions: int, t
         )
     excess = len(ids) + new - n_positions
     if excess > 0 and not truncate:
-        # Where the prompt alone fits, fewer new tokens are the other way out.
+        # If the prompt alone fits, fewer new tokens help, too.
         fewer = f"ask for at most {n_positions - len(ids)} new tokens, " if len(ids) < n_positions else ""
         raise UserError(
             f"a prompt of {len(ids)} tokens and {new} new ones are {excess} more than the model's "
@@ -169,7 +164,7 @@ class GrowingText:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.offsets: list[int] = []
-        """Where the text of each of the first tokens begins, as far as `given_tokens` has come."""
+        """Start in the text of each of the first `given_tokens` tokens."""
         self._stream = TextStream(tokenizer, stop, after=prompt)
         self._counter = TextStream(tokenizer, after=prompt)
         self._pieces: list[str] = []
@@ -213,8 +208,8 @@ class GrowingText:
 def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bool]:
     """How much of the text is certain, and whether a stop text begins there.
 
-    Of several stop texts the one that begins first counts: where one is whole and another that began earlier
-    is not yet, only the next token tells.
+    The stop text that begins first counts: if one is complete and another began earlier but is not yet, the next token
+    decides.
     """
     whole = min((at for at in (text.find(end) for end in stop) if at >= 0), default=len(text) + 1)
     begun = len(text) + 1
@@ -230,16 +225,18 @@ def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bo
 
 
 def _token_text(tokenizer: Tokenizer, after: Sequence[int]) -> "_ByteText | _WindowText":
-    from tokenizers import decoders
-
     backend = tokenizer.backend
-    return _ByteText(backend) if isinstance(backend.decoder, decoders.ByteLevel) else _WindowText(backend, after)
+    return (
+        _ByteText(backend)
+        if isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        else _WindowText(backend, after)
+    )
 
 
 class _ByteText:
     """Tokens that are bytes in GPT-2's alphabet: UTF-8 says by itself where a character ends."""
 
-    def __init__(self, backend):
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._token_of = backend.id_to_token
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -257,7 +254,7 @@ class _ByteText:
 class _WindowText:
     """Any other tokenizer: what a token adds is seen by decoding it together with the tokens right before it."""
 
-    def __init__(self, backend, after: Sequence[int]):
+    def __init__(self, backend: tokenizers.Tokenizer, after: Sequence[int]) -> None:
         self._backend = backend
         self._window = list(after)
         self._known = len(self._window)
@@ -286,12 +283,10 @@ class _WindowText:
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """What a token writes by itself; it may be a part of a character."""
-    from tokenizers import decoders
-
+    """The bytes of a token; they may be part of a character."""
     backend = tokenizer.backend
     written = backend.id_to_token(token) or ""
-    if not isinstance(backend.decoder, decoders.ByteLevel):
+    if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
         is_byte = _BYTE_TOKEN.fullmatch(written)
         return bytes.fromhex(written[3:5]) if is_byte else tokenizer.decode([token]).encode()
     byte_of = _byte_of_character()

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
 @jax.tree_util.register_dataclass
@@ -14,24 +15,24 @@ import jax.numpy as jnp
 class KVCache:
     """Keys and values of the positions read so far; one array a layer, so that each is updated in place."""
 
-    keys: tuple[jax.Array, ...]
+    keys: tuple[Array, ...]
     """L arrays (A, S, H): each head's keys lie as one block. With B and N as two axes XLA merges them for the matmul
     and, on CPU, copies the whole cache six times a layer to do so (jax 0.10.2, B = 1)."""
-    values: tuple[jax.Array, ...]
-    length_B: jax.Array
+    values: tuple[Array, ...]
+    length_B: Array
     """int32: positions of each row that are written; what lies at and after them is never read."""
 
 
 def attend(
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNH: jax.Array,
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
     *,
-    segments_BT: jax.Array | None = None,
-    dropout_rate: float | jax.Array = 0.0,
-    dropout_key: jax.Array | None = None,
+    segments_BT: Array | None = None,
+    dropout_rate: float | Array = 0.0,
+    dropout_key: Array | None = None,
     shared_segment: int | None = None,
-) -> jax.Array:
+) -> Array:
     """Softmax attention of each query over the keys at or before it (S = T). Returns (B, T, N, H) in q's type.
 
     With `segments_BT`, a query reads only keys of its own segment, and those of `shared_segment`.
@@ -52,7 +53,9 @@ def attend(
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
 
 
-def attend_cached(q_BTNH, k_BTNH, v_BTNH, keys_ASH, values_ASH, length_B):
+def attend_cached(
+    q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, keys_ASH: Array, values_ASH: Array, length_B: Array
+) -> tuple[Array, Array, Array]:
     """One new token a row (T = 1): adds its key and value at the row's length, and attends to all up to there.
 
     Returns the output (B, 1, N, H) in q's type and the updated keys and values.
@@ -68,7 +71,7 @@ def attend_cached(q_BTNH, k_BTNH, v_BTNH, keys_ASH, values_ASH, length_B):
     return out_AH.reshape(q_BTNH.shape), keys_ASH, values_ASH
 
 
-def _put(cached_ASH: jax.Array, new_BTNH: jax.Array, length_B: jax.Array) -> jax.Array:
+def _put(cached_ASH: Array, new_BTNH: Array, length_B: Array) -> Array:
     """The cache with each row's new entry, (N, 1, H), at the row's length."""
     rows, _, heads, _ = new_BTNH.shape
     new_BNTH = new_BTNH.swapaxes(1, 2).astype(cached_ASH.dtype)
@@ -87,7 +90,7 @@ def _put(cached_ASH: jax.Array, new_BTNH: jax.Array, length_B: jax.Array) -> jax
     )
 
 
-def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
+def dropout(x: Array, rate: float | Array, key: Array | None) -> Array:
     """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate); no key, no dropout."""
     if key is None:
         return x

@@ -1,30 +1,16 @@
-"""Which backend a kind of device gets, and why: the one place where that is decided."""
+"""The backend for a kind of device, and why: the one place that decides it."""
 
 import dataclasses
-
-import jax
 
 from jaxgpt.errors import UserError
 from jaxgpt.model import attention, flash
 from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.cpu import CPU
+from jaxgpt.model.gpu import GPU
 from jaxgpt.model.tpu import TPU
 from jaxgpt.settings import ModelConfig
 
-
-def cudnn_attend(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, dropout_rate=0.0, dropout_key=None):
-    """`attention.attend` by NVIDIA's cuDNN, which drops no weights out here."""
-    if dropout_key is not None:
-        raise ValueError("cuDNN attention is called without dropout")
-    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask, is_causal=True, implementation="cudnn")
-
-
-# Logits of all tokens at once are faster on a GPU (a published trainer lost 7 % by splitting them), up to what memory
-# bears: 16,384 x 50,304 x 2 bytes = 1.6 GB.
-GPU = Backend(attend=cudnn_attend, loss_rows=16_384)
-
-# Each kernel: the setting's name, the device it runs on, what `auto` says when it takes it, why it cannot.
+# The attention kernel of a device: its name in `model.attention`, and in the log.
 _KERNELS = {"tpu": ("flash", "TPU kernel"), "gpu": ("cudnn", "cuDNN")}
 
 

@@ -1,9 +1,9 @@
 """The network's heavy operations in the forms that XLA runs fastest on CPU cores.
 
-The values are those of `backend.PLAIN` up to rounding; what differs is what XLA makes of them (docs/benchmarks.md has
-the measurements). Four things count: matrix products in a form that reaches the fast kernels, in bfloat16 above
-all; gradients written out, so that the backward pass reads what the forward pass kept; no score of a key that a
-query may not see; and borders where XLA would compute a cheap thing again for each of its readers.
+The values are those of `backend.PLAIN` up to rounding (docs/benchmarks.md has the measurements). Four things make the
+difference: matrix products in a form for which XLA has fast kernels, above all in bfloat16; gradients written out, so
+that the backward pass reads what the forward pass kept; no scores of keys that a query may not see; and optimization
+barriers where XLA would compute a cheap value again for each of its readers.
 
 Axes in names: B batch, T query position, S key position, D width, N heads, H head size, I inputs, O outputs,
 M = B x T rows of a matrix, Q queries of one chunk.
@@ -11,10 +11,10 @@ M = B x T rows of a matrix, Q queries of one chunk.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxgpt.model.attention import dropout
-from jaxgpt.model.backend import LAYER_NORM_EPSILON, Backend
+from jaxgpt.model.backend import LAYER_NORM_EPSILON, Backend, layer_norm_gradients
 
 QUERIES = 64  # of one chunk of attention; measured beside 32 and 128
 
@@ -22,7 +22,7 @@ QUERIES = 64  # of one chunk of attention; measured beside 32 and 128
 # ---------------------------------------------------------------- matrix products
 
 
-def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+def _product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
     """Sum over one axis of each of two matrices of one type, in float32.
 
     The result is asked for in float32 also where both are bfloat16: only then XLA takes its bfloat16 kernel, which
@@ -31,7 +31,7 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Arr
     return lax.dot_general(a, b, (((contracted[0],), (contracted[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _transposed(x: jax.Array) -> jax.Array:
+def _transposed(x: Array) -> Array:
     """x with its last two axes swapped, by two reversals that undo each other.
 
     XLA would fold a bare transpose into the product that reads it and lose the fast kernel; this one it cannot.
@@ -39,7 +39,7 @@ def _transposed(x: jax.Array) -> jax.Array:
     return jnp.flip(jnp.flip(x, -2).swapaxes(-1, -2), -1)
 
 
-def kernel_gradient(x_MI: jax.Array, g_MO: jax.Array) -> jax.Array:
+def kernel_gradient(x_MI: Array, g_MO: Array) -> Array:
     """x^T g in float32, (I, O)."""
     if x_MI.dtype == jnp.bfloat16:
         if x_MI.shape[1] <= g_MO.shape[1]:
@@ -51,18 +51,18 @@ def kernel_gradient(x_MI: jax.Array, g_MO: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def linear(x_BTI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array) -> jax.Array:
+def linear(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> Array:
     """x W + b in the type of x; the parameters are float32, and are cast."""
     return _linear_forward(x_BTI, kernel_IO, bias_O)[0]
 
 
-def _linear_forward(x_BTI, kernel_IO, bias_O):
+def _linear_forward(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> tuple[Array, tuple[Array, Array]]:
     x_MI, kernel_IO = lax.collapse(x_BTI, 0, 2), kernel_IO.astype(x_BTI.dtype)
     out_MO = _product(x_MI, kernel_IO, (1, 0)) + bias_O[None]
     return out_MO.astype(x_BTI.dtype).reshape(*x_BTI.shape[:2], -1), (x_BTI, kernel_IO)
 
 
-def _linear_backward(kept, g_BTO):
+def _linear_backward(kept: tuple[Array, Array], g_BTO: Array) -> tuple[Array, Array, Array]:
     x_BTI, kernel_IO = kept
     x_MI, g_MO = lax.collapse(x_BTI, 0, 2), lax.collapse(g_BTO, 0, 2)
     x_gradient = _product(g_MO, kernel_IO, (1, 1)).astype(x_BTI.dtype).reshape(x_BTI.shape)
@@ -72,23 +72,23 @@ def _linear_backward(kept, g_BTO):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def loss_gradients(dlogits_RV: jax.Array, hidden_RD: jax.Array, wte_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As backend.loss_gradients. Behind the border, or XLA computes the softmax anew inside both products."""
+def loss_gradients(dlogits_RV: Array, hidden_RD: Array, wte_VD: Array) -> tuple[Array, Array]:
+    """As `backend.loss_gradients`; without the barrier XLA computes the softmax again inside both products."""
     dlogits_RV = lax.optimization_barrier(dlogits_RV)
     dhidden_RD = _product(dlogits_RV, wte_VD, (1, 0)).astype(hidden_RD.dtype)
     return dhidden_RD, kernel_gradient(dlogits_RV, hidden_RD)
 
 
-# ---------------------------------------------------------------- what stands between the products
+# ---------------------------------------------------------------- between the products
 
 
 @jax.custom_vjp
-def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+def layer_norm(x_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
     """Normalises the last axis. Statistics in float32: a bfloat16 mean of 768 values keeps 2-3 digits."""
     return _layer_norm_forward(x_BTD, scale_D, bias_D)[0]
 
 
-def _layer_norm_forward(x_BTD, scale_D, bias_D):
+def _layer_norm_forward(x_BTD: Array, scale_D: Array, bias_D: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
     x32 = x_BTD.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     centred = x32 - mean
@@ -97,33 +97,24 @@ def _layer_norm_forward(x_BTD, scale_D, bias_D):
     return out.astype(x_BTD.dtype), (x_BTD, mean, inverse, scale_D)
 
 
-def _layer_norm_backward(kept, g_BTD):
-    x_BTD, mean, inverse, scale_D = kept
-    normal, g = (x_BTD.astype(jnp.float32) - mean) * inverse, g_BTD.astype(jnp.float32)
-    scaled = g * scale_D[None, None]
-    along = (scaled * normal).mean(-1, keepdims=True)
-    x_gradient = inverse * (scaled - scaled.mean(-1, keepdims=True) - normal * along)
-    return x_gradient.astype(x_BTD.dtype), (g * normal).sum((0, 1)), g.sum((0, 1))
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm.defvjp(_layer_norm_forward, layer_norm_gradients)
 
 _GELU_SCALE, _GELU_CUBE = (2 / jnp.pi) ** 0.5, 0.044715
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Array) -> Array:
     """GPT-2's activation: Hendrycks & Gimpel 2016, the form with tanh; computed in float32."""
     return _gelu_forward(x)[0]
 
 
-def _gelu_forward(x):
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
     x32 = x.astype(jnp.float32)
     tanh = jnp.tanh(_GELU_SCALE * (x32 + _GELU_CUBE * x32 * x32 * x32))
     return (0.5 * x32 * (1.0 + tanh)).astype(x.dtype), x
 
 
-def _gelu_backward(x, g):
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
     x32 = x.astype(jnp.float32)
     square = x32 * x32
     tanh = jnp.tanh(_GELU_SCALE * x32 * (1.0 + _GELU_CUBE * square))
@@ -135,10 +126,10 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
-def residual(x_BTD: jax.Array) -> jax.Array:
-    """The identity, and a border that XLA fuses nothing across, in both directions.
+def residual(x_BTD: Array) -> Array:
+    """The identity, with an optimization barrier in both directions.
 
-    Without it XLA computes the whole sum of the branches, and the whole gradient, anew inside every reader.
+    Without it XLA computes the whole sum of the branches, and the whole gradient, again inside every reader.
     """
     return lax.optimization_barrier(x_BTD)
 
@@ -150,14 +141,14 @@ residual.defvjp(lambda x: (lax.optimization_barrier(x), None), lambda _, g: (lax
 
 
 def attend(
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNH: jax.Array,
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
     *,
-    segments_BT: jax.Array | None = None,
-    dropout_rate: float | jax.Array = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
+    segments_BT: Array | None = None,
+    dropout_rate: float | Array = 0.0,
+    dropout_key: Array | None = None,
+) -> Array:
     """Causal attention as in attention.py, a chunk of queries at a time, each with the keys up to its end."""
     rows, length, heads, _ = q_BTNH.shape
     factors = None
@@ -174,13 +165,18 @@ def _chunks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + QUERIES, length)) for start in range(0, length, QUERIES)]
 
 
+Factors = tuple[Array, ...] | None
+"""The factors of dropout for the weights of each chunk; None without dropout."""
+
+
 @jax.custom_vjp
-def _attend(q_BTNH, k_BSNH, v_BSNH, segments_BT, factors):
-    """`factors`: of each chunk, what dropout multiplies the weights with; or None."""
+def _attend(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, segments_BT: Array | None, factors: Factors) -> Array:
     return _attend_forward(q_BTNH, k_BSNH, v_BSNH, segments_BT, factors)[0]
 
 
-def _attend_forward(q_BTNH, k_BSNH, v_BSNH, segments_BT, factors):
+def _attend_forward(
+    q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, segments_BT: Array | None, factors: Factors
+) -> tuple[Array, tuple]:
     q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
     scale, weights, outputs = q_BTNH.shape[-1] ** -0.5, [], []
     for chunk, (start, end) in enumerate(_chunks(q_BTNH.shape[1])):
@@ -196,15 +192,16 @@ def _attend_forward(q_BTNH, k_BSNH, v_BSNH, segments_BT, factors):
     return out_BTNH, (q_BNTH, k_BNSH, v_BNSH, factors, weights, out_BTNH)
 
 
-def _attend_backward(kept, g_BTNH):
+def _attend_backward(kept: tuple, g_BTNH: Array) -> tuple[Array, Array, Array, None, None]:
     q_BNTH, k_BNSH, v_BNSH, factors, weights, out_BTNH = kept
     dtype, scale, length = g_BTNH.dtype, g_BTNH.shape[-1] ** -0.5, g_BTNH.shape[1]
-    # What the gradients of one query's weights have in common, by way of the softmax.
+    # The part that the softmax adds to the gradients of all weights of a query.
     shared_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
     shared_BNT1, g_BNTH = shared_BTN.swapaxes(1, 2)[..., None], g_BTNH.swapaxes(1, 2)
     # Transposed, the products for keys and values have the form that is fast in bfloat16.
     q_BNHT, g_BNHT = _transposed(q_BNTH), _transposed(g_BNTH)
-    q_gradients, k_gradient_BNHS, v_gradient_BNHS = [], 0.0, 0.0
+    q_gradients = []
+    k_gradient_BNHS = v_gradient_BNHS = jnp.zeros(())
     for chunk, (start, end) in enumerate(_chunks(length)):
         weights_BNQS = weights[chunk]
         weight_gradient = _heads_product("BNQH,BNSH->BNQS", g_BNTH[:, :, start:end], v_BNSH[:, :, :end])
@@ -214,10 +211,8 @@ def _attend_backward(kept, g_BTNH):
         rest = ((0, 0), (0, 0), (0, 0), (0, length - end))
         k_part = _heads_product("BNHQ,BNQS->BNHS", q_BNHT[..., start:end], scores_gradient)
         v_part = _heads_product("BNHQ,BNQS->BNHS", g_BNHT[..., start:end], _dropped(weights_BNQS, factors, chunk))
-        k_gradient_BNHS, v_gradient_BNHS = (
-            k_gradient_BNHS + jnp.pad(k_part, rest),
-            v_gradient_BNHS + jnp.pad(v_part, rest),
-        )
+        k_gradient_BNHS = k_gradient_BNHS + jnp.pad(k_part, rest)
+        v_gradient_BNHS = v_gradient_BNHS + jnp.pad(v_part, rest)
     q_gradient_BTNH = jnp.concatenate(q_gradients, axis=2).astype(dtype).swapaxes(1, 2)
     k_gradient_BSNH, v_gradient_BSNH = (
         lax.optimization_barrier(x).transpose(0, 3, 1, 2).astype(dtype) for x in (k_gradient_BNHS, v_gradient_BNHS)
@@ -228,11 +223,11 @@ def _attend_backward(kept, g_BTNH):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _heads_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _heads_product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _dropped(x_BNQS, factors, chunk: int):
+def _dropped(x_BNQS: Array, factors: Factors, chunk: int) -> Array:
     return x_BNQS if factors is None else x_BNQS * factors[chunk].astype(x_BNQS.dtype)
 
 

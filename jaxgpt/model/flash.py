@@ -17,13 +17,17 @@ Axes in names: B batch, T query position, S key position, N heads, H head size, 
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+Ref = Any  # a block in vector memory: Pallas has no public type for it
 LANES = 128  # of a vector register on every TPU
 LONGEST = 2048  # positions: the kernel is unrolled over blocks, so its code grows with the square
 HEAD_SIZES = (16, 32, 64, 128)
@@ -40,7 +44,7 @@ _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernels must know when they are compiled."""
+    """The static sizes of a kernel."""
 
     positions: int
     width: int
@@ -67,7 +71,9 @@ class _Shape:
         return [slice(start, min(start + size, self.positions)) for start in range(0, self.positions, size)]
 
 
-def flash_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT=None, *, interpret: bool = False) -> jax.Array:
+def flash_attention(
+    q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, segments_BT: Array | None = None, *, interpret: bool = False
+) -> Array:
     """Causal softmax attention, (B, T, N, H) in q's type. With `segments_BT`, within a segment only.
 
     For one device's rows and heads: under a mesh, call it inside `jax.shard_map`. `interpret` runs the same kernel
@@ -82,19 +88,25 @@ def flash_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT=None, *, interpret: bool
     padded = -(-positions // LANES) * LANES  # causal: no query sees what is added after it
     flat = lambda x: jnp.pad(x.reshape(rows, positions, -1), ((0, 0), (0, padded - positions), (0, 0)))
     shape = _Shape(padded, heads * head_size, head_size, segments_BT is not None, interpret)
-    segments = ()
+    segments: Segments = ()
     if segments_BT is not None:
         segments = (jnp.pad(segments_BT.astype(jnp.int32), ((0, 0), (0, padded - positions)))[:, None],)
     out_BTW = _attention(shape, flat(q_BTNH), flat(k_BTNH), flat(v_BTNH), segments)
     return out_BTW[:, :positions].reshape(q_BTNH.shape)
 
 
+Segments = tuple[Array, ...]
+"""(segments (B, 1, T),), or nothing where there are none."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(shape: _Shape, q_BTW, k_BTW, v_BTW, segments):
+def _attention(shape: _Shape, q_BTW: Array, k_BTW: Array, v_BTW: Array, segments: Segments) -> Array:
     return _forward(shape, q_BTW, k_BTW, v_BTW, segments)[0]
 
 
-def _attention_forward(shape: _Shape, q_BTW, k_BTW, v_BTW, segments):
+def _attention_forward(
+    shape: _Shape, q_BTW: Array, k_BTW: Array, v_BTW: Array, segments: Segments
+) -> tuple[Array, tuple]:
     out_BTW, logsumexp = _forward(shape, q_BTW, k_BTW, v_BTW, segments)
     # Under remat, a policy may keep these two, and with them the kernel need not run again.
     out_BTW = checkpoint_name(out_BTW, "attention")
@@ -102,8 +114,8 @@ def _attention_forward(shape: _Shape, q_BTW, k_BTW, v_BTW, segments):
     return out_BTW, (q_BTW, k_BTW, v_BTW, segments, out_BTW, logsumexp)
 
 
-def _attention_backward(shape: _Shape, saved, dout_BTW):
-    return *_backward(shape, *saved, dout_BTW), jax.tree.map(lambda _: None, saved[3])
+def _attention_backward(shape: _Shape, saved: tuple, dout_BTW: Array) -> tuple:
+    return *_backward(shape, saved, dout_BTW), jax.tree.map(lambda _: None, saved[3])
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -112,7 +124,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # ---------------------------------------------------------------- the calls
 
 
-def _specs(shape: _Shape):
+def _specs(shape: _Shape) -> tuple[pl.BlockSpec, pl.BlockSpec, list[pl.BlockSpec]]:
     """Blocks of one grid step (row, group): of (B, T, W), of statistics (B, P, heads, T), of segments (B, 1, T)."""
     tokens = pl.BlockSpec((1, shape.positions, LANES), lambda row, group: (row, 0, group))
     statistics = pl.BlockSpec((1, 1, shape.heads, shape.positions), lambda row, group: (row, group, 0, 0))
@@ -120,7 +132,9 @@ def _specs(shape: _Shape):
     return tokens, statistics, [segments] * shape.segments
 
 
-def _call(shape: _Shape, kernel, name: str, rows: int, products: int, **arguments):
+def _call(
+    shape: _Shape, kernel: Callable[..., None], name: str, rows: int, products: int, **arguments: Any
+) -> Callable[..., list[Array]]:
     """`pallas_call` with what both kernels share. `products` counts matmuls of scores' size."""
     scores = rows * shape.groups * shape.heads * shape.positions**2 / 2
     return pl.pallas_call(
@@ -142,8 +156,8 @@ def _call(shape: _Shape, kernel, name: str, rows: int, products: int, **argument
     )
 
 
-def _forward(shape: _Shape, q_BTW, k_BTW, v_BTW, segments):
-    """(output (B, T, W), logsumexp of each query's scaled scores (B, P, heads, T))."""
+def _forward(shape: _Shape, q_BTW: Array, k_BTW: Array, v_BTW: Array, segments: Segments) -> list[Array]:
+    """[output (B, T, W), logsumexp of each query's scaled scores (B, P, heads, T)]."""
     tokens, statistics, segment_specs = _specs(shape)
     rows = q_BTW.shape[0]
     return _call(
@@ -161,8 +175,9 @@ def _forward(shape: _Shape, q_BTW, k_BTW, v_BTW, segments):
     )(q_BTW, k_BTW, v_BTW, *segments)
 
 
-def _backward(shape: _Shape, q_BTW, k_BTW, v_BTW, segments, out_BTW, logsumexp, dout_BTW):
+def _backward(shape: _Shape, saved: tuple, dout_BTW: Array) -> list[Array]:
     """Gradients of the queries, keys and values."""
+    q_BTW, k_BTW, v_BTW, segments, out_BTW, logsumexp = saved
     tokens, statistics, segment_specs = _specs(shape)
     like_q = jax.ShapeDtypeStruct(q_BTW.shape, q_BTW.dtype)
     return _call(
@@ -181,14 +196,14 @@ def _backward(shape: _Shape, q_BTW, k_BTW, v_BTW, segments, out_BTW, logsumexp, 
 # ---------------------------------------------------------------- the kernels
 
 
-def _lanes_of(shape: _Shape):
-    """For each head of a grid step, (1, LANES): is the lane its own?"""
+def _lanes_of(shape: _Shape) -> list[Array]:
+    """Which lanes are its own, (1, LANES), for each head of a grid step."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     starts = range(0, LANES, shape.head_size)
     return [(lane >= start) & (lane < start + shape.head_size) for start in starts]
 
 
-def _existing(shape: _Shape, x_TL):
+def _existing(shape: _Shape, x_TL: Array) -> Array:
     """`x_TL` with zeros in the lanes after the last head: what lies there is not defined."""
     if shape.width % LANES == 0:
         return x_TL
@@ -196,7 +211,7 @@ def _existing(shape: _Shape, x_TL):
     return jnp.where(lane < shape.width - pl.program_id(1) * LANES, x_TL, 0)
 
 
-def _segment_columns(segments):
+def _segment_columns(segments: Sequence[Ref]) -> Array | None:
     """The segments of the keys as a column, (S, 1), for a comparison with the queries' row."""
     if not segments:
         return None
@@ -204,18 +219,20 @@ def _segment_columns(segments):
     return jnp.broadcast_to(row_ref[0], (LANES, row_ref.shape[2])).T[:, :1]
 
 
-def _visible(shape: _Shape, scores_ST, queries: slice, segments, segments_S1, hidden: float):
+def _visible(
+    shape: _Shape, scores_ST: Array, queries: slice, segments: Sequence[Ref], segments_S1: Array | None, hidden: float
+) -> Array:
     """`scores_ST` of keys up to the end of the block of queries, with `hidden` where a query may not look."""
     size = queries.stop - queries.start
     key, query = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     diagonal = jnp.where(key <= query, scores_ST[queries.start :], hidden)
     scores_ST = jnp.concatenate([scores_ST[: queries.start], diagonal], 0) if queries.start else diagonal
-    if shape.segments:
+    if segments_S1 is not None:
         scores_ST = jnp.where(segments_S1[: queries.stop] == segments[0][0, :, queries], scores_ST, hidden)
     return scores_ST
 
 
-def _one_ahead(first, work):
+def _one_ahead(first: Callable[..., Any], work: list[tuple[slice, int]]) -> Iterator[tuple[tuple[slice, int], Any]]:
     """Pairs (item, first(item)), each `first` issued before the item ahead of it is handed out.
 
     The order in which a kernel's operations are written is the order in which they are scheduled: this one lets the
@@ -227,13 +244,13 @@ def _one_ahead(first, work):
         yield item, ready
 
 
-def _forward_kernel(shape: _Shape, q_ref, k_ref, v_ref, *refs):
+def _forward_kernel(shape: _Shape, q_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> None:
     *segments, out_ref, logsumexp_ref = refs
     lanes_of, segments_S1 = _lanes_of(shape), _segment_columns(segments)
     k_SL, v_LS = _existing(shape, k_ref[0]), _existing(shape, v_ref[0]).T
     work = [(queries, head) for queries in shape.blocks(FORWARD_BLOCK) for head in range(shape.heads)]
 
-    def scores(queries, head):
+    def scores(queries: slice, head: int) -> Array:
         # With the other heads' lanes at 0, the sum over all lanes is this head's; half the matrix unit's depth
         # is idle with 64 lanes anyway, and cutting the lanes out would move every register.
         q_TL = jnp.where(lanes_of[head], q_ref[0, queries], 0)
@@ -254,7 +271,9 @@ def _forward_kernel(shape: _Shape, q_ref, k_ref, v_ref, *refs):
             outputs = []
 
 
-def _backward_kernel(shape: _Shape, q_ref, k_ref, v_ref, out_ref, dout_ref, logsumexp_ref, *refs):
+def _backward_kernel(
+    shape: _Shape, q_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref, dout_ref: Ref, logsumexp_ref: Ref, *refs: Ref
+) -> None:
     *segments, dq_ref, dk_ref, dv_ref, dk_LS, dv_LS = refs
     lanes_of, segments_S1 = _lanes_of(shape), _segment_columns(segments)
     dtype = q_ref.dtype
@@ -262,7 +281,7 @@ def _backward_kernel(shape: _Shape, q_ref, k_ref, v_ref, out_ref, dout_ref, logs
     k_LS = k_SL.T
     work = [(queries, head) for queries in shape.blocks(BACKWARD_BLOCK) for head in range(shape.heads)]
 
-    def products(queries, head):
+    def products(queries: slice, head: int) -> tuple[Array, Array]:
         q_TL = jnp.where(lanes_of[head], q_ref[0, queries], 0)
         dout_TL = jnp.where(lanes_of[head], dout_ref[0, queries], 0)
         return (

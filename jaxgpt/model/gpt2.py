@@ -9,18 +9,19 @@ Axes in names: B batch, T position, D width, N heads, H head size, F = 4 D, V vo
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from jaxgpt.model.attention import KVCache, attend_cached
 from jaxgpt.model.attention import dropout as drop_out
-from jaxgpt.model.backend import PLAIN, Backend
+from jaxgpt.model.backend import PLAIN, Backend, LinearOperation
 from jaxgpt.model.quantized import PackedMatrix, pack
+from jaxgpt.model.sizes import padded_vocab
 from jaxgpt.settings import ModelConfig
-
-VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 would leave half-filled tiles
 
 # Initial values, as in the paper (section 2.3) and OpenAI's code: the one place where they are decided.
 #   matrices, token and position embeddings   normal, standard deviation 0.02
@@ -28,12 +29,13 @@ VOCAB_MULTIPLE = 128  # lanes of a TPU vector register: a vocabulary of 50257 wo
 #   biases                                    0
 #   LayerNorm gains                           1
 INIT_STD = 0.02
-NO_DROPOUT = (0.0, None)  # (rate, key): a key turns dropout on
 
-
-def padded_vocab(vocab_size: int) -> int:
-    """The vocabulary rounded up to a multiple of 128. The added rows are zero and never leave this package."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+Dropout = tuple[float | Array, Array | None]
+"""(rate, key); no key, no dropout."""
+NO_DROPOUT: Dropout = (0.0, None)
+KeysAndValues = tuple[Array, Array]
+LayerCache = tuple[Array, Array, Array]
+"""(keys_ASH, values_ASH, length_B) of one layer; see `KVCache`."""
 
 
 class LayerNorm(nnx.Module):
@@ -43,7 +45,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
 
-    def __call__(self, x_BTD: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+    def __call__(self, x_BTD: Array, backend: Backend = PLAIN) -> Array:
         return backend.layer_norm(x_BTD, self.scale[...], self.bias[...])
 
 
@@ -65,14 +67,14 @@ class Linear(nnx.Module):
             jnp.zeros((layers, *(sizes[axis] for axis in bias))), axes=("layers", *(axes[axis] for axis in bias))
         )
 
-    def __call__(self, x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+    def __call__(self, x: Array, backend: Backend = PLAIN) -> Array:
         # Parameters are float32; the matmul runs in the activations' type (bfloat16 on an accelerator).
         kernel, bias = self.kernel.get_value(), self.bias[...]
         if isinstance(kernel, PackedMatrix):
             return kernel(x).astype(x.dtype) + bias.astype(x.dtype)[None, None]
         return _linear(x, kernel, bias, backend.linear)
 
-    def parts(self, x: jax.Array, backend: Backend) -> tuple[jax.Array, ...]:
+    def parts(self, x: Array, backend: Backend) -> tuple[Array, ...]:
         """The slices of the output along its first axis, each by a matmul of its own if the backend wants that."""
         kernel, bias = self.kernel.get_value(), self.bias[...]
         if isinstance(kernel, PackedMatrix) or not backend.linear_apart:
@@ -81,14 +83,14 @@ class Linear(nnx.Module):
         return tuple(_linear(x, kernel[:, i], bias[i], backend.linear_apart) for i in range(bias.shape[0]))
 
 
-def _linear(x, kernel, bias, linear):
+def _linear(x: Array, kernel: Array, bias: Array, linear: LinearOperation) -> Array:
     # Two axes each: the compiler need not choose layouts for heads inside a matmul.
     inputs = math.prod(x.shape[2:])
     out = linear(x.reshape(*x.shape[:2], inputs), kernel.reshape(inputs, -1), bias.reshape(-1))
     return out.reshape(*x.shape[:2], *bias.shape)
 
 
-# What each letter of an einsum means to `parallel/sharding.py`, which lays these names on the mesh.
+# The logical axis of each letter of an einsum; parallel/sharding.py lays these on the mesh.
 AXES = {"D": "embed", "C": None, "N": "heads", "H": "head_size", "F": "mlp"}
 
 
@@ -99,16 +101,15 @@ class Attention(nnx.Module):
         self.c_attn = Linear("BTD,DCNH->BTCNH", layers, sizes, AXES, INIT_STD, rngs)  # C: query, key, value
         self.c_proj = Linear("BTNH,NHD->BTD", layers, sizes, AXES, residual_std, rngs)
 
-    def __call__(self, x_BTD, segments_BT, cached, dropout, backend):
-        """`cached` is None, or this layer's (keys_ASH, values_ASH, length_B) to which one token a row is added.
-        `dropout` is (rate, key).
-
-        Returns the output, and the keys and values: of these tokens (B, T, N, H), or the updated cached ones.
-        """
+    def __call__(
+        self, x_BTD: Array, segments_BT: Array | None, cached: LayerCache | None, dropout: Dropout, backend: Backend
+    ) -> tuple[Array, KeysAndValues]:
+        """The output, and the keys and values: of these tokens (B, T, N, H), or the updated ones of `cached`, to which
+        one token a row is added."""
         q_BTNH, k_BTNH, v_BTNH = self.c_attn.parts(x_BTD, backend)
         if cached is not None:
-            out_BTNH, *cached = attend_cached(q_BTNH, k_BTNH, v_BTNH, *cached)
-            return self.c_proj(out_BTNH), cached
+            out_BTNH, keys_ASH, values_ASH = attend_cached(q_BTNH, k_BTNH, v_BTNH, *cached)
+            return self.c_proj(out_BTNH), (keys_ASH, values_ASH)
         out_BTNH = backend.attend(
             q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT, dropout_rate=dropout[0], dropout_key=dropout[1]
         )
@@ -122,7 +123,7 @@ class MLP(nnx.Module):
         self.c_fc = Linear("BTD,DF->BTF", layers, sizes, AXES, INIT_STD, rngs)
         self.c_proj = Linear("BTF,FD->BTD", layers, sizes, AXES, residual_std, rngs)
 
-    def __call__(self, x_BTD, backend):
+    def __call__(self, x_BTD: Array, backend: Backend) -> Array:
         return self.c_proj(backend.gelu(self.c_fc(x_BTD, backend)), backend)
 
 
@@ -136,15 +137,22 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(shape, axes)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTD, segments_BT=None, cached=None, dropout=NO_DROPOUT, backend: Backend = PLAIN):
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None = None,
+        cached: LayerCache | None = None,
+        dropout: Dropout = NO_DROPOUT,
+        backend: Backend = PLAIN,
+    ) -> tuple[Array, KeysAndValues]:
         rate, key = dropout
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         with jax.named_scope("attention"):
-            attention_BTD, cached = self.attn(self.ln_1(x_BTD, backend), segments_BT, cached, (rate, keys[0]), backend)
+            attention_BTD, kept = self.attn(self.ln_1(x_BTD, backend), segments_BT, cached, (rate, keys[0]), backend)
         x_BTD = backend.residual(x_BTD + drop_out(attention_BTD, rate, keys[1]))
         with jax.named_scope("mlp"):
             mlp_BTD = self.mlp(self.ln_2(x_BTD, backend), backend)
-        return backend.residual(x_BTD + drop_out(mlp_BTD, rate, keys[2])), cached
+        return backend.residual(x_BTD + drop_out(mlp_BTD, rate, keys[2])), kept
 
 
 class GPT2(nnx.Module):
@@ -162,21 +170,21 @@ class GPT2(nnx.Module):
         self.blocks = Block(config, rngs)
         self.ln_f = LayerNorm((config.n_embd,), ("norm",))
 
-    def __call__(self, tokens_BT, *, segments_BT=None):
+    def __call__(self, tokens_BT: Array, *, segments_BT: Array | None = None) -> Array:
         """Logits (B, T, vocab_size) in float32."""
         return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
     def hidden(
         self,
-        tokens_BT,
+        tokens_BT: Array,
         *,
-        segments_BT=None,
-        positions_BT=None,
-        dropout=NO_DROPOUT,
-        gather_block=lambda x: x,
-        backend=PLAIN,
-    ):
-        """The last LayerNorm's output (B, T, D). `dropout` is (rate, key); `backend` says how to compute.
+        segments_BT: Array | None = None,
+        positions_BT: Array | None = None,
+        dropout: Dropout = NO_DROPOUT,
+        gather_block: Callable[[dict], dict] = lambda block: block,
+        backend: Backend = PLAIN,
+    ) -> Array:
+        """The last LayerNorm's output (B, T, D).
 
         With `segments_BT` each segment is read as if it were alone: positions count anew, unless `positions_BT` says
         them, and nothing sees another.
@@ -187,18 +195,31 @@ class GPT2(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
-        rate, key = dropout
+        (rate, key), layers = dropout, self.config.n_layer
         if key is not None:
-            x_BTD = drop_out(x_BTD, rate, jax.random.fold_in(key, self.config.n_layer))
-        return self.ln_f(self._layers(x_BTD, segments_BT, dropout, gather_block, backend), backend)
+            x_BTD = drop_out(x_BTD, rate, jax.random.fold_in(key, layers))
+        graph, state = nnx.split(self.blocks)
+        stacked = nnx.to_pure_dict(state)
 
-    def embed(self, tokens_BT, positions_BT):
+        def layer(x_BTD: Array, block: dict, index: int | Array) -> Array:
+            here = None if key is None else jax.random.fold_in(key, index)
+            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout=(rate, here), backend=backend)[0]
+
+        layer = _remat(layer, self.config)
+        if self.config.scan_layers:
+            x_BTD, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, jnp.arange(layers)))
+        else:
+            for index, block in enumerate(_unstack(stacked, layers)):
+                x_BTD = layer(x_BTD, block, index)
+        return self.ln_f(x_BTD, backend)
+
+    def embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         """The sum of the embeddings, rounded once, to the compute type."""
         wte = self.wte.get_value()
         tokens_BTD = wte.column(tokens_BT) if isinstance(wte, PackedMatrix) else wte[tokens_BT]
         return (tokens_BTD + self.wpe[...][positions_BT]).astype(self.config.dtype)
 
-    def logits(self, hidden_BTD):
+    def logits(self, hidden_BTD: Array) -> Array:
         """Tied head, the padding cut off; float32 because sampling and losses compare logits closely."""
         wte = self.wte.get_value()
         if isinstance(wte, PackedMatrix):
@@ -208,29 +229,8 @@ class GPT2(nnx.Module):
             logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, wte_VD, preferred_element_type=jnp.float32)
         return logits[..., : self.vocab_size]
 
-    def _stacked_blocks(self):
-        """(graph of one block, nested dict of the stacked parameters of all of them)."""
-        graph, state = nnx.split(self.blocks)
-        return graph, nnx.to_pure_dict(state)
 
-    def _layers(self, x_BTD, segments_BT, dropout, gather_block, backend):
-        (rate, key), layers = dropout, self.config.n_layer
-        graph, stacked = self._stacked_blocks()
-
-        def layer(x_BTD, block, index):
-            here = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout=(rate, here), backend=backend)[0]
-
-        layer = _remat(layer, self.config)
-        if self.config.scan_layers:
-            indices_L = jnp.arange(layers)
-            return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (stacked, indices_L))[0]
-        for index, block in enumerate(_unstack(stacked, layers)):
-            x_BTD = layer(x_BTD, block, index)
-        return x_BTD
-
-
-def _positions(segments_BT: jax.Array) -> jax.Array:
+def _positions(segments_BT: Array) -> Array:
     """Positions that start from 0 in each run of equal segments, (B, T)."""
     position_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1])[None], segments_BT.shape)
     starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
@@ -248,7 +248,7 @@ def _unstack(stacked: dict, layers: int) -> list[dict]:
     return [jax.tree.unflatten(tree, [part[0] for part in parts]) for parts in zip(*split)]
 
 
-def _remat(layer, config: ModelConfig):
+def _remat(layer: Callable[..., Array], config: ModelConfig) -> Callable[..., Array]:
     """Wrap one layer so that the backward pass recomputes what `config.remat` says."""
     if config.remat == "none":
         return layer
@@ -265,7 +265,7 @@ def _remat(layer, config: ModelConfig):
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_model(config: ModelConfig, vocab_size: int):
+def abstract_model(config: ModelConfig, vocab_size: int) -> tuple[nnx.GraphDef, dict, dict]:
     """(graph, shapes, logical axes): the model taken apart without computing anything.
 
     `shapes` and `axes` are trees like the parameters, of ShapeDtypeStruct and of tuples of axis names.
@@ -277,7 +277,7 @@ def abstract_model(config: ModelConfig, vocab_size: int):
     return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
+def init_params(config: ModelConfig, vocab_size: int, key: Array) -> dict:
     """Fresh parameters: nested dicts of float32 arrays, e.g. params["blocks"]["attn"]["c_attn"]["kernel"]."""
     return nnx.to_pure_dict(nnx.state(GPT2(config, vocab_size, nnx.Rngs(key))))
 
@@ -295,9 +295,9 @@ def decoding_weights(config: ModelConfig, params: dict, kind: str, layout: str) 
     """The parameters as `read_prompt` and `read_token` take them: the layers taken apart, the matrices as `kind`.
 
     Taken apart once: slicing the stacked parameters anew for each token would read and write all of them.
-    `kind` is "float32", "bfloat16" or "int8"; `layout` says how they lie (packed.py).
+    `kind` is "float32", "bfloat16" or "int8"; `layout` says how they lie (quantized.py).
     """
-    # What each projection sums over: the width, the heads' outputs, the width, the hidden units.
+    # The number of input axes of each projection.
     inputs = {("attn", "c_attn"): 1, ("attn", "c_proj"): 2, ("mlp", "c_fc"): 1, ("mlp", "c_proj"): 1}
     blocks = {part: dict(content) for part, content in params["blocks"].items()}
     for (part, name), axes in inputs.items():
@@ -307,7 +307,9 @@ def decoding_weights(config: ModelConfig, params: dict, kind: str, layout: str) 
     return {**params, "wte": wte, "blocks": tuple(_unstack(blocks, config.n_layer))}
 
 
-def read_prompt(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, length_B, positions: int) -> KVCache:
+def read_prompt(
+    config: ModelConfig, vocab_size: int, weights: dict, tokens_BT: Array, length_B: Array, positions: int
+) -> KVCache:
     """A cache of `positions` that holds the first `length_B` tokens of each row; no logits are computed.
 
     What lies after a row's length is padding. Its keys are in the cache, but nobody reads them: a token sees none
@@ -320,13 +322,15 @@ def read_prompt(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, 
     return KVCache(keys, values, length_B)
 
 
-def prompt_hidden(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT):
+def prompt_hidden(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT: Array) -> tuple[GPT2, Array]:
     """(the network, for its `logits`; hidden states (B, T, D) at every place of a prompt)."""
     model, x_BTD, _ = _read(config, vocab_size, weights, tokens_BT, lambda layer: None)
     return model, model.ln_f(x_BTD)
 
 
-def _read(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, keep: Callable):
+def _read(
+    config: ModelConfig, vocab_size: int, weights: dict, tokens_BT: Array, keep: Callable[[KeysAndValues], Any]
+) -> tuple[GPT2, Array, list]:
     """(the network, its last layer's output, what `keep` makes of each layer's keys and values (B, T, N, H))."""
     model, layer, layers = _bind_layers(config, vocab_size, weights)
     x_BTD = model.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
@@ -337,7 +341,9 @@ def _read(config: ModelConfig, vocab_size: int, weights: dict, tokens_BT, keep: 
     return model, x_BTD, kept
 
 
-def read_token(config: ModelConfig, vocab_size: int, weights: dict, token_B, cache: KVCache):
+def read_token(
+    config: ModelConfig, vocab_size: int, weights: dict, token_B: Array, cache: KVCache
+) -> tuple[Array, KVCache]:
     """(logits (B, vocab_size) after one more token a row, the cache with it)."""
     model, layer, layers = _bind_layers(config, vocab_size, weights)
     x_B1D = model.embed(token_B[:, None], cache.length_B[:, None])
@@ -350,7 +356,7 @@ def read_token(config: ModelConfig, vocab_size: int, weights: dict, token_B, cac
     return model.logits(model.ln_f(x_B1D))[:, 0], KVCache(keys, values, cache.length_B + 1)
 
 
-def _bind_layers(config: ModelConfig, vocab_size: int, weights: dict):
+def _bind_layers(config: ModelConfig, vocab_size: int, weights: dict) -> tuple[GPT2, nnx.GraphDef, tuple[dict, ...]]:
     """(the network, the graph of a block, the parameters of each); the network holds only the first block."""
     model = bind(config, vocab_size, {**weights, "blocks": weights["blocks"][0]})
     return model, nnx.graphdef(model.blocks), weights["blocks"]

@@ -1,8 +1,8 @@
 """Hugging Face's GPT-2 folders, read and written: config.json and the weights as safetensors.
 
-One table (`NAMES`) says how each of our arrays is called there and which shape one layer of it has; reading and
-writing both walk that table. The numbers are the same and lie in the same order, so a reshape is all there is to
-do. Nothing here can run code: pickles are refused, and so are models that bring their own.
+One table (`NAMES`) has the name of each of our arrays there and the shape of one layer; reading and writing both use
+it. The numbers are the same in the same order, so only shapes change. Nothing here can run code: pickles are refused,
+and so are models that bring their own.
 """
 
 import dataclasses
@@ -12,7 +12,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxgpt.errors import UserError
@@ -50,8 +52,8 @@ BUFFERS = ("h.{}.attn.bias", "h.{}.attn.masked_bias")  # the causal mask, stored
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# What transformers.GPT2Config takes for a setting that config.json does not name.
-DEFAULTS = dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None)
+# The defaults of transformers.GPT2Config for settings that config.json leaves out.
+DEFAULTS: dict[str, Any] = dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None)
 DEFAULTS |= dict(activation_function="gelu_new", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 # GPT2Config reads these too.
 ALIASES = dict(
@@ -110,8 +112,10 @@ def locate(where: str) -> Path:
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
     except (OSError, ValueError, HTTPError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{where}: no such local folder, and not to be had from the Hugging Face hub: {told}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{where}: no such local folder, and not to be had from the Hugging Face hub: {reason}"
+        ) from None
     return Path(folder)
 
 
@@ -208,9 +212,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _check_tensors(folder: Path, config: ModelConfig, vocab_size: int, files: dict[str, StoredTensor]) -> None:
     sizes, layers = _sizes(config, vocab_size), range(config.n_layer)
-    expected = {}
-    for name, shape in NAMES.values():
-        expected |= {name.format(layer): sizes[shape] for layer in (layers if "{}" in name else (0,))}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, axes in NAMES.values():
+        expected |= {name.format(layer): sizes[axes] for layer in (layers if "{}" in name else (0,))}
     for name, shape in expected.items():
         if name not in files:
             raise UserError(f"{folder}: tensor {name} is missing from the weights")
@@ -241,7 +245,7 @@ def _sizes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def read_params(
-    model: HuggingFaceModel, place: Callable[[tuple[str, ...], np.ndarray], object] = lambda path, array: array
+    model: HuggingFaceModel, place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, array: array
 ) -> dict:
     """The parameters as `gpt2` has them: nested dicts of float32 arrays, the vocabulary padded with zero rows.
 
@@ -261,8 +265,8 @@ def read_params(
 
 
 def _read_leaf(model: HuggingFaceModel, path: tuple[str, ...], our_shape: tuple[int, ...]) -> np.ndarray:
-    name, shape = NAMES[path]
-    shape = _sizes(model.config, model.vocab_size)[shape]
+    name, axes = NAMES[path]
+    shape = _sizes(model.config, model.vocab_size)[axes]
     array = np.zeros(our_shape, np.float32)  # zeros take no memory until something is written there
     if "{}" in name:
         for layer, slice_ in enumerate(array.reshape(model.config.n_layer, *shape)):
@@ -281,7 +285,7 @@ def _check_head(model: HuggingFaceModel) -> None:
         rows = np.empty((2, min(4096, model.vocab_size - first), model.config.n_embd), np.float32)
         read_into(rows[0], head, first)
         read_into(rows[1], embedding, first)
-        if not np.array_equal(*rows, equal_nan=True):
+        if not np.array_equal(rows[0], rows[1], equal_nan=True):
             raise UserError(f"{head.file}: {HEAD} differs from wte.weight; a head of its own cannot be represented")
 
 
@@ -295,7 +299,7 @@ def write_model(
     params: dict,
     end_of_text: int | None,
     max_shard_bytes: int = 5_000_000_000,
-    whole: Callable[[object], np.ndarray] = np.asarray,
+    whole: Callable[[jax.Array], np.ndarray] = np.asarray,
     is_writer: bool = True,
 ) -> None:
     """Write config.json, generation_config.json and the weights, which any reader of a GPT2LMHeadModel reads.
@@ -345,7 +349,9 @@ def _json_files(config: ModelConfig, vocab_size: int, end_of_text: int | None) -
     return {"config.json": settings, "generation_config.json": ends | {"pad_token_id": end_of_text}}
 
 
-def _host_tensors(config: ModelConfig, vocab_size: int, params: dict, whole) -> Iterator[np.ndarray]:
+def _host_tensors(
+    config: ModelConfig, vocab_size: int, params: dict, whole: Callable[[jax.Array], np.ndarray]
+) -> Iterator[np.ndarray]:
     """Every tensor in the order of the plan, in Hugging Face's shape; one of our arrays on the host at a time."""
     sizes = _sizes(config, vocab_size)
     for path, (name, shape) in NAMES.items():
@@ -360,7 +366,8 @@ def _host_tensors(config: ModelConfig, vocab_size: int, params: dict, whole) -> 
 def _plan_shards(config: ModelConfig, vocab_size: int, max_shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
     """The {name: shape} of each file, filled in the order of `NAMES`, all layers of an array one after another."""
     sizes = _sizes(config, vocab_size)
-    shards, used = [{}], 0
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
     for name, shape in NAMES.values():
         for layer in range(config.n_layer if "{}" in name else 1):
             size = 4 * math.prod(sizes[shape])
@@ -372,11 +379,11 @@ def _plan_shards(config: ModelConfig, vocab_size: int, max_shard_bytes: int) -> 
     return shards
 
 
-def leaf_at(params: dict, path: tuple[str, ...]):
+def leaf_at(params: dict, path: tuple[str, ...]) -> Any:
     """The array at `path` of a tree of parameters."""
     return functools.reduce(lambda tree, key: tree[key], path, params)
 
 
-def set_leaf(params: dict, path: tuple[str, ...], leaf) -> None:
+def set_leaf(params: dict, path: tuple[str, ...], leaf: Any) -> None:
     """Put an array at `path`, making the dicts on the way."""
     functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)[path[-1]] = leaf

@@ -20,6 +20,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 LAYOUTS = ("plain", "streamed", "turned")
 STREAMED_TILE = 64
@@ -41,9 +42,9 @@ class PackedMatrix:
     Its inputs are one axis in memory: a matmul over two input axes has XLA:CPU copy the matrix at every step.
     """
 
-    tiles: jax.Array
+    tiles: Array
     """(G, K, J), or (G, J, K) where it is turned: float32, int8, bfloat16, or a bfloat16's bits as uint16."""
-    scale_O: jax.Array | None
+    scale_O: Array | None
     """float32, what an int8 one is worth in each output."""
     layout: str
     """One of LAYOUTS."""
@@ -52,7 +53,7 @@ class PackedMatrix:
     outputs: tuple[int, ...]
     """Sizes of the axes that take their place."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """x (..., inputs...) -> (..., outputs...) in float32."""
         rest = x.shape[: x.ndim - self.inputs]
         x_RK = x.reshape(math.prod(rest), -1)
@@ -66,7 +67,7 @@ class PackedMatrix:
             y_RO = y_RO * self.scale_O[None]
         return y_RO.reshape(*rest, *self.outputs)
 
-    def column(self, index: jax.Array) -> jax.Array:
+    def column(self, index: Array) -> Array:
         """The weights (..., inputs) of the outputs `index` (...), in float32."""
         width = self.tiles.shape[1 if self.layout == "turned" else 2]
         tile, place = index // width, index % width
@@ -74,12 +75,12 @@ class PackedMatrix:
         return values if self.scale_O is None else values * self.scale_O[index][..., None]
 
 
-def _turned(x_RK: jax.Array, tiles_GJK: jax.Array) -> jax.Array:
+def _turned(x_RK: Array, tiles_GJK: Array) -> Array:
     tiles, width, _ = tiles_GJK.shape
     # The barriers keep XLA from turning the product back into the form that it is slow at.
     x_KR = jax.lax.optimization_barrier(x_RK.T)
 
-    def tile(g, y_OR):
+    def tile(g: Array, y_OR: Array) -> Array:
         # A tile becomes float32 in the cache, and an ordinary matmul reads it there.
         w_JK = _values(jax.lax.dynamic_index_in_dim(tiles_GJK, g, keepdims=False))
         return jax.lax.dynamic_update_slice_in_dim(y_OR, w_JK @ x_KR, g * width, axis=0)
@@ -91,22 +92,22 @@ def _turned(x_RK: jax.Array, tiles_GJK: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(y_OR).T
 
 
-def _streamed(x_RK: jax.Array, tiles_GKJ: jax.Array) -> jax.Array:
+def _streamed(x_RK: Array, tiles_GKJ: Array) -> Array:
     tiles, _, width = tiles_GKJ.shape
     product = _one_row if x_RK.shape[0] == 1 else _rows
 
-    def tile(g, y_RO):
+    def tile(g: Array, y_RO: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(y_RO, product(x_RK, tiles_GKJ, g), g * width, axis=1)
 
     return jax.lax.fori_loop(0, tiles, tile, jnp.zeros((x_RK.shape[0], tiles * width), jnp.float32))
 
 
-def _one_row(x_1K: jax.Array, tiles_GKJ: jax.Array, g) -> jax.Array:
+def _one_row(x_1K: Array, tiles_GKJ: Array, g: Array) -> Array:
     """One tile's part of the product, its sums held in registers while the weights stream by."""
     _, inputs, width = tiles_GKJ.shape
     at_once = INPUTS_AT_ONCE[tiles_GKJ.dtype.name]
 
-    def add(i, sum_1J):
+    def add(i: Array, sum_1J: Array) -> Array:
         w_KJ = _values(jax.lax.dynamic_slice(tiles_GKJ, (g, i * at_once, 0), (1, at_once, width))[0])
         part_1K = jax.lax.dynamic_slice_in_dim(x_1K, i * at_once, at_once, axis=1)
         for k in range(at_once):
@@ -116,12 +117,12 @@ def _one_row(x_1K: jax.Array, tiles_GKJ: jax.Array, g) -> jax.Array:
     return jax.lax.fori_loop(0, inputs // at_once, add, jnp.zeros((1, width), jnp.float32))
 
 
-def _rows(x_RK: jax.Array, tiles_GKJ: jax.Array, g) -> jax.Array:
-    """The same for several rows: the tile becomes float32 in the cache, and an ordinary matmul reads it there."""
+def _rows(x_RK: Array, tiles_GKJ: Array, g: Array) -> Array:
+    """As `_one_row` for several rows: the tile becomes float32 in the cache, and an ordinary matmul reads it there."""
     return x_RK @ _values(jax.lax.dynamic_index_in_dim(tiles_GKJ, g, keepdims=False))
 
 
-def _values(stored: jax.Array) -> jax.Array:
+def _values(stored: Array) -> Array:
     if stored.dtype != jnp.uint16:
         return stored.astype(jnp.float32)
     # A bfloat16 is the upper half of a float32. As an integer it takes a shift; as a bfloat16, jax 0.10.2 takes
@@ -129,7 +130,7 @@ def _values(stored: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def pack(kernel: jax.Array, inputs: int, kind: str, layout: str) -> PackedMatrix:
+def pack(kernel: Array, inputs: int, kind: str, layout: str) -> PackedMatrix:
     """`kernel` (inputs..., outputs...) as "float32", "bfloat16" or "int8".
 
     `layout` is one of LAYOUTS; a small matrix, or one whose outputs no tile divides, is plain instead of streamed.

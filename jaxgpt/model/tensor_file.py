@@ -1,4 +1,4 @@
-"""One safetensors file: what it holds, its numbers read into an array, a new one written from a stream of arrays.
+"""Safetensors files: read the header, read numbers into an array, write a file from a stream of arrays.
 
 The format is a length, a JSON header and the numbers. The library's own reader and writer hold a second copy of
 the weights (mapped or real); these do not, so a model near the size of the memory passes through.
@@ -15,12 +15,16 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgpt.errors import UserError
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}  # BF16: the bits, widened below
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}  # BF16: the bits, widened below
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's numbers lie."""
+    """The place of a tensor's numbers."""
 
     file: Path
     dtype: str
@@ -43,8 +47,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{file}: broken or cut off ({told}); copy or download it again") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: broken or cut off ({reason}); copy or download it again") from None
     header.pop("__metadata__", None)
     start = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
     return {name: StoredTensor(file, e["dtype"], tuple(e["shape"]), start[name]) for name, e in header.items()}
@@ -59,7 +63,7 @@ def read_into(out: np.ndarray, stored: StoredTensor, first_row: int = 0) -> None
     with stored.file.open("rb") as stream:
         stream.seek(stored.start + first_row * math.prod(stored.shape[1:]) * dtype.itemsize)
         if stored.dtype == "F32":
-            complete = stream.readinto(memoryview(out.reshape(-1)).cast("B")) == out.nbytes
+            complete = stream.readinto(out.reshape(-1).view(np.uint8).data) == out.nbytes
         else:
             raw = np.fromfile(stream, dtype, out.size)
             if complete := raw.size == out.size:

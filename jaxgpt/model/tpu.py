@@ -5,25 +5,23 @@ Axes in names: B batch, T position, D width.
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxgpt.model import backend
 from jaxgpt.model.backend import LAYER_NORM_EPSILON, Backend
 from jaxgpt.model.flash import flash_attention
 
-
-def attend(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, dropout_rate=0.0, dropout_key=None):
-    """`attention.attend` by the kernel, which drops no weights out."""
-    if dropout_key is not None:
-        raise ValueError("the attention kernel has no dropout")
-    return flash_attention(q_BTNH, k_BSNH, v_BSNH, segments_BT)
+Kept = tuple[Array, Array]
+"""Inputs and kernel of a linear layer, for its gradients."""
 
 
 @jax.custom_vjp
-def layer_norm(x_BTD, scale_D, bias_D):
+def layer_norm(x_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
+    """As `backend.layer_norm`."""
     return _normalise(x_BTD, scale_D, bias_D)[0]
 
 
-def _normalise(x_BTD, scale_D, bias_D):
+def _normalise(x_BTD: Array, scale_D: Array, bias_D: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
     """(output, what the gradient needs): the input as it is, and two float32 numbers a token.
 
     Left to itself, the compiler keeps float32 copies of the input for the backward pass, and reads it twice for the
@@ -42,48 +40,38 @@ def _normalise(x_BTD, scale_D, bias_D):
     return out_BTD.astype(x_BTD.dtype), (x_BTD, mean_BT1, rstd_BT1, scale_D)
 
 
-def _layer_norm_gradients(kept, dout_BTD):
-    x_BTD, mean_BT1, rstd_BT1, scale_D = kept
-    normal_BTD = (x_BTD.astype(jnp.float32) - mean_BT1) * rstd_BT1
-    dout32 = dout_BTD.astype(jnp.float32)
-    dnormal_BTD = dout32 * scale_D[None, None]
-    along = dnormal_BTD.mean(-1, keepdims=True), (dnormal_BTD * normal_BTD).mean(-1, keepdims=True)
-    dx_BTD = rstd_BT1 * (dnormal_BTD - along[0] - normal_BTD * along[1])
-    return dx_BTD.astype(x_BTD.dtype), (dout32 * normal_BTD).sum((0, 1)), dout32.sum((0, 1))
-
-
-layer_norm.defvjp(_normalise, _layer_norm_gradients)
+layer_norm.defvjp(_normalise, backend.layer_norm_gradients)
 
 
 @jax.custom_vjp
-def linear(x_BTI, kernel_IO, bias_O):
+def linear(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> Array:
     """`backend.linear`, whose bias gradient is a float32 sum."""
     return backend.linear(x_BTI, kernel_IO, bias_O)
 
 
 @jax.custom_vjp
-def linear_apart(x_BTI, kernel_IO, bias_O):
+def linear_apart(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> Array:
     """The same; the bias gradient is a matmul with ones. A kernel hands the gradient in, so there is no matmul that a
     sum could be part of, and a sum of its own costs 0.33 M cycles (TPU v5e, 16 x 1024 tokens of 768)."""
     return backend.linear(x_BTI, kernel_IO, bias_O)
 
 
-def _linear_saving_inputs(x_BTI, kernel_IO, bias_O):
+def _linear_saving_inputs(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> tuple[Array, Kept]:
     kernel_IO = kernel_IO.astype(x_BTI.dtype)
     return backend.linear(x_BTI, kernel_IO, bias_O), (x_BTI, kernel_IO)
 
 
-def _linear_gradients(kept, dout_BTO):
+def _linear_gradients(kept: Kept, dout_BTO: Array) -> tuple[Array, Array, Array]:
     return *_matmul_gradients(kept, dout_BTO), dout_BTO.astype(jnp.float32).sum((0, 1))
 
 
-def _linear_apart_gradients(kept, dout_BTO):
+def _linear_apart_gradients(kept: Kept, dout_BTO: Array) -> tuple[Array, Array, Array]:
     ones_8BT = jnp.ones((8, *dout_BTO.shape[:2]), dout_BTO.dtype)  # 8: the rows of a vector register
     sums_8O = jnp.einsum("EBT,BTO->EO", ones_8BT, dout_BTO, preferred_element_type=jnp.float32)
     return *_matmul_gradients(kept, dout_BTO), sums_8O[0]
 
 
-def _matmul_gradients(kept, dout_BTO):
+def _matmul_gradients(kept: Kept, dout_BTO: Array) -> tuple[Array, Array]:
     x_BTI, kernel_IO = kept
     dx_BTI = jnp.einsum("BTO,IO->BTI", dout_BTO, kernel_IO)
     # Out of the accumulator as float32: it is added to other micro-batches' and devices' gradients.
@@ -95,4 +83,10 @@ linear.defvjp(_linear_saving_inputs, _linear_gradients)
 linear_apart.defvjp(_linear_saving_inputs, _linear_apart_gradients)
 
 # Logits of 2,048 tokens of GPT-2's vocabulary are 206 MB; all of 16,384 at once are no faster (v5e), and 1.2 GiB more.
-TPU = Backend(attend=attend, linear=linear, layer_norm=layer_norm, linear_apart=linear_apart, loss_rows=2048)
+TPU = Backend(
+    attend=backend.without_dropout(flash_attention),
+    linear=linear,
+    layer_norm=layer_norm,
+    linear_apart=linear_apart,
+    loss_rows=2048,
+)

@@ -1,4 +1,4 @@
-"""What XLA is told: where it keeps compiled programs between runs, and the flags of each kind of device."""
+"""XLA's settings: where it keeps compiled programs between runs, and the options for each kind of device."""
 
 import hashlib
 import logging
@@ -19,17 +19,17 @@ _MAX_BYTES = 4 << 30  # jax itself never removes an entry
 
 
 def use_compilation_cache(directory: str) -> Path | None:
-    """Keep compiled programs below `directory` and take them from there; "" turns it off. Call it before any compiles.
+    """Keep compiled programs below `directory`; "" turns it off. Call it before anything compiles.
 
-    jax's key of an entry holds the program, the compiler's version and options and the device, but of a CPU neither
-    its instructions nor its cores, and a program for another CPU crashes: so each kind of CPU has a folder of its own.
-    Returns that folder, or None where nothing is kept: a folder that cannot be written costs a warning and no more.
-    Where jax's own variable JAX_COMPILATION_CACHE_DIR names a folder (or bucket), jax uses that and no other.
+    jax's key of an entry holds the program, the compiler's version and options and the device, but not a CPU's
+    instructions and cores, and a program for another CPU crashes: so each kind of CPU has its own folder. Returns that
+    folder, or None where nothing is kept: a folder that cannot be written is only a warning. jax's own variable
+    JAX_COMPILATION_CACHE_DIR, a folder or bucket, goes first.
     """
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(given)
     folder = _writable_folder(directory) if directory else None
-    compilation_cache.reset_cache()  # jax asks once a process for the folder, and some process has asked before
+    compilation_cache.reset_cache()  # jax reads the folder's name once a process, and may have done so already
     jax.config.update("jax_compilation_cache_dir", str(folder) if folder else None)
     if folder:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
@@ -41,7 +41,7 @@ def use_compilation_cache(directory: str) -> Path | None:
 def _writable_folder(directory: str) -> Path | None:
     folder = Path(directory).expanduser().absolute() / _host_fingerprint()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write here runs code in our name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write here can run code as this user
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
@@ -52,7 +52,7 @@ def _writable_folder(directory: str) -> Path | None:
 
 
 def _host_fingerprint() -> str:
-    """A word that differs where XLA:CPU would compile another program: instructions and number of cores."""
+    """A name for the CPU's instructions and number of cores, which decide the program that XLA compiles for it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -65,7 +65,7 @@ def _host_fingerprint() -> str:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Delete the entries that were written first until half of the allowed size is free."""
+    """If the folder is too large, delete its oldest entries until half of the allowed size is free."""
     entries = sorted((entry.stat().st_mtime, entry.stat().st_size, entry) for entry in folder.iterdir())
     excess = sum(size for _, size, _ in entries) - _MAX_BYTES
     if excess <= 0:
@@ -73,18 +73,18 @@ def _drop_oldest(folder: Path) -> None:
     excess += _MAX_BYTES // 2
     for _, size, entry in entries:
         if excess > 0 and entry.is_file():
-            entry.unlink(missing_ok=True)  # another process may be at it too
+            entry.unlink(missing_ok=True)  # another process may delete it too
             excess -= size
 
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
     """XLA's options for a training step on these devices, for `jax.jit(compiler_options=...)`.
 
-    TPU: none. Asked of libtpu 0.0.52 about a step of two layers, data parallel: on v5e the options that overlap
+    TPU: none. Tried with libtpu 0.0.52 and a data parallel step of two layers: on v5e the options that overlap
     collectives (async_collective_fusion and its all-gather and all-reduce, overlap_compute_collective_tc,
     enable_async_all_gather, data_parallel_all_reduce_opt, latency_hiding_scheduler) give the same program, because
-    what helps there is the default; v5p and v6e refuse the fusion of all-gathers. A scoped_vmem_limit of 64 or 96 MiB
-    costs v5e 3 and 12 % of its cycles; 64 MiB saved v6e 3 % of a narrow model's, which no wider one has confirmed.
+    the useful ones are the default; v5p and v6e refuse the fusion of all-gathers. A scoped_vmem_limit of 64 or 96 MiB
+    costs v5e 3 and 12 % of its cycles; 64 MiB saved v6e 3 % with a narrow model, not confirmed with wider ones.
     """
     if devices[0].platform == "gpu" and len(devices) > 1:
         # Sums of gradients move behind the matmuls of the backward pass. NVIDIA's own JAX images set it
@@ -96,8 +96,8 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
 def initial_values_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
     """XLA's options for the one program that draws the initial weights.
 
-    A CPU compiles it at optimization level 1 three to four times as fast, and it runs as fast (the quickstart: 3.0
-    to 4.7 s against 1.0; 124M runs 2.4 s either way, at level 0 12 s). What XLA_FLAGS says goes before.
+    For a CPU, optimization level 1 compiles three to four times as fast, and the program runs as fast (the quickstart:
+    3.0 to 4.7 s against 1.0; 124M runs 2.4 s either way, at level 0 12 s). A level in XLA_FLAGS goes first.
     """
     if devices[0].platform == "cpu" and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         return {"xla_backend_optimization_level": 1}

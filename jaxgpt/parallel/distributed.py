@@ -1,52 +1,51 @@
-"""Several processes as one run: joining, leaving, and agreeing on what all of them do next.
+"""Several processes as one run: joining, leaving, and agreeing on the next action.
 
-The idea: every process first answers a roll call on the coordinator's port, so that a start that fails says who
-is missing; only then does jax join them. Nobody who fails to join goes on alone: that would be several runs in
-one folder. A single process is not touched by anything here.
+Every process first answers a roll call on the coordinator's port, so that a start that fails names who is missing;
+only then does jax join them. A process that fails to join never goes on alone: that would be several runs in one
+folder. Nothing here changes a single process.
 """
 
-import ctypes
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.clusters import K8sCluster  # asks Kubernetes; jax has no public way to it
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.errors import HostLost, RunFailed, UserError
-from jaxgpt.parallel.accelerator import accelerators
-from jaxgpt.parallel.cluster_env import NUM_PROCESSES, SET_OWN, Place, group_of
-from jaxgpt.parallel.host_watch import HOST_OF_0, hold_aborts
+from jaxgpt.parallel.accelerator import accelerators, jax_platforms
+from jaxgpt.parallel.cluster_env import NUM_PROCESSES, SET_OWN, ProcessPlace, find_place
+from jaxgpt.parallel.host_watch import abandon_coordination, coordination_client, publish_host
 from jaxgpt.parallel.join import is_loopback, roll_call
 
 JOIN_TIMEOUT = "JAXGPT_JOIN_TIMEOUT"
 _CONNECT_SECONDS = 60  # for jax to connect processes that have just answered the roll call
 _SHUTDOWN_SECONDS = 10  # for jax to disconnect processes that have just met at a barrier
-_LEAVE_SECONDS = 30.0  # for those who have left their PeerWatch together
+_LEAVE_SECONDS = 30.0  # for processes that have left their PeerWatch together
 
 
 def join(setting: str, host_timeout_seconds: float, root: Path = Path("/")) -> None:
-    """Make this process one of the processes that the environment speaks of; before anything touches a device.
+    """Make this process one of the processes that the environment names; call it before anything touches a device.
 
-    `setting` is mesh.distributed: off never joins, auto joins where the environment or the machine says that there
-    are several processes, on insists. The signs are JAXGPT_COORDINATOR (host:port), JAXGPT_NUM_PROCESSES and
-    JAXGPT_PROCESS_ID, which `jaxgpt launch` sets, else those of Open MPI, Slurm or a TPU slice.
-    JAXGPT_JOIN_TIMEOUT says how many seconds to wait for all, 300 by default. `root` is where /dev and /sys are.
+    `setting` is mesh.distributed: off never joins, auto joins where the environment or the machine names several
+    processes, on insists. JAXGPT_COORDINATOR (host:port), JAXGPT_NUM_PROCESSES and JAXGPT_PROCESS_ID, which
+    `jaxgpt launch` sets, go before the variables of Open MPI, Slurm or a TPU slice. JAXGPT_JOIN_TIMEOUT is the time to
+    wait for all, 300 seconds by default. `root` is where /dev and /sys are.
 
     Raises:
-        UserError: the environment is contradictory, or mesh.distributed = "on" finds no sign of other processes.
-        HostLost: not all processes came in time, or they differ in what they are; names who.
+        UserError: the environment contradicts itself, or mesh.distributed = "on" finds no other processes.
+        HostLost: not all processes came in time, or they differ in what they are; names them.
         RunFailed: all came, but jax sees another number of processes.
     """
     place = place_in(os.environ, setting, root)
     if place is None:
         return
-    roll_call(place, _join_timeout(os.environ), _what_must_be_the_same(root))
-    # jax's own handler of SIGTERM would take the place of the one that saves the state (training/signals.py).
+    roll_call(place, _join_timeout(os.environ), _must_be_the_same(root))
+    # jax's own handler of SIGTERM would replace the one that saves the state (training/signals.py).
     jax.config.update("jax_enable_preemption_service", False)
     host, port = place.address()
     jax.distributed.initialize(
@@ -57,12 +56,11 @@ def join(setting: str, host_timeout_seconds: float, root: Path = Path("/")) -> N
         cluster_detection_method="deactivate",
         initialization_timeout=_CONNECT_SECONDS,
         coordinator_bind_address=f"{host}:{port}" if is_loopback(host) else None,
-        # PeerWatch is quicker and says who it was; jax's own check ends the process with a stack trace of C++.
+        # PeerWatch is quicker and names the host; jax's own check ends the process with a C++ stack trace.
         heartbeat_timeout_seconds=int(60 + 4 * host_timeout_seconds),
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-    if place.process_id == 0:
-        _client().key_value_set(HOST_OF_0, socket.gethostname())
+    publish_host()
     if jax.process_count() != place.num_processes:
         raise RunFailed(
             f"{place.num_processes} processes joined, but jax sees {jax.process_count()}: these would be separate "
@@ -74,80 +72,66 @@ def join(setting: str, host_timeout_seconds: float, root: Path = Path("/")) -> N
 def leave(ok: bool) -> None:
     """Disconnect from the other processes; bounded, also when they are gone.
 
-    `ok` is true where all processes end together, finished or told to stop: then they wait for each other, so that
-    none sees the coordinator disappear. A process that fails does not wait. Does nothing for a single process.
+    `ok` says that all processes end together, finished or asked to stop: then they wait for each other, so that none
+    sees the coordinator disappear. A process that fails does not wait. Does nothing for a single process.
     """
-    if _client() is None:
+    if coordination_client() is None:
         return
     if ok:
         try:
             barrier("leave", _LEAVE_SECONDS)
             jax.distributed.shutdown()
             return
-        except (RuntimeError, ValueError, HostLost):  # the others are gone: there is nobody to say good-bye to
+        except (RuntimeError, ValueError, HostLost):  # the others are gone
             pass
-    _abandon()
-
-
-def _abandon() -> None:
-    """Leave the connection as it is until the process ends.
-
-    jax would close it when Python ends: wait for the others, not find them, and abort with an exit code that says
-    nothing. So it shall neither know it nor destroy it.
-    """
-    from jax._src.distributed import global_state
-
-    hold_aborts()
-    for connection in (global_state.client, global_state.service):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    global_state.client = global_state.service = None
+    abandon_coordination()
 
 
 # ---------------------------------------------------------------- who takes part
 
 
-def place_in(environment: Mapping[str, str], setting: str, root: Path = Path("/")) -> Place | None:
-    """What `environment` and the machine say about this process; None where it is alone.
+def place_in(environment: Mapping[str, str], setting: str, root: Path = Path("/")) -> ProcessPlace | None:
+    """The process's place by `environment` and the machine; None where it is alone.
 
     Raises:
         UserError: the signs contradict each other, or mesh.distributed = "on" finds none.
     """
     if setting == "off":
         return None
-    place = group_of(environment, root)
-    if place is None and setting == "on" and not environment.get(NUM_PROCESSES):
-        place = _kubernetes_place(environment)
-        if place is None:
+    found = find_place(environment, root)
+    if found is None and setting == "on" and not environment.get(NUM_PROCESSES):
+        found = _by_kubernetes(environment)
+        if found is None:
             raise UserError(
-                f"mesh.distributed = on, but nothing here speaks of other processes; {SET_OWN}, use jaxgpt launch on "
+                f"mesh.distributed = on, but nothing here names other processes; {SET_OWN}, use jaxgpt launch on "
                 "one machine, or set mesh.distributed = off"
             )
-    return place
+    return found
 
 
-def _kubernetes_place(environment: Mapping[str, str]) -> Place | None:
-    """The place in an indexed Job, as Kubernetes itself tells: only where that is insisted on, because it needs the
-    package kubernetes and the right to read pods, jobs and services."""
+def _by_kubernetes(environment: Mapping[str, str]) -> ProcessPlace | None:
+    """The place in an indexed Job, asked of Kubernetes itself.
+
+    Only for mesh.distributed = "on": it needs the package kubernetes and the right to read pods, jobs and services.
+    """
     if "KUBERNETES_SERVICE_HOST" not in environment:
         return None
-    from jax._src.clusters import K8sCluster
-
     try:
         if not K8sCluster.is_env_present():  # no package kubernetes
             return None
         port = environment.get("JAX_COORDINATOR_PORT") or None
         coordinator = K8sCluster.get_coordinator_address(60, port)
         count, process = K8sCluster.get_process_count(), K8sCluster.get_process_id()
-    except (RuntimeError, ValueError, OSError) as error:  # jax makes a RuntimeError of what the package raises
+    except (RuntimeError, ValueError, OSError) as error:  # jax turns the package's errors into a RuntimeError
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"mesh.distributed = on, but Kubernetes does not tell: {reason}; {SET_OWN}") from None
-    return Place(coordinator, count, process, "Kubernetes") if count > 1 else None
+    return ProcessPlace(coordinator, count, process, "Kubernetes") if count > 1 else None
 
 
-def _what_must_be_the_same(root: Path) -> dict[str, str]:
-    """What processes that differ in it would hang on, long after they have joined."""
+def _must_be_the_same(root: Path) -> dict[str, str]:
+    """Versions and chips; processes that differ in them would hang long after they have joined."""
     same = {"jax": jax.__version__}
-    if (jax.config.jax_platforms or "").lower() != "cpu":
+    if jax_platforms().lower() != "cpu":
         tpus = [found.what for found in accelerators(root) if found.kind == "tpu"]
         same["TPU chips"] = tpus[0] if tpus else "none"
     return same
@@ -166,11 +150,11 @@ def _join_timeout(environment: Mapping[str, str]) -> float:
 
 def is_alone() -> bool:
     """Whether this process is the whole run. Starts no device."""
-    return _client() is None
+    return coordination_client() is None
 
 
 def is_writer() -> bool:
-    """Whether this process writes what is written once: process 0 does."""
+    """Whether this process writes the files that the run writes once: process 0 does."""
     return jax.process_index() == 0
 
 
@@ -180,7 +164,7 @@ def barrier(name: str, timeout_seconds: float) -> None:
     Raises:
         HostLost: not all came in time.
     """
-    client = _client()
+    client = coordination_client()
     if client is None:
         return
     try:
@@ -191,7 +175,7 @@ def barrier(name: str, timeout_seconds: float) -> None:
 
 
 def broadcast_from_writer(value: int) -> int:
-    """The `value` (0 <= value < 2**62) that process 0 gave; every process has to call this."""
+    """The `value` (0 <= value < 2**62) that process 0 passed; every process has to call this."""
     if jax.process_count() == 1:
         return value
     halves = np.array(divmod(value, 2**31), np.int32)  # jax has no 64-bit integers by default
@@ -200,14 +184,14 @@ def broadcast_from_writer(value: int) -> int:
 
 
 class StopVote:
-    """Whether any process was told to stop, known to all of them at the same step, at no wait.
+    """Tells all processes at the same step that one of them was asked to stop, without waiting.
 
-    Every process calls `poll` once per step, in the same order with everything else that uses the devices. The
-    flags are added up by the devices behind the step that was just dispatched, and the sum of the call before is
-    read, which was ready long ago: so the answer is one step late.
+    Every process calls `poll` once per step, in the same order with everything else that uses the devices. The devices
+    add up the flags after the step that was just dispatched, and `poll` reads the sum of the call before, which has
+    long been ready: so the answer is one step late.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._alone = jax.process_count() == 1
         if self._alone:
             return
@@ -226,13 +210,3 @@ class StopVote:
     def _vote(self, requested: bool) -> jax.Array:
         flags = np.full(jax.local_device_count(), requested, np.int32)
         return self._add(jax.make_array_from_process_local_data(self._by_device, flags))
-
-
-def _client():
-    """jax's client of the coordination service (a key-value store and barriers); None for a single process.
-
-    jax offers no public way to it; Orbax takes the same one.
-    """
-    from jax._src.distributed import global_state
-
-    return global_state.client

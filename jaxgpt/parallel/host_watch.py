@@ -1,9 +1,14 @@
 """A dead or hung host ends the run on all others, soon, with exit code 75 and its name on record.
 
-The idea: each process counts up a number in the key-value store that jax's coordinator (process 0) keeps anyway.
-Process 0 watches all numbers and names who stands still; the others watch process 0's and read its verdict. Where
-the store itself does not answer, that says that process 0 is the dead one. The work is done by threads, because
-the main thread of a survivor sits in a collective that never ends.
+Each process counts up a number in the key-value store that jax's coordinator (process 0) keeps anyway. Process 0
+watches all numbers and names the process whose number stands still; the others watch process 0's and read its verdict.
+Where the store itself does not answer, process 0 is the lost one. Threads do this, because the main thread of a
+survivor waits in a collective that never ends.
+
+jax's own health check cannot replace this (tried with jax 0.10.2 and 0.12.0.1). It names no host, and it ends a process
+by abort(): SIGABRT, a C++ stack trace, exit code 134. With jax_enable_recoverability the same still happens when the
+coordinator is lost, and a process that hangs is not noticed at all. The client's missed_heartbeat_callback would avoid
+the abort, but calling it throws std::bad_cast in both versions.
 """
 
 import contextlib
@@ -16,23 +21,37 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax._src.distributed import global_state  # jax has no public way to its key-value store; Orbax uses this one too
 
 from jaxgpt.errors import EXIT_WATCHDOG, Interrupted
 
 _INTERVAL = 0.5  # seconds between two signs of life
 _FAILED_SECONDS = 5.0  # for the others to fail for the same reason, before one that failed ends them
-_END_MILLISECONDS = 3_600_000  # for process 0 to write what it writes at the end
-HOST_OF_0 = "jaxgpt/host"  # written when all join, so that it is known however early process 0 dies
-_FOLDER = "jaxgpt/peers/"
+_END_MILLISECONDS = 3_600_000  # for process 0 to write its last files
+_RECORD_SECONDS = 4.0  # for the record; less than an abort is delayed
+_HOST_OF_0 = "jaxgpt/host"  # set when all join, so that it is known however early process 0 dies
+_SIGNS = "jaxgpt/peers/"
 _VERDICT = "jaxgpt/verdict"
 ALIVE, DONE, FAILED = "alive", "done", "failed"
 
 
+def coordination_client() -> Any:
+    """jax's client of its key-value store and barriers; None for a single process. Starts no device."""
+    return global_state.client
+
+
+def publish_host() -> None:
+    """Tell all processes on which host process 0 is; every process calls this once it has joined."""
+    if global_state.process_id == 0:
+        coordination_client().key_value_set(_HOST_OF_0, socket.gethostname())
+
+
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """What a process last said: a number that grows while it lives, how it fares, and on which host."""
+    """The last message of a process: a number that grows while it lives, its state, and its host."""
 
     count: int
     state: str
@@ -40,8 +59,8 @@ class Sign:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Who is lost, and how that shows."""
+class Loss:
+    """Which process is lost, and how that was noticed."""
 
     process: int
     host: str
@@ -49,7 +68,7 @@ class Verdict:
 
 
 class Peers:
-    """The judgement: fed with the signs of other processes, says who is lost. No clock of its own, no network."""
+    """Decides from the signs of other processes who is lost. Has no clock and no network of its own."""
 
     def __init__(self, timeout_seconds: float):
         self._timeout = timeout_seconds
@@ -57,8 +76,11 @@ class Peers:
         self._silent: dict[int, float] = {}
         self._failed: dict[int, float] = {}
 
-    def judge(self, signs: dict[int, Sign], seconds: float) -> Verdict | None:
-        """`signs` by process after `seconds` more; a process that said nothing yet, or left, is not judged."""
+    def judge(self, signs: dict[int, Sign], seconds: float) -> Loss | None:
+        """Who is lost, given the `signs` by process after `seconds` more.
+
+        A process that gave no sign yet, or has left, is not judged.
+        """
         # After a pause of our own (a machine that slept), the others get time to show that they live.
         seconds = min(seconds, 4 * _INTERVAL)
         for process, sign in signs.items():
@@ -67,19 +89,19 @@ class Peers:
             self._last[process] = sign
         for process, sign in self._last.items():
             if sign.state == ALIVE and self._silent[process] > self._timeout:
-                return Verdict(process, sign.host, f"gave no sign of life for {self._silent[process]:.0f} s")
+                return Loss(process, sign.host, f"gave no sign of life for {self._silent[process]:.0f} s")
             if sign.state.startswith(FAILED):
                 self._failed[process] = self._failed.get(process, 0.0) + seconds
                 if self._failed[process] > _FAILED_SECONDS:
-                    return Verdict(process, sign.host, sign.state)
+                    return Loss(process, sign.host, sign.state)
         return None
 
 
 class PeerWatch:
     """Context manager around a run of several processes: while it is open, a lost peer ends this process (75).
 
-    `step` tells where the run is. `record` leaves on disk who was lost, given the step and {"process", "host", "what",
-    "reported_by"}. One process: no threads, nothing happens.
+    `step` returns the current step. `record` writes to disk who was lost, given the step and {"process", "host",
+    "what", "reported_by"}. With a single process it starts no thread and does nothing.
     """
 
     def __init__(self, timeout_seconds: float, step: Callable[[], int], record: Callable[[int, dict], None]):
@@ -90,29 +112,26 @@ class PeerWatch:
         self._closing, self._ending = threading.Event(), threading.Lock()
         self._answered = time.monotonic()  # when the store last did
         self._threads: list[threading.Thread] = []
-        self._abort: _AbortHandler | None = None
 
     def __enter__(self) -> "PeerWatch":
-        from jax._src.distributed import global_state  # no public way; Orbax takes the same one
-
-        if global_state.client is None:  # asked for the number of processes, jax would start the devices
+        self._client = coordination_client()
+        if self._client is None:
             return self
-        self._client, self._coordinator = global_state.client, global_state.coordinator_address
         self._me, self._host = jax.process_index(), socket.gethostname()
-        self._host_of_0 = self._client.blocking_key_value_get(HOST_OF_0, 60_000)
+        self._host_of_0 = self._client.blocking_key_value_get(_HOST_OF_0, 60_000)
         self._beat()
-        self._abort = _AbortHandler(self._coordinator_is_gone)
+        _delay_aborts()
         for work in (self._keep_beating, self._watch_the_store):
             self._threads.append(threading.Thread(target=work, name=f"peers{work.__name__}", daemon=True))
             self._threads[-1].start()
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if not self._threads:
             return
         if _is_broken_collective(error):
-            # The thread that beats will find out who is gone, and end this process; longer than that can take, we
-            # do not wait: then the error was another one.
+            # The threads find out who is gone, and end this process. If they do not within the longest time that can
+            # take, the error had another cause.
             time.sleep(max(self._timeout, _FAILED_SECONDS) + 10 * _INTERVAL)
         good = error is None or isinstance(error, Interrupted)
         if good:
@@ -121,11 +140,8 @@ class PeerWatch:
         self._closing.set()
         for thread in self._threads:
             thread.join(2 * self._timeout)
-        self._abort.remove()
-        if not good:
-            hold_aborts()
-            if self._me == 0:
-                self._outlast_the_others()
+        if not good and self._me == 0:
+            self._outlast_the_others()
 
     # ------------------------------------------------------------ the threads
 
@@ -136,7 +152,7 @@ class PeerWatch:
             now = time.monotonic()
             try:
                 self._beat()
-                verdict = self._read_verdict() or self._peers.judge(self._read_signs(), now - before)
+                loss = self._read_verdict() or self._peers.judge(self._read_signs(), now - before)
             except (RuntimeError, ValueError):  # the store does not answer; _watch_the_store counts how long
                 if closing:
                     return
@@ -144,28 +160,30 @@ class PeerWatch:
             self._answered = before = now
             if closing:
                 return
-            if verdict:
-                self._announce(verdict)
-                self._end(verdict)
+            if loss:
+                self._announce(loss)
+                self._end(loss)
 
     def _watch_the_store(self) -> None:
-        """A store on a host that hangs keeps the other thread waiting, so this one looks at the clock."""
+        """End this process when the store is gone or silent. The other thread cannot: its calls may wait for ever."""
         silent, before = 0.0, time.monotonic()
         answered = self._answered
         while not self._closing.wait(_INTERVAL):
             now = time.monotonic()
             silent = silent + min(now - before, 4 * _INTERVAL) if answered == self._answered else 0.0
             before, answered = now, self._answered
+            if silent and self._me and _refuses(global_state.coordinator_address):
+                self._end(Loss(0, self._host_of_0, "is gone, and the coordinator with it"))
             if silent > self._timeout + 2 * _INTERVAL:  # process 0's own verdict goes first
-                self._end(self._store_lost(f"does not answer for {silent:.0f} s"))
+                self._end(Loss(0, self._host_of_0, f"does not answer for {silent:.0f} s"))
 
     def _wait_for_the_others(self) -> None:
-        """Process 0 may have much to write at the end. While we wait for it, the threads still look after it."""
-        with contextlib.suppress(RuntimeError, ValueError):  # somebody is lost: the threads will say who
+        """Wait, still watched by the threads, until process 0 has written its last files."""
+        with contextlib.suppress(RuntimeError, ValueError):  # some process is lost: the threads will say which
             self._client.wait_at_barrier("jaxgpt/end", _END_MILLISECONDS)
 
     def _outlast_the_others(self) -> None:
-        """They learn from the store of process 0 that it failed: it must not go before they have, or failed too."""
+        """Keep the store of process 0 until the others have read there that it failed, or have failed too."""
         deadline = time.monotonic() + _FAILED_SECONDS + 4 * _INTERVAL
         try:
             while time.monotonic() < deadline and any(sign.state == ALIVE for sign in self._read_signs().values()):
@@ -176,96 +194,74 @@ class PeerWatch:
     def _beat(self) -> None:
         self._count += 1
         sign = json.dumps([self._count, self._state, self._host])
-        self._client.key_value_set(f"{_FOLDER}{self._me}", sign, allow_overwrite=True)
+        self._client.key_value_set(f"{_SIGNS}{self._me}", sign, allow_overwrite=True)
 
     def _read_signs(self) -> dict[int, Sign]:
-        """Of all others in process 0, of process 0 in the others: the work grows with the processes, not squared."""
+        """All other processes' signs in process 0, its own in the others: the work grows linearly, not squared."""
         if self._me == 0:
-            found = self._client.key_value_dir_get(_FOLDER)
+            found = self._client.key_value_dir_get(_SIGNS)
             signs = {int(key.rsplit("/", 1)[1]): Sign(*json.loads(text)) for key, text in found}
             return {process: sign for process, sign in signs.items() if process != 0}
-        return {0: Sign(*json.loads(self._client.key_value_try_get(f"{_FOLDER}0")))}
+        return {0: Sign(*json.loads(self._client.key_value_try_get(f"{_SIGNS}0")))}
 
-    def _read_verdict(self) -> Verdict | None:
+    def _read_verdict(self) -> Loss | None:
         found = self._client.key_value_dir_get(_VERDICT)
-        return Verdict(*json.loads(found[0][1])) if found else None
+        return Loss(*json.loads(found[0][1])) if found else None
 
-    def _announce(self, verdict: Verdict) -> None:
-        """Process 0 tells the others, and waits until they have read it before the store goes with it."""
+    def _announce(self, loss: Loss) -> None:
+        """Process 0 publishes the loss, and keeps the store until the others have read it."""
         if self._me == 0:
-            self._client.key_value_set(f"{_VERDICT}/0", json.dumps(dataclasses.astuple(verdict)), allow_overwrite=True)
+            self._client.key_value_set(f"{_VERDICT}/0", json.dumps(dataclasses.astuple(loss)), allow_overwrite=True)
             time.sleep(4 * _INTERVAL)
 
-    # ------------------------------------------------------------ the end
-
-    def _store_lost(self, what: str) -> Verdict:
-        return Verdict(0, self._host_of_0, what)
-
-    def _coordinator_is_gone(self) -> bool:
-        """Asked when jax is about to abort the process, which it does the moment that its coordinator is gone."""
-        if self._me == 0 or _answers(self._coordinator):
-            return False
-        self._end(self._store_lost("is gone, and the coordinator with it"))
-        return True
-
-    def _end(self, verdict: Verdict) -> None:
-        """Say, record and exit. Not an exception: the main thread sits in a collective, and hears none."""
+    def _end(self, loss: Loss) -> None:
+        """Print, record and exit. Not an exception: the main thread waits in a collective and would not see it."""
         self._ending.acquire()  # never released: one thread ends the process
         line = (
-            f"process {verdict.process} on {verdict.host} {verdict.what}; process {self._me} ends at step "
-            f"{self._step()}, run the same command again to go on"
+            f"process {loss.process} on {loss.host} {loss.what}; process {self._me} ends at step {self._step()}, "
+            "run the same command again to go on"
         )
         os.write(2, f"failed: {line}\n".encode())
-        facts = dataclasses.asdict(verdict) | {"reported_by": self._me}
+        facts = dataclasses.asdict(loss) | {"reported_by": self._me}
         writing = threading.Thread(target=self._record, args=(self._step(), facts), daemon=True)
         writing.start()
-        writing.join(5)  # the disk may be what died
+        writing.join(_RECORD_SECONDS)  # the disk may be what died
         os._exit(EXIT_WATCHDOG)
 
 
 def _is_broken_collective(error: BaseException | None) -> bool:
-    """An error of the runtime, which is what a collective with a dead peer raises (of gloo, as a ValueError)."""
+    """Whether the error is one that a collective with a dead peer raises (gloo's is a ValueError)."""
     return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
 
 
-def _answers(address: str) -> bool:
-    host, port = address.rsplit(":", 1)
+def _refuses(address: str | None) -> bool:
+    """Whether nobody listens at host:port; a host that does not answer at all may only be slow."""
+    host, port = str(address).rsplit(":", 1)
     try:
-        with socket.create_connection((host, int(port)), timeout=2):
-            return True
-    except OSError:
-        return False
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
+    return False
 
 
-class _AbortHandler:
-    """Asks `ours` before abort() ends the process with a stack trace and code 134.
+def _delay_aborts() -> None:
+    """From now on, abort() ends this process six seconds later.
 
-    jax aborts from a thread of C++ as soon as the connection to its coordinator breaks, and lets nobody have a
-    word in that. Python's own handlers run in the main thread only, which is why this one is set in C.
-    """
-
-    def __init__(self, ours: Callable[[], bool]):
-        self._libc = ctypes.CDLL(None)
-        self._libc.signal.restype = ctypes.c_void_p
-        self._libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-
-        def handle(number: int) -> None:
-            if not ours():  # another abort: whoever was asked before us, then the default
-                self._libc.signal(number, self._before)
-                signal.raise_signal(number)
-
-        self._handle = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)  # C holds no reference to it
-        self._before = self._libc.signal(signal.SIGABRT, ctypes.cast(self._handle, ctypes.c_void_p))
-
-    def remove(self) -> None:
-        self._libc.signal(signal.SIGABRT, self._before)
-
-
-def hold_aborts() -> None:
-    """From now on abort() makes its thread sleep: a process that ends with an error of its own keeps its exit code.
-
-    Otherwise jax would abort it as soon as another process, which fails for the same reason, is a little quicker.
+    jax aborts from a C++ thread as soon as the connection to its coordinator breaks. The delay is for the threads
+    above, which end this process with 75, or for a process that failed itself to end with its own exit code. An abort
+    for any other reason still happens. The handler is C's sleep(), which gets the signal's number, 6, as its argument:
+    Python runs its own handlers in the main thread only, which may wait in a collective.
     """
     libc = ctypes.CDLL(None)
-    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def abandon_coordination() -> None:
+    """Keep jax from closing the connection when Python ends: it would wait for the others in vain, and then abort.
+
+    jax must not know the objects any more, and nobody may destroy them, because their destructors close it too.
+    """
+    for connection in (global_state.client, global_state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    global_state.client = global_state.service = None

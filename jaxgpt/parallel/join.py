@@ -1,8 +1,8 @@
-"""The roll call before jax joins processes: who is here, and by name who is not.
+"""The roll call before jax joins processes: names those that are missing.
 
-jax itself ends each process with a stack trace of C++ when one does not come, without its name. Process 0 listens
-on the port that jax's coordinator will use, so no other port has to be open; the others say hello and hear the
-outcome. Every process that came gets the same answer.
+jax itself ends each process with a C++ stack trace when one does not come, and does not name it. Process 0 listens on
+the port that jax's coordinator will use, so no other port has to be open; the others say hello and receive the result.
+Every process that came gets the same result.
 """
 
 import json
@@ -13,26 +13,27 @@ import time
 from collections.abc import Mapping
 
 from jaxgpt.errors import HostLost
-from jaxgpt.parallel.cluster_env import Place
+from jaxgpt.parallel.cluster_env import ProcessPlace
 
 _RETRY_SECONDS = 0.2
 _HELLO_SECONDS = 5.0  # for a line of text from somebody who has connected
-_NOTICE_SECONDS = 10.0  # of waiting, before whoever looks at the screen is told for whom
+_NOTICE_SECONDS = 10.0  # of waiting, before a line says for whom
 
 
-def roll_call(place: Place, timeout_seconds: float, same: Mapping[str, str] | None = None) -> None:
+def roll_call(place: ProcessPlace, timeout_seconds: float, same: Mapping[str, str] | None = None) -> None:
     """Return once all processes answered at the coordinator's port.
 
-    `same` is what all of them must have the same of, {"jax": "0.10.2"}.
+    `same` is what must be equal in all of them, such as {"jax": "0.10.2"}.
 
     Raises:
-        HostLost: some did not within the timeout, or two claim the same number, or they differ in how many they
-            are or in `same`; the message is the same in all processes that came.
+        HostLost: some did not within the timeout, or two claim the same number, or they differ in their number of
+            processes or in `same`; the message is the same in all processes that came.
     """
     host, port = place.address()
     hello = {"process": place.process_id, "processes": place.num_processes, "same": dict(same or {})}
     hello |= {"host": socket.gethostname(), "pid": os.getpid()}
     deadline = time.monotonic() + timeout_seconds
+    error: str | None
     if place.process_id == 0:
         error = _Roll(hello, place, timeout_seconds).call(host, port, deadline)
     else:
@@ -49,7 +50,7 @@ def roll_call(place: Place, timeout_seconds: float, same: Mapping[str, str] | No
 class _Roll:
     """Process 0's list of who said hello."""
 
-    def __init__(self, hello: dict, place: Place, timeout_seconds: float):
+    def __init__(self, hello: dict, place: ProcessPlace, timeout_seconds: float):
         self._own, self._place, self._timeout = hello, place, timeout_seconds
         self._here = {0: hello}
         self._connections: list[socket.socket] = []
@@ -57,7 +58,7 @@ class _Roll:
         self._notice: float | None = time.monotonic() + _NOTICE_SECONDS
 
     def call(self, host: str, port: int, deadline: float) -> str:
-        """Hear everyone, tell everyone; what is wrong, or nothing."""
+        """Hear all processes and send them the result: what is wrong, or ""."""
         listener = self._listen(host, port, deadline)
         if listener is None:
             return f"port {port} of this host is taken, by another run or by a process of this one that hangs"
@@ -65,7 +66,7 @@ class _Roll:
             while len(self._here) < self._own["processes"] and not self._error:
                 self._hear(listener, deadline)
         for connection in self._connections:
-            _tell(connection, self._error)
+            _send_result(connection, self._error)
         return self._error
 
     @staticmethod
@@ -130,7 +131,7 @@ class _Roll:
 
 
 def _answer(hello: dict, host: str, port: int, deadline: float) -> str | None:
-    """Say hello until process 0 tells the outcome: what is wrong, or nothing; None if it never did."""
+    """Say hello until process 0 sends the result: what is wrong, or ""; None if it never did."""
     notice = time.monotonic() + _NOTICE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -149,13 +150,13 @@ def _answer(hello: dict, host: str, port: int, deadline: float) -> str | None:
     return None
 
 
-def _tell(connection: socket.socket, error: str) -> None:
+def _send_result(connection: socket.socket, error: str) -> None:
     try:
         with connection:
             connection.sendall(json.dumps({"error": error}).encode() + b"\n")
             connection.settimeout(_HELLO_SECONDS)
-            connection.recv(1)  # until the other side has closed: the port is then free for jax at once
-    except OSError:  # it left meanwhile; jax's own join will find out
+            connection.recv(1)  # until the other side has closed: then the port is free for jax at once
+    except OSError:  # it left meanwhile; jax's own join will notice
         pass
 
 

@@ -14,8 +14,28 @@ BATCH_AXES = ("data", "fsdp")  # a batch is split over both, so each of their de
 
 
 def slice_of(device: jax.Device) -> int:
-    """The TPU slice that a device is in: within one, chips have their own network; between two there is Ethernet."""
+    """The number of a device's TPU slice. Chips of one slice have their own network; slices are joined by Ethernet."""
     return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0
+
+
+def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Devices along (data, fsdp, tensor), with the config's data = -1 filled in.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices; names both numbers.
+    """
+    fixed = mesh.fsdp * mesh.tensor
+    if mesh.data == -1 and devices % fixed:
+        raise UserError(
+            f"mesh.fsdp x mesh.tensor = {mesh.fsdp} x {mesh.tensor} = {fixed} does not divide the {devices} devices"
+        )
+    data = devices // fixed if mesh.data == -1 else mesh.data
+    if data * fixed != devices:
+        raise UserError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {mesh.fsdp} x {mesh.tensor} = {data * fixed}, "
+            f"but there are {devices} devices; mesh.data = -1 takes all that are left"
+        )
+    return data, mesh.fsdp, mesh.tensor
 
 
 def build_mesh(
@@ -25,32 +45,21 @@ def build_mesh(
 ) -> Mesh:
     """The mesh of all devices (or the given ones) in the shape that `mesh` asks for.
 
-    Devices of several slices are laid so that only the `data` axis crosses from one slice to another.
+    Devices of several slices are arranged so that only the `data` axis crosses from one slice to another.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, or do not fit into a slice; names the numbers.
     """
     devices = jax.devices() if devices is None else list(devices)
-    fixed = mesh.fsdp * mesh.tensor
-    if mesh.data == -1 and len(devices) % fixed:
-        raise UserError(
-            f"mesh.fsdp x mesh.tensor = {mesh.fsdp} x {mesh.tensor} = {fixed} "
-            f"does not divide the {len(devices)} devices"
-        )
-    data = len(devices) // fixed if mesh.data == -1 else mesh.data
-    if data * fixed != len(devices):
-        raise UserError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {mesh.fsdp} x {mesh.tensor} = {data * fixed}, "
-            f"but there are {len(devices)} devices; mesh.data = -1 takes all that are left"
-        )
+    data, fsdp, tensor = mesh_shape(mesh, len(devices))
     slices = _by_slice(devices, slice_of)
     if data % len(slices):
         raise UserError(
             f"mesh.data = {data} cannot be split over {len(slices)} slices of {len(slices[0])} devices; mesh.fsdp x "
-            f"mesh.tensor = {fixed} must divide a slice, because only data may cross the network between slices"
+            f"mesh.tensor = {fsdp * tensor} must divide a slice, because only data may cross the network between slices"
         )
     # Auto axes: the compiler propagates shardings from the arguments. (Newer jax defaults to Explicit.)
-    auto, shape = (AxisType.Auto,) * 3, (data // len(slices), mesh.fsdp, mesh.tensor)
+    auto, shape = (AxisType.Auto,) * 3, (data // len(slices), fsdp, tensor)
     meshes = [jax.make_mesh(shape, AXES, axis_types=auto, devices=members) for members in slices]
     return meshes[0] if len(meshes) == 1 else Mesh(np.concatenate([m.devices for m in meshes]), AXES, axis_types=auto)
 
@@ -66,5 +75,5 @@ def _by_slice(devices: Sequence[jax.Device], slice_of: Callable[[jax.Device], in
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Devices that see different rows of a batch."""
+    """The number of devices that see different rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

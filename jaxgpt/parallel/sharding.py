@@ -1,10 +1,12 @@
-"""One table says where each axis of a parameter lies on the mesh; everything else here reads it.
+"""The table that says over which mesh axis each parameter axis is split, and the functions that follow it.
 
 The model names the axes of its parameters ("embed", "heads", ...); this file maps the names to mesh axes.
 """
 
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -13,6 +15,11 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel.mesh import BATCH_AXES
 
 logger = logging.getLogger(__name__)
+
+# Nested dicts like the parameters', with these leaves:
+Arrays = dict[str, Any]  # jax.Array, or jax.ShapeDtypeStruct
+Shardings = dict[str, Any]  # NamedSharding
+Specs = Any  # a PartitionSpec, or any tree of them
 
 # logical axis of a parameter -> mesh axis that splits it (None: every device holds it whole)
 RULES = {
@@ -27,10 +34,8 @@ RULES = {
 }
 
 
-def param_shardings(axes, shapes, mesh: Mesh):
-    """The tree of NamedShardings of the parameters.
-
-    `axes` and `shapes` are trees like the parameters: tuples of logical names, and ShapeDtypeStructs.
+def param_shardings(axes: dict[str, Any], shapes: Arrays, mesh: Mesh) -> Shardings:
+    """The shardings of the parameters, from the logical names of their axes (tuples, one a parameter) and shapes.
 
     Raises:
         UserError: a mesh axis does not divide the array axis that the table gives it; names both numbers.
@@ -50,12 +55,12 @@ def _param_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def zero1_shardings(shardings, shapes, mesh: Mesh):
-    """Where the optimizer keeps its copy of each parameter: the parameter's sharding, split over `data` too.
+def zero1_shardings(shardings: Shardings, shapes: Arrays, mesh: Mesh) -> Shardings:
+    """The shardings of the optimizer's copies of the parameters: as the parameters, and split over `data` too.
 
-    ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1). The largest axis that divides is taken; an array
-    without one stays as it is, and is named in the log when it is large enough to matter. So do biases and norms, of
-    less than a hundredth of the largest array: there a collective would cost its latency and save nothing.
+    ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1). The largest axis that `data` divides is split. An array
+    without such an axis stays as it is, and the log names it when it is large. Biases and norms, smaller than a
+    hundredth of the largest array, stay too: a collective would cost its latency and save nothing.
     """
     small = max(math.prod(shape.shape) for shape in jax.tree.leaves(shapes)) / 100
     paths_and_shardings, tree = jax.tree_util.tree_flatten_with_path(shardings)
@@ -82,37 +87,37 @@ def _split_over_data(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) ->
     return None
 
 
-def like_params(tree, shardings, otherwise: NamedSharding):
-    """Shardings of a tree that holds copies of the parameters somewhere inside, as an optimizer's state does.
+def like_params(tree: Any, shardings: Shardings, otherwise: NamedSharding) -> Any:
+    """Shardings of a tree that contains copies of the parameters, such as an optimizer's state.
 
-    A leaf whose dictionary keys end in the path of a parameter lies where `shardings` says for that
-    parameter; every other leaf (step counts) lies as `otherwise` says.
+    A leaf whose dictionary keys end in the path of a parameter gets the sharding of that parameter, every other leaf
+    (step counts) gets `otherwise`.
     """
     by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
 
-    def where(path, _):
+    def where(path: jax.tree_util.KeyPath, _: Any) -> NamedSharding:
         keys = _keys(path)
         return next((by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path), otherwise)
 
     return jax.tree_util.tree_map_with_path(where, tree)
 
 
-def _keys(path) -> tuple[str, ...]:
+def _keys(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
-# ---------------------------------------------------------------- inside a device's own program
+# ---------------------------------------------------------------- in each device's own program
 
 
-def per_device(function, mesh: Mesh, in_specs, out_specs):
-    """`function` on each device's own shards. Collectives happen where it calls them, and nowhere else.
+def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Specs, out_specs: Specs) -> Callable[..., Any]:
+    """`function` run on each device's own shards. Only the collectives that it calls itself happen.
 
-    Left to itself, the compiler turns matmuls of sharded weights into windows over the pieces, and reduces gradients
-    in every micro-batch (measured for TPU: v5p 1.5B, 1546 against 649 million cycles; v5e 124M, 13 % and 3.5 x the
-    bytes). The tensor axis, if it is used, stays with the compiler: it splits matmuls, which is its trade.
+    By default the compiler turns matmuls of sharded weights into windows over the pieces, and reduces gradients in
+    every micro-batch (measured for TPU: v5p 1.5B, 1546 against 649 million cycles; v5e 124M, 13 % and 3.5 x the
+    bytes). The tensor axis, if it is used, is left to the compiler, which splits matmuls well.
     """
     manual = _manual_axes(mesh)
-    if mesh.size == 1 or not manual:  # one device has no others, and may itself be one of many that try trials
+    if mesh.size == 1 or not manual:
         return function
     keep = lambda tree: jax.tree.map(
         lambda spec: _restrict(spec, manual), tree, is_leaf=lambda x: isinstance(x, PartitionSpec)
@@ -128,60 +133,67 @@ def per_device(function, mesh: Mesh, in_specs, out_specs):
 
 
 def summed_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes over which the devices see different rows, those of one device left out."""
+    """The mesh axes of more than one device over which the devices see different rows."""
     return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
 
 def _manual_axes(mesh: Mesh) -> tuple[str, ...]:
-    # Beside a tensor axis that the compiler splits, it does not take axes of one device as each device's own.
+    # With a tensor axis left to the compiler, shard_map does not accept axes of one device as manual.
     return summed_axes(mesh) if mesh.shape["tensor"] > 1 else mesh.axis_names
 
 
 def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """`spec` without the mesh axes that are not in `axes`."""
 
-    def part(entry):
-        entry = tuple(axis for axis in _axes_of(entry) if axis in axes)
-        return entry if entry else None
-
-    return PartitionSpec(*(part(entry) for entry in spec))
+    return PartitionSpec(*(tuple(axis for axis in _axes_of(entry) if axis in axes) or None for entry in spec))
 
 
-def _axes_of(entry) -> tuple[str, ...]:
+def _axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def over_heads(attend, mesh: Mesh):
-    """`attend` of (B, T, N, H) arrays for use inside `per_device`, where the heads may be split over `tensor`.
+def over_heads(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """`attend` of (B, T, N, H) arrays for use inside `per_device`, with the heads split over `tensor`.
 
-    A kernel cannot be split by the compiler, so its call is made each device's own here.
+    The compiler cannot split a kernel, so each device calls it for its own heads.
     """
     if mesh.shape["tensor"] == 1:
         return attend
     heads = PartitionSpec(None, None, "tensor", None)
 
-    def split(q_BTNH, k_BSNH, v_BSNH, *, segments_BT=None, **options):
+    def split(
+        q_BTNH: jax.Array,
+        k_BSNH: jax.Array,
+        v_BSNH: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        **options: Any,
+    ) -> jax.Array:
         call = lambda q, k, v, segments: attend(q, k, v, segments_BT=segments, **options)
-        specs = (heads, heads, heads, PartitionSpec())
-        options_of_map = dict(in_specs=specs, out_specs=heads, axis_names={"tensor"}, check_vma=False)
-        whose_mesh = {} if _manual_axes(mesh) else {"mesh": mesh}  # inside `per_device` it is the one around
-        mapped = jax.shard_map(call, **options_of_map, **whose_mesh)
+        mapped = jax.shard_map(
+            call,
+            mesh=None if _manual_axes(mesh) else mesh,  # inside `per_device` it is the surrounding one
+            in_specs=(heads, heads, heads, PartitionSpec()),
+            out_specs=heads,
+            axis_names={"tensor"},
+            check_vma=False,
+        )
         return mapped(q_BTNH, k_BSNH, v_BSNH, segments_BT)
 
     return split
 
 
-def gather_over_fsdp(shardings, mesh: Mesh, dtype: str):
-    """A function that turns parameters (any part of the tree, a layer's slice included) into whole ones to use.
+def gather_over_fsdp(shardings: Shardings, mesh: Mesh, dtype: str) -> Callable[[Arrays], Arrays]:
+    """A function that gathers sharded parameters: any part of their tree, also a layer's slice.
 
-    For use inside `per_device`. Matrices are cast to the compute type first, so that half the bytes travel; the
-    gradient goes back as a reduce-scatter. Without an fsdp axis it returns what it is given.
+    For use inside `per_device`. Matrices are cast to the compute type `dtype` first, so that half the bytes travel; the
+    gradient returns as a reduce-scatter. Without an fsdp axis it returns its argument.
     """
     if mesh.shape["fsdp"] == 1:
         return lambda params: params
     specs = {_keys(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
 
-    def whole(path, array):
+    def whole(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
         spec = specs[_keys(path)][-array.ndim :]  # a layer's slice has lost the leading layer axis
         if "fsdp" not in spec:
             return array
@@ -191,14 +203,14 @@ def gather_over_fsdp(shardings, mesh: Mesh, dtype: str):
     return lambda params: jax.tree_util.tree_map_with_path(whole, params)
 
 
-def sum_gradients(grads, param_shardings, result_shardings, mesh: Mesh):
-    """The gradients of all devices' rows, each device left with its part by `result_shardings`.
+def sum_gradients(grads: Arrays, param_shardings: Shardings, result_shardings: Shardings, mesh: Mesh) -> Arrays:
+    """The sum of the gradients of all devices' rows, laid out as `result_shardings`.
 
-    For use inside `per_device`. What `gather_over_fsdp` gathered is summed over fsdp by then. Gradients that end up
-    split over `data` (ZeRO-1) are scattered as they are summed: half the bytes of a sum that every device gets.
+    For use inside `per_device`. Gradients of what `gather_over_fsdp` gathered are already summed over fsdp. Gradients
+    that end up split over `data` (ZeRO-1) are scattered while they are summed: half the bytes of a full sum.
     """
 
-    def total(grad, param, result):
+    def total(grad: jax.Array, param: NamedSharding, result: NamedSharding) -> jax.Array:
         held = {axis for entry in param.spec for axis in _axes_of(entry)}
         for dim, entry in enumerate(result.spec):
             if "data" in _axes_of(entry) and "data" not in held and mesh.shape["data"] > 1:
@@ -209,23 +221,24 @@ def sum_gradients(grads, param_shardings, result_shardings, mesh: Mesh):
     return jax.tree.map(total, grads, param_shardings, result_shardings)
 
 
-def specs(shardings):
+def specs(shardings: Shardings) -> Specs:
     """The PartitionSpecs of a tree of NamedShardings."""
     return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
-# ---------------------------------------------------------------- of a batch
+# ---------------------------------------------------------------- arrays that every device holds, and batches
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an evaluation batch (B, T): rows over data and fsdp."""
+    """The sharding of an evaluation batch (B, T): rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
 
 
 def micro_batches_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a training batch (A, B, T), A micro-batches one after the other."""
+    """The sharding of a training batch (A, B, T) of A micro-batches, one after the other."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))

@@ -1,1 +1,1 @@
-"""What will it cost? The TPU compiler asked ahead of time, on a machine without a TPU."""
+"""Answers what a training will cost, by the TPU compiler on a machine without a TPU."""

@@ -1,19 +1,17 @@
-"""What a compiled TPU program costs: an estimated time, from the compiler's cycles and the bytes of its collectives.
+"""Estimates the time of a compiled TPU program from the compiler's cycles and the bytes of its collectives.
 
-A time is the compiler's cycles and those of the Pallas kernels, which come from their own schedules (kernels.py), over
-the clock, and the collectives that nothing hides: their bytes over the links that they run on.
-No TPU is asked. `CALIBRATION` says how far such times have lain from measured steps.
+A time is the compiler's cycles plus those of the attention kernels, which the compiler leaves out of its sum, over the
+clock, plus the collectives that nothing hides: their bytes over the links they use.
+No TPU is asked. `CALIBRATION` says how far such times have been from measured steps.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
-from jaxgpt.parallel.chips import CHIPS as CHIPS
+from jaxgpt.model.flash import BACKWARD_BLOCK, FORWARD_BLOCK
 from jaxgpt.parallel.chips import Chip
-from jaxgpt.planning.program import Collective as Collective
-from jaxgpt.planning.program import Kernel as Kernel
-from jaxgpt.planning.program import ProgramCost as ProgramCost
-from jaxgpt.planning.program import read_program as read_program
+from jaxgpt.planning.program import Collective, Event, Kernel, ProgramCost
 
 _HOP_SECONDS = 1e-6  # of latency a link (Austin et al. 2025, "How to Scale Your Model", chapter on sharded matrices)
 _RING_FROM = 16  # chips along an axis of a flat slice (v5e, v6e) that are joined to a ring
@@ -21,17 +19,17 @@ _RING_FROM = 16  # chips along an axis of a flat slice (v5e, v6e) that are joine
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How measured steps compare with estimated ones."""
+    """How measured steps compare with estimates."""
 
     factor: float
     """Measured over estimated seconds, the geometric mean of the runs."""
     low: float
     high: float
-    """The least and the greatest of the runs."""
+    """The smallest and the largest ratio of the runs."""
     date: str
     sources: tuple[str, ...]
     limits: str
-    """What the runs do not cover."""
+    """The chips and sizes that the runs do not cover."""
 
     @property
     def absolute(self) -> bool:
@@ -53,6 +51,40 @@ CALIBRATION = Calibration(
 )
 
 
+# ---------------------------------------------------------------- attention kernels
+
+# Cycles of a cell of the kernels' grid, a row of 1024 positions with two heads of 64, forward and backward, by the
+# compiler's own schedules: benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52. It simulates them, except on v4.
+_CELL_CYCLES = {
+    "v4": (3763, 5223),
+    "v5e": (5892, 9572),
+    "v5p": (2957, 4877),
+    "v6e": (4552, 6863),
+    "v7x": (4548, 6896),
+}
+_PASSES = {"attention_forward": (0, FORWARD_BLOCK), "attention_backward": (1, BACKWARD_BLOCK)}
+_ONE_HEAD = 0.68  # of two: one of 128 has half as many scores (v5e; 124M with 6 heads)
+
+
+def attention_cycles(kernel: Kernel, chip: str) -> float | None:
+    """Cycles of one call of `model/flash.py`'s kernels; None for another kernel.
+
+    The grid has a cell for each row and group of heads, all alike. A cell takes cycles in proportion to the scores
+    that its blocks of queries compute.
+    """
+    statistics = next((shape for kind, shape in kernel.arrays if kind == "f32" and len(shape) == 4), None)
+    if kernel.name not in _PASSES or statistics is None:
+        return None
+    rows, groups, heads, positions = statistics
+    direction, block = _PASSES[kernel.name]
+    scores = lambda size: size * (size + min(size, block))
+    cell = _CELL_CYCLES[chip][direction] * scores(positions) / scores(1024)
+    return rows * groups * cell * (_ONE_HEAD if heads == 1 else heads / 2)
+
+
+# ---------------------------------------------------------------- the estimate
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Seconds of one run, before calibration."""
@@ -63,23 +95,22 @@ class Estimate:
     collective_seconds: float
     """All collectives, as if nothing ran beside them."""
     collective_seconds_exposed: float
-    """What the program waits for."""
+    """Seconds that the program waits for them."""
     kernels_without_cycles: tuple[str, ...]
-    """Counted as nothing, because nobody said what they take."""
+    """Kernels that are counted as nothing, because their cycles are not known."""
 
 
 def estimate(
     cost: ProgramCost,
     chip: Chip,
     shape: tuple[int, ...],
-    kernel_cycles: dict[str, float] | None = None,
+    kernel_cycles: Callable[[Kernel, str], float | None] = attention_cycles,
 ) -> Estimate:
     """Seconds of one run on a slice of `shape` chips.
 
-    `kernel_cycles` maps a kernel's identity or name to the cycles of one call.
+    `kernel_cycles` gives the cycles of one call of a kernel on a chip of that name; None where it does not know.
     """
-    known = kernel_cycles or {}
-    cycles = [known.get(kernel.identity, known.get(kernel.name)) for kernel in cost.kernels]
+    cycles = [kernel_cycles(kernel, chip.name) for kernel in cost.kernels]
     run_of_kernel = [(value or 0.0) / chip.clock_hz for value in cycles]
     wire = [_collective_seconds(collective, chip, shape) for collective in cost.collectives]
     kernel_seconds = sum(kernel.calls * seconds for kernel, seconds in zip(cost.kernels, run_of_kernel))
@@ -95,12 +126,7 @@ def estimate(
     )
 
 
-def mfu(flops: float, seconds: float, chip: Chip, devices: int) -> float:
-    """Share of the devices' peak that `flops` model FLOPs in `seconds` make.
-
-    Model FLOPs are `jaxgpt.model.sizes.flops_per_token` times tokens: 6 N and causal attention.
-    """
-    return flops / (seconds * devices * chip.peak_flops)
+# ---------------------------------------------------------------- collectives
 
 
 def wire_bandwidth(chip: Chip, shape: tuple[int, ...], group_size: int) -> float:
@@ -130,7 +156,7 @@ def _axes_of(shape: tuple[int, ...], chips: int) -> tuple[int, ...]:
 
 
 def _collective_seconds(collective: Collective, chip: Chip, shape: tuple[int, ...]) -> float:
-    """Of one call, alone on the links."""
+    """Seconds of one call, alone on the links."""
     axes = _axes_of(shape, max(1, collective.group_size // chip.devices_per_chip))
     hops = sum(size // 2 if _is_ring(size, chip) else size - 1 for size in axes)
     if collective.kind == "collective-permute":  # to a neighbour, over one link
@@ -140,26 +166,26 @@ def _collective_seconds(collective: Collective, chip: Chip, shape: tuple[int, ..
 
 
 def _elapsed(
-    timeline: list, clock_hz: float, kernel_seconds: list[float], wire_seconds: list[float]
+    timeline: Sequence[Event], clock_hz: float, kernel_seconds: Sequence[float], wire_seconds: Sequence[float]
 ) -> tuple[float, float]:
     """(seconds of a run of `timeline`, seconds of it that wait for collectives).
 
     The links carry one collective at a time, in the order of their starts.
     """
     now = waited = wire_free = 0.0
-    ends = {}
-    for event, *what in timeline:
-        if event == "run":
-            now += what[0] / clock_hz
-        elif event == "kernel":
-            now += kernel_seconds[what[0]]
-        elif event == "loop":
-            seconds, waits = _elapsed(what[1], clock_hz, kernel_seconds, wire_seconds)
-            now, waited = now + what[0] * seconds, waited + what[0] * waits
+    ends: dict[int, float] = {}
+    for event in timeline:
+        if event.kind == "run":
+            now += event.amount / clock_hz
+        elif event.kind == "kernel":
+            now += kernel_seconds[event.index]
+        elif event.kind == "loop":
+            seconds, waits = _elapsed(event.body, clock_hz, kernel_seconds, wire_seconds)
+            now, waited = now + event.amount * seconds, waited + event.amount * waits
         else:
-            if event in ("start", "collective"):
-                ends[what[0]] = wire_free = max(now, wire_free) + wire_seconds[what[0]]
-            if event in ("done", "collective"):
-                wait = max(ends.pop(what[0], now) - now, 0.0)
+            if event.kind in ("start", "collective"):
+                ends[event.index] = wire_free = max(now, wire_free) + wire_seconds[event.index]
+            if event.kind in ("done", "collective"):
+                wait = max(ends.pop(event.index, now) - now, 0.0)
                 now, waited = now + wait, waited + wait
     return now, waited

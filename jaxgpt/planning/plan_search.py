@@ -1,4 +1,4 @@
-"""Which settings are fastest on a slice? The likely best are compiled first, until time is up.
+"""Finds the fastest settings on a slice: compiles the likely best first, until time is up.
 
 Every candidate takes the same sequences a step, so they train the same model and differ in time and memory only.
 """
@@ -15,9 +15,11 @@ from jaxgpt.config import Config, with_settings
 from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import flops_per_token, parameter_count
 from jaxgpt.parallel.chips import CHIPS
+from jaxgpt.parallel.mesh import AXES, mesh_shape
 from jaxgpt.planning.compile import CompiledStep, compile_step
 from jaxgpt.planning.topology import Slice
-from jaxgpt.training.memory import Layout, arithmetic_memory, batch_sizes, layout_of, mesh_sizes
+from jaxgpt.training.auto_batch import batch_sizes
+from jaxgpt.training.memory import StepShape, arithmetic_memory, step_shape
 from jaxgpt.training.step import resolve_batch
 
 _SURELY_TOO_LARGE = 1.5  # arithmetic over limit: beyond this, no compiler makes it fit
@@ -25,42 +27,42 @@ _SURELY_TOO_LARGE = 1.5  # arithmetic over limit: beyond this, no compiler makes
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings worth a look, with what arithmetic says of them."""
+    """Settings worth a look, with their memory and time by arithmetic."""
 
     where: Slice
     config: Config
     """Its batch is resolved."""
-    layout: Layout
+    shape: StepShape
     guessed_bytes: float
-    """On one device."""
+    """Bytes on one device."""
     guessed_seconds: float
-    """Of a step; better in its order than in its size."""
+    """Seconds of a step; good for the order of candidates, not for their times."""
     own: bool = False
     """The config's own settings."""
 
     @property
     def label(self) -> str:
         """ "data 8, 16 rows x 4, remat block, scan" """
-        layout, model = self.layout, self.config.model
-        axes = [f"{axis} {size}" for axis in ("data", "fsdp", "tensor") if (size := getattr(layout, axis)) > 1]
-        words = [*(axes or ["1 device"]), f"{layout.rows} rows x {layout.accumulation}"]
+        shape, model = self.shape, self.config.model
+        axes = [f"{axis} {size}" for axis in AXES if (size := getattr(shape, axis)) > 1]
+        words = [*(axes or ["1 device"]), f"{shape.rows} rows x {shape.accumulation}"]
         words += [f"remat {model.remat}"] if model.remat != "none" else []
         words += ["scan"] if model.scan_layers else []
         return ", ".join(words) + (" (config)" if self.own else "")
 
     @property
-    def kind(self) -> tuple:
-        """All but the batch size: of two sizes of one kind the larger needs more memory and less time."""
-        model = self.config.model
-        return self.layout.data, self.layout.fsdp, self.layout.tensor, model.remat, model.scan_layers
+    def kind(self) -> tuple[int, int, int, str, bool]:
+        """The settings without the batch size: with all of these equal, larger needs more memory and less time."""
+        shape, model = self.shape, self.config.model
+        return shape.data, shape.fsdp, shape.tensor, model.remat, model.scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     tried: list[tuple[Candidate, CompiledStep]]
-    """In the order of trying; the config's own settings first, where the slice can run them."""
+    """In the order of trying; the config's own settings first, if the slice can run them."""
     untried: list[Candidate]
     refused: str
     """Why the config's own settings cannot run on the slice at all; empty if they can."""
@@ -70,16 +72,15 @@ class Found:
 
 
 def own_candidate(config: Config, vocab_size: int, where: Slice) -> Candidate:
-    """The config's own settings on the slice; of "auto", the largest batch that fits by arithmetic.
+    """The config's own settings on the slice; for an "auto" batch, the largest that fits by arithmetic.
 
     Raises:
         UserError: the slice's devices do not divide into the mesh, or the batch over them.
     """
-    data, fsdp, _ = mesh_sizes(config.mesh, where.devices)
+    data, fsdp, _ = mesh_shape(config.mesh, where.devices)
     if config.train.per_device_train_batch_size == "auto":
         sized = _sized(config, vocab_size, where)
-        fits = [c for c in sized if c.guessed_bytes <= where.hbm_bytes]
-        own = fits[0] if fits else sized[-1]
+        own = next((c for c in sized if c.guessed_bytes <= where.hbm_bytes), sized[-1])
     else:
         own = _candidate(resolve_batch(config, data * fsdp), vocab_size, where)
     return dataclasses.replace(own, own=True)
@@ -88,7 +89,7 @@ def own_candidate(config: Config, vocab_size: int, where: Slice) -> Candidate:
 def candidates(config: Config, vocab_size: int, where: Slice) -> list[Candidate]:
     """Mesh x remat x scan x batch size for `config`, whose global batch is known; the likely fastest first.
 
-    What arithmetic finds far too large is left out; what it finds a little too large comes last.
+    What is far too large by arithmetic is left out; what is a little too large comes last.
 
     Raises:
         UserError: no mesh of the slice's devices divides the global batch.
@@ -98,55 +99,60 @@ def candidates(config: Config, vocab_size: int, where: Slice) -> list[Candidate]
     found: list[Candidate] = []
     for fsdp in [n for n in range(1, total + 1) if total % n == 0 and width % n == 0]:
         for remat, scan in itertools.product(("none", "dots", "block"), (False, True)):
-            settings = dict(mesh_data=total // fsdp, mesh_fsdp=fsdp, model_remat=remat, model_scan_layers=scan)
-            changed = with_settings(config, **settings, train_gradient_accumulation_steps=None)
+            changed = with_settings(
+                config,
+                mesh_data=total // fsdp,
+                mesh_fsdp=fsdp,
+                model_remat=remat,
+                model_scan_layers=scan,
+                train_gradient_accumulation_steps=None,
+            )
             found += _sized(changed, vocab_size, where)
     found = [c for c in found if c.guessed_bytes <= _SURELY_TOO_LARGE * limit]
     return sorted(found, key=lambda c: (c.guessed_bytes > limit, c.guessed_seconds))
 
 
 def _sized(config: Config, vocab_size: int, where: Slice) -> list[Candidate]:
-    """One for each batch size, the largest first, each at most two thirds of the one before it."""
-    data, fsdp, _ = mesh_sizes(config.mesh, where.devices)
+    """A candidate for each batch size, the largest first, each at most two thirds of the one before it."""
+    data, fsdp, _ = mesh_shape(config.mesh, where.devices)
     found: list[Candidate] = []
     for size in reversed(batch_sizes(config, data * fsdp)):
-        if not found or size <= found[-1].layout.rows / 1.5:
+        if not found or size <= found[-1].shape.rows / 1.5:
             sized = with_settings(config, train_per_device_train_batch_size=size)
             found.append(_candidate(resolve_batch(sized, data * fsdp), vocab_size, where))
     return found
 
 
 def _candidate(config: Config, vocab_size: int, where: Slice) -> Candidate:
-    layout = layout_of(config, where.devices)
-    memory = sum(arithmetic_memory(config, vocab_size, layout).values())
-    return Candidate(where, config, layout, memory, arithmetic_seconds(config, vocab_size, where, layout))
+    shape = step_shape(config, where.devices)
+    memory = sum(arithmetic_memory(config, vocab_size, shape).values())
+    return Candidate(where, config, shape, memory, arithmetic_seconds(config, vocab_size, where, shape))
 
 
-# Factors of a step's time. Remat: what is computed twice. The loop over layers was measured on the TPU compiler (124M,
-# v5e-8: 1.40 without remat, 1.04 with whole blocks), and so was fsdp, whose gathers it waits for.
+# Factors of a step's time. Remat: what is computed twice. Measured on the TPU compiler: the loop over layers (124M,
+# v5e-8: 1.40 without remat, 1.04 with whole blocks) and fsdp, which waits for its gathers.
 _EFFICIENCY = 0.45
 _REMAT_COST = {"none": 1.0, "dots": 1.08, "block": 1.27}
 _LOOP_COST = {"none": 1.40, "dots": 1.15, "block": 1.04}
 _FSDP_COST = 1.05
 
 
-def arithmetic_seconds(config: Config, vocab_size: int, where: Slice, layout: Layout) -> float:
-    """A guess of a step's seconds, for the order of candidates and for where there is no compiler."""
+def arithmetic_seconds(config: Config, vocab_size: int, where: Slice, shape: StepShape) -> float:
+    """An estimate of a step's seconds that needs no compiler; its error is up to a factor of 2."""
     model, chip = config.model, CHIPS[where.family]
-    devices = layout.data * layout.fsdp * layout.tensor
-    tokens = config.train.global_batch_size * config.block_size
-    seconds = tokens * flops_per_token(model, vocab_size, config.block_size) / devices / chip.peak_flops / _EFFICIENCY
+    flops = config.global_batch_size * config.block_size * flops_per_token(model, vocab_size, config.block_size)
+    seconds = flops / where.devices / chip.peak_flops / _EFFICIENCY
     seconds *= _REMAT_COST[model.remat] * (_LOOP_COST[model.remat] if model.scan_layers else 1.0)
-    seconds *= 1 + 256 / (layout.rows * config.block_size)  # few rows leave the matrix units half empty
+    seconds *= 1 + 256 / (shape.rows * config.block_size)  # few rows leave the matrix units half empty
 
-    parameters = parameter_count(model, vocab_size) / layout.tensor
+    parameters = parameter_count(model, vocab_size) / shape.tensor
     links = chip.ici_bandwidth / 4
-    if layout.accumulation > 1:  # the sum of gradients is read and written for each micro-batch
-        seconds += layout.accumulation * 12 * parameters / layout.fsdp / chip.hbm_bandwidth
-    if layout.data > 1:  # gradients there, new parameters back
-        seconds += 8 * parameters / layout.fsdp / links
-    if layout.fsdp > 1:  # bfloat16 weights forward and backward, float32 gradients, for each micro-batch
-        seconds = _FSDP_COST * seconds + layout.accumulation * 8 * parameters / links
+    if shape.accumulation > 1:  # the sum of gradients is read and written for each micro-batch
+        seconds += shape.accumulation * 12 * parameters / shape.fsdp / chip.hbm_bandwidth
+    if shape.data > 1:  # gradients are sent, new parameters come back
+        seconds += 8 * parameters / shape.fsdp / links
+    if shape.fsdp > 1:  # bfloat16 weights forward and backward, float32 gradients, for each micro-batch
+        seconds = _FSDP_COST * seconds + shape.accumulation * 8 * parameters / links
     return seconds
 
 
@@ -169,7 +175,7 @@ def search(config: Config, vocab_size: int, where: Slice, limits: Limits, cache:
     """Compile the config's own settings for the slice, and then others, the likely fastest first.
 
     Raises:
-        UserError: with `limits.exact`, the slice cannot run the config; or no settings could.
+        UserError: no settings can run on the slice, or with `limits.exact` the config's own cannot.
         NoTpuCompiler: there is no libtpu here.
     """
     queue, refused = queue_of(config, vocab_size, where, limits)
@@ -202,23 +208,22 @@ def queue_of(config: Config, vocab_size: int, where: Slice, limits: Limits) -> t
         if limits.exact:
             raise
         size = config.train.per_device_train_batch_size
-        rows = config.train.global_batch_size or (8 if size == "auto" else size) * where.devices // config.mesh.tensor
+        each = 8 if size == "auto" else config.per_device_train_batch_size
+        rows = config.train.global_batch_size or each * where.devices // config.mesh.tensor
         fixed = with_settings(config, train_global_batch_size=rows)
         return candidates(fixed, vocab_size, where), str(error)
     if limits.exact:
         return [own], ""
-    fixed = with_settings(config, train_global_batch_size=own.config.train.global_batch_size)
-    others = [c for c in candidates(fixed, vocab_size, where) if (c.kind, c.layout) != (own.kind, own.layout)]
+    fixed = with_settings(config, train_global_batch_size=own.config.global_batch_size)
+    others = [c for c in candidates(fixed, vocab_size, where) if (c.kind, c.shape) != (own.kind, own.shape)]
     return [own, *others], ""
 
 
 def _decided(candidate: Candidate, tried: list[tuple[Candidate, CompiledStep]]) -> bool:
-    """Whether a program of the same kind says enough: it fits and is no smaller, or does not and is no larger."""
-    return any(
-        other.kind == candidate.kind
-        and (other.layout.rows >= candidate.layout.rows if step.fits else other.layout.rows <= candidate.layout.rows)
-        for other, step in tried
-    )
+    """Whether another program decides this one: same kind, and it fits and is no smaller, or does not and no larger."""
+    rows = candidate.shape.rows
+    same = ((other.shape.rows, step.fits) for other, step in tried if other.kind == candidate.kind)
+    return any(size >= rows if fits else size <= rows for size, fits in same)
 
 
 def _compile_seconds(config: Config) -> float:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import operator
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 
 from jaxgpt.parallel.chips import CHIPS
-from jaxgpt.planning.cost import CALIBRATION
+from jaxgpt.planning.cost import CALIBRATION, Estimate
 from jaxgpt.planning.plan_search import Candidate
-from jaxgpt.planning.prices import Price
+from jaxgpt.planning.program import ProgramCost
 from jaxgpt.planning.topology import Slice
-from jaxgpt.planning.verdict import Verdict, best
+from jaxgpt.planning.verdict import Price, Verdict, best
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -25,9 +28,10 @@ def table(rows: Sequence[Verdict], absolute: bool, with_slice: bool = False) -> 
     for row in ordered:
         label = f"{row.where.name}: {row.candidate.label}" if with_slice else row.candidate.label
         cells.append([label, *_memory_cells(row), *_time_cells(row, first, absolute)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    sides = [str.ljust, *[str.rjust] * (len(widths) - 2), str.ljust]  # the first and the last column are words
-    return "\n".join("  ".join(side(*cell) for side, *cell in zip(sides, line, widths)).rstrip() for line in cells)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    sides = ["<", *">" * (len(widths) - 2), "<"]  # the first and the last column are words
+    pad = lambda line: "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths))
+    return "\n".join(pad(line).rstrip() for line in cells)
 
 
 _SHORT = {"parameters": "params", "optimizer": "optim", "gradients": "grads", "activations": "activ"}
@@ -46,41 +50,32 @@ def _memory_cells(row: Verdict) -> list[str]:
 
 
 def _time_cells(row: Verdict, first: Verdict | None, absolute: bool) -> list[str]:
-    if not row.fits:
+    if not (row.tokens_per_day and row.seconds and first and first.tokens_per_day):
         return ["-"] * (5 if absolute else 3)
     collectives, price = _collectives(row), row.usd_per_billion_tokens
     if not absolute:
-        time = row.seconds / row.tokens / (first.seconds / first.tokens)  # slices may differ in their batch
-        return [f"{time:.2f}x", _ratio(price, first.usd_per_billion_tokens), collectives]
+        base = first.usd_per_billion_tokens
+        time = first.tokens_per_day / row.tokens_per_day  # per token: slices may differ in their batch
+        return [f"{time:.2f}x", f"{price / base:.2f}x" if price and base else "-", collectives]
     times, mfu = f"{row.seconds:.3g}", f"{100 * row.mfu(row.seconds):.0f}"
-    if row.low is None:
-        times, mfu = f"~{times}", f"~{mfu}"
-    else:
+    if row.low and row.high:
         times += f" ({row.low:.3g}-{row.high:.3g})"
         mfu += f" ({100 * row.mfu(row.high):.0f}-{100 * row.mfu(row.low):.0f})"
-    return [
-        times,
-        mfu,
-        f"{row.tokens_per_day / 1e6:,.0f}",
-        f"{price:.2f}" if price else "-",
-        collectives,
-    ]
-
-
-def _ratio(price: float | None, first: float | None) -> str:
-    return f"{price / first:.2f}x" if price and first else "-"
+    else:
+        times, mfu = f"~{times}", f"~{mfu}"
+    return [times, mfu, f"{row.tokens_per_day / 1e6:,.0f}", f"{price:.2f}" if price else "-", collectives]
 
 
 def _collectives(row: Verdict) -> str:
     """ "all-reduce 2 (312 MiB), all-gather 148 (236 MiB); 5.4 ms exposed" """
-    if row.cost is None:
+    if row.cost is None or row.parts is None:
         return "-"
-    sums: dict[str, list[float]] = {}
+    calls: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
     for collective in row.cost.collectives:
-        entry = sums.setdefault(collective.kind, [0, 0])
-        entry[0] += collective.count
-        entry[1] += collective.bytes * collective.count
-    listed = [f"{kind} {count:.0f} ({size / _MIB:,.0f} MiB)" for kind, (count, size) in sums.items()]
+        calls[collective.kind] += collective.count
+        sent[collective.kind] += round(collective.bytes * collective.count)
+    listed = [f"{kind} {count} ({sent[kind] / _MIB:,.0f} MiB)" for kind, count in calls.items()]
     exposed = f"; {1e3 * row.parts.collective_seconds_exposed:.1f} ms exposed" if listed else ""
     return ", ".join(listed) + exposed or "none"
 
@@ -90,7 +85,8 @@ def _collectives(row: Verdict) -> str:
 ARITHMETIC = "What follows is ARITHMETIC, not the compiler: memory to about 30 %, times to a factor of 2."
 
 
-def slice_line(where: Slice, compiler: str | None) -> str:
+def slice_line(where: Slice, compiler: str) -> str:
+    """The slice in a line, and the source of what follows: `compiler`, or arithmetic if that is empty."""
     count = lambda number, noun: f"{number} {noun}{'s' if number > 1 else ''}"
     devices = f" ({where.devices} devices)" if where.devices != where.chips else ""
     return (
@@ -109,45 +105,39 @@ def slice_report(rows: Sequence[Verdict], untried: Sequence[Candidate], refused:
         parts.append(f"{len(untried)} more settings were left untried (--budget), the next ones: {names}")
     fastest = best(rows)
     if fastest:
-        parts.append(f"\nThe fastest that fits:\n\n{_indented(settings_toml(fastest))}")
-    if fastest and fastest.cost and top > 0:
+        parts.append(f"\nThe fastest that fits:\n\n{textwrap.indent(settings_toml(fastest), '    ')}")
+    if fastest and fastest.cost and fastest.parts and top > 0:
         parts.append(f"\nIts costliest operations, of {fastest.cost.cycles / 1e6:.1f} M cycles without kernels:\n")
-        parts += costliest(fastest, top) + kernel_lines(fastest)
+        clock = CHIPS[fastest.where.family].clock_hz
+        parts += costliest(fastest.cost, top) + kernel_lines(fastest.cost, fastest.parts, clock)
     return "\n".join(parts) + "\n"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" if line else "" for line in text.splitlines())
 
 
 def closing(rows: Sequence[Verdict], prices: dict[str, Price], absolute: bool) -> str:
     """How far times can be trusted, where the prices come from, and several slices side by side."""
     lines = calibration_lines() if any(row.parts for row in rows) else []
     lines += price_lines(rows, prices)
-    winners = [row for name in dict.fromkeys(r.where.name for r in rows) if (row := best(_of(rows, name)))]
+    slices = dict.fromkeys(row.where for row in rows)
+    winners = [fastest for where in slices if (fastest := best([row for row in rows if row.where == where]))]
     if len(winners) > 1:
         lines = ["The fastest that fits, of each slice:", table(winners, absolute, with_slice=True), "", *lines]
     return "\n".join(lines)
 
 
-def _of(rows: Sequence[Verdict], name: str) -> list[Verdict]:
-    return [row for row in rows if row.where.name == name]
-
-
 def calibration_lines() -> list[str]:
     band = f"{CALIBRATION.low:.2f} to {CALIBRATION.high:.2f}"
-    said = (
+    basis = (
         f"Times are the compiler's cycles, the kernels' schedules and the exposed collectives, times "
-        f"{CALIBRATION.factor:.2f} ({band} on published measured runs, {CALIBRATION.date})."
+        f"{CALIBRATION.factor:.2f} ({band} on published measured runs, {CALIBRATION.date}). "
+        f"Those runs: {CALIBRATION.limits}."
     )
-    said += f" Those runs: {CALIBRATION.limits}."
     if CALIBRATION.absolute:
-        return [said, "~ marks slices outside of those runs: how far such a time is off has not been measured."]
-    return [said, "That spread is too wide to claim times: the table has their ratios to its first row, per token."]
+        return [basis, "~ marks slices outside of those runs: how far such a time is off has not been measured."]
+    return [basis, "That spread is too wide to claim times: the table has their ratios to its first row, per token."]
 
 
 def price_lines(rows: Sequence[Verdict], prices: dict[str, Price]) -> list[str]:
-    """Where each price that the table used comes from."""
+    """The source of each price in the table."""
     families = dict.fromkeys(row.where.family for row in rows)
     return [
         f"Price {family}: ${price.usd_per_chip_hour:.2f} a chip-hour on demand, {price.date} ({price.source})"
@@ -169,49 +159,41 @@ def settings_toml(row: Verdict) -> str:
     )
 
 
-def costliest(row: Verdict, count: int) -> list[str]:
-    """Lines of the operations that take the most cycles, the kernels not among them."""
-    total = sum(row.cost.by_operation.values()) or 1
+def costliest(cost: ProgramCost, count: int) -> list[str]:
+    """A line for each of the operations that take the most cycles, without the kernels."""
     return [
-        f"{cycles / 1e6:9.2f} M  {100 * cycles / total:4.1f} %  {operation[:120]}"
-        for operation, cycles in row.cost.by_operation.most_common(count)
+        f"{cycles / 1e6:9.2f} M  {100 * cycles / cost.cycles:4.1f} %  {operation[:120]}"
+        for operation, cycles in cost.by_operation.most_common(count)
     ]
 
 
-def kernel_lines(row: Verdict) -> list[str]:
-    """What the kernels add, whose cycles the compiler leaves out of its sum."""
-    calls = sum(kernel.calls for kernel in row.cost.kernels)
+def kernel_lines(cost: ProgramCost, parts: Estimate, clock_hz: float) -> list[str]:
+    """The cycles that the kernels add, which the compiler leaves out of its sum."""
+    calls = sum(kernel.calls for kernel in cost.kernels)
     if not calls:
         return []
-    chip = CHIPS[row.where.family]
-    line = (
-        f"{row.parts.kernel_seconds * chip.clock_hz / 1e6:9.2f} M          {calls} calls of kernels, by their schedules"
-    )
-    unknown = row.parts.kernels_without_cycles
-    return [line] + ([f"{'':9}            not counted: {', '.join(sorted(set(unknown)))}"] if unknown else [])
+    line = f"{parts.kernel_seconds * clock_hz / 1e6:9.2f} M          {calls} calls of kernels, by their schedules"
+    unknown = ", ".join(sorted(set(parts.kernels_without_cycles)))
+    return [line] + ([f"{'':9}            not counted: {unknown}"] if unknown else [])
 
 
 def as_json(rows: Sequence[Verdict]) -> str:
     return json.dumps([_record(row) for row in rows], indent=2)
 
 
-def _record(row: Verdict) -> dict:
-    config = row.candidate.config
+_SETTINGS = (
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.scan_layers", "train.global_batch_size",
+    "train.per_device_train_batch_size", "train.gradient_accumulation_steps",
+)  # fmt: skip
+
+
+def _record(row: Verdict) -> dict[str, object]:
     collectives = [dataclasses.asdict(c) for c in row.cost.collectives] if row.cost else None
     return {
         "slice": row.where.name,
         "topology": row.where.topology,
         "chips": row.where.chips,
-        "settings": {
-            "mesh.data": config.mesh.data,
-            "mesh.fsdp": config.mesh.fsdp,
-            "mesh.tensor": config.mesh.tensor,
-            "model.remat": config.model.remat,
-            "model.scan_layers": config.model.scan_layers,
-            "train.global_batch_size": config.train.global_batch_size,
-            "train.per_device_train_batch_size": config.train.per_device_train_batch_size,
-            "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        },
+        "settings": {name: operator.attrgetter(name)(row.candidate.config) for name in _SETTINGS},
         "compiled": row.compile_seconds is not None,
         "fits": row.fits,
         "problem": row.problem or None,
@@ -222,7 +204,7 @@ def _record(row: Verdict) -> dict:
         "cycles": row.cycles,
         "estimate": dataclasses.asdict(row.parts) if row.parts else None,
         "seconds_per_step": {"calibrated": row.seconds, "low": row.low, "high": row.high},
-        "mfu": row.mfu(row.seconds),
+        "mfu": row.mfu(row.seconds) if row.seconds else None,
         "tokens_per_step": row.tokens,
         "tokens_per_day": row.tokens_per_day,
         "usd_per_billion_tokens": row.usd_per_billion_tokens,

@@ -1,14 +1,14 @@
-"""A compiled TPU program's text, read: its cycles, its collectives, its kernels, and the order in which they come.
+"""Reads the text of a compiled TPU program: its cycles, its collectives, its kernels, and the order in which they run.
 
 XLA for TPU writes `"estimated_cycles"` beside most instructions it emits; loop bodies are multiplied by their trip
 counts here. Pallas kernels and collectives carry no estimate and are listed.
 """
 
 import dataclasses
-import hashlib
 import math
 import re
 from collections import Counter
+from typing import Literal
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -16,10 +16,10 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN = 2**63 - 1  # what the compiler writes where it has no estimate (SparseCore gathers on v6e)
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]\w*?\d+\w*)\[([\d,]*)\]")
-_KERNEL_BODY = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
+_OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _KERNEL_NAME = re.compile(r"/([\w.\-]+)/pallas_call")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_GUARD_SHARE = 0.05  # of the costlier branch: a cheaper one below it does nothing much
+_GUARD_SHARE = 0.05  # of the costlier branch: a cheaper one below it does next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Collective:
     """One collective operation of the program."""
 
     kind: str
-    """all-gather, all-reduce, reduce-scatter, all-to-all or collective-permute."""
+    """all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute or collective-broadcast."""
     bytes: float
-    """That each device of the group sends in one call."""
+    """Bytes that each device of the group sends in one call."""
     group_size: int
     count: int
     """Calls in one run of the program."""
@@ -45,10 +45,23 @@ class Kernel:
     """A Pallas kernel that the program calls."""
 
     name: str
-    identity: str
-    """Of its code: equal for equal kernels, in whatever program."""
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    """(type, shape) of its results and operands: ("bf16", (16, 1024, 768))."""
     calls: int
-    """In one run of the program."""
+    """Calls in one run of the program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One thing that happens in a run."""
+
+    kind: Literal["run", "kernel", "collective", "start", "done", "loop"]
+    amount: float = 0.0
+    """Cycles of a run, trips of a loop."""
+    index: int = 0
+    """Which kernel or collective of the program."""
+    body: tuple["Event", ...] = ()
+    """The events of each trip of a loop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +70,13 @@ class ProgramCost:
 
     cycles: float
     """The compiler's estimates summed; kernels and collectives not counted."""
-    by_operation: Counter
+    by_operation: Counter[str]
     """Cycles by source operation."""
     collectives: list[Collective]
     kernels: list[Kernel]
     guarded_cycles: float
-    """Of the branches that are not counted in `cycles`."""
-    timeline: list
-    """What happens in order: ("run", cycles), ("kernel", index), ("collective", index), ("start", index),
-    ("done", index) and ("loop", trips, timeline), with indices into `kernels` and `collectives`."""
+    """Cycles of the branches that are not counted in `cycles`."""
+    timeline: tuple[Event, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,40 +92,37 @@ class _Instruction:
         match = _OP_NAME.search(self.rest)
         return match[1] if match else self.name
 
-    def attribute(self, name: str) -> str | None:
-        """The computation that an attribute names."""
+    def attribute(self, name: str) -> str:
+        """The computation that an attribute names; empty if there is none."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
-        return match[1] if match else None
+        return match[1] if match else ""
 
 
 def read_program(hlo_text: str) -> ProgramCost:
-    """What the optimized program `compiled.as_text()` costs.
+    """The cost of the optimized program `compiled.as_text()`.
 
     A loop's body counts as often as its trip count, a call as its computation. A conditional counts as its costlier
     branch, unless the cheaper one does next to nothing: then it guards against something rare (the loss computes
-    itself anew, exactly, after a huge value), counts as the cheaper one, and the other goes into `guarded_cycles`.
+    itself again, exactly, after a huge value), counts as the cheaper one, and the other goes into `guarded_cycles`.
 
     Raises:
         ValueError: the text has no entry computation.
     """
     computations, entry = _parse(hlo_text)
-    if entry is None:
+    if not entry:
         raise ValueError("the text of the program has no ENTRY computation")
     reader = _Reader(computations)
-    timeline, _ = reader.walk(entry, 1)
+    timeline, cycles = reader.walk(entry, 1)
     return ProgramCost(
-        cycles=float(sum(reader.by_operation.values())),
-        by_operation=reader.by_operation,
-        collectives=[_overlap(c, index, timeline) for index, c in enumerate(reader.collectives)],
-        kernels=reader.kernels,
-        guarded_cycles=float(reader.guarded),
-        timeline=timeline,
+        cycles, reader.by_operation, reader.collectives, reader.kernels, reader.guarded_cycles, tuple(timeline)
     )
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     """Instructions by computation, in their order (the text is scheduled), and the entry's name."""
-    computations, current, entry = {}, [], None
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] = []
+    entry = ""
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             current = computations.setdefault(match[2], [])
@@ -122,80 +130,86 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
         elif match := _INSTRUCTION.match(line):
             current.append(_Instruction(*match.groups()))
         elif current and line.strip() != "}":  # attributes with line breaks in them go on
-            last = current[-1]
-            current[-1] = dataclasses.replace(last, rest=last.rest + line)
+            current[-1] = dataclasses.replace(current[-1], rest=current[-1].rest + line)
     return computations, entry
 
 
+_Started = dict[str, tuple[int, float]]
+"""Asynchronous collectives that run: name of the operation that ends one -> (index, cycle of its start)."""
+
+
 class _Reader:
-    """Walks a program from its entry and gathers what it costs."""
+    """Walks a program from its entry and adds up its cost."""
 
     def __init__(self, computations: dict[str, list[_Instruction]]):
         self._computations = computations
-        self.by_operation: Counter = Counter()
+        self.by_operation: Counter[str] = Counter()
         self.collectives: list[Collective] = []
         self.kernels: list[Kernel] = []
-        self.guarded = 0.0
+        self.guarded_cycles = 0.0
 
-    def walk(self, name: str, times: int) -> tuple[list, float]:
+    def walk(self, name: str, times: int) -> tuple[list[Event], float]:
         """(timeline of one run of a computation, its cycles). It runs `times` times in the program."""
-        timeline, total, started = [], 0.0, {}
+        timeline: list[Event] = []
+        total = 0.0
+        started: _Started = {}
         for instruction in self._computations[name]:
-            events, cycles = self._instruction(instruction, times, started)
+            events, cycles = self._instruction(instruction, times, started, total)
             timeline += events
             total += cycles
+        for key in list(started):  # no instruction waits for these
+            self._finish(started, key, total)
         return timeline, total
 
-    def _instruction(self, instruction: _Instruction, times: int, started: dict) -> tuple[list, float]:
+    def _finish(self, started: _Started, key: str, now: float) -> Event:
+        """End the asynchronous collective that `key` names, after `now` cycles of the computation."""
+        index, start = started.pop(key)
+        self.collectives[index] = dataclasses.replace(self.collectives[index], overlapped_cycles=now - start)
+        return Event("done", index=index)
+
+    def _instruction(
+        self, instruction: _Instruction, times: int, started: _Started, now: float
+    ) -> tuple[list[Event], float]:
         opcode = instruction.opcode
         if opcode == "while":
             trips = self._trip_count(instruction)
             body, cycles = self.walk(instruction.attribute("body"), times * trips)
-            return [("loop", trips, body)], trips * cycles
+            return [Event("loop", trips, body=tuple(body))], trips * cycles
         if opcode == "call":
             return self.walk(instruction.attribute("to_apply"), times)
         if opcode == "conditional":
             return self._conditional(instruction, times)
         if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
-            return [("kernel", self._kernel(instruction, times))], 0.0
-        if event := self._collective(instruction, times, started):
-            # A fusion that also carries a collective has cycles of its own, and starts it before it computes.
-            after = event[0] == "start"
-            run, cycles = self._run(instruction, times)
-            return ([event, *run] if after else [*run, event]), cycles
-        return self._run(instruction, times)
+            return [Event("kernel", index=self._kernel(instruction, times))], 0.0
+        run, cycles = self._run(instruction, times)
+        event = self._collective(instruction, times, started, now, now + cycles)
+        if event is None:
+            return run, cycles
+        # A fusion that also carries a collective has cycles of its own, and starts it before it computes.
+        return ([event, *run] if event.kind == "start" else [*run, event]), cycles
 
-    def _run(self, instruction: _Instruction, times: int) -> tuple[list, float]:
+    def _run(self, instruction: _Instruction, times: int) -> tuple[list[Event], float]:
         match = _CYCLES.search(instruction.rest)
-        cycles = float(match[1]) if match else 0.0
-        if not cycles or int(match[1]) == _UNKNOWN:
+        cycles = int(match[1]) if match else 0
+        if cycles in (0, _UNKNOWN):
             return [], 0.0
         self.by_operation[instruction.operation] += times * cycles
-        return [("run", cycles)], cycles
+        return [Event("run", cycles)], cycles
 
-    def _conditional(self, instruction: _Instruction, times: int) -> tuple[list, float]:
-        named = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
-        branches = (
-            named[1].replace("%", "").split(", ")
-            if named
-            else [
-                instruction.attribute("true_computation"),
-                instruction.attribute("false_computation"),
-            ]
-        )
-        costs = []
-        for branch in branches:
-            trial = _Reader(self._computations)
-            _, cycles = trial.walk(branch, 1)
-            costs.append(cycles)
-        most, least = max(costs), min(costs)
-        guard = least < _GUARD_SHARE * most
-        if guard:
-            self.guarded += times * most
-        return self.walk(branches[costs.index(least if guard else most)], times)
+    def _conditional(self, instruction: _Instruction, times: int) -> tuple[list[Event], float]:
+        if named := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
+            branches = named[1].replace("%", "").split(", ")
+        else:
+            branches = [instruction.attribute("true_computation"), instruction.attribute("false_computation")]
+        costs = {branch: _Reader(self._computations).walk(branch, 1)[1] for branch in branches}
+        cheapest, costliest = min(branches, key=costs.__getitem__), max(branches, key=costs.__getitem__)
+        if costs[cheapest] >= _GUARD_SHARE * costs[costliest]:
+            return self.walk(costliest, times)
+        self.guarded_cycles += times * costs[costliest]
+        return self.walk(cheapest, times)
 
     def _trip_count(self, loop: _Instruction) -> int:
-        """Of a counted loop: the bound that its condition compares with."""
+        """The trips of a counted loop: the bound that its condition compares with."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(match[1])
         condition = self._computations[loop.attribute("condition")]
@@ -203,70 +217,56 @@ class _Reader:
         return max(bounds, default=1)
 
     def _kernel(self, instruction: _Instruction, times: int) -> int:
-        body = _KERNEL_BODY.search(instruction.rest)
-        identity = hashlib.sha256((body[1] if body else instruction.rest).encode()).hexdigest()[:16]
+        named, operands = _KERNEL_NAME.search(instruction.operation), _OPERANDS.search(instruction.rest)
+        found = _ARRAY.findall(instruction.type + (operands[1] if operands else ""))
+        arrays = tuple((kind, tuple(int(size) for size in sizes.split(",") if size)) for kind, sizes in found)
+        name = named[1] if named else instruction.name.split(".")[0]
         for index, kernel in enumerate(self.kernels):
-            if kernel.identity == identity:
+            if (kernel.name, kernel.arrays) == (name, arrays):
                 self.kernels[index] = dataclasses.replace(kernel, calls=kernel.calls + times)
                 return index
-        named = _KERNEL_NAME.search(instruction.operation)
-        self.kernels.append(Kernel(named[1] if named else instruction.name.split(".")[0], identity, times))
+        self.kernels.append(Kernel(name, arrays, times))
         return len(self.kernels) - 1
 
-    def _collective(self, instruction: _Instruction, times: int, started: dict) -> tuple | None:
+    def _collective(
+        self, instruction: _Instruction, times: int, started: _Started, before: float, after: float
+    ) -> Event | None:
         """The event of an instruction that is a collective, or begins or ends one."""
-        kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
-        key = instruction.name
-        if kind in _KINDS:
-            if instruction.opcode.endswith("-done"):
-                return self._done(started, instruction.rest)
-            asynchronous = instruction.opcode.endswith("-start")
-        elif instruction.opcode == "async-done":
-            return self._done(started, instruction.rest)
-        elif instruction.opcode == "async-start":
-            inner = self._computations.get(instruction.attribute("calls"), [])
-            instruction = next((i for i in inner if i.opcode in _KINDS), None)
-            if instruction is None:
-                return None
-            kind, asynchronous = instruction.opcode, True
-        elif instruction.opcode == "fusion":
+        opcode, key = instruction.opcode, instruction.name
+        called = self._computations.get(instruction.attribute("calls"), [])
+        inside = next((i for i in called if i.opcode in _KINDS), None)
+        if opcode.endswith("-done"):
+            operands = re.findall(r"%([\w.\-]+)", instruction.rest.split("), ")[0])
+            ended = next((name for name in operands if name in started), None)
+            return self._finish(started, ended, after) if ended else None
+        if opcode == "fusion":
             # XLA's "async collective fusion": the parts of one collective lie in the computations of several fusions,
             # and two custom calls mark the first and the last.
-            inner = self._computations.get(instruction.attribute("calls"), [])
-            marks = {m[1] for i in inner for m in [re.search(r'target="AsyncCollective(\w+)"', i.rest)] if m}
-            inside = next((i for i in inner if i.opcode in _KINDS), None)
+            marks = {m[1] for i in called if (m := re.search(r'target="AsyncCollective(\w+)"', i.rest))}
             if inside is None or not marks:
                 return None
             channel = re.search(r"channel_id=(\d+)", inside.rest)
-            key = f"channel {channel[1]}" if channel else instruction.name
+            key = f"channel {channel[1]}" if channel else key
             if "Done" in marks:
-                return ("done", started.pop(key)) if key in started else None
-            instruction, kind, asynchronous = inside, inside.opcode, True
-        else:
+                return self._finish(started, key, after) if key in started else None
+        elif opcode.removesuffix("-start") in _KINDS:
+            inside = instruction
+        elif opcode != "async-start" or inside is None:
             return None
-        self.collectives.append(_collective(instruction, kind, times, asynchronous))
+        asynchronous = opcode not in _KINDS
+        self.collectives.append(_collective(inside, times, asynchronous))
         index = len(self.collectives) - 1
         if asynchronous:
-            started[key] = index
-        return ("start" if asynchronous else "collective", index)
-
-    @staticmethod
-    def _done(started: dict, operands: str) -> tuple | None:
-        """The end of the collective that an operand names."""
-        for name in re.findall(r"%([\w.\-]+)", operands.split("), ")[0]):
-            if name in started:
-                return ("done", started.pop(name))
-        return None
+            started[key] = index, before
+        return Event("start" if asynchronous else "collective", index=index)
 
 
-def _collective(instruction: _Instruction, kind: str, times: int, asynchronous: bool) -> Collective:
-    group = _group_size(instruction.rest)
-    sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.type)]
-    result, others = float(sum(sizes)), (group - 1) / group
-    if instruction.opcode.endswith("-start"):  # most list their operands with the results
-        result *= {"all-gather": group / (group + 1), "reduce-scatter": 1 / (group + 1), "all-reduce": 1.0}.get(
-            kind, 0.5
-        )
+def _collective(instruction: _Instruction, times: int, asynchronous: bool) -> Collective:
+    kind, group = instruction.opcode.removesuffix("-start"), _group_size(instruction.rest)
+    result, others = float(sum(_bytes(*array) for array in _ARRAY.findall(instruction.type))), (group - 1) / group
+    if instruction.opcode != kind:  # most of those that only start list their operands with the results
+        share = {"all-gather": group / (group + 1), "reduce-scatter": 1 / (group + 1), "all-reduce": 1.0}
+        result *= share.get(kind, 0.5)
     sent = {
         "all-gather": result * others,
         "reduce-scatter": result * (group - 1),
@@ -279,8 +279,8 @@ def _collective(instruction: _Instruction, kind: str, times: int, asynchronous: 
 
 
 def _bytes(kind: str, dimensions: str) -> int:
-    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
-    return math.prod(int(d) for d in dimensions.split(",") if d) * bits // 8
+    bits = re.search(r"\d+", kind)  # none in "pred"
+    return math.prod(int(d) for d in dimensions.split(",") if d) * (int(bits[0]) if bits else 8) // 8
 
 
 def _group_size(attributes: str) -> int:
@@ -295,23 +295,3 @@ def _group_size(attributes: str) -> int:
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return match[1].count("{")
     return 1
-
-
-def _overlap(collective: Collective, index: int, timeline: list) -> Collective:
-    """`collective` with the cycles between its start and its end, in whatever loop it lies."""
-    cycles = _cycles_between(timeline, index)
-    return dataclasses.replace(collective, overlapped_cycles=cycles or 0.0) if collective.asynchronous else collective
-
-
-def _cycles_between(timeline: list, index: int) -> float | None:
-    if ("start", index) in timeline:
-        begin = timeline.index(("start", index))
-        end = timeline.index(("done", index)) if ("done", index) in timeline else len(timeline)
-        return _total(timeline[begin:end])
-    inner = (_cycles_between(event[2], index) for event in timeline if event[0] == "loop")
-    return next((cycles for cycles in inner if cycles is not None), None)
-
-
-def _total(timeline: list) -> float:
-    runs = sum(event[1] for event in timeline if event[0] == "run")
-    return runs + sum(event[1] * _total(event[2]) for event in timeline if event[0] == "loop")

@@ -8,12 +8,18 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterable
 from importlib.metadata import version
 
-from jaxgpt.errors import UserError
+import jax
+from jax.experimental import topologies
 
-_FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-_CUBIC = {
+from jaxgpt.errors import UserError
+from jaxgpt.parallel.chips import CHIPS
+
+_Shapes = dict[int, tuple[int, ...]]
+_FLAT: _Shapes = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+_CUBIC: _Shapes = {
     4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
     512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16),
 }  # fmt: skip
@@ -21,31 +27,27 @@ _CUBIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A generation of chips, as Google names and cuts it (Cloud TPU docs, "TPU versions"; MaxText's table)."""
+    """The slices of a generation of chips, as Google names them (Cloud TPU docs, "TPU versions"; MaxText's table)."""
 
     rented: str
-    """How a rented slice's name begins: v5p of v5p-16."""
-    libtpu: str
-    """What libtpu calls it in a topology's name."""
-    shapes: dict[int, tuple[int, ...]]
+    """The first part of a rented slice's name: v5p in v5p-16."""
+    shapes: _Shapes
     """Chips of a slice -> chips along each axis."""
-    counted: int = 1
-    """What the number in a slice's name counts for one chip: 2 where it counts TensorCores."""
-    devices_per_chip: int = 1
-    """jax devices of one chip."""
-    hbm_gib: float = 0.0
+    hbm_gib: float
     """GiB that a program may use on one jax device, as libtpu 0.0.52 says when a program is too large."""
-    options: tuple[tuple[str, object], ...] = ()
-    """Further options of the topology."""
+    counted: int = 1
+    """By how much the number in a slice's name grows for each chip: 2 where it counts TensorCores."""
+    chip_config: str | None = None
+    """libtpu's name of the chip's configuration, where it has several."""
 
 
-# Keys are the names of cost.CHIPS.
+# Keys are the names of parallel.chips.CHIPS; the rented name is also libtpu's.
 FAMILIES = {
-    "v4": Family("v4", "v4", _CUBIC, counted=2, hbm_gib=30.75, options=(("chip_config_name", "megacore"),)),
-    "v5e": Family("v5e", "v5e", _FLAT, hbm_gib=15.75),
-    "v5p": Family("v5p", "v5p", _CUBIC | {4096: (16, 16, 16), 6144: (16, 16, 24)}, counted=2, hbm_gib=95.73),
-    "v6e": Family("v6e", "v6e", _FLAT, hbm_gib=31.24),
-    "v7x": Family("tpu7x", "tpu7x", _CUBIC, counted=2, devices_per_chip=2, hbm_gib=94.74),
+    "v4": Family("v4", _CUBIC, hbm_gib=30.75, counted=2, chip_config="megacore"),
+    "v5e": Family("v5e", _FLAT, hbm_gib=15.75),
+    "v5p": Family("v5p", _CUBIC | {4096: (16, 16, 16), 6144: (16, 16, 24)}, hbm_gib=95.73, counted=2),
+    "v6e": Family("v6e", _FLAT, hbm_gib=31.24),
+    "v7x": Family("tpu7x", _CUBIC, hbm_gib=94.74, counted=2),
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e", "v7x": "v7x", "v7": "v7x"}
 
@@ -64,11 +66,12 @@ class Slice:
 
     @property
     def devices(self) -> int:
-        return self.chips * FAMILIES[self.family].devices_per_chip
+        """jax devices."""
+        return self.chips * CHIPS[self.family].devices_per_chip
 
     @property
     def hosts(self) -> int:
-        """Machines that the chips are attached to: 4 chips each; the flat families also have machines of 1 and 8."""
+        """Machines that the chips are attached to, 4 chips each; flat families also have machines of 1 and 8."""
         flat = len(self.shape) == 2
         return 1 if self.chips <= (8 if flat else 4) else self.chips // 4
 
@@ -79,21 +82,26 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        return f"{FAMILIES[self.family].libtpu}:{'x'.join(map(str, self.shape))}"
+        """The name that libtpu knows the slice by: "v5e:2x4"."""
+        return f"{FAMILIES[self.family].rented}:{'x'.join(map(str, self.shape))}"
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Which axes close to a ring: flat families' where all 16 chips are there, the others' in whole 4x4x4 cubes."""
+        """Which axes are rings: those of 16 chips in flat families, all in slices of whole 4x4x4 cubes."""
         if len(self.shape) == 2:
             return tuple(size == 16 for size in self.shape) + (False,)
         return (all(size % 4 == 0 for size in self.shape),) * 3
 
 
 def parse_slices(text: str) -> list[Slice]:
-    """The slices of "v5e-1,v5e-8,v5p:2x2x2", in that order."""
+    """The slices that "v5e-1,v5e-8,v5p:2x2x2" names, in that order.
+
+    Raises:
+        UserError: a name is unknown; lists the known ones.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UserError(f"--tpu names no slice; {_known()}")
+        raise UserError(f"--tpu names no slice; {_known(FAMILIES)}")
     return [parse_slice(name) for name in names]
 
 
@@ -104,9 +112,10 @@ def parse_slice(name: str) -> Slice:
         UserError: there is none of that name; lists the known ones.
     """
     match = re.fullmatch(r"([a-z0-9]+)([-:])(\d+(?:x\d+)*)", name.lower())
-    family = match and _family(match[1])
-    if family is None:
-        raise UserError(f"--tpu {name}: no such slice; {_known()}")
+    by_name = _ALIASES | {family.rented: key for key, family in FAMILIES.items()}
+    family = by_name.get(match[1]) if match else None
+    if match is None or family is None:
+        raise UserError(f"--tpu {name}: no such slice; {_known(FAMILIES)}")
     cut = FAMILIES[family]
     if match[2] == ":":
         shape = tuple(map(int, match[3].split("x")))
@@ -121,18 +130,13 @@ def parse_slice(name: str) -> Slice:
     return Slice(name, family, cut.shapes[chips])
 
 
-def _family(word: str) -> str | None:
-    by_rented = {family.rented: key for key, family in FAMILIES.items()}
-    return by_rented.get(word) or _ALIASES.get(word)
-
-
 def known_slices(family: str) -> list[Slice]:
     """Every slice of a family that has a name, the smallest first."""
     cut = FAMILIES[family]
     return [Slice(f"{cut.rented}-{chips * cut.counted}", family, shape) for chips, shape in cut.shapes.items()]
 
 
-def _known(families=FAMILIES) -> str:
+def _known(families: Iterable[str]) -> str:
     listed = []
     for family in families:
         numbers = ",".join(name.split("-")[1] for name in (cut.name for cut in known_slices(family)))
@@ -150,37 +154,34 @@ INSTALL = "pip install 'jaxgpt[plan]' (x86-64 Linux only)"
 
 
 class NoTpuCompiler(Exception):
-    """libtpu is not here. The text says why and how to get it."""
+    """libtpu is not installed. The text says how to get it."""
 
 
 def tpu_compiler_version() -> str:
     """libtpu's version.
 
     Raises:
-        NoTpuCompiler: it is not installed, or cannot be on this platform.
+        NoTpuCompiler: it is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise NoTpuCompiler(f"libtpu, the TPU compiler, is not installed: {INSTALL}")
     return version("libtpu")
 
 
-def compile_only_devices(where: Slice) -> list:
-    """jax devices of the slice that programs can be compiled for, and that do not run them.
+def compile_only_devices(where: Slice) -> list[jax.Device]:
+    """jax devices of the slice that programs can be compiled for but not run on.
 
     Raises:
         NoTpuCompiler: there is no libtpu here.
         UserError: this libtpu does not know the slice.
     """
     tpu_compiler_version()
-    # Read when libtpu is loaded. It would ask Google's metadata server what machine this is, complain that it is
-    # none of theirs, and refuse to be loaded twice, which guards a TPU that is not in use here.
+    # libtpu reads these when it is loaded. Without them it asks Google's metadata server what machine this is, and
+    # refuses to be loaded twice, which protects a TPU that is not in use here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    import jax
-    from jax.experimental import topologies
-
     cut = FAMILIES[where.family]
     bounds = tuple(min(size, limit) for size, limit in zip(where.shape + (1,), (2, 2, 1)))
     try:
@@ -189,7 +190,7 @@ def compile_only_devices(where: Slice) -> list:
             topology_name=where.topology,
             chips_per_host_bounds=bounds,
             wrap=list(where.wrap),
-            **dict(cut.options),
+            **({"chip_config_name": cut.chip_config} if cut.chip_config else {}),
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

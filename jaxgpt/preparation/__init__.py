@@ -1,1 +1,1 @@
-"""How is the data made? From text to a tokenized dataset on disk."""
+"""Makes prepared datasets from text and conversations: sources, cleaning, splits, tokens, reports."""

@@ -1,8 +1,7 @@
-"""Changed copies of conversations, for small sets: what users write varies, what is learned from stays.
+"""Augmentation of small sets of conversations: copies in which the user's text is changed, and the answers are not.
 
-The idea: every change is drawn from (seed, number of the conversation, number of the copy), so a copy is the same
-whichever process makes it and however many there are. Answers are never changed. Words with a digit or an @ stay as
-they are, because an answer may repeat them.
+Every change is drawn from (seed, number of the conversation, number of the copy), so a copy does not depend on the
+process that makes it. Words with a digit or an @ are never changed, because an answer may repeat them.
 """
 
 import hashlib
@@ -11,43 +10,70 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from jaxgpt.errors import UserError
 from jaxgpt.settings import AugmentationConfig
 
+T = TypeVar("T")
 _KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _SENTENCE_BORDER = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*(?=\S)")
-_WIDE = "。！？"  # end a sentence without a space after it
+_WIDE = "。！？"  # no space follows these
 _WORD = re.compile(r"\S+")
 _FIXED = re.compile(r"[\d@]|://")
-_FIRST_IDEOGRAPH = "\u2e80"  # from here on, scripts that put no spaces between words
+_FIRST_IDEOGRAPH = "\u2e80"  # from here on: scripts without spaces between words
+
+
+class Draw:
+    """Random choices by `Random.random` only, which Python promises to be the same in every version."""
+
+    def __init__(self, seed: int):
+        self._random = random.Random(seed)
+
+    def chance(self, probability: float) -> bool:
+        return self._random.random() < probability
+
+    def one(self, items: Sequence[T]) -> T:
+        return items[int(self._random.random() * len(items))]
+
+    def shuffled(self, items: Sequence[T]) -> list[T]:
+        left, drawn = list(items), []
+        while left:
+            drawn.append(left.pop(int(self._random.random() * len(left))))
+        return drawn
+
+
+def _seed(*numbers: int) -> int:
+    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 class Augmenter:
-    """Makes the copies that `settings` ask for."""
+    """Makes changed copies of conversations."""
 
     def __init__(self, settings: AugmentationConfig):
-        """
+        """Read the file of synonyms, if the settings name one.
+
         Raises:
-            UserError: the file of synonyms cannot be read; names the line.
+            UserError: the file is missing or wrong; names the line.
         """
         self._settings = settings
         self._synonyms = _Synonyms(Path(settings.synonyms)) if settings.synonyms and settings.synonym_rate else None
 
     def copies(self, text: str, number: int) -> list[str]:
-        """Up to `settings.copies` changed copies of a canonical conversation, the source's `number`-th.
+        """Up to `settings.copies` changed copies of a canonical conversation, which is number `number` of the source.
 
-        Those that came out like the original, or like an earlier copy, are left out.
+        Copies equal to the original or to an earlier copy are left out.
         """
         made = [text]
         for copy in range(self._settings.copies):
-            changed = self._change(json.loads(text), _Draw(self._settings.seed, number, copy))
+            changed = self._change(json.loads(text), Draw(_seed(self._settings.seed, number, copy)))
             if changed not in made:
                 made.append(changed)
         return made[1:]
 
-    def _change(self, messages: list[dict], draw: "_Draw") -> str:
-        kept = []
+    def _change(self, messages: list[dict], draw: Draw) -> str:
+        kept: list[dict | None] = []  # None: a user turn that is dropped with its answer
         for place, message in enumerate(messages):
             begins_pair = message["role"] == "user" and place < len(messages) - 2
             if begins_pair and draw.chance(self._settings.drop_turns):
@@ -61,7 +87,7 @@ class Augmenter:
                 kept.append(message)
         return json.dumps(kept, ensure_ascii=False)
 
-    def _change_words(self, text: str, draw: "_Draw") -> str:
+    def _change_words(self, text: str, draw: Draw) -> str:
         settings = self._settings
         if draw.chance(settings.shuffle_sentences):
             text = _shuffle_sentences(text, draw)
@@ -72,28 +98,8 @@ class Augmenter:
         return text
 
 
-class _Draw:
-    """Random choices by `Random.random` alone, which Python promises to be the same in every version."""
-
-    def __init__(self, *numbers: int):
-        digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
-        self._random = random.Random(int.from_bytes(digest[:8], "little"))
-
-    def chance(self, probability: float) -> bool:
-        return self._random.random() < probability
-
-    def one(self, items: Sequence):
-        return items[int(self._random.random() * len(items))]
-
-    def shuffled(self, items: Sequence) -> list:
-        left, drawn = list(items), []
-        while left:
-            drawn.append(left.pop(int(self._random.random() * len(left))))
-        return drawn
-
-
 class _Synonyms:
-    """Groups of words that may replace each other."""
+    """Groups of words that may replace each other, read from a file."""
 
     def __init__(self, file: Path):
         self._others: dict[str, list[str]] = {}
@@ -102,11 +108,11 @@ class _Synonyms:
         except OSError as error:
             raise UserError(f"augmentation.synonyms = {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            line = 1 + error.object.count(b"\n", 0, error.start)
-            raise UserError(f"{file}:{line}: not UTF-8; save the file as UTF-8") from None
-        for number, line in enumerate(text.splitlines(), 1):
-            words = [word.strip().lower() for word in line.replace("，", ",").split(",")]
-            if not line.strip() or line.startswith("#"):
+            row = 1 + error.object.count(b"\n", 0, error.start)
+            raise UserError(f"{file}:{row}: not UTF-8; save the file as UTF-8") from None
+        for number, group in enumerate(text.splitlines(), 1):
+            words = [word.strip().lower() for word in group.replace("，", ",").split(",")]
+            if not group.strip() or group.startswith("#"):
                 continue
             if len(words) < 2 or "" in words:
                 raise UserError(f"{file}:{number}: a group is two words or more with commas between: parcel, package")
@@ -119,7 +125,7 @@ class _Synonyms:
         longest_first = sorted(self._others, key=lambda word: (-len(word), word))
         self._pattern = re.compile("|".join(map(_whole_word, longest_first)), re.IGNORECASE)
 
-    def replace(self, text: str, rate: float, draw: _Draw) -> str:
+    def replace(self, text: str, rate: float, draw: Draw) -> str:
         def other(match: re.Match) -> str:
             word = match.group()
             others = self._others.get(word.lower())
@@ -132,13 +138,13 @@ class _Synonyms:
 
 
 def _whole_word(word: str) -> str:
-    """A pattern for the word that is no part of a longer one, where the script shows where words end."""
+    """A pattern that matches only the whole word, in scripts that separate words."""
     before = r"(?<!\w)" if word[0] < _FIRST_IDEOGRAPH else ""
     after = r"(?!\w)" if word[-1] < _FIRST_IDEOGRAPH else ""
     return before + re.escape(word) + after
 
 
-def _shuffle_sentences(text: str, draw: _Draw) -> str:
+def _shuffle_sentences(text: str, draw: Draw) -> str:
     sentences = [sentence for sentence in _SENTENCE_BORDER.split(text) if sentence]
     joined = ""
     for sentence in draw.shuffled(sentences):
@@ -146,8 +152,8 @@ def _shuffle_sentences(text: str, draw: _Draw) -> str:
     return joined if len(sentences) > 1 else text
 
 
-def _mistype(word: str, rate: float, draw: _Draw) -> str:
-    """The word with some letters swapped with the next, left out, doubled, or taken from the key beside."""
+def _mistype(word: str, rate: float, draw: Draw) -> str:
+    """The word with typing errors: letters swapped with the next, left out, doubled, or replaced by a neighbour key."""
     if _FIXED.search(word):
         return word
     letters, typed, place = list(word), [], 0
@@ -168,7 +174,8 @@ def _mistype(word: str, rate: float, draw: _Draw) -> str:
     return "".join(typed)
 
 
-def _beside(letter: str, draw: _Draw) -> str:
+def _beside(letter: str, draw: Draw) -> str:
+    """A neighbour of the letter on the keyboard; the letter itself if it is not a Latin one."""
     for row in _KEYBOARD:
         at = row.find(letter.lower())
         if at >= 0:

@@ -1,22 +1,28 @@
 """Sources with a name in a public catalog: TFDS and Hugging Face datasets.
 
-The idea: both give named splits of rows. The held-out one, validation or test, comes before train, so that a limit
-on the whole can leave both their share.
+Both have named splits of rows. The held-out one, validation or test, comes before train, so that a limit on the whole
+can leave each its share.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jaxgpt.errors import UserError
-from jaxgpt.preparation.documents import BadRecord, BadRecords, Record
+from jaxgpt.errors import BadRecord, UserError
+from jaxgpt.preparation.documents import BadRecords, SourceRecord, SplitName
 from jaxgpt.settings import SourceConfig
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 TFDS, HUGGINGFACE = "tfds:", "huggingface:"
 
 
-def catalog_splits(part: SourceConfig, bad: BadRecords, field: str | None) -> list[tuple[str | None, Iterator[Record]]]:
-    """(split, its rows): validation, then train; one alone has the split None, for the caller to divide.
+def catalog_splits(
+    part: SourceConfig, bad: BadRecords, field: str | None
+) -> list[tuple[SplitName | None, Iterator[SourceRecord]]]:
+    """(split, its rows): validation, then train; a single split is None, and the caller divides it.
 
     Raises:
         UserError: no such dataset, no way to get it, or no column `field` in it.
@@ -27,7 +33,7 @@ def catalog_splits(part: SourceConfig, bad: BadRecords, field: str | None) -> li
             (split, tfds_rows(builder, name, part, split, field, bad))
             for split, name in _splits(part, list(builder.info.splits))
         ]
-    splits = _huggingface_splits(part)
+    splits = _huggingface_call(part, "load_dataset", streaming=True)
     return [
         (split, _huggingface_rows(splits[name], name, part, split, field))
         for split, name in _splits(part, list(splits))
@@ -35,16 +41,17 @@ def catalog_splits(part: SourceConfig, bad: BadRecords, field: str | None) -> li
 
 
 def catalog_facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
-    """What changes when the dataset does, known without reading it: lines of text, and files by name."""
+    """Facts that change with the dataset, without reading it: lines of text, and files by name."""
     if part.source.startswith(HUGGINGFACE):
         return _huggingface_facts(part), []
     root = _tfds_folder(part)
     if not _tfds_on_disk(part):
-        tfds_builder(part)  # downloads it, so that the facts are those of later calls
+        tfds_builder(part)  # downloads it, so that later calls give the same facts
     return [str(root.resolve())], [(str(file.relative_to(root)), file) for file in _tfds_on_disk(part)]
 
 
-def _splits(part: SourceConfig, names: list[str]) -> list[tuple[str | None, str]]:
+def _splits(part: SourceConfig, names: list[str]) -> list[tuple[SplitName | None, str]]:
+    """(split of ours, its name in the catalog) of the splits that are used."""
     held_out = next((name for name in ("validation", "test") if name in names), None)
     if "train" in names and held_out:
         return [("validation", held_out), ("train", "train")]
@@ -53,13 +60,13 @@ def _splits(part: SourceConfig, names: list[str]) -> list[tuple[str | None, str]
     raise UserError(f"{part.source}: no split train, validation or test, only {', '.join(names)}")
 
 
-def _check_field(part: SourceConfig, field: str | None, names) -> None:
+def _check_field(part: SourceConfig, field: str | None, names: Iterable[str]) -> None:
     if field is not None and field not in names:
         raise UserError(f'{part.source}: no feature "{field}"; it has {", ".join(names)}: set data.text_field')
 
 
-def _plain(value: object) -> object:
-    """Python's own types for those of NumPy; and bytes, which is how TFDS holds text, as text."""
+def _plain(value: Any) -> Any:
+    """The value in Python's own types instead of NumPy's, and bytes, which TFDS uses for text, as text."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, Mapping):
@@ -69,36 +76,39 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _turns(value: object) -> object:
-    """A table of columns as a list of rows: how both libraries may store a list of objects, such as turns."""
-    columns = isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values())
-    if columns and len({len(column) for column in value.values()}) == 1:
-        return [dict(zip(value, row)) for row in zip(*value.values())]
-    return value
+def _turns(value: Any) -> Any:
+    """A list of rows for a table of columns, as which both libraries may store a list of objects such as turns."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, row)) for row in zip(*value.values())]
 
 
 # ---------------------------------------------------------------- TFDS
 
 
 def tfds_rows(
-    builder, name: str, part: SourceConfig, split: str | None, field: str | None, bad: BadRecords
-) -> Iterator[Record]:
+    builder: "tfds.core.DatasetBuilder",
+    name: str,
+    part: SourceConfig,
+    split: SplitName | None,
+    field: str | None,
+    bad: BadRecords,
+) -> Iterator[SourceRecord]:
+    """The rows of the builder's split `name`, called `split` here; only `field` of them, if given."""
     _check_field(part, field, builder.info.features)
     for number, example in enumerate(builder.as_data_source(split=name)):
         where = f"{part.source}, split {name}, example {number}"
         try:
             chosen = example if field is None else {field: example[field]}
-            yield Record(where, {key: _turns(_plain(value)) for key, value in chosen.items()}, split)
+            yield SourceRecord(where, {key: _turns(_plain(value)) for key, value in chosen.items()}, split)
         except UnicodeDecodeError as error:
             bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
 
 
-def _tfds_name(part: SourceConfig) -> str:
-    return part.source.removeprefix(TFDS)
-
-
 def _tfds_folder(part: SourceConfig) -> Path:
-    """The data_dir: the path, or TFDS's own default."""
+    """The data_dir: data.path, or TFDS's own default."""
     if part.path:
         return Path(part.path)
     return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -106,15 +116,15 @@ def _tfds_folder(part: SourceConfig) -> Path:
 
 def _tfds_on_disk(part: SourceConfig) -> list[Path]:
     """The dataset_info.json of every version of the dataset in the data_dir."""
-    pattern = f"{_tfds_name(part).replace(':', '/')}/**/dataset_info.json"
+    pattern = f"{part.source.removeprefix(TFDS).replace(':', '/')}/**/dataset_info.json"
     return [file for file in sorted(_tfds_folder(part).glob(pattern)) if "incomplete" not in file.parent.name]
 
 
-def tfds_builder(part: SourceConfig):
-    """The dataset on disk in ArrayRecord form, or the one that TFDS downloads and writes in that form."""
+def tfds_builder(part: SourceConfig) -> "tfds.core.DatasetBuilder":
+    """The dataset on disk in ArrayRecord form, else the one that TFDS downloads and writes in that form."""
     import tensorflow_datasets as tfds
 
-    name, folder = _tfds_name(part), _tfds_folder(part)
+    name, folder = part.source.removeprefix(TFDS), _tfds_folder(part)
     array_record = tfds.core.FileFormat.ARRAY_RECORD
     found = [file.parent for file in _tfds_on_disk(part)]
     on_disk = [tfds.builder_from_directory(path) for path in found]
@@ -129,7 +139,7 @@ def tfds_builder(part: SourceConfig):
     return _tfds_download(name, folder, array_record)
 
 
-def _tfds_download(name: str, folder: Path, file_format):
+def _tfds_download(name: str, folder: Path, file_format: "tfds.core.FileFormat") -> "tfds.core.DatasetBuilder":
     import tensorflow_datasets as tfds
 
     try:
@@ -140,7 +150,7 @@ def _tfds_download(name: str, folder: Path, file_format):
             f"tfds:{name}: TFDS knows no dataset of this name, and {folder} holds none; see "
             "https://www.tensorflow.org/datasets/catalog/overview"
         ) from None
-    except (ImportError, OSError) as error:  # those of `requests` are OSErrors
+    except (ImportError, OSError) as error:  # errors of `requests` are OSErrors
         request = getattr(error, "request", None)
         reason = f"no answer from {request.url}" if request else _first_line(error)
         raise UserError(
@@ -157,8 +167,8 @@ def _first_line(error: Exception) -> str:
 # ---------------------------------------------------------------- Hugging Face
 
 
-def _huggingface_call(part: SourceConfig, function: str, **options):
-    """`datasets.FUNCTION` for the dataset NAME and its configuration CONFIG of huggingface:NAME:CONFIG."""
+def _huggingface_call(part: SourceConfig, function: str, **options: object) -> Any:
+    """The result of `datasets.FUNCTION` for the dataset NAME and configuration CONFIG of huggingface:NAME:CONFIG."""
     try:
         import datasets
     except ImportError:
@@ -173,11 +183,9 @@ def _huggingface_call(part: SourceConfig, function: str, **options):
         ) from None
 
 
-def _huggingface_splits(part: SourceConfig) -> dict:
-    return dict(_huggingface_call(part, "load_dataset", streaming=True))
-
-
-def _huggingface_rows(rows, name: str, part: SourceConfig, split: str | None, field: str | None) -> Iterator[Record]:
+def _huggingface_rows(
+    rows: Iterable[dict[str, Any]], name: str, part: SourceConfig, split: SplitName | None, field: str | None
+) -> Iterator[SourceRecord]:
     import datasets
 
     number = 0
@@ -187,9 +195,9 @@ def _huggingface_rows(rows, name: str, part: SourceConfig, split: str | None, fi
                 _check_field(part, field, row)
             chosen = row if field is None else {field: row.get(field)}
             value = {key: _turns(item) for key, item in chosen.items()}
-            yield Record(f"{part.source}, split {name}, row {number}", value, split)
+            yield SourceRecord(f"{part.source}, split {name}, row {number}", value, split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        # Refused under any data.on_bad_record: datasets reads in blocks, and cannot go on after a broken one.
+        # Refused under any data.on_bad_record: datasets reads in blocks, and cannot continue after a broken one.
         where = f"{part.source}, split {name}, after row {number}"
         raise UserError(f"{where}: datasets cannot read it ({_first_line(error)})") from None
 

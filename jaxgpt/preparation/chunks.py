@@ -1,12 +1,12 @@
-"""The work folder of a preparation: what each stage leaves for the next, in files of some MB that are whole or absent.
+"""The work folder of a preparation: the output of each stage, in files of some MB that are whole or absent.
 
-The idea: a stage is a map over chunks, numbered as they were read. Where its file for a chunk exists, that chunk is
-done; so a preparation that was killed goes on where it was, and processes and machines need to share nothing else.
+A stage is a map over chunks, numbered as they were read. A chunk whose file exists is done, so a preparation that was
+killed continues where it was, and processes and machines share nothing else.
 
     .{name}.work/  lock  sizes.json  read.json  plan.json  rows.npy  tokenizer/
                    read-00000.parquet   documents as they come from the source
-                   clean-00000.parquet  those that are left after cleaning, and .json with what was dropped and changed
-                   tokens-00000.npz     their tokens, and .json with what was counted
+                   clean-00000.parquet  cleaned documents, and .json with counts of changed and dropped ones
+                   tokens-00000.npz     their tokens, and .json with counts
 """
 
 import contextlib
@@ -18,66 +18,64 @@ import os
 import shutil
 import socket
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import UserError
+from jaxgpt.storage.files import new_file
 
-LAYOUT = 2  # of the files in the work folder
+LAYOUT = 2  # version of the files in the work folder
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkFolder:
-    """Where a preparation keeps its chunks."""
+    """The folder in which a preparation keeps its chunks."""
 
     path: Path
 
     def rows(self, stage: str, number: int) -> Path:
-        """Documents of chunk `number` as `stage` ("read", "clean") left them."""
+        """File of the documents of chunk `number` after `stage` ("read", "clean")."""
         return self.path / f"{stage}-{number:05}.parquet"
 
     def tokens(self, number: int) -> Path:
+        """File of the tokens of chunk `number`."""
         return self.path / f"tokens-{number:05}.npz"
 
     def counts(self, stage: str, number: int) -> Path:
-        """What `stage` counted in chunk `number`; written before the chunk itself."""
+        """File of the counts of `stage` for chunk `number`; written before the chunk itself."""
         return self.path / f"{stage}-{number:05}.json"
 
     def refusal(self, number: int) -> Path:
-        """Why chunk `number` cannot be prepared, in a user's words, where another machine found it out."""
+        """File in which another machine says why chunk `number` cannot be prepared."""
         return self.path / f"refused-{number:05}.txt"
 
 
-def work_folder_of(final: Path) -> Path:
-    """Where a preparation of the dataset `final` works: the same settings find it again."""
-    return final.parent / f".{final.name}.work"
-
-
 @contextlib.contextmanager
-def held_work_folder(final: Path, sizes: dict[str, int]) -> Iterator[WorkFolder]:
-    """The work folder of `final`, this process the only one in it; kept when the block ends with an error.
+def held_work_folder(final: Path, versions: dict[str, int | str]) -> Iterator[WorkFolder]:
+    """The work folder of the dataset `final`, locked for this process; it stays when the block ends with an error.
 
-    Another process that prepares the same is waited for. What was left by one with other `sizes` is thrown away. So is
-    all after a user's mistake: what is corrected changes the settings or the source, and so the folder's name.
+    The same settings find it again. Waits for another process that prepares the same dataset. Files made with other
+    `versions` are deleted, and so is everything after a UserError: a correction changes the settings or the source,
+    and with them the folder's name.
 
-    The lock is the kernel's and ends with its process. On a file system whose locks do not reach other machines two of
-    them may do the same work twice; they write the same files.
+    The lock is the kernel's and ends with its process. On a file system whose locks do not reach other machines, two
+    of them may do the same work twice and write the same files.
 
     Raises:
         UserError: the folder cannot be made.
     """
-    path = work_folder_of(final)
+    path = final.parent / f".{final.name}.work"
     lock = _locked(path)
     try:
-        _start_over_if_changed(path, {"layout": LAYOUT, **sizes})
+        _start_over_if_changed(path, {"layout": LAYOUT, **versions})
         try:
             yield WorkFolder(path.resolve())
         except UserError:
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other datasets are in it
+            remove(WorkFolder(path))
+            with contextlib.suppress(OSError):  # it holds other datasets
                 path.parent.rmdir()
             raise
     finally:
@@ -89,13 +87,13 @@ def remove(work: WorkFolder) -> None:
 
 
 def _locked(path: Path) -> int:
-    """An open lock of the folder; waits for who holds it."""
+    """The open lock file of the folder; waits until it is free."""
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"data.prepared_dir = {path.parent}: cannot be made ({error.strerror})") from None
-        with contextlib.suppress(FileNotFoundError):  # the one who had it has just removed the folder
+        with contextlib.suppress(FileNotFoundError):  # its last owner has just removed the folder
             lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             _wait_for(lock, path)
             if _is_at(lock, path / "lock"):
@@ -113,61 +111,47 @@ def _wait_for(lock: int, path: Path) -> None:
         owner = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
         print(f"prepared data: {owner} prepares it in {path}; waiting for it", file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: two may work at once, and write the same
+    except OSError:  # a file system without locks: two processes may work at once, and write the same files
         return
 
 
 def _is_at(lock: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Whether the open file still has that name."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _start_over_if_changed(path: Path, sizes: dict[str, int]) -> None:
+def _start_over_if_changed(path: Path, versions: dict[str, int | str]) -> None:
     file = path / "sizes.json"
-    if file.exists() and read_json(file) == sizes:
+    if file.exists() and read_json(file) == versions:
         return
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != "lock":
             entry.unlink()
-    write_json(file, sizes)
+    write_json(file, versions)
 
 
 # ---------------------------------------------------------------- files that are whole or absent
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+#
+# Two processes may write the same chunk at once (Beam tries a task again; some file systems have no locks).
 
 
 def write_json(path: Path, content: object) -> None:
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="replace")
+    with new_file(path, shared=True) as file:
+        file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with whole(path) as temporary, open(temporary, "wb") as file:  # NumPy would add a suffix to a name
-        np.savez(file, **arrays)
+    with new_file(path, shared=True) as file:
+        np.savez(file, **dict[str, Any](arrays))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -186,19 +170,19 @@ class Rows:
 
     texts: list[str] = dataclasses.field(default_factory=list)
     splits: list[int] = dataclasses.field(default_factory=list)
-    """SPLIT_CODES of the split that the source gives."""
+    """SPLIT_CODES of the split that the source assigns."""
     parts: list[int] = dataclasses.field(default_factory=list)
     """Number of the mixture's source."""
     numbers: list[int] = dataclasses.field(default_factory=list)
-    """Number of the document in the order of reading; a long one's parts have the same."""
+    """Number of the document in the order of reading; the same in all parts of a long one."""
     continues: list[bool] = dataclasses.field(default_factory=list)
-    """It goes on where the row before it ended."""
+    """It continues the row before it."""
     wheres: list[str] = dataclasses.field(default_factory=list)
     """File and line of a conversation; empty for text."""
     contents: list[bytes] = dataclasses.field(default_factory=list)
     """SHA-256 of the text."""
     signatures: list[bytes] = dataclasses.field(default_factory=list)
-    """What duplicates are known by; empty where nobody looks for them."""
+    """What duplicates are found by (duplicates.py); empty if [cleaning] does not drop duplicates."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -228,14 +212,12 @@ def write_rows(path: Path, rows: Rows) -> None:
     columns = {name: pa.array(getattr(rows, name), kind) for name, kind in zip(_COLUMNS, types, strict=True)}
     if not rows.signatures:
         del columns["signatures"]
-    with whole(path) as temporary:
-        parquet.write_table(
-            pa.table(columns), temporary, compression="lz4", use_dictionary=False, write_statistics=False
-        )
+    with new_file(path, shared=True) as file:
+        parquet.write_table(pa.table(columns), file, compression="lz4", use_dictionary=False, write_statistics=False)
 
 
 def read_rows(path: Path, columns: Sequence[str] = _COLUMNS) -> Rows:
-    """The rows of a chunk; `columns` names those of Rows that are wanted, the others stay empty."""
+    """The rows of a chunk; only `columns` of Rows are read, the others stay empty."""
     import pyarrow.parquet as parquet
 
     with parquet.ParquetFile(path) as file:

@@ -1,9 +1,8 @@
-"""Cleaning a document: changes first, then filters, each a named step of `CleaningConfig`, in its order.
+"""Cleaning of a document: changes first, then filters, each a named step of `CleaningConfig`, in its order.
 
-The idea: each change is a plain function from text to text, and they are repeated until nothing changes, because
-one can make work for another (two halves of an address meet when the invisible character between them goes). So a
-cleaned text is clean: cleaning it again gives the same. The exception is `html`, which is another format and read
-once: the text of a page that writes about HTML holds tags.
+Each change is a plain function from text to text. Changes are repeated until nothing changes, because one can make work
+for another (two halves of an address meet when the invisible character between them is removed); so cleaning a cleaned
+text gives the same text. The exception is `html`, which runs once: a page about HTML contains tags as text.
 """
 
 import functools
@@ -11,27 +10,33 @@ import importlib
 import json
 import unicodedata
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import regex
 
 from jaxgpt.data.chat import to_text
 from jaxgpt.errors import UserError
 from jaxgpt.settings import CleaningConfig
+
+if TYPE_CHECKING:
+    import ftfy
+    from py3langid.langid import LanguageIdentifier
 
 CHANGES = ("html", "fix_encoding", "unicode", "control_characters", "emoji", "urls", "emails", "whitespace")
 FILTERS = ("min_chars", "max_chars", "max_symbol_ratio", "language")
 STEPS = CHANGES + FILTERS
 
 _LIBRARIES = {"html": "selectolax", "fix_encoding": "ftfy", "language": "py3langid"}
-_ROUNDS = 8  # two are the rule; a text made to need more is left as it is then
-_LANGUAGE_CHARS = 1000  # the beginning of a document, which is looked at: half a millisecond
+_ROUNDS = 8  # two are usual; a text that needs more stays as it is then
+_LANGUAGE_CHARS = 1000  # the beginning of a document that decides its language: half a millisecond
 _SURE, _POSSIBLE = 0.2, 0.1  # measured: no English or Chinese sentence of 20 characters or more is dropped for another
 
 
 class Cleaned(NamedTuple):
     text: str | None
-    """None where the document is dropped."""
+    """None if the document is dropped."""
     dropped_by: str | None
-    """The filter that it did not pass, or the change after which nothing was left."""
+    """The filter that dropped it, or the change that left nothing."""
     changed_by: tuple[str, ...]
 
 
@@ -39,19 +44,16 @@ class Cleaner:
     """The steps that the settings turn on."""
 
     def __init__(self, settings: CleaningConfig):
-        """
+        """Load what the steps need.
+
         Raises:
             UserError: a library is missing, or a language unknown.
         """
         self._changes = _changes(settings)
         self._filters = _filters(settings)
 
-    @property
-    def is_off(self) -> bool:
-        return not self._changes and not self._filters
-
     def __call__(self, text: str, continues: bool = False) -> Cleaned:
-        """The cleaned text. What `continues` a long text keeps the line break before its first line."""
+        """The cleaned text. A part that `continues` a long text keeps the line break before its first line."""
         before = _break_before(text) if continues else ""
         changed: dict[str, None] = {}
         text = self._change(text, changed)
@@ -62,7 +64,7 @@ class Cleaner:
         return self._filtered(text, text, changed)
 
     def chat(self, text: str) -> Cleaned:
-        """The same for a canonical conversation: changes apply to each content, filters to all of them together."""
+        """The cleaned canonical conversation: changes apply to each content, filters to all of them together."""
         messages = json.loads(text)
         changed: dict[str, None] = {}
         for message in messages:
@@ -75,7 +77,7 @@ class Cleaner:
         return self._filtered(contents, to_text(messages) if changed else text, changed)
 
     def _change(self, text: str, changed: dict[str, None]) -> str:
-        """The text after all changes; adds the names of those that did something to `changed`."""
+        """The text after all changes; adds the names of those that had an effect to `changed`."""
         for number in range(_ROUNDS):
             before = text
             for name, change in self._changes.items():
@@ -107,17 +109,17 @@ def _changes(settings: CleaningConfig) -> dict[str, Callable[[str], str]]:
         "emails": settings.emails == "mask" and mask_emails,
         "whitespace": settings.whitespace and collapse_whitespace,
     }
-    changes = {name: change for name, change in chosen.items() if change}
+    changes: dict[str, Callable[[str], str]] = {name: change for name, change in chosen.items() if change}
     _check_libraries(changes)
     return changes
 
 
 def _filters(settings: CleaningConfig) -> dict[str, Callable[[str], bool]]:
-    filters = {}
+    filters: dict[str, Callable[[str], bool]] = {}
     if settings.min_chars:
         filters["min_chars"] = lambda text: len(text) >= settings.min_chars
-    if settings.max_chars is not None:
-        filters["max_chars"] = lambda text: len(text) <= settings.max_chars
+    if (most := settings.max_chars) is not None:
+        filters["max_chars"] = lambda text: len(text) <= most
     if settings.max_symbol_ratio < 1:
         filters["max_symbol_ratio"] = lambda text: symbol_ratio(text) <= settings.max_symbol_ratio
     if codes := [code.strip() for code in settings.language.split(",") if code.strip()]:
@@ -127,7 +129,7 @@ def _filters(settings: CleaningConfig) -> dict[str, Callable[[str], bool]]:
 
 
 def _check_libraries(names: Iterable[str]) -> None:
-    """Now, rather than in the middle of the data."""
+    """Import the libraries of the steps now, rather than in the middle of the data."""
     for name in names:
         library = _LIBRARIES.get(name)
         try:
@@ -144,17 +146,15 @@ _BLOCKS = (
     "address,article,aside,blockquote,br,caption,dd,details,div,dl,dt,fieldset,figcaption,figure,footer,form,"
     "h1,h2,h3,h4,h5,h6,header,hr,li,main,nav,ol,p,section,summary,table,tr,ul"
 )
-# Characters that Unicode promises never to use stand for white space that must survive the collapsing of the rest.
+# Characters that Unicode will never assign stand for white space that must survive the collapsing of the rest.
 _LINE, _KEPT_LINE, _KEPT_SPACE, _KEPT_TAB = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _KEEP = str.maketrans({"\n": _KEPT_LINE, " ": _KEPT_SPACE, "\t": _KEPT_TAB})
 _GIVE_BACK = str.maketrans({_LINE: "\n", _KEPT_LINE: "\n", _KEPT_SPACE: " ", _KEPT_TAB: "\t"})
 
 
 @functools.cache
-def _patterns() -> dict[str, object]:
-    """Compiled once a process, with the `regex` package, which knows Unicode's properties and transformers needs."""
-    import regex
-
+def _patterns() -> dict[str, regex.Pattern]:
+    """The patterns, compiled once in a process, with the `regex` package because it knows Unicode properties."""
     cjk = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\u3000-\u303f\uff00-\uffef"
     picture = r"(?![0-9#*])\p{Emoji}"
     emoji = rf"(?:\p{{Emoji_Presentation}}|{picture}\ufe0f|{picture}\p{{Emoji_Modifier}})"
@@ -163,17 +163,17 @@ def _patterns() -> dict[str, object]:
         "html": r"(?i)<(?:!doctype|/?(?:html|body|head|title|meta|link|script|style|"
         rf"{_BLOCKS.replace(',', '|')}|span|a|b|i|u|em|strong|small|sub|sup|code|pre|td|th|tbody|thead|img|font|center|"
         r"input|button|label|option|textarea|template|noscript|svg|iframe|object|select))(?=[\s/>])[^<>]*>",
-        # C0 and C1 but line breaks and tab; soft hyphen, zero-width space, marks and overrides of direction, word
-        # joiner and its kin, byte order mark, annotations; tags, except those of a flag (England's); joiners where
-        # a neighbour is plain ASCII, for Persian, Indian scripts and emoji need them elsewhere.
+        # C0 and C1 except line breaks and tab; soft hyphen, zero-width space, direction marks and overrides, word
+        # joiner and the like, byte order mark, annotations; tags, except those of a flag (England's); joiners next to
+        # plain ASCII only, as Persian, Indian scripts and emoji need them elsewhere.
         "control": r"(\U0001f3f4[\U000e0020-\U000e007e]{1,6}\U000e007f)|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad"
         r"\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
         r"|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])",
-        # Flags, keycaps, then pictures; those that are text unless a selector follows (the copyright sign) stay then.
+        # Flags, keycaps, pictures; but not those that are text unless a selector follows (the copyright sign).
         "emoji": rf"\p{{Regional_Indicator}}{{2}}|[0-9#*]\ufe0f?\u20e3|(?:{emoji}|\p{{Extended_Pictographic}}"
         rf"(?=\ufe0f?\u200d)){joined}",
-        # Up to white space, quotes, brackets of a tag, or the Chinese, Japanese or Korean that follows without a
-        # space; the last character is no punctuation.
+        # Up to white space, quotes, brackets of a tag, or Chinese, Japanese or Korean text that follows without a
+        # space; the last character is not punctuation.
         "url": rf"(?i)(?<![A-Za-z0-9])(?:https?://|ftp://|www\.)[^\s<>\"“”‘’«»`|{{}}\\^{cjk}]+(?<![.,;:!?'*_~()\[\]…])",
         "email": r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])",
         "symbol": r"[^\p{L}\p{M}\p{N}\s]+",
@@ -188,9 +188,9 @@ def _patterns() -> dict[str, object]:
 
 
 def html_to_text(text: str) -> str:
-    """A line a paragraph, heading, list item or row; <pre> as it stands; no scripts, styles or menus of choices.
+    """The text of a page: a line for each paragraph, heading, list item or row; <pre> unchanged; no scripts or styles.
 
-    Text without a tag of HTML is left alone.
+    Text without an HTML tag is not changed.
     """
     patterns = _patterns()
     if not patterns["html"].search(text):
@@ -206,13 +206,14 @@ def html_to_text(text: str) -> str:
         node.insert_after(_LINE)
     for node in tree.css("td,th"):
         node.insert_after(" ")
-    text = (tree.body or tree.root).text()
+    root = tree.body or tree.root
+    text = root.text() if root else ""
     text = patterns["html_line"].sub(_LINE, patterns["html_space"].sub(" ", text))
     return text.strip(" " + _LINE).translate(_GIVE_BACK)
 
 
 def fix_encoding(text: str) -> str:
-    """Only repairs: ftfy's other changes, of quotes and wide letters for example, are turned off."""
+    """The text with wrong decoding repaired by ftfy, whose other changes (quotes, wide letters) are turned off."""
     if text.isascii():
         return text
     import ftfy
@@ -222,7 +223,7 @@ def fix_encoding(text: str) -> str:
 
 
 @functools.cache
-def _repair_only():
+def _repair_only() -> "ftfy.TextFixerConfig":
     import ftfy
 
     off = (
@@ -249,15 +250,15 @@ def mask_emails(text: str) -> str:
 
 
 def collapse_whitespace(text: str) -> str:
-    """Lines end in a line feed and have no space at their ends; no two spaces, no two blank lines in a row.
+    """The text with line feeds only, without spaces at line ends, double spaces and double blank lines.
 
-    A single ideographic space, which Chinese uses between words, stays.
+    A single ideographic space, which Chinese uses between words, is kept.
     """
     patterns = _patterns()
     text = patterns["space"].sub(" ", patterns["line"].sub("\n", text))
     if "  " in text or "\u3000" in text:
         text = patterns["spaces"].sub(lambda run: " " if " " in run[0] else "\u3000", text)
-    for space in " \u3000":  # of which no two are left beside each other
+    for space in " \u3000":  # no two of them are left side by side
         text = text.replace(f"{space}\n", "\n").replace(f"\n{space}", "\n")
     return patterns["blank"].sub("\n\n", text).strip()
 
@@ -272,12 +273,12 @@ def _break_before(text: str) -> str:
 
 
 def symbol_ratio(text: str) -> float:
-    """Share of characters that are neither letters (marks on them included), digits nor white space."""
+    """The share of characters that are neither letters (with their marks), digits nor white space."""
     return sum(map(len, _patterns()["symbol"].findall(text))) / max(1, len(text))
 
 
 def language_filter(codes: list[str]) -> Callable[[str], bool]:
-    """Whether a text is in one of the languages; a text that could be in any, being short, passes.
+    """A filter that passes texts in one of the languages, and short texts that could be in any.
 
     Raises:
         UserError: one of the codes is unknown.
@@ -298,8 +299,8 @@ def language_filter(codes: list[str]) -> Callable[[str], bool]:
 
 
 @functools.cache
-def _identifier():
-    """Half a second to load, so once a process; its model lies in the package."""
+def _identifier() -> "LanguageIdentifier":
+    """py3langid's identifier with the model of the package: half a second to load, so once in a process."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,93 +1,96 @@
 """Two sources of conversations: a made-up customer service, and the files of the Schema-Guided Dialogue dataset.
 
-The made-up ones need no file and no network: a model that learned some of them answers the others, so that every
-step from data to `sample --chat` can be tried. They are the same on every machine and never the same twice.
+The made-up conversations need no file and no network. A model that learned some of them answers the others, so every
+step from data to `sample --chat` can be tried. They are the same on every machine, and no two are equal.
 """
 
+import functools
 import json
-import random
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from jaxgpt.preparation.documents import BadRecord
-from jaxgpt.preparation.support import CHINESE, ENGLISH, Language, Topic
+from jaxgpt.errors import BadRecord
+from jaxgpt.preparation.augmentation import Draw
 
 COUNT = 6000
+RECORDS_VERSION = (
+    "bf2e5a51f3202378a51baecbbc08750f7f5ae7f2d425e72d80979950472cf736",
+    "4e0e6cda16bca0059d0a19bf086b9982b094593cd18774fc6b6fefb754ed65e8",
+)
+"""Identifies the records of `support_records`: part of the names of datasets made from them. Change it with them."""
 _CHINESE_SHARE = 0.15
 _SPEAKERS = {"USER": "user", "SYSTEM": "assistant"}
 
 
 def support_records() -> Iterator[dict]:
-    """COUNT different conversations of a customer service as {"messages": [...]}, always the same ones in one order."""
-    draw = _Draw(0)
-    seen = set()
+    """COUNT different conversations of a customer service as {"messages": [...]}, always the same in the same order."""
+    draw = Draw(0)
+    seen: set[tuple[str, ...]] = set()
     while len(seen) < COUNT:
-        messages = _conversation(CHINESE if draw.chance(_CHINESE_SHARE) else ENGLISH, draw)
+        messages = _conversation("chinese" if draw.chance(_CHINESE_SHARE) else "english", draw)
         key = tuple(message["content"] for message in messages)
         if key not in seen:
             seen.add(key)
             yield {"messages": messages}
 
 
-class _Draw:
-    """Random choices by `Random.random` alone, which Python promises to be the same in every version."""
-
-    def __init__(self, seed: int):
-        self._random = random.Random(seed)
-
-    def chance(self, probability: float) -> bool:
-        return self._random.random() < probability
-
-    def one(self, items):
-        return items[int(self._random.random() * len(items))]
-
-    def wording(self, wordings: str) -> str:
-        return self.one(wordings.split("|"))
-
-    def value(self, wordings: str) -> str:
-        text = re.sub("#", lambda _: self.one("123456789"), self.wording(wordings), count=1)
-        return re.sub("#", lambda _: self.one("0123456789"), text)
+@functools.cache
+def _phrases() -> dict[str, Any]:
+    """The content of support.toml, which explains its form."""
+    return tomllib.loads(Path(__file__).with_name("support.toml").read_text(encoding="utf-8"))
 
 
-def _conversation(language: Language, draw: _Draw) -> list[dict]:
-    pairs = [language.greeting] if draw.chance(0.25) else []
-    names = list(language.topics)
-    first = draw.one(names)
-    pairs += _pairs(language.topics[first], draw)
+def _wording(wordings: str, draw: Draw) -> str:
+    return draw.one(wordings.split("|"))
+
+
+def _slot_value(wordings: str, draw: Draw) -> str:
+    text = re.sub("#", lambda _: draw.one("123456789"), _wording(wordings, draw), count=1)
+    return re.sub("#", lambda _: draw.one("0123456789"), text)
+
+
+def _conversation(name: str, draw: Draw) -> list[dict[str, str]]:
+    language = _phrases()[name]
+    topics = language["topics"]
+    pairs = [language["greeting"]] if (greets := draw.chance(0.25)) else []
+    first = draw.one(list(topics))
+    pairs += _pairs(topics[first], draw)
     if draw.chance(0.25):
-        pairs += _pairs(language.topics[draw.one([name for name in names if name != first])], draw)
+        pairs += _pairs(topics[draw.one([other for other in topics if other != first])], draw)
     if draw.chance(0.5):
-        pairs.append(language.closing)
-    values = {slot: draw.value(wordings) for slot, wordings in language.slots.items()}
+        pairs.append(language["closing"])
+    values = {slot: _slot_value(wordings, draw) for slot, wordings in language["slots"].items()}
     messages = []
     for number, (user, answer) in enumerate(pairs):
-        said = draw.wording(user).format(**values)
-        if number == 0 and pairs[0] is not language.greeting:
-            before, after = draw.wording(language.before), draw.wording(language.after)
+        said = _wording(user, draw).format(**values)
+        if number == 0 and not greets:
+            before, after = _wording(language["before"], draw), _wording(language["after"], draw)
             if before.endswith((", ", ": ")) and not said.startswith("I "):
                 said = said[0].lower() + said[1:]
             said = before + said + after
-        said = said.lower().rstrip(".?") if language is ENGLISH and "@" not in said and draw.chance(0.15) else said
-        answered = draw.wording(answer).format(**values)
+        said = said.lower().rstrip(".?") if name == "english" and "@" not in said and draw.chance(0.15) else said
+        answered = _wording(answer, draw).format(**values)
         answered = answered[0].upper() + answered[1:]
         messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
     return messages
 
 
-def _pairs(topic: Topic, draw: _Draw) -> list[tuple[str, str]]:
-    extra = [draw.one(topic.extras)] if topic.extras and draw.chance(0.4) else []
-    return [*topic.steps, *extra]
+def _pairs(topic: dict[str, list], draw: Draw) -> list[list[str]]:
+    extras = topic.get("extras")
+    return [*topic["steps"], *([draw.one(extras)] if extras and draw.chance(0.4) else [])]
 
 
-def sgd_records(file: Path) -> Iterator[tuple[str, dict]]:
-    """(where, {"messages": [...]}) for each dialogue of a dialogues_*.json file.
+def sgd_records(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, {"messages": [...]}) of each dialogue in a dialogues_*.json file.
 
-    Turns of the same speaker after one another are joined. A dialogue that is no such object is handed on as far as
-    it can be, for `chat.conversation` to say what is wrong with it.
+    Consecutive turns of one speaker are joined. A dialogue in another form is passed on as it is, for
+    `chat.conversation` to refuse.
 
     Raises:
-        BadRecord: the file is no JSON list in UTF-8.
+        BadRecord: the file is not a JSON list in UTF-8.
     """
     try:
         dialogues = json.loads(file.read_bytes().decode("utf-8-sig"))
@@ -104,7 +107,7 @@ def sgd_records(file: Path) -> Iterator[tuple[str, dict]]:
         yield f"{file}, dialogue {name}", _sgd_record(dialogue)
 
 
-def _sgd_record(dialogue: object) -> dict:
+def _sgd_record(dialogue: Any) -> Any:
     turns = dialogue.get("turns") if isinstance(dialogue, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return dialogue

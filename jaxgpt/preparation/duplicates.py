@@ -1,9 +1,9 @@
-"""Documents that were there before, letter for letter or nearly.
+"""Finds exact and near duplicates among documents.
 
-The idea: of each document only a signature is kept, a digest and, for the near ones, MinHash values: the share of
-values in which two documents agree estimates the Jaccard similarity of their sets of shingles (all runs of five
-characters, so that Chinese needs no words). Documents that agree in all values of a band are looked at; bands are so
-many that of pairs at the limit itself at least 99 % are, and the estimate from all values decides.
+Each document has a signature: a digest and, for near duplicates, MinHash values. The share of values in which two
+documents agree estimates the Jaccard similarity of their sets of shingles (all runs of five characters, so that Chinese
+needs no words). Documents that agree in all values of a band are compared; the number of bands is chosen so that at
+least 99 % of the pairs at the threshold are, and the estimate from all values decides.
 """
 
 import hashlib
@@ -18,29 +18,30 @@ from jaxgpt.settings import CleaningConfig
 STEPS = ("drop_duplicates", "near_duplicates")
 
 _DIGEST_BYTES = 16
-_VALUES = 128  # of which 16 bits are kept: two different ones agree once in 65,536, which the estimate never notices
+_VALUES = 128  # 16 bits of each are kept: two different ones agree once in 65,536, which does not change the estimate
 _SEED = 1
 _SHINGLE = 5  # characters
 _CHUNK = 1 << 20  # characters hashed at once
 _RECALL = 0.99
-_BUCKET = 1000  # documents of one band that others are compared with: the time stays linear where all begin alike
+_BUCKET = 1000  # documents of one band that others are compared with: keeps the time linear
 
 
 class Repeats(NamedTuple):
-    """What became of N documents."""
+    """The duplicates among N documents."""
 
     of: np.ndarray
-    """int64 [N]: number of the document that it repeats, one that is kept; -1 where it is kept itself."""
+    """int64 [N]: number of the kept document that this one repeats; -1 if it is kept itself."""
     near: np.ndarray
     """bool [N]: dropped as a near duplicate, not as an exact one."""
 
 
 def is_on(settings: CleaningConfig) -> bool:
+    """Whether any duplicates are to be dropped."""
     return settings.drop_duplicates or settings.near_duplicates > 0
 
 
 def algorithm(settings: CleaningConfig) -> str:
-    """What signatures are made with; those of another algorithm cannot be compared with them.
+    """The name of the algorithm of signatures; only signatures of the same one can be compared.
 
     Raises:
         UserError: the library is missing.
@@ -55,24 +56,24 @@ def algorithm(settings: CleaningConfig) -> str:
 
 
 def signature_bytes(settings: CleaningConfig) -> int:
-    """Length of a signature."""
+    """The length of a signature."""
     return _DIGEST_BYTES + (2 * _VALUES if settings.near_duplicates else 0)
 
 
 def signature(text: str, settings: CleaningConfig) -> bytes:
-    """Digest of the text and, for near duplicates, its MinHash values; the same in every process."""
+    """The digest of the text and, for near duplicates, its MinHash values; the same in every process."""
     digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
     return digest + _min_hashes(text).tobytes() if settings.near_duplicates else digest
 
 
 def find_repeats(signatures: np.ndarray, is_validation: np.ndarray, settings: CleaningConfig) -> Repeats:
-    """Which documents to drop. The first one is kept, a validation document before any training document.
+    """The documents to drop. The first of equal ones is kept, a validation document before any training document.
 
     Needs about 200 bytes a document beside the signatures.
 
     Args:
         signatures: uint8 [N, signature_bytes] of all documents, in order.
-        is_validation: bool [N]: known to be held out. Training documents that repeat those are dropped.
+        is_validation: bool [N]: known to be for validation. Training documents that repeat those are dropped.
     """
     order = np.argsort(~is_validation, kind="stable")
     of = np.full(len(order), -1, np.int64)
@@ -82,7 +83,7 @@ def find_repeats(signatures: np.ndarray, is_validation: np.ndarray, settings: Cl
     if settings.near_duplicates:
         values = signatures[:, _DIGEST_BYTES:].view("<u2")
         _find_near(values, order[~exact[order]], settings.near_duplicates, of)
-    onward = np.where(exact, of[of], -1)  # an exact duplicate of what was dropped as a near one
+    onward = np.where(exact, of[of], -1)  # an exact duplicate of a document that was dropped as a near one
     return Repeats(np.where(onward >= 0, onward, of), (of >= 0) & ~exact)
 
 
@@ -90,7 +91,7 @@ def find_repeats(signatures: np.ndarray, is_validation: np.ndarray, settings: Cl
 
 
 def _find_exact(digests: np.ndarray, order: np.ndarray, of: np.ndarray) -> None:
-    """Write into `of`, for each document whose digest an earlier one in `order` has, that one's number."""
+    """Set of[n] to the first document in `order` with the digest of document n, if that is another one."""
     words = digests[order].view("<u8")  # [N, 2]
     by_digest = np.lexsort((words[:, 1], words[:, 0]))  # stable: the first of equals stays first
     same = np.zeros(len(order), bool)
@@ -112,7 +113,7 @@ def _min_hashes(text: str) -> np.ndarray:
 
 
 def _shingle_hashes(text: str) -> Iterator[np.ndarray]:
-    """uint64 hashes of every run of _SHINGLE characters; of the whole text where it is shorter."""
+    """uint64 hashes of every run of _SHINGLE characters; of the whole text if it is shorter."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     length = min(_SHINGLE, len(codes))
     for start in range(0, max(1, len(codes) - length + 1), _CHUNK):
@@ -125,7 +126,7 @@ def _shingle_hashes(text: str) -> Iterator[np.ndarray]:
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Every bit of a hash depends on all bits of it (the finalizer of MurmurHash3)."""
+    """The finalizer of MurmurHash3: each bit of the result depends on all bits of the hash."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         hashes ^= hashes >> np.uint64(33)
         hashes *= np.uint64(factor)
@@ -134,7 +135,7 @@ def _mixed(hashes: np.ndarray) -> np.ndarray:
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """(bands, values in each): the longest bands that find at least _RECALL of the pairs at the threshold."""
+    """(number of bands, values in each): the longest bands that find at least _RECALL of the pairs at the threshold."""
     for rows in range(_VALUES, 1, -1):
         if 1 - (1 - threshold**rows) ** (_VALUES // rows) >= _RECALL:
             return _VALUES // rows, rows
@@ -142,15 +143,15 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 def _find_near(values: np.ndarray, order: np.ndarray, threshold: float, of: np.ndarray) -> None:
-    """Write into `of`, for each document that resembles an earlier one in `order` which is kept, the most similar.
+    """Set of[n] to the most similar kept document before n in `order`, if one is similar enough.
 
     Args:
         values: uint16 [N, _VALUES]
-        order: int64 [M]: the documents to look at, the first of which is kept.
+        order: int64 [M]: the documents to compare, in order.
         of: int64 [N]
     """
     groups = _groups(values, order, *bands(threshold))
-    kept: dict[int, list[int]] = {}  # group -> its documents that are kept; groups of one are not there
+    kept: dict[int, list[int]] = {}  # group -> its kept documents; groups of one have no entry
     for place in np.flatnonzero((groups >= 0).any(axis=1)).tolist():
         number, mine = order[place], [group for group in groups[place].tolist() if group >= 0]
         others = list({other: None for group in mine for other in kept.get(group, ())})
@@ -167,7 +168,7 @@ def _find_near(values: np.ndarray, order: np.ndarray, threshold: float, of: np.n
 
 
 def _groups(values: np.ndarray, order: np.ndarray, num_bands: int, rows: int) -> np.ndarray:
-    """int32 [M, num_bands]: documents of one number agree in all values of that band; -1 where no other does."""
+    """int32 [M, num_bands]: the same number for documents that agree in all values of the band; -1 for those alone."""
     groups = np.full((len(order), num_bands), -1, np.int32)
     total = 0
     for band in range(num_bands):

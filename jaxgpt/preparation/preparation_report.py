@@ -1,40 +1,45 @@
-"""report.html and report.json of a prepared dataset: what went into it, what was left out on the way, and examples.
+"""report.html and report.json of a prepared dataset: its content, what was left out or changed, with examples.
 
-The page needs no network and no script. Jinja2 fills it because it escapes whatever it is given, and a document may
-well hold `<script>`.
+The page needs no network and no script. Jinja2 escapes everything: a document may contain `<script>`.
 """
 
 import json
+import time
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
 
 from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
-from jaxgpt.data.dataset import TokenDataset
+from jaxgpt.data.dataset import Split, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
-from jaxgpt.preparation.duplicates import STEPS
-from jaxgpt.preparation.examples import EXAMPLES as EXAMPLES
-from jaxgpt.preparation.examples import shortened
+from jaxgpt.preparation.cleaning import STEPS as CLEANING_STEPS
+from jaxgpt.preparation.duplicates import STEPS as DUPLICATE_STEPS
 from jaxgpt.preparation.splitting import Plan
-from jaxgpt.preparation.stages import add_counts
+from jaxgpt.preparation.stages import EXAMPLES, add_counts, shortened
 from jaxgpt.settings import sources_of
 
 FILES = ("report.html", "report.json")
+_PAGE = Path(__file__).with_suffix(".html")
 _SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared
 _GPT2_END_OF_TEXT = 50_256
+_MEASURED_SECONDS = 1.0
+_MEASURED_ROWS = 64  # a batch
 
 
 def collect(
     config: Config,
     work: WorkFolder,
-    facts: dict,
-    plan: dict,
+    facts: dict[str, Any],
+    plan: dict[str, Any],
     counts: dict[str, dict[str, int]],
     tokenizer: Tokenizer,
     settings: dict[str, object],
-) -> dict[str, object]:
-    """What the files in the work folder tell; nothing in it depends on how the work was shared out."""
+) -> dict[str, Any]:
+    """The report from the files in the work folder; it does not depend on which process did what."""
     tokens = [read_json(work.counts("tokens", number)) for number in range(len(facts["rows"]))]
     learned = "num_supervised" if config.data.format == "chat" else "num_tokens"
     num_bytes, num_tokens = (sum(split[name] for split in counts.values()) for name in ("num_bytes", learned))
@@ -57,70 +62,98 @@ def collect(
 
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
-    """{"epochs": {...}}: passes over the training split that the config asks for, as far as it tells."""
+    """{"epochs": {...}}: passes over the training split that the config asks for, as far as it decides them."""
     train, rows = config.train, dataset.train.rows_per_epoch(config.block_size)
-    told: dict[str, object] = {"rows": rows, "block_size": config.block_size}
+    found: dict[str, object] = {"rows": rows, "block_size": config.block_size}
     if train.max_steps is None:
-        return {"epochs": told | {"epochs": train.num_train_epochs}}
+        return {"epochs": found | {"epochs": train.num_train_epochs}}
     if train.global_batch_size:
         batch, for_what = train.global_batch_size, "train.global_batch_size"
     elif isinstance(train.per_device_train_batch_size, int):
         batch, for_what = train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1), "one device"
     else:
-        return {"epochs": told | {"unknown": "the batch is chosen once the devices are known"}}
-    return {"epochs": told | {"epochs": round(train.max_steps * batch / rows, 3), "for": f"{for_what}: {batch} rows"}}
+        return {"epochs": found | {"unknown": "the batch is chosen once the devices are known"}}
+    return {"epochs": found | {"epochs": round(train.max_steps * batch / rows, 3), "for": f"{for_what}: {batch} rows"}}
+
+
+def host(config: Config, dataset: TokenDataset, needed: dict[str, int]) -> dict[str, object]:
+    """Tokens a second that one process of this host reads, beside those that each TPU slice in `needed` trains."""
+    found = read_speed(dataset.train, config.block_size)
+    parts = [f"one process reads {_big(found)} tokens/s at T = {config.block_size:,}"]
+    for name, tokens in needed.items():
+        ratio = found / tokens
+        verdict = f"this machine feeds it {ratio:.1f} times over" if ratio >= 1 else "this machine is too slow for it"
+        parts.append(f"{name} is estimated to train {_big(tokens)} tokens/s a host: {verdict}")
+    slices = [{"slice": name, "tokens_per_second": tokens} for name, tokens in needed.items()]
+    return {"tokens_per_second": round(found), "slices": slices, "line": "; ".join(parts)}
+
+
+def read_speed(split: Split, block_size: int, seconds: float = _MEASURED_SECONDS) -> float:
+    """Tokens a second of the training pipeline in this process, from the files to the arrays of a batch."""
+    from jaxgpt.data.pipeline import train_rows  # imports JAX, which a preparation needs nowhere else
+
+    def read_batch(step: int) -> None:
+        rows = range(_MEASURED_ROWS)
+        train_rows(split, seed=0, step=step, global_batch_size=_MEASURED_ROWS, block_size=block_size, rows=rows)
+
+    read_batch(0)  # opens files
+    step, started = 1, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        read_batch(step)
+        step += 1
+    return (step - 1) * _MEASURED_ROWS * block_size / elapsed
+
+
+def _big(value: float) -> str:
+    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.0f} k"
 
 
 def _bad_records(parts: list[dict]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for part in parts:
-        for reason, told in part.get("bad", {}).items():
+        for reason, more in part.get("bad", {}).items():
             there = found.setdefault(reason, {"count": 0, "where": []})
-            there["count"] += told["count"]
-            there["where"] = (there["where"] + told["where"])[:EXAMPLES]
+            there["count"] += more["count"]
+            there["where"] = (there["where"] + more["where"])[:EXAMPLES]
     return found
 
 
 def _steps(config: Config, work: WorkFolder, facts: dict, plan: dict) -> list[dict]:
-    """What each step of the cleaning did, in order; a document that one of them drops the next ones do not see."""
+    """The effect of each cleaning step, in order; documents dropped by one step do not reach the next ones."""
     if plan["stage"] == "read":
         return []
-    from jaxgpt.preparation import cleaning
-
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     for number in range(len(facts["rows"])):
-        for step, told in read_json(work.counts("clean", number))["steps"].items():
-            examples = {name: told.pop(name, []) for name in ("changes", "drops")}
-            add_counts(found, step, **told)
-            for name, more in examples.items():
-                found[step][name] = (found[step].get(name, []) + more)[:EXAMPLES]
-    steps, left = [], sum(facts["rows"])
-    for name in [*(step for step in cleaning.STEPS if step in found), *(found.keys() - set(cleaning.STEPS))]:
-        told = {"step": name, "documents_in": left, "changed": 0, "dropped": 0, "dropped_bytes": 0} | found[name]
-        left -= told["dropped"]
-        steps.append(told | {"documents_out": left})
-    for name, told in plan["repeats"].items():
+        for name, counts in read_json(work.counts("clean", number))["steps"].items():
+            examples = {kind: counts.pop(kind, []) for kind in ("changes", "drops")}
+            add_counts(found, name, **{"changed": 0, "dropped": 0, "dropped_bytes": 0} | counts)
+            for kind, more in examples.items():
+                found[name][kind] = (found[name].get(kind, []) + more)[:EXAMPLES]
+    for name, repeats in plan["repeats"].items():
         if getattr(config.cleaning, name):
-            pairs = [[shortened(_row(work, plan, row)) for row in pair] for pair in told["pairs"]]
+            pairs = [[shortened(_row(work, plan, row)) for row in pair] for pair in repeats["pairs"]]
             drops = [f"{dropped}\n\nrepeats\n\n{kept}" for dropped, kept in pairs]
-            step = {"step": name, "documents_in": left, "changed": 0, "dropped": told["dropped"], "drops": drops}
-            left -= told["dropped"]
-            steps.append(step | {"documents_out": left})
+            found[name] = {"dropped": repeats["dropped"], "drops": drops}
+    steps, left = [], sum(facts["rows"])
+    for name in (name for name in CLEANING_STEPS + DUPLICATE_STEPS if name in found):
+        step = {"step": name, "documents_in": left, "changed": 0, "dropped": 0} | found[name]
+        left -= step["dropped"]
+        steps.append(step | {"documents_out": left})
     return steps
 
 
 def repeats(plan: Plan) -> dict[str, dict]:
     """{step: {"dropped": how many, "pairs": the first rows dropped, each with the one that it repeats}}."""
     of, near = plan.repeats
-    told = {}
-    for step, is_near in zip(STEPS, (False, True), strict=True):
+    found = {}
+    for step, is_near in zip(DUPLICATE_STEPS, (False, True), strict=True):
         (rows,) = ((of >= 0) & (near == is_near)).nonzero()
-        told[step] = {"dropped": len(rows), "pairs": [[row, int(of[row])] for row in rows[:EXAMPLES].tolist()]}
-    return told
+        found[step] = {"dropped": len(rows), "pairs": [[row, int(of[row])] for row in rows[:EXAMPLES].tolist()]}
+    return found
 
 
 def _row(work: WorkFolder, plan: dict, row: int) -> str:
-    """The text of a row that was left after cleaning."""
+    """The text of a row after cleaning."""
     chunk = next(number for number, end in enumerate(plan["first"][1:]) if row < end)
     return read_rows(work.rows(plan["stage"], chunk), ("texts",)).texts[row - plan["first"][chunk]]
 
@@ -149,7 +182,7 @@ def _sources(config: Config, tokens: list[dict]) -> list[dict]:
 
 
 def _beside_gpt2(config: Config, work: WorkFolder, plan: dict, tokenizer: Tokenizer) -> dict[str, object]:
-    """Bytes a token of this tokenizer and of GPT-2's own on the same text, where that one is at hand."""
+    """Bytes per token of this tokenizer and of GPT-2's own on the same text, if that one is on this machine."""
     folder = _gpt2_folder(config)
     if folder is None:
         return {"unknown": "GPT-2's tokenizer is not on this machine (neither tokenizer.path nor the cache of hf:gpt2)"}
@@ -177,10 +210,10 @@ def _beside_gpt2(config: Config, work: WorkFolder, plan: dict, tokenizer: Tokeni
 
 
 def _gpt2_folder(config: Config) -> Path | None:
-    path = config.tokenizer.path
-    candidates = [Path(path)] if path and not path.startswith("hf:") else []
     from huggingface_hub import try_to_load_from_cache
 
+    path = config.tokenizer.path
+    candidates = [Path(path)] if path and not path.startswith("hf:") else []
     for name in ("gpt2", "openai-community/gpt2"):
         if isinstance(cached := try_to_load_from_cache(name, "tokenizer.json"), str):
             candidates.append(Path(cached).parent)
@@ -194,11 +227,11 @@ def _gpt2_folder(config: Config) -> Path | None:
 
 
 def as_text(final: Path, report: dict) -> str:
-    """One screen: what was read, what the steps left, what is in the dataset."""
+    """The report on one screen: what was read, the effect of each step, the content of the dataset."""
     read, lines = report["read"], [f"prepared data: {final} (vocabulary {report['vocabulary']:,})"]
     lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
-    for reason, told in report["bad_records"].items():
-        lines.append(f"  left out   {told['count']:,}: {reason} ({told['where'][0] if told['where'] else 'somewhere'})")
+    for reason, bad in report["bad_records"].items():
+        lines.append(f"  left out   {bad['count']:,}: {reason} ({bad['where'][0] if bad['where'] else 'somewhere'})")
     for step in report["steps"]:
         lines.append(
             f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
@@ -233,11 +266,11 @@ def as_text(final: Path, report: dict) -> str:
     return "\n".join([*lines, f"  report     {final / FILES[0]}"])
 
 
-def _epochs_line(told: dict) -> str:
-    rows = f"{told['rows']:,} rows of {told['block_size']:,} tokens an epoch"
-    if "unknown" in told:
-        return f"{rows}; {told['unknown']}"
-    return f"{told['epochs']:g} ({rows}" + (f", {told['for']} a step)" if "for" in told else ")")
+def _epochs_line(epochs: dict) -> str:
+    rows = f"{epochs['rows']:,} rows of {epochs['block_size']:,} tokens an epoch"
+    if "unknown" in epochs:
+        return f"{rows}; {epochs['unknown']}"
+    return f"{epochs['epochs']:g} ({rows}" + (f", {epochs['for']} a step)" if "for" in epochs else ")")
 
 
 # ---------------------------------------------------------------- the page
@@ -245,9 +278,7 @@ def _epochs_line(told: dict) -> str:
 
 def write(folder: Path, report: dict) -> None:
     """Write both files into `folder`."""
-    from jinja2 import Environment
-
-    page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE.read_text(encoding="utf-8"))
     rows = [("epochs", _epochs_line(report["epochs"])), ("vocabulary", f"{report['vocabulary']:,}")]
     rows.append(("bytes per token", f"{report['bytes_per_token']:.3f}"))
     gpt2 = report["gpt2"]
@@ -263,55 +294,7 @@ def write(folder: Path, report: dict) -> None:
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
-def read(folder: Path) -> dict:
-    """The report of a dataset; {} where a version of jaxgpt without reports made it."""
+def read(folder: Path) -> dict[str, Any]:
+    """The report of a dataset; {} if a version of jaxgpt without reports made it."""
     file = folder / "report.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>jaxgpt data report</title>
-<style>
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2227; --muted: #626b75; --grid: #e3e6e9 }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea;
-  --muted: #99a3ad; --grid: #343a41 } }
-body { margin: 0 auto; max-width: 1100px; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 0 0 .5rem } .muted, th { color: var(--muted) }
-section { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: 1rem; margin-top: 1rem }
-pre { margin: .25rem 0 0; padding: .5rem; background: var(--page); border-radius: 6px; white-space: pre-wrap;
-  font: 13px/1.45 ui-monospace, monospace }
-table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 400 } .n { text-align: right }
-td, th { padding: .2rem .75rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--grid) }
-</style></head><body>
-{% macro number(n) %}<td class="n">{{ "{:,}".format(n) }}{% endmacro %}
-<h1>Prepared data</h1>
-<p class="muted">read {{ "{:,}".format(report.read.documents) }} documents,
-{{ "{:,}".format(report.read.bytes) }} bytes</p>
-<section><h2>Splits</h2><table><tr><th>split{% for name in report.splits.train %}
-<th class="n">{{ name | replace("num_", "") }}{% endfor %}</tr>
-{% for split, counts in report.splits.items() %}<tr><td>{{ split }}{% for n in counts.values() %}{{ number(n) }}
-{% endfor %}</tr>{% endfor %}</table></section>
-<section><h2>Sources</h2><table><tr><th>source<th class="n">documents<th class="n">bytes<th class="n">tokens
-<th class="n">weight<th class="n">share of tokens</tr>
-{% for s in report.sources %}<tr><td>{{ s.source }}{{ number(s.num_documents) }}{{ number(s.num_bytes) }}
-{{ number(s.num_tokens) }}<td class="n">{{ "{:.1%}".format(s.weight) }}
-<td class="n">{{ "{:.1%}".format(s.share_of_tokens) }}</tr>{% endfor %}</table></section>
-<section><h2>Facts</h2><table>{% for name, value in facts %}<tr><th>{{ name }}<td>{{ value }}</tr>{% endfor %}
-</table></section>
-{% if report.bad_records %}<section><h2>Records that were left out</h2><table>
-{% for reason, told in report.bad_records.items() %}<tr><td>{{ reason }}{{ number(told.count) }}
-<td>{{ told.where | join("; ") }}</tr>{% endfor %}</table></section>{% endif %}
-{% if report.steps %}<section><h2>Cleaning</h2><table><tr><th>step<th class="n">documents in<th class="n">changed
-<th class="n">dropped<th class="n">documents out</tr>{% for s in report.steps %}<tr><td>{{ s.step }}
-{{ number(s.documents_in) }}{{ number(s.changed) }}{{ number(s.dropped) }}{{ number(s.documents_out) }}</tr>
-{% endfor %}</table></section>{% for s in report.steps %}{% if s.changes or s.drops %}
-<section><h2>{{ s.step }}: examples</h2>
-{% for e in s.changes %}<p class="muted">changed</p><pre>{{ e.before }}</pre><pre>{{ e.after }}</pre>{% endfor %}
-{% for e in s.drops %}<p class="muted">dropped</p><pre>{{ e }}</pre>{% endfor %}</section>{% endif %}{% endfor %}
-{% endif %}
-<section><h2>Settings</h2><table>{% for name, value in report.settings.items() %}
-<tr><th>{{ name }}<td>{{ value }}</tr>{% endfor %}</table></section>
-</body></html>
-"""

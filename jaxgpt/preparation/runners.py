@@ -1,56 +1,63 @@
-"""Who works on the chunks: this process, several on this machine, or an Apache Beam pipeline.
+"""Runners, which execute a stage for all chunks: in this process, in several on this machine, or with Apache Beam.
 
-The idea: a stage is a function of a chunk's number that writes the chunk's file, so where it runs changes nothing.
+A stage is a function of a chunk's number that writes the chunk's file, so the result does not depend on the runner.
 """
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol
 
 from jaxgpt.errors import RunFailed, UserError
+from jaxgpt.preparation.chunks import WorkFolder
+from jaxgpt.storage.files import write_file
 
-_INLINE = 3  # so few chunks are done here about as soon, and tokenizing uses all cores by itself
+_INLINE = 3  # so few chunks take no longer in this process, and tokenizing uses all cores by itself
 
-Task = Callable[[int], int]
-"""Does its work for a chunk, and returns the bytes of text that it read."""
+Task = functools.partial[int]
+"""A stage with its `work` folder: called with a chunk's number, returns the bytes of text that it read."""
 
 
-class Runner(Protocol):
+class ChunkRunner(Protocol):
     def each(self, task: Task, numbers: Sequence[int], progress: Callable[[int], object]) -> None:
-        """`task` for each of the chunks; `progress` is told the bytes of those that are done.
+        """Run `task` for the chunks; `progress` gets the bytes of each chunk that is done.
 
         Raises:
-            UserError: what a task found wrong.
+            UserError: from a task.
         """
 
 
 class Processes:
-    """This machine's cores: a process for each, started when there is enough to do. Use it in a `with` block."""
+    """Runs tasks in worker processes on this machine, started only if there are enough chunks. A context manager."""
 
     def __init__(self, count: int | None = None):
-        """`count` processes; None: one a core that this process may use."""
+        """`count` processes; None: one for each core that this process may use."""
         self._count = count or _cores()
-        self._pool = None
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def each(self, task: Task, numbers: Sequence[int], progress: Callable[[int], object]) -> None:
+        """See ChunkRunner.
+
+        Raises:
+            RunFailed: a worker process was killed.
+        """
         if self._count == 1 or len(numbers) <= _INLINE:
             for number in numbers:
                 progress(task(number))
             return
-        from concurrent.futures.process import BrokenProcessPool
-
         try:
             for size in self._started().map(task, numbers):
                 progress(size)
@@ -61,12 +68,9 @@ class Processes:
                 "data.num_proc = 1 for less memory and no further process"
             ) from None
 
-    def _started(self):
+    def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            import multiprocessing
-            from concurrent.futures import ProcessPoolExecutor
-
-            # Not forked: a copy of a process with threads (JAX's, the tokenizer's) may hang.
+            # Not fork: a forked copy of a process with threads (JAX's, the tokenizer's) may hang.
             spawn = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._count, spawn, initializer=_begin_worker)
         return self._pool
@@ -77,29 +81,29 @@ def _cores() -> int:
 
 
 def _begin_worker() -> None:
-    """One thread a process, because there is a process a core; Ctrl-C is the parent's; none outlives the parent."""
-    import multiprocessing
-
+    """Set up a worker: one tokenizer thread, Ctrl-C is left to the parent, and the worker ends with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow() -> None:
-        parent.join()  # a parent that was killed could not tell its pool to end
+        parent.join()  # a killed parent could not end its pool
         os._exit(1)
 
     threading.Thread(target=follow, name="parent", daemon=True).start()
 
 
 class Beam:
-    """An Apache Beam pipeline for each stage, on the runner that Beam's own options name.
+    """Runs each stage as an Apache Beam pipeline, on the runner that Beam's own options name.
 
     Its workers must have jaxgpt installed and see the work folder, which lies in data.prepared_dir, under the same
     path: on a network file system, or a mounted bucket.
     """
 
     def __init__(self, options: Sequence[str]):
-        """
+        """`options` are Beam's.
+
         Raises:
             UserError: apache-beam is not installed.
         """
@@ -115,18 +119,18 @@ class Beam:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
 
-        refusals = task.keywords["work"].refusal
+        work: WorkFolder = task.keywords["work"]
         with beam.Pipeline(options=PipelineOptions(self._options)) as pipeline:
             chunks = pipeline | "Chunks" >> beam.Create(list(numbers)) | "Spread" >> beam.Reshuffle()
             _ = chunks | task.func.__name__ >> beam.Map(functools.partial(_or_refuse, task=task))
         for number in numbers:
             with contextlib.suppress(FileNotFoundError):
-                raise UserError(Path(refusals(number)).read_text(encoding="utf-8"))
+                raise UserError(work.refusal(number).read_text(encoding="utf-8"))
 
 
 def _or_refuse(number: int, task: Task) -> None:
-    """Do the task, and leave a user's mistake in a file: as an exception Beam would try it again and bury it."""
+    """Run the task and write a UserError into a file: Beam would retry an exception and hide its message."""
     try:
         task(number)
     except UserError as error:
-        task.keywords["work"].refusal(number).write_text(str(error), encoding="utf-8")
+        write_file(task.keywords["work"].refusal(number), str(error))

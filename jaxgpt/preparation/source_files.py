@@ -1,7 +1,7 @@
 """Sources that are files: text, HTML, JSON lines, Parquet, dialogues; plain or compressed.
 
-The idea: nothing is read whole that could be long. A long text comes in parts, an over-long line is passed over
-without being held, Parquet comes by row groups.
+Nothing that could be long is read as a whole: a long text comes in parts, a too long line is skipped without being
+held in memory, Parquet is read by row groups.
 """
 
 import bz2
@@ -14,14 +14,16 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from jaxgpt.errors import UserError
-from jaxgpt.preparation.documents import BadRecord, BadRecords, Document, Record
+from jaxgpt.errors import BadRecord, UserError
+from jaxgpt.preparation.dialogues import sgd_records
+from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord
 from jaxgpt.settings import SourceConfig
 
+T = TypeVar("T")
 SUFFIXES = {
     "stdlib": (".py", ".txt"),
     "text": (".txt", ".md", ".py"),
@@ -31,11 +33,11 @@ SUFFIXES = {
     "sgd": (".json",),
 }
 COMPRESSED = ("text", "html", "jsonl")
-PART_BYTES = 8_000_000  # a longer text comes in parts: some hundred MB of memory, whatever is done to a part
+PART_BYTES = 8_000_000  # a longer text comes in parts, so that each stage needs at most some hundred MB of memory
 _PARQUET_ROWS = 256
 
-# Parts of the library that are not source a person would write or read: tests, character tables and generated
-# files (which differ between machines besides), other people's packages.
+# Parts of the standard library that are left out: tests, character tables, generated files (which differ between
+# machines), and installed packages.
 # fmt: off
 _NOT_STDLIB = frozenset([
     "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip",
@@ -51,8 +53,7 @@ def source_files(part: SourceConfig) -> list[tuple[str, Path]]:
     Raises:
         UserError: there is none.
     """
-    stdlib = part.source == "stdlib"
-    root = Path(sysconfig.get_paths()["stdlib"] if stdlib else part.path)
+    stdlib, root = part.source == "stdlib", source_root(part)
     if not root.exists():
         raise UserError(f"data.path = {root}: no such file or folder")
     if root.is_file():
@@ -67,6 +68,14 @@ def source_files(part: SourceConfig) -> list[tuple[str, Path]]:
     if not found:
         raise UserError(f"data.path = {root}: no {', '.join(SUFFIXES[part.source])} file in this folder")
     return sorted(found)
+
+
+def source_root(part: SourceConfig) -> Path:
+    """The file or folder of the source."""
+    if part.source == "stdlib":
+        return Path(sysconfig.get_paths()["stdlib"])
+    assert part.path is not None, "checked with the settings"
+    return Path(part.path)
 
 
 def _is_of(name: str, source: str) -> bool:
@@ -87,12 +96,12 @@ def _left_out(name: str, stdlib: bool) -> bool:
 
 
 def _open_zst(file: Path) -> BinaryIO:
-    import pyarrow  # Python itself reads this format from 3.14 on
+    import pyarrow  # Python's own library reads this format from 3.14 on
 
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
 @contextlib.contextmanager
@@ -100,8 +109,8 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
     """The bytes of the file, decompressed.
 
     Raises:
-        UserError: there is no permission to read it.
-        BadRecord: what is compressed is damaged.
+        UserError: no permission to read it.
+        BadRecord: the compressed file is damaged.
     """
     opener = _OPENERS.get(file.suffix)
     try:
@@ -130,15 +139,20 @@ def _not_utf8(where: str, position: int, byte: int) -> BadRecord:
 # ---------------------------------------------------------------- text and HTML
 
 
-def text_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
-    """One document a file; one of more than PART_BYTES, or `max_record_bytes` if that is less, in parts."""
+def _each_file(part: SourceConfig, bad: BadRecords, read: Callable[[Path], Iterable[T]]) -> Iterator[T]:
+    """The items that `read` yields for each file of the source; damaged and empty files go to `bad`.
+
+    Raises:
+        UserError: no permission to read a file.
+    """
     for _, file in source_files(part):
         count = 0
         try:
-            for text in _parts(file, min(PART_BYTES, max_record_bytes)):
-                if text.strip():
-                    yield Document(text, continues=count > 0)
-                    count += 1
+            for item in read(file):
+                count += 1
+                yield item
+        except PermissionError:
+            raise UserError(f"{file}: no permission to read it") from None
         except BadRecord as error:
             bad.add(error)
         else:
@@ -146,13 +160,23 @@ def text_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -
                 bad.empty(str(file))
 
 
-def _parts(file: Path, size: int) -> Iterator[str]:
-    """The text, in parts of at most `size` bytes that joined give it again.
+def text_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
+    """One document for each file; one of more than PART_BYTES or `max_record_bytes` comes in parts."""
 
-    A part begins with the white space before a paragraph or line, so that no token of GPT-2's reaches over a border.
+    def read(file: Path) -> Iterator[Document]:
+        texts = (text for text in _parts(file, min(PART_BYTES, max_record_bytes)) if text.strip())
+        return (Document(text, continues=number > 0) for number, text in enumerate(texts))
+
+    return _each_file(part, bad, read)
+
+
+def _parts(file: Path, size: int) -> Iterator[str]:
+    """The text in consecutive parts of at most `size` bytes.
+
+    A part begins with the white space before a paragraph or line, so that no GPT-2 token crosses a border.
     """
     with _opened(file) as stream:
-        rest = stream.read(3).removeprefix(codecs.BOM_UTF8)  # a byte order mark is no text
+        rest = stream.read(3).removeprefix(codecs.BOM_UTF8)  # a byte order mark is not text
         rest += stream.read(size + 1 - len(rest))
         if len(rest) > size:
             _check_utf8(file)
@@ -165,7 +189,7 @@ def _parts(file: Path, size: int) -> Iterator[str]:
 
 
 def _border(content: bytes) -> int:
-    """Where to cut: before the last blank line, line break or space of the second half, else between characters."""
+    """The place to cut: before the last blank line, line break or space of the second half, else between characters."""
     for separator in (b"\n\n", b"\n", b" "):
         found = content.rfind(separator, len(content) // 2, len(content) - 1)
         if found > 0:
@@ -177,7 +201,7 @@ def _border(content: bytes) -> int:
 
 
 def _check_utf8(file: Path) -> None:
-    """A long file is checked before its first part is handed on, so that it is used whole or not at all."""
+    """Check all of a long file before its first part is used, so that it is used whole or not at all."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     with _opened(file) as stream:
         while True:
@@ -193,56 +217,48 @@ def _check_utf8(file: Path) -> None:
 
 
 def html_documents(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Document]:
-    """One document a page, its tags included: `cleaning.html` takes the text out."""
-    for _, file in source_files(part):
-        try:
-            with _opened(file) as stream:
-                content = stream.read(max_record_bytes + 1)
-            if len(content) > max_record_bytes:
-                raise BadRecord(str(file), f"longer than data.max_record_bytes = {max_record_bytes}")
-            text = _decoded(content.removeprefix(codecs.BOM_UTF8), str(file))
-        except BadRecord as error:
-            bad.add(error)
-            continue
+    """One document for each page, with its tags: `cleaning.html` extracts the text."""
+
+    def read(file: Path) -> Iterator[Document]:
+        with _opened(file) as stream:
+            content = stream.read(max_record_bytes + 1)
+        if len(content) > max_record_bytes:
+            raise BadRecord(str(file), f"longer than data.max_record_bytes = {max_record_bytes}")
+        text = _decoded(content.removeprefix(codecs.BOM_UTF8), str(file))
         if text.strip():
             yield Document(text)
-        else:
-            bad.empty(str(file))
+
+    return _each_file(part, bad, read)
 
 
 # ---------------------------------------------------------------- rows
 
 
-def jsonl_records(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[Record]:
-    """One record a line; blank lines are no records."""
-    for _, file in source_files(part):
-        count = 0
+def jsonl_records(part: SourceConfig, bad: BadRecords, max_record_bytes: int) -> Iterator[SourceRecord]:
+    """One record for each line that is not blank."""
+
+    def read(file: Path) -> Iterator[tuple[str, bytes | None]]:
+        with _opened(file) as stream:
+            for number, line in _lines(stream, max_record_bytes):
+                yield f"{file}:{number}", line
+
+    for where, line in _each_file(part, bad, read):
         try:
-            with _opened(file) as stream:
-                for number, line in _lines(stream, max_record_bytes):
-                    where = f"{file}:{number}"
-                    count += 1
-                    try:
-                        if line is None:
-                            raise BadRecord(where, f"longer than data.max_record_bytes = {max_record_bytes}")
-                        yield Record(where, _json_object(line, where))
-                    except BadRecord as error:
-                        bad.add(error)
+            if line is None:
+                raise BadRecord(where, f"longer than data.max_record_bytes = {max_record_bytes}")
+            yield SourceRecord(where, _json_object(line, where))
         except BadRecord as error:
             bad.add(error)
-        else:
-            if not count:
-                bad.empty(str(file))
 
 
 def _lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, line) of each line that is not blank; None for one of more than `limit` bytes."""
+    """(number from 1, line) of each line that is not blank; None for a line of more than `limit` bytes."""
     number = 0
     while line := stream.readline(limit + 2):
         number += 1
         if len(line.rstrip(b"\r\n")) > limit:
             while line and not line.endswith(b"\n"):
-                line = stream.readline(1 << 20)  # passed over: no more of it is held
+                line = stream.readline(1 << 20)  # skipped without holding more of it
             yield number, None
         elif line.strip():
             yield number, line
@@ -262,8 +278,8 @@ def _json_object(line: bytes, where: str) -> dict:
     return record
 
 
-def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | None) -> Iterator[Record]:
-    """The rows, numbered from 0 in each file; only `columns` of them, where they are named.
+def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | None) -> Iterator[SourceRecord]:
+    """The rows, numbered from 0 in each file; only their `columns`, if given.
 
     Raises:
         UserError: the first file lacks one of the columns.
@@ -271,64 +287,49 @@ def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | No
     import pyarrow
     import pyarrow.parquet
 
-    for file_number, (_, file) in enumerate(source_files(part)):
+    first = source_files(part)[0][1]
+
+    def read(file: Path) -> Iterator[tuple[str, pyarrow.RecordBatch, int]]:
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
                 missing = [name for name in columns or [] if name not in table.schema_arrow.names]
                 if missing:
                     message = _no_field(missing[0], table.schema_arrow.names)
-                    raise UserError(f"{file}: {message}") if file_number == 0 else BadRecord(str(file), message)
+                    raise UserError(f"{file}: {message}") if file == first else BadRecord(str(file), message)
                 for rows in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                     for row in range(len(rows)):
-                        yield from _row(rows, row, f"{file}, row {number}", bad)
+                        yield f"{file}, row {number}", rows, row
                         number += 1
-            if not number:
-                bad.empty(str(file))
         except PermissionError:
-            raise UserError(f"{file}: no permission to read it") from None
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             reason = f"damaged, or not Parquet: {error}".partition("\n")[0]
-            bad.add(BadRecord(f"{file}, from row {number} on", reason))
-        except BadRecord as error:
-            bad.add(error)
+            raise BadRecord(f"{file}, from row {number} on", reason) from None
 
-
-def _row(rows, number: int, where: str, bad: BadRecords) -> Iterator[Record]:
-    try:
-        yield Record(where, {name: column[number].as_py() for name, column in zip(rows.schema.names, rows.columns)})
-    except UnicodeDecodeError as error:
-        bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
-
-
-def sgd_dialogues(part: SourceConfig, bad: BadRecords) -> Iterator[Record]:
-    """The dialogues of files in the form of the Schema-Guided Dialogue dataset."""
-    from jaxgpt.preparation.dialogues import sgd_records
-
-    for _, file in source_files(part):
-        count = 0
+    for where, rows, row in _each_file(part, bad, read):
         try:
-            for where, record in sgd_records(file):
-                yield Record(where, record)
-                count += 1
-        except PermissionError:
-            raise UserError(f"{file}: no permission to read it") from None
-        except BadRecord as error:
-            bad.add(error)
+            values = {name: column[row].as_py() for name, column in zip(rows.schema.names, rows.columns)}
+        except UnicodeDecodeError as error:
+            bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
         else:
-            if not count:
-                bad.empty(str(file))
+            yield SourceRecord(where, values)
 
 
-def _no_field(field: str, names) -> str:
+def sgd_dialogues(part: SourceConfig, bad: BadRecords) -> Iterator[SourceRecord]:
+    """The dialogues of files in the form of the Schema-Guided Dialogue dataset."""
+    return (SourceRecord(where, record) for where, record in _each_file(part, bad, sgd_records))
+
+
+def _no_field(field: str, names: Iterable[object]) -> str:
     return f'no field "{field}"; it has {", ".join(map(str, names)) or "no field"}: set data.text_field'
 
 
-def text_of(record: Record, field: str) -> str:
+def text_of(record: SourceRecord, field: str) -> str:
     """The text in a field of the record.
 
     Raises:
-        BadRecord: it is missing, or no text.
+        BadRecord: it is missing or not text.
     """
     if field not in record.value:
         raise BadRecord(record.where, _no_field(field, record.value))

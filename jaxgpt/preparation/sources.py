@@ -1,7 +1,7 @@
-"""Where documents come from: files, public catalogs, made-up dialogues, or a weighted mixture of them.
+"""Sources of documents: files, public catalogs, made-up dialogues, or a weighted mixture of them.
 
-The idea: a source is read front to back, as often as needed, always in the same order, and never held whole;
-`source_key` says cheaply whether it is still the same without reading it.
+A source is read from start to end, always in the same order, and is never held in memory as a whole. `source_key` tells
+cheaply, without reading it, whether it is still the same.
 """
 
 import dataclasses
@@ -10,10 +10,12 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxgpt.errors import UserError
+from jaxgpt.data.chat import conversation
+from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation import source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_facts, catalog_splits
-from jaxgpt.preparation.documents import BadRecord, BadRecords, Document, Record
+from jaxgpt.preparation.dialogues import RECORDS_VERSION, support_records
+from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord
 from jaxgpt.settings import DataConfig, SourceConfig, sources_of
 
 _CHAT_ONLY = ("support", "sgd")
@@ -22,25 +24,24 @@ _TEXT_ONLY = ("stdlib", "text", "html")
 
 @dataclasses.dataclass
 class Reading:
-    """What `documents` leaves behind for a report, a number for each part of the mixture."""
+    """Facts that `documents` gathers for a report; a number for each part of the mixture."""
 
     num_documents: list[int] = dataclasses.field(default_factory=list)
     num_bytes: list[int] = dataclasses.field(default_factory=list)
-    """UTF-8 handed on."""
+    """UTF-8 bytes of the documents."""
     ended_by: int | None = None
-    """The part that was used up when it was its turn, which ends a mixture; None where data.max_bytes did, or where
-    there is one part only."""
+    """The part that was exhausted and so ended the mixture; None if data.max_bytes did, or there is only one part."""
 
 
 def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading | None = None) -> Iterator[Document]:
-    """The documents of `data`, blank ones left out, up to `data.max_bytes` of UTF-8.
+    """The documents of `data` without blank ones, up to `data.max_bytes` of UTF-8.
 
-    A file of text is one document (a long one in parts), so is a page, a line of JSON and a row of a table. Under
-    `max_bytes` a validation split of a catalog comes first and gets the share `validation_fraction`; the last
-    document is cut between two characters, the last conversation is left out if it is too long.
+    A document is a text file (a long one in parts), an HTML page, a line of JSON or a row of a table. With `max_bytes`,
+    a validation split of a catalog comes first and gets the share `validation_fraction`; the last document is cut
+    between two characters, and a last conversation that is too long is left out.
 
     In a mixture the next document comes from the part that has given the fewest bytes for its weight; the mixture ends
-    when that part is used up, as going on would be another mixture.
+    when that part is exhausted, because continuing would change the shares.
 
     Raises:
         UserError: the source is missing, empty or broken; names the file and the line or byte.
@@ -62,7 +63,7 @@ def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading 
 
 
 def describe(data: DataConfig) -> str:
-    """The source in a user's words, for messages."""
+    """The source as its settings name it, for messages."""
     parts = sources_of(data)
     if len(parts) == 1:
         return _described(parts[0], "data.source")
@@ -70,13 +71,13 @@ def describe(data: DataConfig) -> str:
 
 
 def short_name(data: DataConfig) -> str:
-    """A name for folders: "stdlib", the stem of a file or folder, "tfds-NAME"; all of them for a mixture."""
+    """A name for folders: "stdlib", the stem of a file or folder, "tfds-NAME"; for a mixture, all of its names."""
     names = [_short_name(part) for part in sources_of(data)]
     return "-".join(names)[:60].strip("-")
 
 
 def source_key(data: DataConfig) -> str:
-    """A digest that changes when the source probably has: file names, sizes and times, or Python's version.
+    """A digest of facts that change with the source: file names, sizes and times, or Python's version.
 
     Raises:
         UserError: the source is missing, or cannot be of data.format.
@@ -93,17 +94,15 @@ def source_key(data: DataConfig) -> str:
 
 
 def _facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
-    """Lines that tell the state of a source, and the files whose sizes and times do."""
+    """Lines that describe the state of a source, and files whose sizes and times belong to it."""
     if part.source.startswith((TFDS, HUGGINGFACE)):
         return catalog_facts(part)
-    if part.source == "stdlib":  # no times: the same on every machine of one version
+    if part.source == "stdlib":  # without times: the same on every machine with this version
         sizes = [f"{name} {file.stat().st_size}" for name, file in source_files.source_files(part)]
         return [platform.python_implementation(), platform.python_version(), *sizes], []
-    if part.source == "support":  # what it gives is decided by the code alone
-        from jaxgpt.preparation import dialogues, support
-
-        return [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (dialogues, support)], []
-    return [str(Path(part.path).resolve())], source_files.source_files(part)
+    if part.source == "support":
+        return list(RECORDS_VERSION), []
+    return [str(source_files.source_root(part).resolve())], source_files.source_files(part)
 
 
 def _described(part: SourceConfig, name: str) -> str:
@@ -127,7 +126,7 @@ def _check_format(data: DataConfig) -> None:
 
 
 def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
-    """The documents of one part of the mixture, of which there must be one; `share` of the text is to come from it."""
+    """The documents of one part of the mixture, which gives `share` of the text; an error if there is none."""
     part = sources_of(data)[number]
     found = False
     for document in _documents(data, part, bad, data.max_bytes and max(1, int(data.max_bytes * share))):
@@ -151,26 +150,24 @@ def _documents(data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes:
         yield from _texts(_records(data, part, bad), data, part, bad)
 
 
-def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[Record]:
+def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[SourceRecord]:
     if part.source == "jsonl":
         return source_files.jsonl_records(part, bad, data.max_record_bytes)
     if part.source == "parquet":
         return source_files.parquet_records(part, bad, [part.text_field] if data.format == "text" else None)
     if part.source == "sgd":
         return source_files.sgd_dialogues(part, bad)
-    from jaxgpt.preparation.dialogues import support_records
-
-    return (Record(f"support, conversation {n}", record) for n, record in enumerate(support_records()))
+    return (SourceRecord(f"support, conversation {n}", record) for n, record in enumerate(support_records()))
 
 
-def _texts(records: Iterable[Record], data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[Document]:
-    """The text of each record; what has none is given to `bad`.
+def _texts(
+    records: Iterable[SourceRecord], data: DataConfig, part: SourceConfig, bad: BadRecords
+) -> Iterator[Document]:
+    """The documents of the records; records without text go to `bad`.
 
     Raises:
-        UserError: the first record has no such field, which is then a wrong setting rather than a bad record.
+        UserError: the first record does not have the field: the setting is wrong, not the record.
     """
-    from jaxgpt.data.chat import conversation
-
     for number, record in enumerate(records):
         try:
             if data.format == "chat":
@@ -192,24 +189,24 @@ def _texts(records: Iterable[Record], data: DataConfig, part: SourceConfig, bad:
 
 
 def _mixed(readers: Sequence[Iterator[Document]], weights: Sequence[float], reading: Reading) -> Iterator[Document]:
-    """Whole documents in turn, so that the bytes of each part follow its weight as closely as they can."""
-    heads = [next(reader) for reader in readers]
+    """Whole documents from the parts in turn, so that the bytes of each follow its weight as closely as possible."""
+    heads: list[Document | None] = [next(reader) for reader in readers]
     given = [0.0] * len(readers)  # bytes for a weight of 1
     while True:
         turn = given.index(min(given))
-        if heads[turn] is None:
+        document = heads[turn]
+        if document is None:
             reading.ended_by = turn
             return
-        whole = True
-        while whole or (heads[turn] is not None and heads[turn].continues):
-            document, whole = heads[turn], False
+        while document is not None:
             given[turn] += len(document.text.encode()) / weights[turn]
             yield document
-            heads[turn] = next(readers[turn], None)
+            heads[turn] = following = next(readers[turn], None)
+            document = following if following and following.continues else None
 
 
 def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> Iterator[Document]:
-    """The documents up to `max_bytes`; the last one is cut, or left out where they must be `whole`."""
+    """The documents up to `max_bytes`; the last one is cut, or left out if they must be `whole`."""
     left = max_bytes
     for document in source:
         if left is None:

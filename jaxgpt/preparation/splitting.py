@@ -1,6 +1,6 @@
-"""What becomes of each document once all are known: left out as a duplicate, learned from, or held out.
+"""Decides for each document, once all are known: dropped as a duplicate, for training, or for validation.
 
-The idea: of a document only a few numbers are in memory here, about a hundred bytes, or what near duplicates need.
+Only a few numbers of each document are in memory here, about a hundred bytes, plus what near duplicates need.
 """
 
 import dataclasses
@@ -13,30 +13,30 @@ from jaxgpt.preparation.chunks import SPLIT_CODES, WorkFolder, read_rows
 from jaxgpt.preparation.duplicates import Repeats
 from jaxgpt.settings import CleaningConfig
 
-# What becomes of a row of a chunk: it is left out, or goes to a split, or is cut in two at Plan.border.
+# The code of a row: it is dropped, or goes to a split, or is cut in two at Plan.border.
 DROPPED, TRAIN, VALIDATION, CUT = 0, 1, 2, 3
-STARTS = 4  # added: it begins a document
-SPLITS = ("train", "validation")
+STARTS = 4  # added to the code of a row that begins a document
 
 
 @dataclasses.dataclass
 class Plan:
-    """What is decided about all rows."""
+    """The decisions about all rows."""
 
     first: list[int]
-    """Row at which each chunk begins."""
+    """Number of the first row of each chunk, and of all rows."""
     codes: np.ndarray
     """uint8 [rows]: DROPPED, ..., with STARTS."""
     border: int
-    """Characters of the row CUT that are learned from."""
+    """Characters of the row CUT that are for training."""
     fingerprint: str
-    """SHA-256 over the rows that are left, and the splits that the source gives them."""
+    """SHA-256 over the rows that are kept, and the splits that the source assigns."""
     repeats: Repeats
-    """The rows that are left out because they repeat others."""
+    """The rows that are dropped because they repeat others."""
     overlap: int
-    """How many of them would be learned from and repeat what is held out."""
+    """How many of those would be for training and repeat a row for validation."""
 
     def of_chunk(self, number: int) -> np.ndarray:
+        """The codes of a chunk."""
         return self.codes[self.first[number] : self.first[number + 1]]
 
 
@@ -46,23 +46,22 @@ class _Table:
 
     first: list[int]
     given: np.ndarray
-    """int8 [rows]: SPLIT_CODES of the source's split."""
+    """int8 [rows]: SPLIT_CODES of the split that the source assigns."""
     parts: np.ndarray
     """int32 [rows]"""
     numbers: np.ndarray
-    """int64 [rows]: of the documents."""
+    """int64 [rows]: number of the document."""
     draws: np.ndarray
     """uint64 [rows]: pseudo-random bits, the same in all rows of a document."""
 
 
 def decide(work: WorkFolder, stage: str, num_chunks: int, validation_fraction: float, cleaning: CleaningConfig) -> Plan:
-    """Find duplicates among the rows that `stage` left, and give the others their splits.
+    """Find duplicates among the rows that `stage` left, and assign the others to the splits.
 
-    What is held out is drawn among the rows that are left, so that its share is as asked for. A validation split of a
-    source is kept: of two rows that are alike the one in it stays. Of the other sources' documents the last
-    `validation_fraction` of the characters is held out where there is a single one; of several each is whose draw falls
-    below that share, and at least one lands on either side. A draw depends on nothing but the document's number and
-    text.
+    A validation split of a source is kept, and wins over training rows that it repeats. The documents of other sources
+    are divided after duplicates are dropped: a single document is cut, and its last `validation_fraction` of the
+    characters is for validation; of several, those whose pseudo-random draw is below `validation_fraction`, and at
+    least one document goes to each side. A draw depends only on the document's number and text.
     """
     table = _read_table(work, stage, num_chunks)
     drawn = ~np.isin(table.parts, np.unique(table.parts[table.given == SPLIT_CODES["validation"]]))
@@ -98,18 +97,20 @@ def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
 
 
 def _held_out(table: _Table, drawn: np.ndarray, kept: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [rows]: which rows are for validation, if no document is cut in two."""
+    """bool [rows]: the rows for validation, if no document is cut in two."""
     held_out = table.given == SPLIT_CODES["validation"]
     draws = table.draws[drawn & kept]
     if len(draws):
-        # The document that drew lowest is always below the limit, the one that drew highest never.
+        # The lowest draw is always below the limit, the highest never.
         limit = min(max(int(fraction * 2**64), int(draws.min()) + 1), int(draws.max()))
         held_out |= drawn & (table.draws < np.uint64(limit))
     return held_out
 
 
-def _cut_in_two(work: WorkFolder, stage: str, table: _Table, kept: np.ndarray, fraction: float):
-    """(codes, characters of the row CUT) where a single document is left."""
+def _cut_in_two(
+    work: WorkFolder, stage: str, table: _Table, kept: np.ndarray, fraction: float
+) -> tuple[np.ndarray, int]:
+    """(codes, characters of the row CUT) if a single document is kept."""
     lengths = np.zeros(len(kept), np.int64)
     for chunk, (begin, end) in enumerate(zip(table.first, table.first[1:])):
         lengths[begin:end] = [len(text) for text in read_rows(work.rows(stage, chunk), ("texts",)).texts]
@@ -123,7 +124,7 @@ def _cut_in_two(work: WorkFolder, stage: str, table: _Table, kept: np.ndarray, f
 
 
 def _starts(table: _Table, codes: np.ndarray) -> np.ndarray:
-    """int64: the rows with which a document begins in its split: the first that is left of it."""
+    """int64: the rows that begin a document in its split: the first that is kept."""
     (left,) = np.nonzero(codes)
     documents, splits = table.numbers[left], codes[left]
     is_new = np.ones(len(left), bool)
@@ -144,7 +145,7 @@ def _fingerprint(work: WorkFolder, stage: str, table: _Table, kept: np.ndarray) 
 
 
 def _repeats(work: WorkFolder, stage: str, table: _Table, held_out: np.ndarray, cleaning: CleaningConfig) -> Repeats:
-    """Which rows repeat others; none where nobody looks for them."""
+    """Which rows repeat others; none if `cleaning` drops no duplicates."""
     num_rows = len(table.numbers)
     if not duplicates.is_on(cleaning):
         return Repeats(np.full(num_rows, -1), np.zeros(num_rows, bool))

@@ -1,66 +1,135 @@
-"""What is done to one chunk, by whichever process: clean its documents, turn them into tokens.
+"""The stages of a preparation that work chunk by chunk: read the source, clean documents, turn them into tokens.
 
-The idea: each function reads the chunk's file of the stage before and writes one for the next; a chunk that has it is
-done. This module imports no JAX, so a process for it starts in half a second and needs little memory.
+Reading is one pass over the source in one process. Each other stage is a function that reads one chunk file of the
+stage before and writes one for the next; a chunk whose file exists is done, so any process may do any chunk. This
+module imports no JAX: a worker process starts in half a second and needs little memory.
 """
 
+import dataclasses
 import functools
 import json
+import os.path
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxgpt.config import Config
 from jaxgpt.data import chat
+from jaxgpt.data.dataset import SPLITS
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.failpoints import failpoint
-from jaxgpt.preparation import duplicates
+from jaxgpt.preparation import duplicates, sources
 from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.preparation.chunks import (
+    SPLIT_CODES,
     Rows,
     WorkFolder,
-    read_arrays,
     read_json,
     read_rows,
     write_arrays,
     write_json,
     write_rows,
 )
-from jaxgpt.preparation.documents import BadRecord, BadRecords
-from jaxgpt.preparation.examples import EXAMPLES, difference, shortened
-from jaxgpt.preparation.splitting import CUT, DROPPED, SPLITS, STARTS, TRAIN
-from jaxgpt.settings import CleaningConfig
+from jaxgpt.preparation.cleaning import Cleaned, Cleaner
+from jaxgpt.preparation.documents import BadRecords
+from jaxgpt.preparation.splitting import CUT, DROPPED, STARTS, TRAIN
+from jaxgpt.settings import CleaningConfig, DataConfig
 
-if TYPE_CHECKING:
-    from jaxgpt.preparation.cleaning import Cleaned, Cleaner
-
+CHUNK_BYTES = 4_000_000  # of text: a second or two of work, so that all cores stay busy and little is lost by a kill
 PIECE = 32_768  # characters tokenized at once
 BATCH = 2_000_000  # characters whose encodings are in memory at once: some 100 bytes a token
+EXAMPLES = 5  # of each kind, for the report
+EXAMPLE_CHARACTERS = 200
+_BEFORE = 40  # characters shown before the first difference
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
+    """Write the chunks "read" and return facts about them; the same facts after a kill.
+
+    Returns:
+        {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number,
+        "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}
+
+    Raises:
+        UserError: as `sources.documents`, or the source changed while it was read.
+    """
+    file = work.path / "read.json"
+    if file.exists():
+        return read_json(file)
+    key = sources.source_key(data)
+    bad, reading = BadRecords(data.on_bad_record), sources.Reading()
+    rows_of: list[int] = []
+    bytes_of: list[int] = []
+    chunk, size, number = Rows(), 0, -1
+
+    def end_chunk() -> None:
+        _write_if_new(work, len(rows_of), chunk)
+        rows_of.append(len(chunk))
+        bytes_of.append(size)
+
+    with progress("reading") as bar:
+        for document in sources.documents(data, bad, reading):
+            num_bytes = len(document.text.encode())
+            number += not document.continues
+            split = SPLIT_CODES[document.split]
+            chunk.append(document.text, split, document.part, number, document.continues, document.where)
+            size += num_bytes
+            bar.update(num_bytes)
+            if size >= CHUNK_BYTES:
+                end_chunk()
+                chunk, size = Rows(), 0
+        if len(chunk):
+            end_chunk()
+    if sources.source_key(data) != key:
+        raise UserError(f"{sources.describe(data)}: changed while it was read; prepare again")
+    facts = {"rows": rows_of, "bytes": bytes_of, "documents": number + 1}
+    facts |= {"bad": bad.summary(), "mixture": dataclasses.asdict(reading)}
+    write_json(file, facts)
+    return facts
+
+
+def progress(label: str, total: int | None = None) -> tqdm:
+    """A progress bar of bytes on stderr, hidden if that is not a terminal."""
+    return tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def _write_if_new(work: WorkFolder, number: int, rows: Rows) -> None:
+    file = work.rows("read", number)
+    if not (file.exists() and read_rows(file, ["contents"]).contents == rows.contents):
+        write_rows(file, rows)
+        failpoint("prepare.read")
 
 
 # ---------------------------------------------------------------- cleaning
 
 
 @functools.lru_cache(maxsize=1)
-def cleaner(settings: CleaningConfig) -> "Cleaner":
-    """
+def cleaner(settings: CleaningConfig) -> Cleaner:
+    """The cleaner for the settings, built once in a process.
+
     Raises:
         UserError: a library that a step needs is not installed.
     """
-    from jaxgpt.preparation.cleaning import Cleaner
-
     return Cleaner(settings)
 
 
 def clean_chunk(number: int, *, work: WorkFolder, config: Config) -> int:
-    """Write the chunk "clean": the documents that are left, cleaned, with the signatures to find duplicates by."""
-    file = work.rows("clean", number)
+    """Write the chunk "clean": the documents that are kept, cleaned, with signatures to find duplicates by.
+
+    Returns the bytes of text that were read, as `tokenize_chunk` does.
+    """
     rows = read_rows(work.rows("read", number))
     clean = cleaner(config.cleaning)
     is_signed = duplicates.is_on(config.cleaning)
-    kept, steps, size = Rows(), {}, 0
+    kept, size = Rows(), 0
+    steps: dict[str, dict[str, Any]] = {}
     columns = (rows.texts, rows.splits, rows.parts, rows.numbers, rows.continues, rows.wheres)
     for text, split, part, document, continues, where in zip(*columns, strict=True):
         size += len(text.encode())
@@ -72,13 +141,13 @@ def clean_chunk(number: int, *, work: WorkFolder, config: Config) -> int:
         if is_signed:
             kept.signatures.append(duplicates.signature(_compared(cleaned.text, config), config.cleaning))
     write_json(work.counts("clean", number), {"steps": steps, "rows": len(kept)})
-    write_rows(file, kept)
+    write_rows(work.rows("clean", number), kept)
     failpoint("prepare.clean")
     return size
 
 
 def _compared(text: str, config: Config) -> str:
-    """What of a document is compared with others: of a conversation what was said.
+    """The text by which duplicates are found: only the contents of a conversation.
 
     Brackets and roles, the same in all, would make conversations more alike than they are.
     """
@@ -87,14 +156,14 @@ def _compared(text: str, config: Config) -> str:
     return "\n".join(message["content"] for message in json.loads(text))
 
 
-def _count(steps: dict, before: str, cleaned: "Cleaned") -> None:
-    """Count what the steps did to one document, and remember the first examples."""
+def _count(steps: dict[str, dict[str, Any]], before: str, cleaned: Cleaned) -> None:
+    """Count what the steps did to one document, and keep the first examples."""
     for step in cleaned.changed_by:
         found = steps.setdefault(step, {})
         found["changed"] = found.get("changed", 0) + 1
         if cleaned.text is not None and len(examples := found.setdefault("changes", [])) < EXAMPLES:
             examples.append(difference(before, cleaned.text))
-    if cleaned.text is None:
+    if cleaned.dropped_by is not None:
         found = steps.setdefault(cleaned.dropped_by, {})
         found["dropped"] = found.get("dropped", 0) + 1
         found["dropped_bytes"] = found.get("dropped_bytes", 0) + len(before.encode())
@@ -102,11 +171,23 @@ def _count(steps: dict, before: str, cleaned: "Cleaned") -> None:
             examples.append(shortened(before))
 
 
+def shortened(text: str) -> str:
+    """The text, or its beginning, short enough for an example in a report."""
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
+
+
+def difference(before: str, after: str) -> dict[str, str]:
+    """{"before", "after"}: both shortened, from shortly before the first character that differs."""
+    begin = max(0, len(os.path.commonprefix([before, after])) - _BEFORE)
+    lead = "…" if begin else ""
+    return {"before": shortened(lead + before[begin:]), "after": shortened(lead + after[begin:])}
+
+
 # ---------------------------------------------------------------- tokens
 
 
 def tokenize_chunk(number: int, *, work: WorkFolder, config: Config, stage: str) -> int:
-    """Write the tokens of the chunk that `stage` left, as plan.json and rows.npy say where its rows go."""
+    """Write the tokens of the chunk that `stage` left; plan.json and rows.npy say where its rows go."""
     plan = read_json(work.path / "plan.json")
     rows = read_rows(work.rows(stage, number), ("texts", "parts", "numbers", "wheres"))
     first = plan["first"][number]
@@ -124,14 +205,14 @@ def tokenize_chunk(number: int, *, work: WorkFolder, config: Config, stage: str)
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: str, digest: str) -> Tokenizer:
-    """The tokenizer of the work folder; `digest`, because another preparation may make one at the same place."""
+    """The tokenizer of the work folder; `digest` is part of the cache key, as another preparation may replace it."""
     tokenizer = load_tokenizer(Path(folder))
     assert tokenizer.digest == digest
     return tokenizer
 
 
 def placed(text: str, code: int, border: int) -> Iterator[tuple[int, bool, str]]:
-    """(split, whether a document starts, text) of a row; two of the row that is cut."""
+    """(split, whether a document starts, text) of a row; two of them if the row is cut."""
     where, starts = code & ~STARTS, bool(code & STARTS)
     if where == CUT:
         yield 0, starts, text[:border]
@@ -140,63 +221,47 @@ def placed(text: str, code: int, border: int) -> Iterator[tuple[int, bool, str]]
         yield where - TRAIN, starts, text
 
 
-class _Streams:
-    """Tokens of the documents of a chunk, a stream for each split, and what is counted of them."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._end_of_text = np.array([tokenizer.end_of_text], np.int32)
-        self._batch: list[tuple[int, bool, int, str]] = []
-        self._size = 0
-        self._tokens: list[list[np.ndarray]] = [[], []]
-        self.counts = [{"num_bytes": 0, "num_documents": 0} for _ in SPLITS]
-        self.parts: dict[int, dict[str, int]] = {}
-
-    def add(self, split: int, starts: bool, part: int, text: str) -> None:
-        for number, piece in enumerate(self._tokenizer.pieces(text, PIECE)):
-            self._batch.append((split, starts and number == 0, part, piece))
-            self._size += len(piece)
-            if self._size >= BATCH:
-                self._encode()
-
-    def _encode(self) -> None:
-        encoded = self._tokenizer.encode_batch([text for *_, text in self._batch])
-        for (split, starts, part, text), tokens in zip(self._batch, encoded, strict=True):
-            size = len(text.encode())
-            if starts:
-                self._tokens[split].append(self._end_of_text)
-            self._tokens[split].append(tokens)
-            self.counts[split]["num_bytes"] += size
-            self.counts[split]["num_documents"] += starts
-            add_counts(self.parts, part, num_documents=starts, num_bytes=size, num_tokens=len(tokens) + starts)
-        self._batch, self._size = [], 0
-
-    def end(self) -> dict[str, np.ndarray]:
-        self._encode()
-        kind = np.uint16 if self._tokenizer.vocab_size < 65_536 else np.uint32
-        whole = [np.concatenate([np.empty(0, np.int32), *parts]).astype(kind) for parts in self._tokens]
-        return dict(zip(SPLITS, whole, strict=True))
-
-
-def add_counts(counts: dict, key: object, **values: int) -> None:
-    """Add the values to those under `key`."""
+def add_counts(counts: dict[Any, dict[str, Any]], key: int | str, **values: int) -> None:
+    """Add the values to the counts under `key`."""
     there = counts.setdefault(key, {})
     for name, value in values.items():
         there[name] = there.get(name, 0) + value
 
 
 def _text_tokens(rows: Rows, codes: list[int], border: int, tokenizer: Tokenizer) -> tuple[dict, dict]:
-    """({"train": tokens, "validation": tokens}, what was counted); end-of-text stands before each document."""
-    streams = _Streams(tokenizer)
+    """({"train": tokens, "validation": tokens}, counts); end-of-text precedes each document."""
+    found: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in SPLITS]
+    splits: dict[str, dict[str, int]] = {name: {"num_bytes": 0, "num_documents": 0} for name in SPLITS}
+    parts: dict[int, dict[str, int]] = {}
+    for batch in _batches(rows, codes, border, tokenizer):
+        encoded = tokenizer.encode_batch([text for *_, text in batch])
+        for (split, starts, part, text), tokens in zip(batch, encoded, strict=True):
+            size = len(text.encode())
+            found[split] += [np.array([tokenizer.end_of_text], np.int32), tokens] if starts else [tokens]
+            add_counts(splits, SPLITS[split], num_bytes=size, num_documents=starts)
+            add_counts(parts, part, num_documents=starts, num_bytes=size, num_tokens=len(tokens) + starts)
+    arrays = {name: np.concatenate(arrays).astype(tokenizer.dtype) for name, arrays in zip(SPLITS, found)}
+    return arrays, {"splits": splits, "parts": parts}
+
+
+def _batches(
+    rows: Rows, codes: list[int], border: int, tokenizer: Tokenizer
+) -> Iterator[list[tuple[int, bool, int, str]]]:
+    """Lists of (split, whether a document starts, part of the mixture, text), each of about BATCH characters."""
+    batch, size = [], 0
     for text, part, code in zip(rows.texts, rows.parts, codes, strict=True):
         for split, starts, span in placed(text, code, border):
-            streams.add(split, starts, part, span)
-    arrays = streams.end()
-    return arrays, {"splits": dict(zip(SPLITS, streams.counts)), "parts": streams.parts}
+            for number, piece in enumerate(tokenizer.pieces(span, PIECE)):
+                batch.append((split, starts and number == 0, part, piece))
+                size += len(piece)
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+    yield batch
 
 
 def conversations(rows: Rows, codes: list[int], config: Config) -> Iterator[tuple[int, int, int, str, str]]:
-    """(split, part, number, text, where) of each conversation, after each one for training its changed copies."""
+    """(split, part, number, text, where) of each conversation; changed copies follow a training conversation."""
     copies: Callable[[str, int], list[str]] = lambda text, number: []
     if config.augmentation.copies:
         copies = Augmenter(config.augmentation).copies
@@ -208,13 +273,13 @@ def conversations(rows: Rows, codes: list[int], config: Config) -> Iterator[tupl
 
 
 def _chat_tokens(rows: Rows, codes: list[int], tokenizer: Tokenizer, config: Config) -> tuple[dict, dict]:
-    """The conversations' tokens one after another with their lengths, and what was counted."""
+    """The tokens of all conversations with their lengths, and counts."""
     encoder = chat.ChatEncoder(tokenizer, config.chat, config.block_size)
     found, origins = [], []
     parts: dict[int, dict[str, int]] = {}
     bad = BadRecords(config.data.on_bad_record)
     counts = {"augmented": 0, "cut": 0}
-    last = None
+    last: int | None = None
     for split, part, number, text, where in conversations(rows, codes, config):
         is_copy, last = number == last, number
         try:
@@ -229,18 +294,10 @@ def _chat_tokens(rows: Rows, codes: list[int], tokenizer: Tokenizer, config: Con
             origins.append((split, number, len(piece.tokens), piece.num_bytes))
             add_counts(parts, part, num_bytes=piece.num_bytes, num_tokens=len(piece.tokens))
         add_counts(parts, part, num_documents=not is_copy)
-    kind = np.uint16 if tokenizer.vocab_size < 65_536 else np.uint32
     columns = np.array(origins, np.int64).reshape(-1, 4).T
     arrays = dict(zip(("splits", "documents", "lengths", "num_bytes"), columns, strict=True))
-    arrays["tokens"] = np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in found)]).astype(kind)
+    arrays["tokens"] = np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in found)]).astype(
+        tokenizer.dtype
+    )
     arrays["supervised"] = np.concatenate([np.empty(0, bool), *(piece.supervised for piece in found)])
-    return arrays, {**counts, "parts": parts, "bad": told(bad)}
-
-
-def told(bad: BadRecords) -> dict[str, dict]:
-    """{reason: {"count", "where": the first few}}"""
-    return {reason: {"count": count, "where": bad.examples.get(reason, [])} for reason, count in bad.counts.items()}
-
-
-def read_tokens(work: WorkFolder, number: int) -> dict[str, np.ndarray]:
-    return read_arrays(work.tokens(number))
+    return arrays, {**counts, "parts": parts, "bad": bad.summary()}

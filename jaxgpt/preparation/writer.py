@@ -1,7 +1,7 @@
-"""Writing prepared data: a token stream for text, packed rows for conversations. rows.py says what lies where.
+"""Writers of prepared datasets: a token stream for text, packed rows for conversations (see data/dataset.py).
 
-Conversations are packed by a bounded best fit: of the OPEN_ROWS rows that are being filled, each goes to the fullest
-one that has room for it. The same conversations in the same order give the same rows.
+Conversations are packed by bounded best fit: each goes into the fullest of the OPEN_ROWS open rows that has room for
+it. The same conversations in the same order give the same rows.
 """
 
 from pathlib import Path
@@ -13,12 +13,12 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.storage import manifest
 
 SHARD_RECORDS = 65_536  # 256 MB of uint16
-OPEN_ROWS = 64  # more gain little: of rows of 1024 filled with conversations of 40 to 400 tokens 64 leave 1 % empty
+OPEN_ROWS = 64  # more gain little: rows of 1024 filled with conversations of 40 to 400 tokens are 1 % empty with 64
 _ROWS_AT_ONCE = 256
 
 
 class _Writer:
-    """What both kinds of dataset have in common: the files, and what is written about them at the end."""
+    """The common part of both writers: the files, and the metadata written at the end."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, description: str, features: dict, counted: tuple[str, ...]):
         import tensorflow_datasets as tfds
@@ -49,7 +49,7 @@ class _Writer:
             self._writer.add_examples({split: records})
 
     def _close(self, about: dict[str, object]) -> None:
-        """Close the files, write the metadata and the manifest; now the dataset can be opened."""
+        """Close the files, and write the metadata and the manifest; then the dataset can be opened."""
         self._writer.close_all()
         shards = sorted(self._folder.glob(SHARDS))
         self._info.metadata.update(
@@ -58,7 +58,7 @@ class _Writer:
             vocab_size=self._tokenizer.vocab_size,
             end_of_text=self._tokenizer.end_of_text,
             tokenizer_digest=self._tokenizer.digest,
-            token_dtype=token_dtype(self._tokenizer).name,
+            token_dtype=self._tokenizer.dtype.name,
             splits=self.counts,
             file_bytes={shard.name: shard.stat().st_size for shard in shards},
         )
@@ -66,17 +66,12 @@ class _Writer:
         manifest.write(self._folder)
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The type that tokens are stored in."""
-    return np.dtype("uint16" if tokenizer.vocab_size < 65_536 else "uint32")
-
-
 class DatasetWriter(_Writer):
-    """Writes a dataset of text document by document; memory holds a few thousand records at most."""
+    """Writes a dataset of text document by document; holds a few thousand records in memory."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        """Start an empty dataset in the existing `folder`, the tokenizer saved in it."""
-        self._dtype = token_dtype(tokenizer)
+        """Start an empty dataset in the existing `folder`, with the tokenizer."""
+        self._dtype = tokenizer.dtype
         super().__init__(
             folder,
             tokenizer,
@@ -87,7 +82,7 @@ class DatasetWriter(_Writer):
         self._pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
 
     def add(self, split: str, tokens: np.ndarray, num_bytes: int, starts_document: bool) -> None:
-        """Append the next part of a document, which came from `num_bytes` of UTF-8."""
+        """Append the next part of a document, `num_bytes` of UTF-8 as text."""
         if starts_document:
             self._pending[split].append(np.array([self._tokenizer.end_of_text], np.int32))
         self._pending[split].append(tokens)
@@ -97,7 +92,7 @@ class DatasetWriter(_Writer):
         counts["num_documents"] += starts_document
 
     def flush(self, last: bool = False) -> None:
-        """Write the full records, and with `last` the one that is not full."""
+        """Write the full records, and with `last` also the one that is not full."""
         for split, parts in self._pending.items():
             tokens = np.concatenate(parts).astype(self._dtype) if parts else np.empty(0, self._dtype)
             end = len(tokens) if last else len(tokens) // RECORD_TOKENS * RECORD_TOKENS
@@ -105,16 +100,13 @@ class DatasetWriter(_Writer):
             parts[:] = [tokens[end:]]
 
     def finish(self, about: dict[str, object]) -> None:
-        """Close the files and write what is known about them; now the dataset can be opened.
-
-        `about` holds the "fingerprint" and the "settings" of TokenDataset.
-        """
+        """Close the files and write the metadata: `about`, the "fingerprint" and the "settings" of TokenDataset."""
         self.flush(last=True)
         self._close({**about, "format": "text"})
 
 
 class _OpenRow:
-    """A row that is being filled."""
+    """A row with room for more conversations."""
 
     def __init__(self, room: int):
         self.room = room
@@ -126,15 +118,15 @@ class _OpenRow:
 
 
 class PackedWriter(_Writer):
-    """Writes a dataset of conversations; memory holds some hundred rows."""
+    """Writes a dataset of conversations; holds some hundred rows in memory."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, block_size: int, packing: bool):
-        """Start an empty dataset of rows of `block_size` positions in the existing `folder`.
+        """Start an empty dataset of rows of `block_size` positions in the existing `folder`, with the tokenizer.
 
         Without `packing` each conversation has a row of its own.
         """
         self._block_size = block_size
-        self._dtype = token_dtype(tokenizer)
+        self._dtype = tokenizer.dtype
         self._most_open = OPEN_ROWS if packing else 0
         super().__init__(
             folder,
@@ -153,9 +145,9 @@ class PackedWriter(_Writer):
         self._last_document: dict[str, int | None] = dict.fromkeys(SPLITS)
 
     def add(self, split: str, tokens: np.ndarray, supervised: np.ndarray, num_bytes: int, document: int) -> None:
-        """Add a conversation, or the next part of a long one: int32 [n] and bool [n], n <= block_size.
+        """Add a conversation or the next part of a long one: int32 [n] and bool [n], n <= block_size.
 
-        The supervised tokens came from `num_bytes` of UTF-8; `document` is the conversation's number in the source.
+        The supervised tokens are `num_bytes` of UTF-8 as text; `document` is the conversation's number in the source.
         """
         if not 0 < len(tokens) <= self._block_size:
             raise ValueError(f"a conversation of {len(tokens)} tokens in rows of {self._block_size}")
@@ -164,7 +156,7 @@ class PackedWriter(_Writer):
         counts["num_documents"] += document != self._last_document[split]
         counts["num_tokens"] += len(tokens)
         counts["num_bytes"] += num_bytes
-        counts["num_supervised"] += int(np.count_nonzero(supervised[1:]))  # the first follows from nothing
+        counts["num_supervised"] += int(np.count_nonzero(supervised[1:]))  # the first token is no target
         self._last_document[split] = document
         self._place(split, tokens, supervised, document)
 

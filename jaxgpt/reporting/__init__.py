@@ -1,1 +1,1 @@
-"""What did it do, in pictures? Figures and pages of runs, comparisons and sweeps."""
+"""What did it do, in figures? Figures and pages of runs, comparisons and sweeps."""

@@ -1,7 +1,7 @@
-"""Several runs beside each other: the settings that differ, the final numbers, and what makes these incomparable.
+"""Several runs compared: the settings that differ, the final numbers, and what makes these incomparable.
 
-All of it is read from what the runs have written, config.json as plain JSON, so that runs that go on still and runs of
-other versions compare as well.
+Everything is read from the files of the runs, config.json as plain JSON, so that runs in progress and runs of other
+versions compare as well.
 """
 
 import dataclasses
@@ -10,14 +10,15 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxgpt.config import Config, flatten
 from jaxgpt.errors import UserError
-from jaxgpt.reporting import curves
-from jaxgpt.reporting.figures import big
+from jaxgpt.reporting import run_files
+from jaxgpt.reporting.figures import big, word
+from jaxgpt.reporting.run_files import Columns
 from jaxgpt.training.metrics import read_metrics
 
 RUNNING = "no summary yet: running, or killed"
@@ -25,22 +26,22 @@ ABSENT = "–"
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ComparedRun:
     path: Path
     name: str
-    """What tells it from the others."""
-    settings: dict[str, object]
+    """The end of its path that differs from the others."""
+    settings: dict[str, Any]
     """{"model.n_layer": 12, ...} as config.json has them."""
     summary: dict
     """Empty while the run goes on."""
-    columns: dict[str, np.ndarray]
-    """Those of curves.py, with "time"."""
+    columns: Columns
+    """The columns of metrics.jsonl, with "time"."""
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     """The runs in these folders, in this order.
 
     Raises:
@@ -57,7 +58,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [_read_run(*each) for each in zip(folders, distinguishing_names(places), strict=True)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> ComparedRun:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the --workdir of a run")
     if not (folder / "config.json").is_file():
@@ -70,7 +71,7 @@ def _read_run(folder: Path, name: str) -> Run:
         for section, fields in config.items()
         for key, value in (fields.items() if isinstance(fields, dict) else ())
     }
-    return Run(folder, name, settings, summary, curves.with_time(curves.columns(read_metrics(folder))))
+    return ComparedRun(folder, name, settings, summary, run_files.with_time(run_files.columns(read_metrics(folder))))
 
 
 def _read_object(path: Path) -> dict:
@@ -84,7 +85,7 @@ def _read_object(path: Path) -> dict:
 
 
 def distinguishing_names(paths: Sequence[Path]) -> list[str]:
-    """The last folder of each path, and before it as many more as tell it from those that end alike."""
+    """The last folder of each path, preceded by as many more as distinguish it from paths with the same end."""
     names = []
     for path in paths:
         alike = [other for other in paths if other.name == path.name]
@@ -100,10 +101,10 @@ def distinguishing_names(paths: Sequence[Path]) -> list[str]:
 # ---------------------------------------------------------------- settings
 
 
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
-    """{"model.n_layer": [4, 6], ...}: a value for each run, of the settings that are not the same in all of them.
+def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+    """{"model.n_layer": [4, 6], ...}: the settings that are not the same in all runs, a value for each run.
 
-    A run whose version does not know a setting has done what its default does; its value is ABSENT.
+    A run of a version without a setting counts as having its default; the value shown is ABSENT.
     """
     defaults = json.loads(json.dumps(flatten(Config())))
     found = {}
@@ -117,11 +118,11 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
 # ---------------------------------------------------------------- final numbers
 
 
-class Number(NamedTuple):
-    """How a final number is told."""
+class FinalNumber(NamedTuple):
+    """How a final number is shown."""
 
     label: str
-    form: Callable[[float], str]
+    form: Callable[..., str]
     best: Callable[[Sequence[float]], float] | None = None
     """min or max, where one of them is better."""
     per: str = ""
@@ -133,37 +134,37 @@ def _time(seconds: float) -> str:
 
 
 _NUMBERS = {
-    "status": Number("status", str),
-    "steps": Number("steps", "{:,.0f}".format),
-    "tokens": Number("tokens seen", big),
-    "parameters": Number("parameters", big),
-    "train_loss": Number("training loss, last", "{:.4f}".format, min, "token"),
-    "eval_loss": Number("validation loss, last", "{:.4f}".format, min, "token"),
-    "best_eval_loss": Number("validation loss, best", "{:.4f}".format, min, "token"),
-    "best_step": Number("step of the best", "{:,.0f}".format),
-    "best_perplexity": Number("perplexity of the best", "{:,.4g}".format, min, "token"),
-    "best_bits_per_byte": Number("bits per byte of the best", "{:.4f}".format, min, "byte"),
-    "tokens_per_second": Number("tokens/s, median", big, max),
-    "mfu": Number("MFU, median", "{:.1%}".format, max),
-    "seconds": Number("training time", _time),
-    "device": Number("device", str),
+    "status": FinalNumber("status", str),
+    "steps": FinalNumber("steps", "{:,.0f}".format),
+    "tokens": FinalNumber("tokens seen", big),
+    "parameters": FinalNumber("parameters", big),
+    "train_loss": FinalNumber("training loss, last", "{:.4f}".format, min, "token"),
+    "eval_loss": FinalNumber("validation loss, last", "{:.4f}".format, min, "token"),
+    "best_eval_loss": FinalNumber("validation loss, best", "{:.4f}".format, min, "token"),
+    "best_step": FinalNumber("step of the best", "{:,.0f}".format),
+    "best_perplexity": FinalNumber("perplexity of the best", "{:,.4g}".format, min, "token"),
+    "best_bits_per_byte": FinalNumber("bits per byte of the best", "{:.4f}".format, min, "byte"),
+    "tokens_per_second": FinalNumber("tokens/s, median", big, max),
+    "mfu": FinalNumber("MFU, median", "{:.1%}".format, max),
+    "seconds": FinalNumber("training time", _time),
+    "device": FinalNumber("device", str),
 }
 
 
-def told(key: str) -> Number:
-    """How the number of this name in `numbers` is told."""
-    return _NUMBERS.get(key) or Number(f"{key.removeprefix('accuracy ')}, last", "{:.1%}".format, max)
+def shown_as(key: str) -> FinalNumber:
+    """How the number of this name in `numbers` is shown."""
+    return _NUMBERS.get(key) or FinalNumber(f"{key.removeprefix('accuracy ')}, last", "{:.1%}".format, max)
 
 
-def numbers(run: Run) -> dict[str, object]:
-    """What the run has come to, by the names of `_NUMBERS` and "accuracy TASK"; None for what is not known."""
+def numbers(run: ComparedRun) -> dict[str, Any]:
+    """The final numbers of a run, by the names of `_NUMBERS` and "accuracy TASK"; None for what is not known."""
 
     def of(key: str, pick: Callable) -> float | None:
-        values = curves.known(run.columns, key)[1]
+        values = run_files.known(run.columns, key)[1]
         return pick(values).item() if len(values) else None
 
     last = lambda values: values[-1]
-    found = {
+    found: dict[str, Any] = {
         "status": run.summary.get("status", RUNNING),
         "steps": of("step", max),
         "tokens": of("tokens", max),
@@ -183,12 +184,12 @@ def numbers(run: Run) -> dict[str, object]:
         for key in ("perplexity", "bits_per_byte"):
             value = run.columns[f"eval_{key}"][at].item()
             found[f"best_{key}"] = None if np.isnan(value) else value
-    found |= {f"accuracy {name}": of(key, last) for key, name in curves.accuracies(run.columns).items()}
+    found |= {f"accuracy {name}": of(key, last) for key, name in run_files.accuracies(run.columns).items()}
     return found
 
 
-def table(runs: Sequence[Run]) -> dict[str, list[object]]:
-    """{"steps": [500, 300], ...}: the final numbers that any run knows, a value for each run."""
+def table(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+    """{"steps": [500, 300], ...}: the final numbers that are known of any run, a value for each run."""
     each = [numbers(run) for run in runs]
     names = dict.fromkeys((*_NUMBERS, *(name for found in each for name in found)))
     rows = {name: [found.get(name) for found in each] for name in names}
@@ -196,8 +197,8 @@ def table(runs: Sequence[Run]) -> dict[str, list[object]]:
 
 
 def best_of(key: str, values: Sequence, comparable: set[str]) -> set[int]:
-    """The numbers of the runs whose value of `key` is the best; none where it cannot be said."""
-    number, there = told(key), [value for value in values if value is not None]
+    """The places of the runs with the best value of `key`; none where the values do not compare."""
+    number, there = shown_as(key), [value for value in values if value is not None]
     if not number.best or len(set(there)) < 2 or (number.per and number.per not in comparable):
         return set()
     return {place for place, value in enumerate(values) if value == number.best(there)}
@@ -206,22 +207,22 @@ def best_of(key: str, values: Sequence, comparable: set[str]) -> set[int]:
 # ---------------------------------------------------------------- do they compare?
 
 
-def comparability(runs: Sequence[Run]) -> tuple[set[str], list[str]]:
-    """(of "token" and "byte" those per which losses compare, a sentence for each thing that speaks against it)."""
-    comparable, told_of = {"token", "byte"}, []
+def comparability(runs: Sequence[ComparedRun]) -> tuple[set[str], list[str]]:
+    """("token" and "byte": units per which losses compare, a sentence for each reason why numbers do not compare)."""
+    comparable, warnings = {"token", "byte"}, []
     tokenizers = [_tokenizer(run) for run in runs]
     if len({digest for digest in tokenizers if digest}) > 1:
         comparable -= {"token"}
-        told_of.append(
+        warnings.append(
             f"The tokenizers differ ({_groups(runs, tokenizers)}), so losses and perplexities, which are per token, do "
             "not compare. Bits per byte do, of the same text."
         )
     data = [_fingerprint(run) for run in runs]
     if len({fingerprint for fingerprint in data if fingerprint}) > 1:
         comparable = set()
-        told_of.append(f"The data differ ({_groups(runs, data)}), so the losses are of different texts.")
+        warnings.append(f"The data differ ({_groups(runs, data)}), so the losses are of different texts.")
     if unknown := [run.name for run, *ids in zip(runs, tokenizers, data, strict=True) if not all(ids)]:
-        told_of.append(
+        warnings.append(
             f"{', '.join(unknown)}: not known before the first checkpoint which data it reads, so whether its losses "
             "compare has not been checked."
         )
@@ -231,13 +232,13 @@ def comparability(runs: Sequence[Run]) -> tuple[set[str], list[str]]:
     ):
         values = [_evaluated(run) if key == "eval" else _block_size(run) for run in runs]
         if len({value for value in values if value}) > 1:
-            told_of.append(sentence.format(_groups(runs, values, named=True)))
-    told_of += [f"{run.name}: no step has been logged yet." for run in runs if not len(run.columns["step"])]
-    return comparable, told_of
+            warnings.append(sentence.format(_groups(runs, values, named=True)))
+    warnings += [f"{run.name}: no step has been logged yet." for run in runs if not len(run.columns["step"])]
+    return comparable, warnings
 
 
-def _groups(runs: Sequence[Run], values: Sequence, named: bool = False) -> str:
-    """Which runs are alike: "a, b | c", or with the values "256: a, b | 512: c"."""
+def _groups(runs: Sequence[ComparedRun], values: Sequence, named: bool = False) -> str:
+    """Runs with equal values: "a, b | c", or with the values "256: a, b | 512: c"."""
     groups: dict = {}
     for run, value in zip(runs, values, strict=True):
         if value:
@@ -245,13 +246,13 @@ def _groups(runs: Sequence[Run], values: Sequence, named: bool = False) -> str:
     return " | ".join(f"{value}: {', '.join(names)}" if named else ", ".join(names) for value, names in groups.items())
 
 
-def _tokenizer(run: Run) -> str | None:
+def _tokenizer(run: ComparedRun) -> str | None:
     file = run.path / "tokenizer" / "tokenizer.json"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-def _fingerprint(run: Run) -> str | None:
-    """That of the documents and their split, which tokenizers have no part in."""
+def _fingerprint(run: ComparedRun) -> str | None:
+    """The fingerprint of the documents and their split, whatever the tokenizer."""
     if fingerprint := run.summary.get("data", {}).get("fingerprint"):
         return fingerprint
     for file in run.path.glob("checkpoints/*/metadata.json"):  # all say the same
@@ -259,12 +260,12 @@ def _fingerprint(run: Run) -> str | None:
     return None
 
 
-def _block_size(run: Run) -> int | None:
+def _block_size(run: ComparedRun) -> int | None:
     return run.settings.get("data.block_size") or run.settings.get("model.n_positions")
 
 
-def _evaluated(run: Run) -> str | None:
-    """How many rows the validation loss is a mean of; of a small validation split the batches may hold more."""
+def _evaluated(run: ComparedRun) -> str | None:
+    """The number of rows whose mean is the validation loss; "all" where the batches hold the whole split."""
     get = run.settings.get
     trained, rows = get("train.per_device_train_batch_size"), get("train.global_batch_size")
     batches, accumulation = get("eval.eval_batches"), get("train.gradient_accumulation_steps") or 1
@@ -278,3 +279,57 @@ def _evaluated(run: Run) -> str | None:
     if get("data.format") == "text" and tokens and block_size and asked * block_size >= tokens - 1:
         return "all"
     return f"{asked:,}"
+
+
+# ---------------------------------------------------------------- as text
+
+
+def formatted(key: str, value: object) -> str:
+    """A final number as it is shown."""
+    return ABSENT if value is None else shown_as(key).form(value)
+
+
+def text_report(runs: Sequence[ComparedRun], width: int) -> str:
+    """Warnings, settings and final numbers as tables at most `width` wide, if the names let them."""
+    names = [run.name for run in runs]
+    comparable, warnings = comparability(runs)
+    settings = [[name, *map(word, values)] for name, values in differing_settings(runs).items()]
+    lines, starred = [], False
+    for key, values in table(runs).items():
+        best = best_of(key, values, comparable)
+        starred |= bool(best)
+        marks = ["*" if place in best else " " * bool(best) for place in range(len(values))]
+        cells = [formatted(key, value) + mark for value, mark in zip(values, marks, strict=True)]
+        lines.append([shown_as(key).label, *cells])
+    parts = [f"warning  {warning}" for warning in warnings] + ([""] if warnings else [])
+    same = "The settings are the same."
+    parts.append(_tables(["settings that differ", *names], settings, width) if settings else same)
+    parts += ["", _tables(["final numbers", *names], lines, width)]
+    return "\n".join([*parts, *(["* the best"] if starred else [])])
+
+
+def _tables(head: list[str], rows: list[list[str]], width: int) -> str:
+    """The rows under `head`; columns that do not fit go into more tables below, each with the first column."""
+    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    groups: list[list[int]] = [[]]
+    for place in range(1, len(head)):
+        if groups[-1] and widths[0] + sum(2 + widths[other] for other in [*groups[-1], place]) > width:
+            groups.append([])
+        groups[-1].append(place)
+    tables = []
+    for group in groups:
+        cells = [
+            [row[0].ljust(widths[0]), *(row[place].rjust(widths[place]) for place in group)] for row in [head, *rows]
+        ]
+        tables.append("\n".join("  ".join(line).rstrip() for line in cells))
+    return "\n\n".join(tables)
+
+
+def as_json(runs: Sequence[ComparedRun]) -> str:
+    """{"runs": [{"name", "path", a number each}], "settings": {name: a value each}, "warnings": [...]}"""
+    found = {
+        "runs": [{"name": run.name, "path": str(run.path), **numbers(run)} for run in runs],
+        "settings": differing_settings(runs),
+        "warnings": comparability(runs)[1],
+    }
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"

@@ -1,27 +1,72 @@
-"""The page of `compare`: the curves of all runs on one plot, what was set differently, and the final numbers."""
+"""The page of `compare`: curves of all runs in one figure, the settings that differ, and the final numbers."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxgpt.reporting import curves, figures
-from jaxgpt.reporting.comparison import ABSENT, Run, best_of, comparability, differing_settings, table, told
-from jaxgpt.reporting.figures import SMOOTHED, big, word
+from jaxgpt.errors import UserError
+from jaxgpt.reporting import figures, run_files
+from jaxgpt.reporting.comparison import (
+    ComparedRun,
+    as_json,
+    best_of,
+    comparability,
+    differing_settings,
+    formatted,
+    read_runs,
+    shown_as,
+    table,
+    text_report,
+)
+from jaxgpt.reporting.figures import SMOOTHED, Drawn, big, word
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AXES = {"step": "step", "tokens": "tokens", "time": "time"}
-"""What a curve may be drawn over, and the column that holds it."""
+"""The axes that a curve may be drawn over, and their columns."""
 
 
-def write_page(path: Path, runs: Sequence[Run], axes: Sequence[str] = tuple(AXES)) -> Path:
+def compare(folders: Sequence[Path], json: Path | None, html: Path | None, by: str | None) -> None:
+    """Print the comparison of the runs in `folders`, and write it to the files `json` and `html` that are asked for.
+
+    `by`: the only axis (a key of AXES) that the curves are drawn over.
+
+    Raises:
+        UserError: a folder is no run, or a file cannot be written.
+    """
+    runs = read_runs(folders)
+    print(text_report(runs, shutil.get_terminal_size((120, 24)).columns))
+    if json:
+        _write(json, "--json", lambda file: file.write_text(as_json(runs), encoding="utf-8"))
+    if html:
+        _write(html, "--html", lambda file: write_page(file, runs, [by] if by else list(AXES)))
+        print(f"\npage {html}")
+
+
+def _write(file: Path, option: str, write: Callable[[Path], object]) -> None:
+    try:
+        write(file)
+    except OSError as error:
+        raise UserError(f"{option} {file}: cannot be written ({error})") from None
+
+
+def write_page(path: Path, runs: Sequence[ComparedRun], axes: Sequence[str] = tuple(AXES)) -> Path:
     """Write the comparison to `path`, its curves over each of `axes`."""
     comparable, warnings = comparability(runs)
     settings = {name: [word(value) for value in values] for name, values in differing_settings(runs).items()}
     rows = [
-        (told(key).label, [formatted(key, value) for value in values], best_of(key, values, comparable))
+        (shown_as(key).label, [formatted(key, value) for value in values], best_of(key, values, comparable))
         for key, values in table(runs).items()
     ]
-    text = figures.page(
+    return figures.write_page(
+        path,
         _BODY,
         f"{len(runs)} jaxgpt runs",
         runs=runs,
@@ -31,18 +76,12 @@ def write_page(path: Path, runs: Sequence[Run], axes: Sequence[str] = tuple(AXES
         settings=settings,
         rows=rows,
     )
-    return figures.write_page(path, text)
-
-
-def formatted(key: str, value: object) -> str:
-    """A final number as it is shown."""
-    return ABSENT if value is None else told(key).form(value)
 
 
 # ---------------------------------------------------------------- figures
 
 
-def _figures(runs: Sequence[Run], axes: Sequence[str], per_byte: bool) -> list[dict]:
+def _figures(runs: Sequence[ComparedRun], axes: Sequence[str], per_byte: bool) -> list[Drawn]:
     evaluated = ("eval_loss", "Validation loss", "validation loss (nats per token)")
     if per_byte:
         evaluated = ("eval_bits_per_byte", "Validation loss in bits per byte", "validation loss (bits per byte)")
@@ -52,10 +91,10 @@ def _figures(runs: Sequence[Run], axes: Sequence[str], per_byte: bool) -> list[d
     return [figure for figure in drawn if figure]
 
 
-def _accuracies(runs: Sequence[Run]) -> dict[str, str]:
+def _accuracies(runs: Sequence[ComparedRun]) -> dict[str, str]:
     found: dict[str, str] = {}
     for run in runs:
-        found |= curves.accuracies(run.columns)
+        found |= run_files.accuracies(run.columns)
     return found
 
 
@@ -63,15 +102,15 @@ def _is_accuracy(key: str) -> bool:
     return key not in ("loss", "eval_loss", "eval_bits_per_byte")
 
 
-def _figure(runs: Sequence[Run], key: str, title: str, label: str, axis: str) -> dict | None:
+def _figure(runs: Sequence[ComparedRun], key: str, title: str, label: str, axis: str) -> Drawn | None:
     """One measure of all runs over one axis; None where no run knows it."""
-    lines = {number: curves.known(run.columns, key, AXES[axis]) for number, run in enumerate(runs)}
+    lines = {number: run_files.known(run.columns, key, AXES[axis]) for number, run in enumerate(runs)}
     lines = {number: line for number, line in lines.items() if len(line[0])}
     if not lines:
         return None
-    notes = []
+    notes: list[str] = []
 
-    def draw(figure):
+    def draw(figure: Figure) -> None:
         ax = figure.subplots()
         ax.set_ylabel(label, parse_math=False)  # the name of a task may hold anything
         scale = _set_x(ax, axis, max(x.max() for x, _ in lines.values()))
@@ -81,13 +120,12 @@ def _figure(runs: Sequence[Run], key: str, title: str, label: str, axis: str) ->
         notes.append(_set_y(ax, key, [y for _, y in lines.values()]))
 
     title = f"{title} by {axis}"
-    svg = figures.svg(draw, title, (5, 3.7))
-    names = [(number, runs[number].name) for number in lines]
-    return {"title": title, "note": " ".join(filter(None, notes)), "svg": svg, "width": "", "legend": names}
+    svg = figures.svg(draw, title)
+    return Drawn(title, " ".join(filter(None, notes)), svg, [(number, runs[number].name) for number in lines])
 
 
-def _set_x(ax, axis: str, last: float) -> float:
-    """Label the x axis; returns what values are to be divided by."""
+def _set_x(ax: Axes, axis: str, last: float) -> float:
+    """Label the x axis; returns the number to divide values by."""
     scale, label = 1.0, "optimizer step"
     if axis == "time":
         scale, unit = figures.time_unit(last)
@@ -96,17 +134,17 @@ def _set_x(ax, axis: str, last: float) -> float:
         label = "tokens seen"
     ax.set_xlabel(label)
     if axis == "step":
-        figures.whole_numbers(ax.xaxis)
+        figures.whole_numbers(ax)
     else:
-        ax.xaxis.get_major_locator().set_params(nbins=6)
+        ax.locator_params(axis="x", nbins=6)
     if axis == "tokens":
         ax.xaxis.set_major_formatter(lambda value, _: big(value))
     ax.set_xlim(0, max(last, 1e-9) / scale * 1.02)
     return scale
 
 
-def _set_y(ax, key: str, lines: list[np.ndarray]) -> str:
-    """Fit the y axis; returns what is to be said about it."""
+def _set_y(ax: Axes, key: str, lines: list[np.ndarray]) -> str:
+    """Fit the y axis; returns a note about it."""
     if key == "loss":
         many = any(len(line) >= SMOOTHED for line in lines)
         mean = f"Runs of {SMOOTHED} lines and more: means of a fiftieth of the run." if many else ""

@@ -3,56 +3,100 @@
 The page needs no network and no script: see reporting/figures.py, which draws it.
 """
 
+from __future__ import annotations
+
 import json
 import math
+import platform
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxgpt import __version__
 from jaxgpt.config import Config, flatten
-from jaxgpt.reporting import curves, evaluations, figures
-from jaxgpt.reporting.curves import ACTIVITIES
-from jaxgpt.reporting.figures import COLOURS, SMOOTHED, big, word
-from jaxgpt.storage.files import append_json
+from jaxgpt.model.sizes import parameter_count
+from jaxgpt.reporting import figures, run_files
+from jaxgpt.reporting.figures import COLOURS, SMOOTHED, Drawn, big, word
+from jaxgpt.reporting.run_files import ACTIVITIES, Columns
+from jaxgpt.storage.files import append_json, write_file
 from jaxgpt.training.checkpoint import find_step
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.models import is_huggingface
+from jaxgpt.training.run_state import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NOISY = ("loss", "grad_norm", "tokens_per_second")
 MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it under a megabyte
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+def write_summary(run: Run, status: str, seconds: float) -> None:
+    """Write summary.json (what ran, on what, and how it ended) and report.html of a run that has ended."""
+    config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
+    summary = {
+        "status": status,
+        "seconds": round(seconds, 1),
+        "parameters": parameter_count(config.model, dataset.vocab_size),
+        "tokens_per_step": config.global_batch_size * config.block_size,
+        "device": devices[0].device_kind,
+        "devices": int(devices.size),
+        "mesh": dict(run.mesh.shape),
+        "data": {
+            "path": str(dataset.path),
+            "fingerprint": dataset.fingerprint,
+            "training_tokens": dataset.train.num_tokens,
+            "validation_tokens": dataset.validation.num_tokens,
+            **dataset.train.facts(),
+            "vocabulary": dataset.vocab_size,
+        },
+        "versions": {
+            "jaxgpt": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+    }
+    write_file(run.workdir / "summary.json", json.dumps(summary, indent=2))
+    if (run.workdir / METRICS_FILE).exists():  # a run that failed in its first step has none
+        write_report(run.workdir)
 
 
 def write_report(workdir: Path) -> Path:
     """Write `workdir`/report.html from metrics.jsonl, and config.json, summary.json, evaluations.jsonl if there.
 
-    Of summary.json "status" and "versions" have their place; all else in it is listed as it is.
+    "status" and "versions" of summary.json have their place; all else in it is listed as it is.
 
     Raises:
         UserError: the folder has no metrics.jsonl.
     """
     workdir = Path(workdir)
     records = read_metrics(workdir)
-    columns = curves.columns(records)
+    columns = run_files.columns(records)
     summary = _read_json(workdir / "summary.json")
     changed, unchanged = _settings(_read_json(workdir / "config.json"))
-    html = figures.page(
+    return figures.write_page(
+        workdir / "report.html",
         _BODY,
         f"{workdir.resolve().name} · jaxgpt run report",
         name=workdir.resolve().name,
         status=summary.pop("status", "no summary yet: running, or killed"),
         versions=summary.pop("versions", {}),
         facts=_flat(summary),
-        headline=_headline(columns),
+        numbers=_headline(columns),
         warnings=_warnings(records),
         drawn=_figures(columns),
-        evaluated=evaluations.rows(workdir),
+        evaluated=run_files.evaluation_rows(workdir),
         samples=_samples(records),
         changed=changed,
         unchanged=unchanged,
     )
-    return figures.write_page(workdir / "report.html", html)
 
 
 def add_evaluation(checkpoint: str, found: dict[str, object]) -> None:
@@ -61,7 +105,7 @@ def add_evaluation(checkpoint: str, found: dict[str, object]) -> None:
         return
     run, _ = find_step(Path(checkpoint))
     try:
-        append_json(run / evaluations.FILE, found)
+        append_json(run / run_files.EVALUATIONS, found)
         if (run / "metrics.jsonl").exists():
             write_report(run)
     except OSError as error:  # another user's run, or a full disk: the figures are printed
@@ -77,7 +121,7 @@ def _read_json(path: Path) -> dict:
 
 def _flat(values: dict, prefix: str = "") -> dict[str, str]:
     """{"mesh data": "8", ...}: nested objects under joined names, numbers with thousands commas."""
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict):
@@ -89,13 +133,13 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _settings(config: dict) -> tuple[list[tuple], list[tuple]]:
+def _settings(config: dict) -> tuple[list[tuple[str, str, str]], ...]:
     """(name, value, default) of the settings that differ from the default, and of the others.
 
     Read as plain JSON, so that a run made by another version still says what it did.
     """
-    default = flatten(Config())
-    rows = ([], [])
+    default = json.loads(json.dumps(flatten(Config())))
+    rows: tuple[list[tuple[str, str, str]], ...] = ([], [])
     for section, fields in config.items():
         for key, value in fields.items():
             name = f"{section}.{key}"
@@ -104,12 +148,12 @@ def _settings(config: dict) -> tuple[list[tuple], list[tuple]]:
     return rows
 
 
-def _headline(columns: dict) -> list[tuple[str, str, str]]:
-    """(name, figure, remark) of the numbers that a reader wants first."""
-    last = {key: values[-1] for key in columns if len(values := curves.known(columns, key)[1])}
+def _headline(columns: Columns) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the numbers that a reader wants first."""
+    last = {key: values[-1] for key in columns if len(values := run_files.known(columns, key)[1])}
     found = []
     if "eval_loss" in last:
-        steps, losses = curves.known(columns, "eval_loss")
+        steps, losses = run_files.known(columns, "eval_loss")
         best = losses.argmin()
         found.append(("validation loss", f"{losses[-1]:.4f}", f"nats/token, step {steps[-1]:,.0f}"))
         found.append(("best", f"{losses[best]:.4f}", f"step {steps[best]:,.0f}"))
@@ -124,10 +168,10 @@ def _headline(columns: dict) -> list[tuple[str, str, str]]:
         epochs = f"{last['epoch']:.2f} epochs" if "epoch" in last else ""
         found.append(("tokens seen", big(last["tokens"]), epochs))
     if "tokens_per_second" in last:
-        speed = np.median(curves.known(columns, "tokens_per_second")[1])
-        used = f", MFU {np.median(curves.known(columns, 'mfu')[1]):.1%}" if "mfu" in last else ""
+        speed = np.median(run_files.known(columns, "tokens_per_second")[1])
+        used = f", MFU {np.median(run_files.known(columns, 'mfu')[1]):.1%}" if "mfu" in last else ""
         found.append(("tokens/s", big(speed), f"median{used}"))
-    if seconds := round(curves.seconds(columns).sum()):
+    if seconds := round(run_files.seconds(columns).sum()):
         found.append(("training time", str(timedelta(seconds=seconds)), f"{last['step']:,.0f} steps"))
     return found
 
@@ -150,54 +194,53 @@ def _samples(records: list[dict]) -> list[tuple[int, str]]:
 # ---------------------------------------------------------------- figures
 
 
-def _figures(columns: dict) -> list[dict]:
-    """{"title", "note", "svg", "width"} of every figure that there are points for."""
-    drawn, known = [], {key for key in columns if len(curves.known(columns, key)[0])}
+def _figures(columns: Columns) -> list[Drawn]:
+    """Every figure that there are points for."""
+    drawn, known = [], {key for key in columns if len(run_files.known(columns, key)[0])}
     if known & {"loss", "eval_loss"}:
-        drawn.append(_draw(_draw_loss, columns, "Loss", (10.4, 3.9), "wide"))
-        drawn.append(_draw(_draw_loss, columns, "Loss", (5, 3.6), "narrow"))
+        drawn.append(_draw(_draw_loss, columns, "Loss"))
     if known & {"learning_rate", "grad_norm"}:
         drawn.append(_draw(_draw_optimizer, columns, "Learning rate and gradient norm"))
-    if "tokens_per_second" in known or curves.seconds(columns).any():
+    if "tokens_per_second" in known or run_files.seconds(columns).any():
         drawn.append(_draw(_draw_speed, columns, "Throughput and where the time goes"))
-    if curves.accuracies(columns):
-        for size, width in (((10.4, 3.4), "wide"), ((5, 3.4), "narrow")):
-            drawn.append(_draw(_draw_tasks, columns, "Tasks during training", size, width))
-            drawn[-1]["legend"] = list(enumerate(curves.accuracies(columns).values()))
+    if tasks := run_files.accuracies(columns):
+        drawn.append(
+            _draw(_draw_tasks, columns, "Tasks during training")._replace(legend=list(enumerate(tasks.values())))
+        )
     return drawn
 
 
-def _draw(draw, columns: dict, title: str, size=(5, 3.9), width: str = "") -> dict:
+def _draw(draw: Callable[[Figure, Columns], str], columns: Columns, title: str) -> Drawn:
     """One figure over the steps by `draw(figure, columns) -> note`."""
     notes = []
 
-    def over_steps(figure):
+    def over_steps(figure: Figure) -> None:
         notes.append(draw(figure, columns))
         for ax in figure.axes:
-            figures.whole_numbers(ax.xaxis)
+            figures.whole_numbers(ax)
             ax.set_xlim(0, columns["step"].max(initial=1) * 1.01)
         figure.axes[-1].set_xlabel("optimizer step")
 
-    svg = figures.svg(over_steps, f"{title} over the steps", size)
-    return {"title": title, "note": notes[0], "svg": svg, "width": width}
+    svg = figures.svg(over_steps, f"{title} over the steps")
+    return Drawn(title, notes[0], svg)
 
 
-def _line(ax, columns: dict, key: str, colour: str = "train", label: str = "") -> None:
+def _line(ax: Axes, columns: Columns, key: str, colour: str = "train", label: str = "") -> None:
     """Draw a metric over the steps: few points are marked, many of a noisy one averaged too."""
-    steps, values = curves.known(columns, key)
-    style = {"color": COLOURS[colour], "linewidth": 1.6}
+    steps, values = run_files.known(columns, key)
+    style: dict = {"color": COLOURS[colour], "linewidth": 1.6}
     if key in NOISY and len(steps) >= SMOOTHED:
-        ax.plot(*figures.thin(steps, values), **style | {"linewidth": 0.8, "alpha": 0.35})
+        ax.plot(*figures.thin(steps, values), **{**style, "linewidth": 0.8, "alpha": 0.35})
         values = figures.trailing_mean(values, len(values) // 50)
     marker = "o" if len(steps) < 40 else ""
     ax.plot(*figures.thin(steps, values), label=label, marker=marker, markersize=3.5, **style)
 
 
-def _draw_loss(figure, columns: dict) -> str:
+def _draw_loss(figure: Figure, columns: Columns) -> str:
     ax = figure.subplots()
     ax.set_ylabel("loss (nats per token)")
-    losses = curves.known(columns, "loss")[1]
-    eval_steps, eval_losses = curves.known(columns, "eval_loss")
+    losses = run_files.known(columns, "loss")[1]
+    eval_steps, eval_losses = run_files.known(columns, "eval_loss")
     notes = []
     if len(losses):
         _line(ax, columns, "loss", label="training")
@@ -205,15 +248,16 @@ def _draw_loss(figure, columns: dict) -> str:
         notes.append(f"Training: mean of {len(losses) // 50} lines, each line pale behind it.")
     if len(eval_losses):
         _line(ax, columns, "eval_loss", "validation", "validation")
-        best, ring = eval_losses.argmin(), {"markersize": 11, "fillstyle": "none"}
-        ax.plot(eval_steps[best], eval_losses[best], "o", color=COLOURS["validation"], **ring)
+        best = eval_losses.argmin()
+        ring: dict = {"color": COLOURS["validation"], "markersize": 11, "fillstyle": "none"}
+        ax.plot(eval_steps[best], eval_losses[best], "o", **ring)
         notes.append("Ring: the best validation loss.")
     notes.append(figures.clip(ax, [losses], [eval_losses]))
     ax.legend()
     return " ".join(notes)
 
 
-def _draw_optimizer(figure, columns: dict) -> str:
+def _draw_optimizer(figure: Figure, columns: Columns) -> str:
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.set_ylabel("learning rate")
     bottom.set_ylabel("gradient norm")
@@ -221,22 +265,22 @@ def _draw_optimizer(figure, columns: dict) -> str:
     top.set_ylim(bottom=0)
     top.yaxis.set_major_formatter(lambda y, _: f"{y:.7f}".rstrip("0").rstrip("."))
     _line(bottom, columns, "grad_norm")
-    clipped = figures.clip(bottom, [curves.known(columns, "grad_norm")[1]], [])
+    clipped = figures.clip(bottom, [run_files.known(columns, "grad_norm")[1]], [])
     bottom.set_ylim(bottom=0)
     return clipped and f"Gradient norm: {clipped}"
 
 
-def _draw_tasks(figure, columns: dict) -> str:
+def _draw_tasks(figure: Figure, columns: Columns) -> str:
     ax = figure.subplots()
     ax.set_ylabel("questions answered right")
-    for number, key in enumerate(curves.accuracies(columns)):
-        figures.series_line(ax, *curves.known(columns, key), number)
+    for number, key in enumerate(run_files.accuracies(columns)):
+        figures.series_line(ax, *run_files.known(columns, key), number)
     ax.set_ylim(0, 1)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     return ""
 
 
-def _draw_speed(figure, columns: dict) -> str:
+def _draw_speed(figure: Figure, columns: Columns) -> str:
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.set_ylabel("tokens per second")
     _line(top, columns, "tokens_per_second")
@@ -245,7 +289,7 @@ def _draw_speed(figure, columns: dict) -> str:
     bottom.set_ylabel("share of wall time")
     bottom.set_ylim(0, 1)
     bottom.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    seconds = curves.seconds(columns)
+    seconds = run_files.seconds(columns)
     timed = np.flatnonzero(seconds.any(axis=0))
     if not len(timed):
         return ""
@@ -255,7 +299,7 @@ def _draw_speed(figure, columns: dict) -> str:
     shares = sums / sums.sum(axis=0)
     edges = [0, *(columns["step"][part[-1]] for part in stretches)]
     steps = np.concatenate([shares, shares[:, -1:]], axis=1)  # the last value closes the last step
-    style = {"colors": [COLOURS[name] for name in ACTIVITIES], "step": "post", "linewidth": 0}
+    style: dict = {"colors": [COLOURS[name] for name in ACTIVITIES], "step": "post", "linewidth": 0}
     bottom.stackplot(edges, steps, labels=ACTIVITIES, **style)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     whole = zip(ACTIVITIES, seconds.sum(axis=1) / seconds.sum(), strict=True)
@@ -272,9 +316,7 @@ _BODY = """{% macro settings(rows) %}<table><tr><th>setting<th>value<th>default<
 {{ text }}</pre>{% endmacro %}
 <h1>{{ name }}</h1><p class="muted">jaxgpt run · {{ status }}</p>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
-{% if headline %}<section><dl class="headline">{% for title, value, remark in headline %}
-<div><dt>{{ title }}</dt><dd class="value">{{ value }}</dd><dd class="note">{{ remark }}</dd></div>
-{% endfor %}</dl></section>{% endif %}{{ figures(drawn) }}
+{{ headline(numbers) }}{{ figures(drawn) }}
 {% if evaluated %}<section><h2>Evaluation</h2><div class="scroll"><table>
 <tr><th>task or text<th>metric<th class="number">value<th class="number">error<th class="number">step<th>how</tr>
 {% for row in evaluated %}<tr><td>{{ row.name }}<td>{{ row.metric }}<td class="number">{{ row.value }}

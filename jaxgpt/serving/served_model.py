@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.conversation import ChatPrompts
 from jaxgpt.inference.decode import build_decoder
 from jaxgpt.inference.engine import Engine
+from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.text import token_bytes
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache

@@ -28,9 +28,12 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` when the block ends well, and else disappears."""
-    temporary = path.with_name(path.name + ".tmp")
+def new_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when the block ends well, and else disappears.
+
+    `shared`: several processes may write `path` at once, so each gets a temporary name of its own.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}" if shared else path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

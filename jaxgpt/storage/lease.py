@@ -1,8 +1,8 @@
-"""One writer for a run folder: the second one refuses, and a dead one's place is taken.
+"""One writer for a run folder: a second one is refused, and a dead one's place is taken.
 
-Two signs, because each fails somewhere: a kernel lock (flock), which ends with its process but which not every
-network file system carries to other machines; and a heartbeat in the lock's file, which a reader compares with
-itself a while later, so that the clocks of two machines need not agree.
+It uses two signs, because each fails somewhere: a kernel lock (flock), which ends with its process but is not visible
+on other machines through every network file system; and a heartbeat in the lock's file, which a reader compares with
+a later one, so that the clocks of two machines need not agree.
 """
 
 import fcntl
@@ -18,11 +18,11 @@ from jaxgpt.failpoints import failpoint
 
 FILE = "lease.json"
 BEAT_SECONDS = 3.0
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux; elsewhere the host's name has to do
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux; the host's name elsewhere
 
 
 class Lease:
-    """Held from `with Lease(workdir):` to its end, by one process of the run."""
+    """Context manager: one process of the run holds the folder."""
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
@@ -49,8 +49,8 @@ class Lease:
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
-        self._heart.join()  # or it might write into whatever file gets this one's number next
-        os.ftruncate(self._file, 0)  # nobody to wait for
+        self._heart.join()  # or it might write into the next file with this descriptor
+        os.ftruncate(self._file, 0)  # no owner to wait for
         os.close(self._file)
 
     def _check_kernel_lock(self) -> None:
@@ -81,7 +81,7 @@ class Lease:
         )
 
     def _read(self) -> dict:
-        """What the owner wrote; {} where there is none, or it was killed while it wrote."""
+        """The owner's record; {} where there is none, or it was killed while it wrote."""
         try:
             owner = json.loads(os.pread(self._file, 4096, 0))
         except ValueError:

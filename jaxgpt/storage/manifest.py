@@ -1,7 +1,7 @@
-"""A folder's contents on record: the SHA-256 of every file, in a file that is written last.
+"""The manifest of a folder: the SHA-256 of every file, in a file that is written last.
 
-The idea: a folder with a manifest is complete, and whatever happens to one of its files later is found by name.
-The format is that of coreutils, so anyone can check a folder without this program:
+A folder with a manifest is complete, and a later change of any of its files is found and named. The format is that of
+coreutils, so a folder can be checked without this program:
 
     cd FOLDER && sha256sum --check manifest.sha256
 """
@@ -13,15 +13,17 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxgpt.storage.files import write_file
+
 NAME = "manifest.sha256"
-_TEMPORARY = NAME + ".tmp"
+_TEMPORARY = NAME + ".tmp"  # new_file's
 _THREADS = 4  # hashing releases the GIL: two busy cores hash 1.4 GB a second, about what a disk reads
 _LINE = re.compile(rb"\\?([0-9a-f]{64})  (.+)\n", re.DOTALL)
-# sha256sum writes these letters of a name so, and begins such a line with a backslash.
+# How sha256sum writes these letters of a name; it begins such a line with a backslash.
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
@@ -38,21 +40,7 @@ def write(folder: Path) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = [digest for digest, _ in pool.map(lambda name: _digest(folder / name, sync=True), names)]
     lines = [_line(digest, name) for digest, name in zip(digests, names, strict=True)]
-    _replace(folder, lines)
-
-
-def _replace(folder: Path, lines: Iterable[bytes]) -> None:
-    """Write the manifest; it and the names in the folder are on disk afterwards."""
-    with open(folder / _TEMPORARY, "wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / _TEMPORARY, folder / NAME)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(folder / NAME, b"".join(lines))
 
 
 def add(folder: Path, names: Sequence[str]) -> None:
@@ -63,14 +51,14 @@ def add(folder: Path, names: Sequence[str]) -> None:
     """
     lines = (folder / NAME).read_bytes().splitlines(keepends=True)
     lines += [_line(_digest(folder / name, sync=True)[0], name) for name in names]
-    _replace(folder, lines)
+    write_file(folder / NAME, b"".join(lines))
 
 
 def problems(folder: Path, progress: Callable[[int], object] | None = None, *, unread: str | None = None) -> list[str]:
-    """What differs between `folder` and its manifest, one short text a file; nothing when all is well.
+    """The differences between `folder` and its manifest, one short text a file.
 
-    `progress` is told the bytes of each file that has been read. Files whose path matches `unread` ("*.bin") have
-    to be there, whatever is in them.
+    `progress` gets the number of bytes of each file that has been read. Files whose path matches `unread` ("*.bin")
+    must exist, and are not read.
     """
     try:
         text = (folder / NAME).read_bytes()
@@ -98,7 +86,7 @@ def problems(folder: Path, progress: Callable[[int], object] | None = None, *, u
 
 
 def _compare(path: Path, expected: str) -> tuple[str | None, int]:
-    """(what is wrong with the file, the bytes of it that were read)."""
+    """(the problem of the file, the number of bytes read)"""
     try:
         digest, size = _digest(path)
     except FileNotFoundError:
@@ -159,7 +147,7 @@ def _parse(text: bytes) -> tuple[dict[str, str], list[str]]:
 
 
 def _shown(name: str) -> str:
-    """A name that fits in a line and can be printed."""
+    """The name as one line that can be printed."""
     return os.fsencode(_escaped(name)).decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""What `train` asks on the devices at hand: the batch size that fits them, and why a step did not."""
+"""Batch sizes: which ones keep the sequences of a step, which one fits the devices, and why a step did not fit."""
 
 import contextlib
 import math
@@ -15,14 +15,11 @@ from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.memory import (
     ACTIVATIONS,
     arithmetic_memory,
-    batch_sizes,
-    in_gib,
-    layout_of,
     lower_step,
     out_of_memory_bytes,
     state_bytes,
     step_memory,
-    ways_to_save,
+    step_shape,
 )
 from jaxgpt.training.step import resolve_batch
 
@@ -31,14 +28,67 @@ _LEAST_SLOPE = 0.4  # what a larger batch takes, at least, of what arithmetic sa
 _ROOM = 0.95  # share of a device's memory to plan for: the allocator's pieces leave gaps
 
 
+# ---------------------------------------------------------------- other settings, same tokens a step
+
+MAX_ROWS = 64  # where no global batch is given, "auto" stops here: more rows a step is another experiment
+
+
+def batch_sizes(config: Config, shards: int) -> list[int]:
+    """Values of per_device_train_batch_size that keep the sequences of a step, ascending.
+
+    Raises:
+        UserError: train.global_batch_size is not a multiple of the devices that share it.
+    """
+    total, accumulation = config.train.global_batch_size, config.train.gradient_accumulation_steps
+    if total is None:
+        return [2**power for power in range(MAX_ROWS.bit_length())]
+    if total % (shards * (accumulation or 1)):
+        unit = shards * (accumulation or 1)
+        times = f" x train.gradient_accumulation_steps = {accumulation}" if accumulation else ""
+        raise UserError(
+            f"train.global_batch_size = {total} is not a multiple of the {shards} devices that share it{times}; "
+            f"{-(-total // unit) * unit} is"
+        )
+    rows = total // shards
+    if accumulation:
+        return [rows // accumulation]
+    return [size for size in range(1, rows + 1) if rows % size == 0]
+
+
+def ways_to_save(config: Config, devices: int) -> Iterator[tuple[list[str], list[Config]]]:
+    """(flags, configs from the largest batch down): settings that take less memory than `config`, which is resolved.
+
+    They keep the sequences of a step. Settings that cost the least time come first.
+    """
+    free = with_settings(config, train_gradient_accumulation_steps=None)
+    order = ["none", "dots", "block"]
+    remats = order[order.index(config.model.remat) :]
+    everywhere = devices // config.mesh.tensor
+    splits = [config.mesh.fsdp]
+    if everywhere > config.mesh.fsdp and config.model.n_embd % everywhere == 0:
+        splits.append(everywhere)
+    for fsdp in splits:
+        for remat in remats:
+            changed = with_settings(free, model_remat=remat, mesh_fsdp=fsdp, mesh_data=everywhere // fsdp)
+            sizes = [size for size in batch_sizes(changed, everywhere) if size <= step_shape(config, devices).rows]
+            flags = [f"--model.remat {remat}"] if remat != config.model.remat else []
+            flags += [f"--mesh.fsdp {fsdp} --mesh.data 1"] if fsdp != config.mesh.fsdp else []
+            yield flags, [_sized(changed, size, everywhere) for size in reversed(sizes)]
+
+
+def _sized(config: Config, size: int, shards: int) -> Config:
+    """`config` with its batch resolved for micro-batches of `size` rows on each of the `shards` devices."""
+    return resolve_batch(with_settings(config, train_per_device_train_batch_size=size), shards)
+
+
 # ---------------------------------------------------------------- per_device_train_batch_size = "auto"
 
 
 def largest_batch(config: Config, vocab_size: int, mesh: Mesh, limit_bytes: float | None = None) -> int:
     """The largest per_device_train_batch_size with which the train step fits each device of `mesh`.
 
-    Sizes that keep the tokens of a step are compiled, beginning where arithmetic puts the border, until it is found:
-    two or three programs as a rule. `limit_bytes` is what one device has; None asks the device.
+    Compiles sizes that keep the sequences of a step, beginning where arithmetic expects the limit: two or three
+    programs as a rule. `limit_bytes` is what one device has; None asks the device.
 
     Raises:
         UserError: not even the smallest size fits, or no size divides the global batch.
@@ -48,16 +98,12 @@ def largest_batch(config: Config, vocab_size: int, mesh: Mesh, limit_bytes: floa
     if not _has_kernels(mesh):
         sizes = [size for size in sizes if size <= _MAX_CPU_ROWS]
     limit = limit_bytes or device_memory(mesh)
-    if limit is None:  # a device that does not tell: what surely fits, if anything does
+    if limit is None:  # the device does not say: take the size that needs least
         return sizes[0]
-
-    def resolved(size: int) -> Config:
-        return resolve_batch(with_settings(config, train_per_device_train_batch_size=size), shards)
-
     best = largest_that_fits(
         sizes,
-        needed=lambda size: compiled_bytes(resolved(size), vocab_size, mesh),
-        guessed=lambda size: sum(_arithmetic(resolved(size), vocab_size, mesh).values()),
+        needed=lambda size: compiled_bytes(_sized(config, size, shards), vocab_size, mesh),
+        guessed=lambda size: sum(_arithmetic(_sized(config, size, shards), vocab_size, mesh).values()),
         limit=_ROOM * limit,
     )
     if jax.process_count() > 1:  # the hosts' limits may differ by a little, their programs must not
@@ -65,10 +111,10 @@ def largest_batch(config: Config, vocab_size: int, mesh: Mesh, limit_bytes: floa
 
         best = int(process_allgather(np.asarray(best or 0)).min()) or None
     if best is None:
-        advice = settings_that_fit(resolved(sizes[0]), vocab_size, mesh, limit) or [_NOTHING]
+        advice = settings_that_fit(_sized(config, sizes[0], shards), vocab_size, mesh, limit) or [_NOTHING]
         raise UserError(
             f'train.per_device_train_batch_size = "auto", but a step of {sizes[0]} needs more than the '
-            f"{in_gib(limit)} of a device; try {', or '.join(advice)}"
+            f"{_in_gib(limit)} of a device; try {', or '.join(advice)}"
         )
     return best
 
@@ -78,7 +124,7 @@ def largest_that_fits(
 ) -> int | None:
     """The largest of the ascending `sizes` that needs at most `limit`; None if none does.
 
-    `needed` is dear and right. `guessed` is cheap and wrong, but its differences are not far off.
+    `needed` is exact and expensive. `guessed` is cheap and wrong, but its differences are close.
     """
     fits, too_large = -1, len(sizes)
     known: list[tuple[float, float]] = []  # (guessed, needed) of the sizes tried
@@ -105,7 +151,7 @@ def largest_that_fits(
 
 
 def compiled_bytes(config: Config, vocab_size: int, mesh: Mesh) -> float:
-    """Bytes of one device that the compiled train step takes; infinite where its compiler only said "too much"."""
+    """Bytes that the compiled train step takes on one device; infinite if its compiler gave no number."""
     program, lowered = lower_step(config, vocab_size, mesh)
     try:
         return sum(step_memory(lowered.compile(), state_bytes(program)).values())
@@ -118,7 +164,7 @@ def compiled_bytes(config: Config, vocab_size: int, mesh: Mesh) -> float:
 def device_memory(mesh: Mesh) -> float | None:
     """Bytes that programs may use on one device of `mesh`; None where it cannot be known.
 
-    Of a CPU's memory half of what is free now: data and runtime live there too.
+    CPU devices share half of the memory that is free now: data and runtime need the rest.
     """
     device = mesh.local_devices[0]
     if device.platform != "cpu":
@@ -135,12 +181,13 @@ def device_memory(mesh: Mesh) -> float | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Whether a compiler or a runtime says that a program is too large for the device's memory."""
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: Config, vocab_size: int, mesh: Mesh) -> Iterator[None]:
-    """A block whose out-of-memory errors become `RunFailed` with an explanation. `config` is resolved."""
+    """Turn out-of-memory errors in the block into `RunFailed` with an explanation. `config` is resolved."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -152,19 +199,19 @@ def out_of_memory_explained(config: Config, vocab_size: int, mesh: Mesh) -> Iter
 def explain_out_of_memory(
     config: Config, vocab_size: int, mesh: Mesh, error: Exception, limit_bytes: float | None = None
 ) -> str:
-    """What the memory of a device went to, in the model's terms, and settings that fit with the same tokens a step.
+    """An account of a device's memory, and settings that fit with the same sequences a step.
 
-    `config` is resolved. Where the compiler told how much it needs, the arithmetic is scaled to that.
+    `config` is resolved. Where the compiler said how much it needs, the arithmetic is scaled to that.
     """
     needed, available = out_of_memory_bytes(str(error))
     limit = limit_bytes or available or device_memory(mesh)
-    memory = _arithmetic(config, vocab_size, mesh)
-    factor = _activation_factor(memory, needed)
-    memory = _scaled(memory, factor)
-    listed = ", ".join(f"{kind} {in_gib(size)}" for kind, size in memory.items())
+    arithmetic = _arithmetic(config, vocab_size, mesh)
+    factor = _activation_factor(arithmetic, needed)
+    memory = _scaled(arithmetic, factor)
+    listed = ", ".join(f"{kind} {_in_gib(size)}" for kind, size in memory.items())
     lines = [
-        f"out of memory: a device needs {in_gib(needed or sum(memory.values()))}"
-        + (f" and may use {in_gib(limit)}" if limit else ""),
+        f"out of memory: a device needs {_in_gib(needed or sum(memory.values()))}"
+        + (f" and may use {_in_gib(limit)}" if limit else ""),
         f"  by kind (arithmetic{', scaled to the sum' if needed else ''}): {listed}",
     ]
     if limit:
@@ -183,40 +230,46 @@ _NOTHING = (
 def settings_that_fit(
     config: Config, vocab_size: int, mesh: Mesh, limit: float, activation_factor: float = 1.0
 ) -> list[str]:
-    """Up to three command lines that keep the tokens of a step and fit, by arithmetic, `limit` bytes a device."""
+    """Up to three command lines that keep the sequences of a step and fit, by arithmetic, `limit` bytes per device."""
     return [
-        f"{flags}  ({in_gib(needs)})"
+        f"{flags}  ({_in_gib(needs)})"
         for flags, needs in _fitting(config, vocab_size, mesh, _ROOM * limit, activation_factor)
     ][:3]
 
 
 def _fitting(config: Config, vocab_size: int, mesh: Mesh, limit: float, factor: float) -> Iterator[tuple[str, float]]:
-    """(flags, bytes): for each way of saving memory, the largest batch that fits."""
+    """(flags, bytes) of the largest batch that fits, for each way to save memory."""
     for flags, ways in ways_to_save(config, mesh.devices.size):
         for changed in ways:
             needs = sum(_scaled(_arithmetic(changed, vocab_size, mesh), factor).values())
             if needs <= limit:
-                rows = changed.train.per_device_train_batch_size
-                yield " ".join([f"--train.per_device_train_batch_size {rows}", *flags]), needs
+                yield (
+                    " ".join([f"--train.per_device_train_batch_size {changed.per_device_train_batch_size}", *flags]),
+                    needs,
+                )
                 break
 
 
-def _arithmetic(config: Config, vocab_size: int, mesh: Mesh) -> dict[str, float]:
-    layout = layout_of(config, mesh.devices.size)
-    return arithmetic_memory(config, vocab_size, layout, kernel=_has_kernels(mesh))
+def _arithmetic(config: Config, vocab_size: int, mesh: Mesh) -> dict[str, int]:
+    shape = step_shape(config, mesh.devices.size)
+    return arithmetic_memory(config, vocab_size, shape, kernel=_has_kernels(mesh))
 
 
-def _activation_factor(memory: dict[str, float], needed: int) -> float:
-    """What the arithmetic of activations is to be multiplied with, so that all kinds add up to `needed`."""
+def _activation_factor(memory: dict[str, int], needed: int) -> float:
+    """The factor by which the estimate of activations must grow so that all kinds add up to `needed`."""
     if not needed:
         return 1.0
     exact = sum(size for kind, size in memory.items() if kind not in ACTIVATIONS)
     return min(max((needed - exact) / sum(memory[kind] for kind in ACTIVATIONS), 0.2), 5.0)
 
 
-def _scaled(memory: dict[str, float], factor: float) -> dict[str, float]:
+def _scaled(memory: dict[str, int], factor: float) -> dict[str, float]:
     return {kind: size * factor if kind in ACTIVATIONS else size for kind, size in memory.items()}
 
 
 def _has_kernels(mesh: Mesh) -> bool:
     return mesh.devices.flatten()[0].platform != "cpu"
+
+
+def _in_gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

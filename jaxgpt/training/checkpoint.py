@@ -238,12 +238,6 @@ def _zeros(abstract: dict) -> dict:
     )()
 
 
-def bytes_needed(state: TrainState, config: CheckpointConfig) -> int:
-    """Room for the checkpoints that are kept and the one being written. `state` may be abstract."""
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return size * (config.save_total_limit + config.keep_best + 1)
-
-
 def _reason(error: Exception) -> str:
     """The first line of an error, without the paths and stacks that TensorStore adds where the cause is a known one."""
     if isinstance(error, OSError) and error.strerror:

@@ -17,51 +17,12 @@ import jax
 import numpy as np
 
 from jaxgpt.errors import UserError
+from jaxgpt.parallel.chips import peak_flops as peak_flops
 from jaxgpt.settings import LogConfig
 from jaxgpt.storage.files import write_file
 from jaxgpt.training.trackers import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"
-
-
-# ---------------------------------------------------------------- peak FLOP/s
-
-# Dense bf16 TFLOP/s of one jax device, by the whole of `device.device_kind`. A device is a chip,
-# except on TPU v2, v3 and v7, where it is one of the chip's two cores (as libtpu 0.0.52 reports).
-# Where NVIDIA prints only the figure "with sparsity", the dense one is half of it. V100 and T4 have
-# no bf16 units: their float16 figure is the only matmul peak they have.
-_PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
-    (r"TPU v2", 46 / 2),  # jax/_src/tpu_info.py, 46 a chip
-    (r"TPU v3", 123 / 2),  # Cloud TPU docs "TPU v3", 123 a chip
-    (r"TPU v4", 275),  # jax/_src/tpu_info.py; both cores are one device (megacore)
-    (r"TPU v5( lite|e)", 197),  # Cloud TPU docs "TPU v5e"
-    (r"TPU v5p?", 459),  # Cloud TPU docs "TPU v5p"
-    (r"TPU v6( lite|e)", 918),  # Cloud TPU docs "TPU v6e"
-    (r"TPU7x", 2307 / 2),  # Cloud TPU docs "TPU7x (Ironwood)", 2307 a chip
-    (r"(Tesla|NVIDIA) V100-SXM2-\d+GB", 125),  # V100 datasheet (float16)
-    (r"(Tesla|NVIDIA) V100-PCIE-\d+GB", 112),  # V100 datasheet (float16)
-    (r"(Tesla|NVIDIA) T4", 65),  # T4 datasheet (float16)
-    (r"NVIDIA A10", 125),  # A10 datasheet
-    (r"(NVIDIA )?A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe", 312),  # A100 datasheet
-    (r"NVIDIA L4", 121),  # Ada architecture whitepaper v2.1
-    (r"NVIDIA L40", 181),  # Ada architecture whitepaper v2.1
-    (r"NVIDIA L40S", 362),  # L40S datasheet, 733 with sparsity
-    (r"NVIDIA H100 80GB HBM3", 989.4),  # H100 datasheet (SXM), 1979 with sparsity
-    (r"NVIDIA H100 PCIe", 756),  # H100 datasheet (PCIe), 1513 with sparsity
-    (r"NVIDIA H100 NVL", 835.5),  # H100 datasheet (NVL), 1671 with sparsity
-    (r"NVIDIA H200", 989.4),  # H200 datasheet (SXM), 1979 with sparsity
-    (r"NVIDIA B200", 2250),  # HGX B200 datasheet, per GPU
-    (r"NVIDIA GeForce RTX 3090", 71),  # GA102 whitepaper, bf16 with float32 accumulate
-    (r"NVIDIA GeForce RTX 4090", 165.2),  # Ada whitepaper, bf16 with float32 accumulate
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak FLOP/s of one jax device by `device.device_kind`; None if not known (CPU)."""
-    for pattern, teraflops in _PEAK_TFLOPS:
-        if re.fullmatch(pattern, device_kind):
-            return teraflops * 1e12
-    return None
 
 
 # ---------------------------------------------------------------- where the time goes
@@ -178,10 +139,12 @@ class MetricLog:
     """Writes metrics to every place that wants them; does nothing on processes but the writer.
 
     `start_step` is how many of `total_steps` are done: more than 0 on resume. Raises UserError on
-    every process if Weights & Biases is asked for and not installed.
+    every process if Weights & Biases is asked for and not installed. `quiet`: only messages are shown on the screen.
     """
 
-    def __init__(self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool):
+    def __init__(
+        self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool, quiet: bool = False
+    ):
         if log.wandb_project and importlib.util.find_spec("wandb") is None:
             raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
         self._is_writer = is_writer
@@ -192,7 +155,7 @@ class MetricLog:
         self._path = workdir / METRICS_FILE
         _cut_after(self._path, start_step)
         self._file = self._path.open("ab")
-        self._screen = (_Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
+        self._screen = (_Quiet if quiet else _Bar if sys.stderr.isatty() else _Lines)(total_steps, start_step)
         self._views: list = [self._screen]
         if log.tensorboard:
             self._views.append(TensorBoard(workdir, start_step))
@@ -317,6 +280,13 @@ class _Lines:
         _say(_step_line(step, self._total, values, clock))
 
     def close(self, failed: bool) -> None:
+        pass
+
+
+class _Quiet(_Lines):
+    """Messages alone: for one of many trainings."""
+
+    def write(self, step: int, values: dict) -> None:
         pass
 
 

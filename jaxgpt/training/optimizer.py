@@ -25,7 +25,7 @@ MUON_MATRICES: dict[tuple[str, ...], MuonDimensionNumbers] = {
 
 
 class Arguments(NamedTuple):
-    """The settings that a compiled step can take as arguments, so that trials with other values share it (trials.py).
+    """The settings that a compiled step can take as arguments, so that trials with other values share it.
 
     Numbers, which the compiler then knows, or traced scalars.
     """

@@ -17,8 +17,8 @@ from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
-from jaxgpt.model.gpt2 import padded_vocab
 from jaxgpt.model.huggingface import HuggingFaceModel, leaf_at
+from jaxgpt.model.sizes import padded_vocab
 from jaxgpt.parallel import distributed
 from jaxgpt.settings import ModelConfig
 from jaxgpt.storage.files import append_json

@@ -11,7 +11,7 @@ import jax
 from jaxgpt.config import Config, to_json
 from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.parallel import distributed
-from jaxgpt.parallel.host_memory import keep_freed_memory
+from jaxgpt.parallel.accelerator import keep_freed_memory
 from jaxgpt.parallel.host_watch import PeerWatch
 from jaxgpt.storage.files import write_file
 from jaxgpt.training import resume, summary

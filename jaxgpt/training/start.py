@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
-from jaxgpt.data.skip_list import read_skip_list
+from jaxgpt.data.pipeline import read_skip_list
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.inference.answers import Sampler, sampler
 from jaxgpt.model import huggingface
@@ -25,7 +25,7 @@ from jaxgpt.parallel.accelerator import refuse_silent_cpu
 from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.preparation import lint
-from jaxgpt.preparation.preparation import given_tokenizer, prepare
+from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.storage import lease
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import largest_batch
@@ -168,5 +168,5 @@ def _notes(score: Scorer | None, dataset: TokenDataset | None) -> tuple[str, ...
     """
     notes = [score.describe()] if score else []
     if dataset is not None and dataset.format == "chat":
-        notes.append(lint.show(lint.check(dataset, dataset.tokenizer)))
+        notes.append(lint.show(lint.check(dataset)))
     return tuple(notes)

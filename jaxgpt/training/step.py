@@ -132,7 +132,7 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     losses = functools.partial(summed_loss, config, vocab_size, laid.gather, backend=laid.backend)
     gradients = mesh_gradients(losses, mesh, param_shardings, moment_shardings)
-    # One device has nothing to share out, whichever it is: trials (trials.py) run the same function on many.
+    # One device has nothing to share out.
     constrain = jax.lax.with_sharding_constraint if mesh.size > 1 else lambda tree, shardings: tree
     return Functions(
         init,

@@ -5,16 +5,14 @@ from pathlib import Path
 
 from jaxgpt.config import Config
 from jaxgpt.data.dataset import TokenDataset
-from jaxgpt.model.sizes import parameter_count
-from jaxgpt.training.checkpoint import bytes_needed
+from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.start import Start
-from jaxgpt.training.step import TrainState
 
 
-def _warn_of_little_room(state: TrainState, config: Config, workdir: Path) -> None:
-    """Say so when the checkpoints to come will not fit on the disk. `state` may be abstract."""
-    needed, free = bytes_needed(state, config.checkpoint), shutil.disk_usage(workdir).free
+def _warn_of_little_room(config: Config, vocab_size: int, workdir: Path) -> None:
+    """Warn when the checkpoints to come will not fit on the disk."""
+    needed, free = checkpoints_at_once(config) * checkpoint_bytes(config, vocab_size), shutil.disk_usage(workdir).free
     if needed > free:
         print(
             f"warning  {workdir}: {free / 1e9:.1f} GB free, but the checkpoints to be kept need {needed / 1e9:.1f} GB; "
@@ -45,7 +43,7 @@ def print_header(start: Start) -> None:
         new = dataset.vocab_size - weights.vocab_size
         rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
         print(f"weights  {weights.setting}{rows}", flush=True)
-    _warn_of_little_room(program.abstract_state, config, start.workdir)
+    _warn_of_little_room(config, dataset.vocab_size, start.workdir)
     for note in start.notes:
         print(note, flush=True)
 

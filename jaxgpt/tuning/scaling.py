@@ -6,8 +6,8 @@ model can do, and only without them do models of different depth and width lie o
 section 3.1 and figure 6; Hoffmann et al. count all, and at the sizes that they trained it hardly matters).
 
 Hoffmann et al. fit hundreds of runs by a Huber loss. A sweep has a handful of sizes, too few to tell an outlier; here
-least squares of relative residuals (which are those of logarithms, for residuals of a few per cent) fit the law, for
-an interval of known level can be had with them.
+the law is fitted by least squares of relative residuals (those of logarithms, for residuals of a few per cent), which
+also give an interval of known level.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.settings import ModelConfig
 
-MIN_SIZES = 4  # three for the three numbers of the law, and one that it has to hit
+MIN_SIZES = 4  # three for the three numbers of the law, and one to test it
 LEVEL = 0.9  # of the interval: one prediction in ten may lie outside
 _EXPONENTS = np.geomspace(0.003, 3.0, 120)  # published ones lie between 0.05 and 0.5
 
@@ -34,7 +34,7 @@ class Size(NamedTuple):
     loss: float
     """Validation, in nats per token."""
     number: int
-    """Of the trial."""
+    """The trial's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Law:
     """L(N) = floor + factor x N^-exponent"""
 
     floor: float
-    """E: what an endlessly large model would reach on the same tokens, in nats per token."""
+    """E: the loss of an infinitely large model on the same tokens, in nats per token."""
     factor: float
     exponent: float
 
-    def __call__(self, parameters):
+    def __call__(self, parameters: float | Sequence[float] | np.ndarray) -> np.ndarray:
         return self.floor + self.factor * np.asarray(parameters, float) ** -self.exponent
 
 
@@ -65,7 +65,8 @@ def without_embeddings(model: ModelConfig) -> int:
 
 
 def check_sizes(models: Sequence[ModelConfig]) -> None:
-    """
+    """Refuse a prediction from too few sizes.
+
     Raises:
         UserError: too few sizes for a prediction.
     """
@@ -110,8 +111,10 @@ def _fisher(freedom: int) -> float:
     return float(f.ppf(LEVEL, 1, freedom))
 
 
-def _excess(sizes, values, size: float, centre: float, allowed: float) -> Callable[[float], float]:
-    """How far the residuals exceed `allowed` once a measurement at `size` is added."""
+def _excess(
+    sizes: np.ndarray, values: np.ndarray, size: float, centre: float, allowed: float
+) -> Callable[[float], float]:
+    """A function: how far the residuals exceed `allowed` once a measurement of this value at `size` is added."""
     more = np.append(sizes, size)
 
     def excess(value: float) -> float:
@@ -122,7 +125,7 @@ def _excess(sizes, values, size: float, centre: float, allowed: float) -> Callab
 
 
 def _crossing(excess: Callable[[float], float], centre: float, furthest: float) -> float:
-    """Where `excess` turns positive on the way from `centre` by `furthest`."""
+    """The value between `centre` and `centre + furthest` at which `excess` turns positive."""
     from scipy.optimize import brentq
 
     step = furthest / 2**14
@@ -150,7 +153,9 @@ def _fit(sizes: np.ndarray, values: np.ndarray, scales: np.ndarray, precision: f
     return law, float(residual[best])
 
 
-def _linear(sizes, values, scales, exponents):
+def _linear(
+    sizes: np.ndarray, values: np.ndarray, scales: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(floor, factor, residual) for each of the exponents: weighted least squares with both numbers >= 0."""
     weights = 1 / scales
     powers = sizes[None, :] ** -exponents[:, None] * weights[None, :]  # (exponents, sizes)
@@ -183,11 +188,11 @@ class Scaling:
     law: Law
     next: Prediction
     band: list[Prediction]
-    """From the smallest size to the predicted one, for a picture."""
+    """From the smallest size to the predicted one, for a figure."""
 
 
-def of_sizes(sizes: Sequence[Size], wanted: int | None) -> Scaling | None:
-    """The law through `sizes` and its prediction, of twice the largest unless told; None for too few sizes."""
+def fit_sizes(sizes: Sequence[Size], wanted: int | None) -> Scaling | None:
+    """The law through `sizes` and its prediction, by default of twice the largest; None for too few sizes."""
     if len(sizes) < MIN_SIZES:
         return None
     ordered = sorted(sizes)
@@ -201,7 +206,7 @@ def of_sizes(sizes: Sequence[Size], wanted: int | None) -> Scaling | None:
 
 
 def report(sizes: Sequence[Size], scaling: Scaling | None) -> str:
-    """What the sizes say, in lines; "" where there is but one."""
+    """The law and its prediction, in lines; "" for a single size."""
     if len(sizes) < 2:
         return ""
     if scaling is None:

@@ -1,4 +1,4 @@
-"""What a sweep varies, read from its command line: `--vary optimizer.learning_rate=1e-4..1e-2`. No jax import.
+"""The settings that a sweep varies, read from `--vary optimizer.learning_rate=1e-4..1e-2`. No jax import.
 
 A point of the space is the settings of a trial as the command line would give them, {"optimizer.learning_rate":
 "0.001"}, so that every rule for settings (cli.py, checks.py) holds for trials, with the same messages.
@@ -8,13 +8,11 @@ import dataclasses
 import itertools
 import math
 import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt.config import Config, config_fields, flatten, load_config
+from jaxgpt.config import Config, config_fields, describe_type, flatten, load_config
 from jaxgpt.errors import UserError
 
 SECTIONS = ("model", "optimizer", "train")
@@ -34,7 +32,7 @@ class Variable:
     keys: tuple[str, ...]
     """("optimizer.learning_rate",)"""
     text: str
-    """What the user wrote after the =."""
+    """The user's text after the =."""
     values: tuple[tuple[str, ...], ...] = ()
     """The values to try, each with a text for every key; empty for a range."""
     low: float = math.nan
@@ -42,7 +40,7 @@ class Variable:
     """The ends of a range, both of them included."""
     is_integer: bool = False
     is_log: bool = False
-    """Equal ratios matter, not equal differences: in what is drawn from a range, and on the axis of a picture."""
+    """The scale of random draws and of axes: logarithmic where True, else linear."""
 
     @property
     def name(self) -> str:
@@ -73,7 +71,7 @@ class Variable:
         return (self.write(value),)
 
     def write(self, value: float) -> str:
-        """A number of the range as a setting: whole, or with four digits, which are all that a reader wants."""
+        """A number of the range as a setting: a whole number, or four digits."""
         value = min(max(value, self.low), self.high)
         if self.is_integer:
             return str(round(value))
@@ -84,12 +82,31 @@ class Variable:
         """The value in a point, as text."""
         return "+".join(point[key] for key in self.keys)
 
+    @property
+    def texts(self) -> list[str]:
+        """The values of a list as texts, as `of` gives them."""
+        return ["+".join(value) for value in self.values]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value of a variable of numbers."""
+        numbers = [float(value) for (value,) in self.values] or [self.low, self.high]
+        return min(numbers), max(numbers)
+
+    def place(self, text: str) -> float:
+        """The place of a value on the variable's scale: 0 for the lowest number or the first in a list, to 1."""
+        if not self.is_number:
+            return self.texts.index(text) / max(len(self.values) - 1, 1)
+        scale = math.log if self.is_log else float
+        low, high = map(scale, self.ends)
+        return (scale(float(text)) - low) / ((high - low) or 1.0)
+
     def describe(self) -> str:
         """ "1e-4 .. 1e-2, logarithmic"; "0.1, 0.2"."""
         if self.is_range:
             kind = "whole numbers, " if self.is_integer else ""
             return f"{self.low:g} .. {self.high:g}, {kind}{'logarithmic' if self.is_log else 'linear'}"
-        return ", ".join("+".join(value) for value in self.values)
+        return ", ".join(self.texts)
 
 
 # ---------------------------------------------------------------- reading
@@ -115,7 +132,8 @@ def read_space(words: Sequence[str], base: Config) -> tuple[Variable, ...]:
 
 
 def read_variable(word: str) -> Variable:
-    """
+    """The variable of one KEY=VALUES.
+
     Raises:
         UserError: as `read_space`.
     """
@@ -129,7 +147,7 @@ def read_variable(word: str) -> Variable:
     for key in keys:
         _check_key(key, word)
     if len(set(keys)) < len(keys):
-        raise UserError(f"--vary {word}: a setting stands there twice")
+        raise UserError(f"--vary {word}: a setting is given twice")
     found = _RANGE.fullmatch(text)
     return _read_range(keys, text, found, word) if found else _read_list(keys, text, word)
 
@@ -160,20 +178,22 @@ def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:
         if not all(value):
             raise UserError(f"--vary {word}: a value is empty; write values with commas between")
         if same.count(read(value)) > 1:
-            raise UserError(f"--vary {word}: {'+'.join(value)} stands there twice")
-    numbers = [_number(value[0]) for value in values]
-    is_log = len(keys) == 1 and None not in numbers and _is_wide(numbers)
-    is_integer = all(number is not None and number.is_integer() for number in numbers)
+            raise UserError(f"--vary {word}: {'+'.join(value)} is given twice")
+    numbers = [number for value in values if (number := _number(value[0])) is not None]
+    all_numbers = len(numbers) == len(values)
+    is_log = len(keys) == 1 and all_numbers and _is_wide(numbers)
+    is_integer = all_numbers and all(number.is_integer() for number in numbers)
     return Variable(keys, text, values, is_integer=is_integer, is_log=is_log)
 
 
 def _read_range(keys: tuple[str, ...], text: str, found: re.Match, word: str) -> Variable:
     if len(keys) > 1:
         raise UserError(f"--vary {word}: settings that vary together need a list, such as 2+64,4+128")
-    kinds = _number_types(config_fields()[keys[0]].type)
-    if not kinds:
+    described = describe_type(config_fields()[keys[0]].type)  # "int > 0 or none"
+    kinds = {part.split()[0] for part in described.split(" or ")}
+    if not kinds & {"int", "float"}:
         raise UserError(f"--vary {word}: {keys[0]} is no number, so it has no range; give a list of values")
-    is_integer = float not in kinds
+    is_integer = "float" not in kinds
     low, high = (_number(found[end]) for end in ("low", "high"))
     if low is None or high is None or not low < high:
         raise UserError(f"--vary {word}: a range is two numbers, the smaller one first, such as 1e-4..1e-2")
@@ -184,7 +204,7 @@ def _read_range(keys: tuple[str, ...], text: str, found: re.Match, word: str) ->
         return variable
     points = _number(found["points"])
     if points is None or not points.is_integer() or not 2 <= points <= MAX_GRID:
-        raise UserError(f"--vary {word}: after the colon stands the number of points, 2 or more")
+        raise UserError(f"--vary {word}: the number of points after the colon has to be 2 or more")
     shares = np.linspace(0, 1, int(points))
     values = tuple(dict.fromkeys(variable.at(float(share)) for share in shares))  # whole numbers may coincide
     return dataclasses.replace(variable, values=values)
@@ -200,16 +220,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _number_types(annotation) -> set[type]:
-    """The kinds of numbers, int and float, that a setting may be."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _number_types(args[0])
-    if origin in (typing.Union, types.UnionType):
-        return set().union(*(_number_types(arg) for arg in args))
-    return {annotation} & {int, float}
 
 
 # ---------------------------------------------------------------- points
@@ -271,7 +281,8 @@ class Space:
     variables: tuple[Variable, ...]
 
     def config(self, point: Point) -> Config:
-        """
+        """The config of a trial.
+
         Raises:
             UserError: these settings contradict each other or the others; names the point.
         """
@@ -281,7 +292,8 @@ class Space:
             raise UserError(f"{write_point(point)}: {error}") from None
 
     def check(self, points: Sequence[Point]) -> None:
-        """
+        """Refuse points that cannot be trials of one sweep.
+
         Raises:
             UserError: a point is no config, or its losses would not compare with the others'.
         """
@@ -289,7 +301,7 @@ class Space:
         for key in keys:
             if key in self.overrides:
                 raise UserError(f"{key} is both varied and given a value on the command line; leave one out")
-        lengths = {}
+        lengths: dict[int, Point] = {}
         for point in points:
             config = self.config(point)
             lengths.setdefault(config.block_size, point)
@@ -306,7 +318,7 @@ class Space:
             )
 
     def fixed(self, base: Config) -> "Space":
-        """Where some validation batches are read, all trials read the same rows, whatever their training batch."""
+        """The space with a fixed evaluation batch if the training batch varies, so that all evaluate the same rows."""
         keys = [key for variable in self.variables for key in variable.keys]
         size, key = base.train.per_device_train_batch_size, "eval.per_device_eval_batch_size"
         if "train.per_device_train_batch_size" not in keys or base.eval.per_device_eval_batch_size or size == "auto":

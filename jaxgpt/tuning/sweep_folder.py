@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxgpt.config import Config, flatten, from_json, load_config, to_json
 from jaxgpt.errors import UserError
-from jaxgpt.storage.files import write_file
+from jaxgpt.storage.files import append_json, fsync, write_file
 from jaxgpt.tuning.space import Point, Space, differences
 
 TRIALS, ASKED, CONFIG, BEST, REPORT = "trials.jsonl", "sweep.json", "config.json", "best.toml", "report.html"
@@ -24,29 +24,32 @@ _FREE = ("train.compilation_cache_dir", "data.num_threads", "data.prefetch_batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What is known of a trial: its settings, and the fields of tuning/trial_runner.py's Result."""
+class TrialRecord:
+    """The settings of a trial and how far it has come."""
 
     number: int
     settings: Point
     step: int
+    """Steps done."""
     status: str
-    """FINISHED, PAUSED (at a rung of successive halving) or DIVERGED."""
+    """FINISHED, PAUSED (at a rung of successive halving) or DIVERGED (a bad step ended it, by faults.on_bad_step)."""
     eval_loss: float | None
     """Nats per token at `step`; None where it diverged."""
-    losses: list
+    losses: list[list[float]]
     """[[step, mean training loss since the last point], ...]"""
-    eval_losses: list
+    eval_losses: list[list[float]]
     """[[step, validation loss], ...]"""
     parameters: int
     tokens: int
     seconds: float
+    """Wall time of all its starts, but for compilation before the last one."""
 
     @property
     def loss(self) -> float:
-        """For comparing: what diverged is worse than everything."""
-        usable = self.status != DIVERGED and self.eval_loss is not None and math.isfinite(self.eval_loss)
-        return self.eval_loss if usable else math.inf
+        """`eval_loss` to compare by: infinite where the trial diverged."""
+        if self.status == DIVERGED or self.eval_loss is None or not math.isfinite(self.eval_loss):
+            return math.inf
+        return self.eval_loss
 
 
 class Records:
@@ -59,7 +62,7 @@ class Records:
             UserError: a line is not what `add` wrote.
         """
         self._file = folder / TRIALS
-        self._lines: list[Record] = []
+        self._lines: list[TrialRecord] = []
         if not self._file.exists():
             return
         content = self._file.read_bytes()
@@ -68,49 +71,38 @@ class Records:
             os.truncate(self._file, len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                self._lines.append(Record(**json.loads(line)))
+                self._lines.append(TrialRecord(**json.loads(line)))
             except (ValueError, TypeError):
                 raise UserError(
                     f"{self._file}:{number}: not a line that a sweep wrote; remove it, or choose another --workdir"
                 ) from None
 
-    def add(self, record: Record) -> None:
+    def add(self, record: TrialRecord) -> None:
         """Append a line; it is on disk when this returns."""
-        new = not self._file.exists()
-        with open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            _sync_folder(self._file.parent)
+        is_new = not self._file.exists()
+        append_json(self._file, dataclasses.asdict(record))
+        if is_new:
+            fsync(self._file.parent)
         self._lines.append(record)
 
-    def at(self, number: int, step: int) -> Record | None:
+    def at(self, number: int, step: int) -> TrialRecord | None:
         """The record of a trial at a step; one that diverged before it stands for all later steps, too."""
         lines = [line for line in self._lines if line.number == number]
         return next((line for line in lines if line.step == step or line.status == DIVERGED), None)
 
-    def latest(self) -> list[Record]:
+    def latest(self) -> list[TrialRecord]:
         """The last line of every trial, by number."""
         last = {line.number: line for line in self._lines}
         return [last[number] for number in sorted(last)]
 
-    def ended(self) -> dict[int, Record]:
+    def ended(self) -> dict[int, TrialRecord]:
         """{number: record} of trials that will not go on: finished, or diverged."""
         return {line.number: line for line in self._lines if line.status != PAUSED}
 
-    def ranking(self) -> list[Record]:
+    def ranking(self) -> list[TrialRecord]:
         """All trials, the best first: those that finished, those that were stopped early, those that diverged."""
         order = {FINISHED: 0, PAUSED: 1, DIVERGED: 2}
         return sorted(self.latest(), key=lambda line: (order[line.status], -line.step, line.loss, line.number))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- what was asked
@@ -124,7 +116,7 @@ def start(folder: Path, asked: dict, config: Config) -> None:
 
 
 def earlier(folder: Path) -> dict:
-    """What the sweep in `folder` was asked; {} for a new folder.
+    """The request of the sweep in `folder`; {} for a new folder.
 
     Raises:
         UserError: the folder holds something else.
@@ -169,16 +161,20 @@ def _short(value: object) -> str:
 # ---------------------------------------------------------------- the winner
 
 
-def write_best(folder: Path, space: Space, record: Record, command: Callable[[Path], str]) -> Path:
-    """best.toml: the settings of a trial as a config file on top of the sweep's own."""
+def train_command(file: Path) -> str:
+    """The command that trains with a best.toml."""
+    return f"python -m jaxgpt.train --config {file} --workdir {file.parent}-best"
 
+
+def write_best(folder: Path, space: Space, record: TrialRecord) -> Path:
+    """Write best.toml: the settings of a trial as a config file on top of the sweep's own."""
     file = folder / BEST
     changed = differences(space.config(record.settings), load_config(space.file))
     base = Path(os.path.relpath(Path(space.file).resolve(), folder.resolve())).as_posix()
     lines = [
         f"# The best of a sweep: trial {record.number}, validation loss {record.eval_loss:.4f} nats per token at step "
         f"{record.step:,}.",
-        f"#   {command(file)}",
+        f"#   {train_command(file)}",
         f"base = {json.dumps(base, ensure_ascii=False)}",
     ]
     for section in dict.fromkeys(key.split(".")[0] for key in changed):

@@ -1,13 +1,21 @@
-"""What the trials of a sweep say, in lines: the table, how much each variable matters, and what to doubt."""
+"""The results of a sweep in lines: the table, how much each variable matters, and what to doubt."""
 
-import math
+import dataclasses
+import json
 import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.tuning.scaling import Size, without_embeddings
+from jaxgpt.config import Config
+from jaxgpt.errors import UserError
+from jaxgpt.tuning import scaling
+from jaxgpt.tuning.scaling import Scaling, Size, without_embeddings
+from jaxgpt.tuning.search import Search, SweepRequest
 from jaxgpt.tuning.space import Space, Variable
-from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, Record, Records
+from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, Records, TrialRecord, train_command, write_best
 
 MAX_ROWS = 30
 SEED = "train.seed"
@@ -17,7 +25,102 @@ _COSTS = ("model.n_layer", "model.n_embd", "model.n_head", "model.n_positions", 
 _BORDER = 0.05  # of a range: this near its end the best may lie beyond it
 
 
-def best(records: Records) -> Record | None:
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """The results of a sweep so far."""
+
+    search: Search
+    records: Records
+    scaling: Scaling | None
+    """The scaling law; None where too few sizes were tried."""
+    effects: Sequence[tuple[Variable, float]]
+    doubts: Sequence[str]
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        return self.search.space.variables
+
+
+PageWriter = Callable[[Path, Findings | None], Path]
+"""Writes report.html of a sweep's folder (reporting/sweep_page.py); without findings, of a range test alone."""
+
+
+def describe(search: Search, config: Config, records: Records, folder: Path) -> None:
+    """Print what is going to happen; `config` is that of the first trial, resolved."""
+    how = {"grid": "every combination", "random": "drawn at random", "tpe": "each proposed after the one before"}
+    how["halving"] = f"successive halving, a third goes on after each of the steps {', '.join(map(str, search.rungs))}"
+    print(f"sweep    {search.trials} trials, {how[search.method]}; in {folder}")
+    for variable in search.space.variables:
+        print(f"vary     {variable.name}: {variable.describe()}")
+    print(
+        f"trial    {config.max_steps:,} steps of {config.global_batch_size * config.block_size:,} tokens, "
+        f"evaluated every {config.eval.eval_steps:,}"
+    )
+    if search.rungs and search.rungs[0] <= 2 * (warm_up := config.optimizer.warmup_steps):
+        print(
+            f"doubt    the first trials are dropped at step {search.rungs[0]}, and the warm-up takes {warm_up}: small "
+            "learning rates have hardly begun by then; fewer --trials, or a later --eval.eval_steps"
+        )
+    if done := records.latest():
+        print(f"resume   {len(done)} trials are recorded")
+    sys.stdout.flush()
+
+
+def conclude(search: Search, records: Records, request: SweepRequest, write_page: PageWriter) -> None:
+    """Print the results, and write best.toml, the page and --json; also of a sweep that was stopped.
+
+    Raises:
+        UserError: --json cannot be written.
+    """
+    space, folder = search.space, request.workdir
+    by_size = sizes(space, records)
+    law = scaling.fit_sizes(by_size, request.predict)
+    # The trials that halving let finish were chosen, so their means say little.
+    matter = effects(space, records) if search.method != "halving" else []
+    found = Findings(search, records, law, matter, doubts(space, records))
+    print(table(space, records))
+    if len(matter) > 1:
+        listed = ", ".join(f"{variable.label} {nats:.4f}" for variable, nats in matter)
+        print(f"matters  {listed} nats between values")
+    if lines := scaling.report(by_size, law):
+        print(lines)
+    for doubt in found.doubts:
+        print(f"doubt    {doubt}")
+    winner = best(records)
+    if winner is None:
+        print("best     no trial has finished with a loss yet")
+    else:
+        file = write_best(folder, space, winner)
+        print(f"best     trial {winner.number}, validation loss {winner.loss:.4f}: {file}")
+        print(f"train    {train_command(file)}")
+    print(f"report   {write_page(folder, found)}", flush=True)
+    if request.json:
+        content = {
+            "method": search.method,
+            "variables": {variable.name: variable.text for variable in space.variables},
+            "best": dataclasses.asdict(winner) if winner else None,
+            "trials": [dataclasses.asdict(record) for record in records.ranking()],
+            "scaling": dataclasses.asdict(law) if law else None,
+        }
+        write_json(request.json, content)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write what --json asks for.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written ({error.strerror})") from None
+
+
+# ---------------------------------------------------------------- the table
+
+
+def best(records: Records) -> TrialRecord | None:
     """The finished trial with the lowest validation loss."""
     finished = [record for record in records.latest() if record.status == FINISHED and record.loss < float("inf")]
     return min(finished, key=lambda record: (record.loss, record.number), default=None)
@@ -41,14 +144,15 @@ def table(space: Space, records: Records) -> str:
     return "\n".join(lines)
 
 
-def loss_of(record: Record) -> str:
+def loss_of(record: TrialRecord) -> str:
+    """The loss of a trial as it is shown."""
     if record.status == DIVERGED:
         return "diverged"
     return f"{record.eval_loss:.4f}" if record.eval_loss is not None else "-"
 
 
-def one_line(space: Space, record: Record) -> str:
-    """A trial that has just ended."""
+def one_line(space: Space, record: TrialRecord) -> str:
+    """A trial that has just ended, in a line."""
     settings = ", ".join(f"{variable.label} {variable.of(record.settings)}" for variable in space.variables)
     return f"trial {record.number}: {settings}: step {record.step:,}, loss {loss_of(record)}"
 
@@ -57,11 +161,11 @@ def one_line(space: Space, record: Record) -> str:
 
 
 def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
-    """(variable, nats) by weight: how far apart the losses lie that the values of a variable have on average.
+    """(variable, nats), the largest first: how far apart the mean losses of the values of a variable lie.
 
     Least squares of loss = constant + one number for each value of each variable; on a full grid these are the
-    differences of the means. Of a range its lower, middle and upper third count as values. Only trials that finished
-    tell; [] where they are too few.
+    differences of the means. The lower, middle and upper third of a range count as its values. Only finished trials
+    count; [] where they are too few.
     """
     finished = [record for record in records.latest() if record.status == FINISHED]
     variables, columns = [], [[1.0] * len(finished)]
@@ -80,34 +184,16 @@ def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
     return sorted(((variable, nats) for (variable, _), nats in zip(variables, spreads)), key=lambda pair: -pair[1])
 
 
-def _level(variable: Variable, record: Record) -> object:
-    return min(int(3 * place(variable, record)), 2) if variable.is_range else variable.of(record.settings)
-
-
-def place(variable: Variable, record: Record) -> float:
-    """Where a trial lies in a variable of numbers, 0 at the lowest and 1 at the highest, along the variable's scale."""
-    scale = math.log if variable.is_log else float
-    low, high = ends(variable)
-    return (scale(number_of(variable, record)) - scale(low)) / ((scale(high) - scale(low)) or 1.0)
-
-
-def ends(variable: Variable) -> tuple[float, float]:
-    """The lowest and the highest value of a variable of numbers."""
-    if variable.is_range:
-        return variable.low, variable.high
-    numbers = [float(value) for (value,) in variable.values]
-    return min(numbers), max(numbers)
-
-
-def number_of(variable: Variable, record: Record) -> float:
-    return float(variable.of(record.settings))
+def _level(variable: Variable, record: TrialRecord) -> int | str:
+    value = variable.of(record.settings)
+    return min(int(3 * variable.place(value)), 2) if variable.is_range else value
 
 
 # ---------------------------------------------------------------- what to doubt
 
 
 def doubts(space: Space, records: Records) -> list[str]:
-    """Reasons to think that the winner is not the best there is."""
+    """Reasons to doubt that the winner is the best."""
     winner = best(records)
     if winner is None:
         return []
@@ -115,27 +201,25 @@ def doubts(space: Space, records: Records) -> list[str]:
     return found + _within_noise(space, records)
 
 
-def _at_the_border(variable: Variable, winner: Record) -> str:
+def _at_the_border(variable: Variable, winner: TrialRecord) -> str:
     if not variable.is_number or variable.keys[0] in (*_COSTS, SEED):
         return ""
     if not variable.is_range and len(variable.values) < 3:  # of two, one is always at a border
         return ""
-    low, high = ends(variable)
-    margin = _BORDER if variable.is_range else 1e-9
-    where = place(variable, winner)
-    if where >= 1 - margin:
+    value, near, margin = variable.of(winner.settings), "at", 1e-9
+    if variable.is_range:
+        near, margin = "near", _BORDER
+    if (where := variable.place(value)) >= 1 - margin:
         side = "largest"
-    elif where <= margin and low != 0:
+    elif where <= margin and variable.ends[0] != 0:
         side = "smallest"
     else:
         return ""
-    near = "at" if not variable.is_range else "near"
-    value = variable.of(winner.settings)
     return f"the best {variable.label}, {value}, is {near} the {side} tried; widen the range"
 
 
 def _within_noise(space: Space, records: Records) -> list[str]:
-    """Whether seeds alone make more of a difference than the best two settings show, where seeds were varied."""
+    """A line if seeds were varied and change the loss more than the best two settings differ."""
     others = [variable for variable in space.variables if SEED not in variable.keys]
     if len(others) == len(space.variables) or not others:
         return []

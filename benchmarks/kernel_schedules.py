@@ -1,12 +1,14 @@
 """Cycles of Pallas kernels, which the compiler's sum leaves out, from the compiler's own schedules.
 
-    python -m jaxgpt.planning.kernels PROGRAM.hlo --topology v5e:2x2
+    python benchmarks/kernel_schedules.py PROGRAM.hlo --topology v5e:2x2
 
 prints what each kernel of a compiled program (`compiled.as_text()`) takes. Every kernel is compiled once more, alone,
 in a process whose libtpu writes down the VLIW schedule and its own simulation of it. The simulation knows how long the
 matrix units are busy and how long copies from memory take. Where it cannot follow a kernel (TPU v4; scalar operands,
 whose values it does not know, so that it takes wrong branches), cycles are the instruction bundles of each region of
 the schedule, or the time the matrix units need if that is longer, times how often it runs.
+
+The form of the dump is not documented: tests/test_benchmarks_kernels.py fails where a new libtpu changes it.
 """
 
 import argparse
@@ -20,16 +22,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.planning.topology import compile_only_devices, parse_slice
+
 _PASSES = ".*final.*"  # of the compiler, whose results are written down: all of them would be gigabytes
 _TIMEOUT_SECONDS = 600
-# The smallest slice of each chip that needs no word about its hosts: a kernel is of a chip, not of a slice.
-_SLICES = {
-    "v4": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore"},
-    "v5e": {"topology_name": "v5e:2x2"},
-    "v5p": {"topology_name": "v5p:2x2x1"},
-    "v6e": {"topology_name": "v6e:2x2"},
-    "tpu7x": {"topology_name": "tpu7x:2x2x1"},
-}
 _DELAY_SLOTS = 5  # bundles of a branch: itself and those that run before it takes effect
 
 
@@ -51,15 +50,12 @@ class Schedule:
     """What the compiler made of a kernel."""
 
     name: str
-    identity: str
     bundles: int
     busy: list[int]
     """Cycles that the bundle keeps the busiest matrix unit."""
     regions: list[Region]
     simulated: float | None
     """Cycles of one call by the compiler's simulation; None if it does not know this kind of kernel."""
-    slots: dict[str, float]
-    """Share of each unit's issue slots that are used, weighted by how often a bundle runs."""
 
     def scheduled(self, shares: dict[int, float] | None = None) -> float:
         """Cycles of one call, counted from the schedule. `shares` maps the number of a region in `regions` to the
@@ -74,43 +70,15 @@ class Schedule:
         return self.simulated if self.simulated is not None else self.scheduled()
 
 
-def kernel_cycles(hlo_text: str, topology: str, cache: Path | None = None) -> dict[str, float]:
-    """Identity (as `cost.Kernel`'s) -> cycles of one call, of every Pallas kernel in a compiled program."""
-    return {schedule.identity: schedule.cycles for schedule in kernel_schedules(hlo_text, topology, cache)}
-
-
-def kernel_schedules(hlo_text: str, topology: str, cache: Path | None = None) -> list[Schedule]:
+def kernel_schedules(hlo_text: str, topology: str) -> list[Schedule]:
     """The schedule of each distinct Pallas kernel in a compiled program, for a chip of `topology` ("v5e:2x2").
 
-    Schedules are kept in the folder `cache` under all that went into them.
+    The simulation takes memory and time in proportion to the kernel's grid: 7 GB for 96 cells of attention.
 
     Raises:
         RuntimeError: the compiler stopped; holds the end of what it wrote.
-        ValueError: the chip is not known.
     """
-    if topology.split(":")[0] not in _SLICES:
-        raise ValueError(f"no kernel can be compiled for {topology}; known chips: {', '.join(_SLICES)}")
-    schedules = []
-    for call in _kernel_calls(hlo_text):
-        entry = cache and cache / f"{_key(call, topology)}.json"
-        if entry and entry.exists():
-            found = json.loads(entry.read_text())
-            schedules.append(Schedule(**found | {"regions": [Region(**region) for region in found["regions"]]}))
-            continue
-        schedules.append(_compile_and_read(call, topology))
-        if entry:
-            cache.mkdir(parents=True, exist_ok=True)
-            part = entry.with_suffix(f".{os.getpid()}")  # renamed when whole: another process may read here
-            part.write_text(json.dumps(dataclasses.asdict(schedules[-1])))
-            part.replace(entry)
-    return schedules
-
-
-def _key(call: dict, topology: str) -> str:
-    from importlib.metadata import version
-
-    parts = (call["identity"], call["operands"], call["results"], topology.split(":")[0], version("libtpu"))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return [_compile_and_read(call, topology) for call in _kernel_calls(hlo_text)]
 
 
 # ---------------------------------------------------------------- a kernel, taken out of a program
@@ -121,7 +89,7 @@ _TYPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*))?")
 
 
 def _kernel_calls(hlo_text: str) -> list[dict]:
-    """Each distinct kernel: name, identity, configuration, and types and layouts of operands and results."""
+    """Each distinct kernel: name, configuration, and types and layouts of operands and results."""
     calls = {}
     for match in _CALL.finditer(hlo_text):
         name, results = match.groups()
@@ -131,7 +99,6 @@ def _kernel_calls(hlo_text: str) -> list[dict]:
         identity = hashlib.sha256(backend["custom_call_config"]["body"].encode()).hexdigest()[:16]
         calls[identity] = {
             "name": name.split(".")[0],
-            "identity": identity,
             "operands": _TYPE.findall(layouts[1]),
             "results": _TYPE.findall(results),
             "tuple": results.startswith("("),
@@ -151,7 +118,7 @@ def _compile_and_read(call: dict, topology: str) -> Schedule:
             done = _compile(dump, topology, simulate=False)
             if done.returncode:
                 raise RuntimeError(f"the kernel {call['name']} did not compile for {topology}: {done.stderr[-2000:]}")
-        return read_schedule(dump, call["name"], call["identity"], simulated)
+        return read_schedule(dump, call["name"], simulated)
 
 
 def _compile(dump: Path, topology: str, simulate: bool) -> subprocess.CompletedProcess:
@@ -161,20 +128,14 @@ def _compile(dump: Path, topology: str, simulate: bool) -> subprocess.CompletedP
     if simulate:
         (dump / "profile").mkdir(exist_ok=True)
         flags += f" --xla_jf_dump_static_llo_profile_to={dump / 'profile'}"
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-    # libtpu reads its flags when it is loaded, which is why this takes a process of its own, beside others.
-    own = {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    command = [sys.executable, "-m", "jaxgpt.planning.kernels", str(dump / "kernel.json"), "--alone", topology]
-    return subprocess.run(
-        command, env={**os.environ, **quiet, **own}, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
-    )
+    # libtpu reads its flags when it is loaded, which is why this takes a process of its own.
+    own = {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(dump / "kernel.json"), "--alone", "--topology", topology]
+    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
 
 
 def _compile_alone(file: Path, topology: str) -> None:
     """In the child: compile a program that only calls the kernel."""
-    import jax
-    from jax.experimental import topologies
-
     call = json.loads(file.read_text())
     operands, results = ([_abstract(*part) for part in call[key]] for key in ("operands", "results"))
     # XLA writes a layout from its fastest axis on, JAX from its slowest.
@@ -188,17 +149,13 @@ def _compile_alone(file: Path, topology: str) -> None:
         custom_call_api_version=1,
         legacy_backend_config=json.dumps(call["backend"]),
     )
-    devices = topologies.get_topology_desc(platform="tpu", **_SLICES[topology.split(":")[0]]).devices
-    where = jax.sharding.SingleDeviceSharding(devices[0])
+    where = jax.sharding.SingleDeviceSharding(compile_only_devices(parse_slice(topology))[0])
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in operands]
     compiled = jax.jit(kernel).lower(*operands).compile()
     (file.parent / "instruction").write_text(_CALL.search(compiled.as_text())[1])
 
 
 def _abstract(kind: str, dimensions: str, _layout: str):
-    import jax
-    import jax.numpy as jnp
-
     names = {"bf16": "bfloat16", "f32": "float32", "pred": "bool", "s32": "int32", "u32": "uint32", "f16": "float16"}
     names |= {"s8": "int8", "u8": "uint8", "s16": "int16", "u16": "uint16"}
     return jax.ShapeDtypeStruct([int(size) for size in dimensions.split(",") if size], jnp.dtype(names[kind]))
@@ -222,25 +179,15 @@ class _Bundle:
     text: str
 
 
-def read_schedule(dump: Path, name: str, identity: str, simulated: float | None) -> Schedule:
+def read_schedule(dump: Path, name: str, simulated: float | None) -> Schedule:
     """The schedule of the kernel in a folder that libtpu wrote."""
     instruction = (dump / "instruction").read_text()
     file = next(f for f in dump.glob(f"*-{instruction}-*final_bundles.txt") if "schedule-analysis" not in f.name)
     bundles = parse_bundles(file.read_text())
-    regions = find_regions(bundles)
-    weights = bundle_weights(len(bundles), regions)
     if any(_SCALAR_OPERAND.search(bundle.text) for bundle in bundles):
         simulated = None
-    slots = next(dump.glob(f"*-{instruction}-*final_hlo-static-per-bundle-utilization.txt"))
-    return Schedule(
-        name=name,
-        identity=identity,
-        bundles=len(bundles),
-        busy=[_matrix_unit_cycles(bundle) for bundle in bundles],
-        regions=regions,
-        simulated=simulated,
-        slots=_slot_use(slots.read_text(), weights),
-    )
+    busy = [_matrix_unit_cycles(bundle) for bundle in bundles]
+    return Schedule(name, len(bundles), busy, find_regions(bundles), simulated)
 
 
 def parse_bundles(text: str) -> list[_Bundle]:
@@ -298,18 +245,6 @@ def _matrix_unit_cycles(bundle: _Bundle) -> int:
     return sum((16 if "bf16" in name else 8) // (2 if "mubr" in name else 1) for name in found)
 
 
-def _slot_use(text: str, weights: list[float]) -> dict[str, float]:
-    lines = text.splitlines()
-    units = [name.strip() for name in lines[1].split(",")]
-    capacity = [int(count) for count in lines[2].split()]
-    used = [[int(count) for count in line.split()] for line in lines[4:] if line.strip()]
-    total = sum(weights)
-    return {
-        unit: round(sum(w * row[i] for w, row in zip(weights, used)) / (capacity[i] * total), 4)
-        for i, unit in enumerate(units)
-    }
-
-
 def _simulated_cycles(dump: Path) -> float | None:
     instruction = (dump / "instruction").read_text()
     for file in (dump / "profile").glob("*.textproto"):
@@ -330,18 +265,17 @@ def describe(schedule: Schedule) -> str:
         size = region.stop - region.start
         busy = sum(schedule.busy[region.start : region.stop])
         lines.append(f"  {region.kind:4} {size:6} bundles x {region.times:g}, matrix units busy {busy}")
-    lines.append("  slots used: " + ", ".join(f"{unit} {100 * share:.0f} %" for unit, share in schedule.slots.items()))
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jaxgpt.planning.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("program", type=Path, help="text of a compiled program: compiled.as_text()")
     parser.add_argument("--topology", default="v5e:2x2", help="a slice of the chips that it was compiled for")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
-        _compile_alone(args.program, args.alone)
+        _compile_alone(args.program, args.topology)
         return
     for schedule in kernel_schedules(args.program.read_text(), args.topology):
         print(describe(schedule))

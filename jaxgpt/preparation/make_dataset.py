@@ -1,18 +1,16 @@
-"""From a source of documents to a prepared dataset: read, clean, drop duplicates, split, tokenize, write.
+"""Makes a prepared dataset from a source: read, clean, drop duplicates, split, tokenize, write.
 
-The idea: the folder's name is a digest of everything that decides its content, so a second run finds it and does
-nothing, and other settings make another folder beside it. On the way there each stage is a map over chunks of some MB
-(chunks.py) that any process may do (runners.py), so memory does not grow with the data, and work that was done before
-a kill is not done again.
+The folder's name is a digest of everything that decides its content, so a second run finds it and does nothing, and
+other settings make another folder beside it. Each stage is a map over chunks of some MB (chunks.py) that any process
+may do (runners.py): memory does not grow with the data, and work done before a kill is not done again.
 
-    reading.py    source -> "read" chunks         in order, in this process
-    stages.py     "read" -> "clean"               each chunk by itself; left out where nothing is to be cleaned
+    stages.py     source -> "read" chunks         in order, in this process
+    stages.py     "read" -> "clean"               chunk by chunk; omitted if [cleaning] does nothing
     splitting.py  all rows -> rows.npy, plan.json duplicates, splits; then the tokenizer
-    stages.py     "clean" -> "tokens"             each chunk by itself; conversations are augmented here
+    stages.py     "clean" -> "tokens"             chunk by chunk; conversations are augmented here
     writer.py     "tokens" -> the dataset         in order, in this process
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -20,40 +18,47 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, with_settings
 from jaxgpt.data import chat
-from jaxgpt.data.dataset import FORMAT_VERSION, TokenDataset, check_window, open_dataset
+from jaxgpt.data.dataset import FORMAT_VERSION, SPLITS, TokenDataset, check_answers, check_window, open_dataset
 from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.augmentation import Augmenter
-from jaxgpt.preparation.chunks import WorkFolder, held_work_folder, read_json, read_rows, remove, whole, write_json
-from jaxgpt.preparation.reading import progress, read
-from jaxgpt.preparation.runners import Processes, Runner
+from jaxgpt.preparation.chunks import (
+    WorkFolder,
+    held_work_folder,
+    read_arrays,
+    read_json,
+    read_rows,
+    remove,
+    write_json,
+)
+from jaxgpt.preparation.runners import ChunkRunner, Processes
 from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
-from jaxgpt.settings import ChatConfig, CleaningConfig, DataConfig, sources_of
+from jaxgpt.settings import ChatConfig, CleaningConfig, DataConfig, SourceConfig, sources_of
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import new_folder
+from jaxgpt.storage.files import new_file, new_folder
 
 Inspect = Callable[[TokenDataset], dict[str, object]]
-"""Further facts for the report, told by the finished dataset."""
+"""Gives further facts for the report, from the finished dataset."""
 
 
 def given_tokenizer(config: Config, locate: Callable[[str], Path] = Path) -> Tokenizer | None:
-    """The tokenizer that tokenizer.path names, its special tokens added; None where one is made from the data.
+    """The tokenizer that tokenizer.path names, with its special tokens; None if it is made from the data.
 
     `locate` finds the folder of a hub name, hf:NAME.
     """
-    settings = config.tokenizer
-    if settings.type != "folder":
+    path = config.tokenizer.path
+    if config.tokenizer.type != "folder" or path is None:
         return None
-    folder = locate(settings.path) if settings.path.startswith("hf:") else settings.path
-    return _with_tokens(load_tokenizer(folder), config)
+    return _with_tokens(load_tokenizer(locate(path) if path.startswith("hf:") else path), config)
 
 
 def _with_tokens(tokenizer: Tokenizer, config: Config) -> Tokenizer:
@@ -62,25 +67,27 @@ def _with_tokens(tokenizer: Tokenizer, config: Config) -> Tokenizer:
 
 
 def prepare(
-    config: Config, tokenizer: Tokenizer | None = None, runner: Runner | None = None, inspect: Inspect | None = None
+    config: Config,
+    tokenizer: Tokenizer | None = None,
+    runner: ChunkRunner | None = None,
+    inspect: Inspect | None = None,
 ) -> Path:
-    """The folder of the finished dataset for the settings, made now if it is not there; it holds report.html, too.
+    """The folder of the finished dataset for the settings, with its report; made now if it is not there.
 
-    `tokenizer` is the `given_tokenizer` of the settings, where it has been read already. `runner` works on the chunks;
-    None: data.num_proc processes on this machine, which start anew, so that a program that calls this must do so below
-    `if __name__ == "__main__"`.
+    `tokenizer` is the `given_tokenizer` of the settings, if it has been read already. Without `runner`, data.num_proc
+    processes work on the chunks; they are spawned, so the calling program needs `if __name__ == "__main__"`.
 
     Raises:
         UserError: the source or the tokenizer is missing or wrong, the text is too short for one window, or the folder
-            found is damaged, as far as that shows without reading the tokens.
+            found is damaged (its tokens are not read).
     """
     tokenizer = tokenizer or given_tokenizer(config)
     final = place_of(config, tokenizer)
     if final.exists():
         return _found(final, config, tokenizer)
-    sizes = {"format": FORMAT_VERSION, "signatures": duplicates.algorithm(config.cleaning)}
-    with held_work_folder(final, sizes) as work:
-        if final.exists():  # made by the process that was waited for
+    versions: dict[str, int | str] = {"format": FORMAT_VERSION, "signatures": duplicates.algorithm(config.cleaning)}
+    with held_work_folder(final, versions) as work:
+        if final.exists():  # made by the process that this one has waited for
             remove(work)
             return _found(final, config, tokenizer)
         with Processes(config.data.num_proc) as processes:
@@ -91,7 +98,7 @@ def prepare(
 
 
 def _found(final: Path, config: Config, tokenizer: Tokenizer | None) -> Path:
-    dataset = open_dataset(final, verify="sizes")  # whoever goes on to read the tokens verifies them
+    dataset = open_dataset(final, verify="sizes")  # the reader of the tokens verifies them
     _check_settings(dataset, _settings(config, tokenizer))
     dataset.train.check(config.block_size)
     print(f"prepared data: {final} (found, nothing to do)")
@@ -101,18 +108,18 @@ def _found(final: Path, config: Config, tokenizer: Tokenizer | None) -> Path:
 def _prepare(
     config: Config,
     tokenizer: Tokenizer | None,
-    runner: Runner,
+    runner: ChunkRunner,
     work: WorkFolder,
     final: Path,
     inspect: Inspect | None,
-) -> dict:
-    """All stages, each of which does what of its work is not done; returns the report."""
+) -> dict[str, Any]:
+    """Run all stages, each of which skips what is done; returns the report."""
     clock = _Clock()
     if _is_cleaned(config):
-        stages.cleaner(config.cleaning)  # all libraries are there, before the source is read
+        stages.cleaner(config.cleaning)  # fails before the source is read, if a library is missing
     if config.augmentation.copies:
         Augmenter(config.augmentation)
-    facts = read(config.data, work)
+    facts = stages.read(config.data, work)
     clock.lap("read")
     chunks, stage = range(len(facts["rows"])), "read"
     if _is_cleaned(config):
@@ -140,9 +147,9 @@ def _prepare(
 
 
 class _Clock:
-    """Seconds by stage, those that were done before a kill left out."""
+    """Seconds by stage, without those spent before a kill."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
@@ -152,25 +159,32 @@ class _Clock:
 
 
 def _is_cleaned(config: Config) -> bool:
-    """Whether there is anything to do between reading and tokenizing."""
     return config.cleaning != CleaningConfig()
 
 
 def _each(
-    runner: Runner, task: Callable, work: WorkFolder, config: Config, chunks: range, label: str, facts: dict
+    runner: ChunkRunner,
+    task: Callable[..., int],
+    work: WorkFolder,
+    config: Config,
+    chunks: range,
+    label: str,
+    facts: dict[str, Any],
 ) -> None:
-    """Have `runner` do `task` for the chunks that are not done."""
+    """Run `task` for the chunks that are not done."""
     ends_in = work.tokens if label == "tokenizing" else functools.partial(work.rows, "clean")
     missing = [number for number in chunks if not ends_in(number).exists()]
-    with progress(label, sum(facts["bytes"][number] for number in missing)) as bar:
+    with stages.progress(label, sum(facts["bytes"][number] for number in missing)) as bar:
         runner.each(functools.partial(task, work=work, config=config), missing, bar.update)
 
 
 # ---------------------------------------------------------------- decisions about all documents
 
 
-def _decided(work: WorkFolder, stage: str, num_chunks: int, config: Config, tokenizer: Tokenizer | None) -> dict:
-    """plan.json: made now, with rows.npy and the tokenizer, if it is not there."""
+def _decided(
+    work: WorkFolder, stage: str, num_chunks: int, config: Config, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """plan.json; if it is not there, it is made now, with rows.npy and the tokenizer."""
     file = work.path / "plan.json"
     if file.exists():
         return read_json(file)
@@ -182,9 +196,9 @@ def _decided(work: WorkFolder, stage: str, num_chunks: int, config: Config, toke
         )
     tokenizer = tokenizer or _made_tokenizer(work, stage, plan, config)
     tokenizer.save(work.path / "tokenizer")
-    with whole(work.path / "rows.npy") as temporary, open(temporary, "wb") as array:
+    with new_file(work.path / "rows.npy") as array:
         np.save(array, plan.codes)
-    told = {
+    decided = {
         "first": plan.first,
         "border": plan.border,
         "stage": stage,
@@ -193,9 +207,9 @@ def _decided(work: WorkFolder, stage: str, num_chunks: int, config: Config, toke
         "overlap": plan.overlap,
         "repeats": preparation_report.repeats(plan),
     }
-    write_json(file, told)
+    write_json(file, decided)
     failpoint("prepare.decided")
-    return told
+    return decided
 
 
 def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.Plan, config: Config) -> Tokenizer:
@@ -211,12 +225,11 @@ def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.Plan, config: 
 
 
 def _texts(work: WorkFolder, stage: str, plan: splitting.Plan, config: Config) -> Iterator[str]:
-    """What a tokenizer is made from: every text that is left, of conversations their turns.
+    """The texts that a tokenizer is made from: all that are kept; the turns of conversations.
 
-    An alphabet has to hold the letters of changed copies as well; merges do very well without them.
+    An alphabet must have the letters of changed copies, too; merges do not need them.
     """
-    unchanged = dataclasses.replace(config.augmentation, copies=0)
-    source = config if config.tokenizer.type == "char" else dataclasses.replace(config, augmentation=unchanged)
+    source = config if config.tokenizer.type == "char" else with_settings(config, augmentation_copies=0)
     for number in range(len(plan.first) - 1):
         rows = read_rows(work.rows(stage, number), ("texts", "parts", "numbers", "wheres"))
         codes = plan.of_chunk(number).tolist()
@@ -228,7 +241,7 @@ def _texts(work: WorkFolder, stage: str, plan: splitting.Plan, config: Config) -
 
 
 def _fingerprint(plan: splitting.Plan, config: Config) -> str:
-    """The digest of what the dataset holds: the documents, and for conversations how they are told and changed."""
+    """The digest of the content: the documents, and the settings that change conversations."""
     if config.data.format == "text":
         return plan.fingerprint
     facts = [plan.fingerprint, _chat_settings(config)]
@@ -239,42 +252,33 @@ def _fingerprint(plan: splitting.Plan, config: Config) -> str:
 
 
 def _write(
-    folder: Path, tokenizer: Tokenizer, work: WorkFolder, chunks: range, config: Config, about: dict
+    folder: Path, tokenizer: Tokenizer, work: WorkFolder, chunks: range, config: Config, about: dict[str, object]
 ) -> dict[str, dict[str, int]]:
-    """The dataset, its report left out; returns what was counted of each split."""
-    is_chat = config.data.format == "chat"
-    if is_chat:
-        writer = PackedWriter(folder, tokenizer, config.block_size, config.chat.packing)
+    """Write the dataset without its report; returns the counts of each split."""
+    bar = tqdm(chunks, desc="writing", unit="chunk", disable=None, leave=False)
+    writer: DatasetWriter | PackedWriter
+    if config.data.format == "chat":
+        writer = packed = PackedWriter(folder, tokenizer, config.block_size, config.chat.packing)
+        for number in bar:
+            _add_conversations(packed, read_arrays(work.tokens(number)))
+        check_answers(writer.counts["train"]["num_supervised"])
     else:
-        writer = DatasetWriter(folder, tokenizer)
-    for number in tqdm(chunks, desc="writing", unit="chunk", disable=None, leave=False):
-        arrays = stages.read_tokens(work, number)
-        if is_chat:
-            _add_conversations(writer, arrays)
-        else:
-            _add_streams(writer, arrays, read_json(work.counts("tokens", number))["splits"])
-    _check_counts(writer.counts, config)
+        writer = stream = DatasetWriter(folder, tokenizer)
+        for number in bar:
+            counts = read_json(work.counts("tokens", number))["splits"]
+            _add_streams(stream, read_arrays(work.tokens(number)), counts)
+        check_window(writer.counts["train"]["num_tokens"], config.block_size)
+    if not writer.counts["validation"]["num_tokens"]:
+        raise UserError(
+            "nothing is left for validation; give more documents, a larger data.validation_fraction or less [cleaning]"
+        )
     writer.finish(about)
     return writer.counts
 
 
-def _check_counts(counts: dict[str, dict[str, int]], config: Config) -> None:
-    if config.data.format == "text":
-        check_window(counts["train"]["num_tokens"], config.block_size)
-    elif not counts["train"]["num_supervised"]:
-        raise UserError(
-            "the training split has no conversation with an answer that could be learned; give more conversations "
-            "or a smaller data.validation_fraction"
-        )
-    if not counts["validation"]["num_tokens"]:
-        raise UserError(
-            "nothing is left for validation; give more documents, a larger data.validation_fraction or less [cleaning]"
-        )
-
-
-def _add_streams(writer: DatasetWriter, arrays: dict[str, np.ndarray], counts: dict) -> None:
+def _add_streams(writer: DatasetWriter, arrays: dict[str, np.ndarray], counts: dict[str, dict[str, int]]) -> None:
     for split, tokens in arrays.items():
-        writer.add(split, tokens, counts[split]["num_bytes"], starts_document=False)  # end-of-text is among them
+        writer.add(split, tokens, counts[split]["num_bytes"], starts_document=False)  # they contain end-of-text
         writer.counts[split]["num_documents"] += counts[split]["num_documents"]
     writer.flush()
 
@@ -284,16 +288,23 @@ def _add_conversations(writer: PackedWriter, arrays: dict[str, np.ndarray]) -> N
     tokens, supervised = (np.split(arrays[name], borders) for name in ("tokens", "supervised"))
     columns = (arrays[name].tolist() for name in ("splits", "num_bytes", "documents"))
     for split, num_bytes, document, ids, learned in zip(*columns, tokens, supervised):
-        writer.add(splitting.SPLITS[split], ids.astype(np.int32), learned, num_bytes, document)
+        writer.add(SPLITS[split], ids.astype(np.int32), learned, num_bytes, document)
 
 
-# ---------------------------------------------------------------- which settings belong to a dataset
+# ---------------------------------------------------------------- the name of a dataset
+
+
+def place_of(config: Config, tokenizer: Tokenizer | None) -> Path:
+    """The folder of the dataset for these settings and this state of the source."""
+    facts = [FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Path(config.data.prepared_dir) / f"{sources.short_name(config.data)}-{digest[:12]}"
 
 
 def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
-    """The settings that decide what is in the dataset; `tokenizer` where it is given, not made from the data.
+    """The settings that decide the content of the dataset; `tokenizer` if it is given, not made from the data.
 
-    Those of later versions are left out where they are at their defaults, so that older datasets are still found.
+    Settings added in later versions are omitted at their defaults, so that older datasets are still found.
     """
     data, chosen = config.data, config.tokenizer
     settings = {
@@ -305,7 +316,8 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
     if chosen.type == "bpe":
         settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
     if chosen.type == "folder":
-        settings["tokenizer_digest"] = tokenizer.digest  # special tokens included
+        assert tokenizer is not None
+        settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens
     elif chosen.special_tokens:
         settings["special_tokens"] = chosen.special_tokens
     for name in ("on_bad_record", "max_record_bytes"):
@@ -320,20 +332,20 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
 
 def _source_settings(data: DataConfig) -> dict[str, object]:
     if not isinstance(data.source, str):
-        return {"source": [_source(part) | {"weight": part.weight} for part in sources_of(data)]}
-    return _source(sources_of(data)[0])
+        return {"source": [_one_source(part) | {"weight": part.weight} for part in sources_of(data)]}
+    return _one_source(sources_of(data)[0])
 
 
-def _source(part) -> dict[str, object]:
-    """A source's settings; where it lies is no part of them, but of its state."""
+def _one_source(part: SourceConfig) -> dict[str, object]:
+    """The settings of one source; its path belongs to `sources.source_key`."""
     has_field = part.source.startswith(("jsonl", "parquet", "tfds:", "huggingface:"))
     return {"source": part.source, "text_field": part.text_field if has_field else None}
 
 
 def _chat_settings(config: Config) -> dict[str, object]:
-    settings = {"chat": dataclasses.asdict(config.chat)} if config.chat != ChatConfig() else {}
+    settings: dict[str, object] = {"chat": vars(config.chat)} if config.chat != ChatConfig() else {}
     if config.augmentation.copies:
-        augmentation = dataclasses.asdict(config.augmentation)
+        augmentation = dict(vars(config.augmentation))
         if file := augmentation.pop("synonyms"):
             augmentation["synonyms_digest"] = _file_digest(Path(file))
         settings["augmentation"] = augmentation
@@ -347,15 +359,14 @@ def _file_digest(file: Path) -> str:
         raise UserError(f"augmentation.synonyms = {file}: cannot be read ({error.strerror})") from None
 
 
-def _changed(settings) -> dict[str, object]:
-    """The fields of a section that are not at their defaults."""
-    default = type(settings)()
-    values = dataclasses.asdict(settings).items()
-    return {name: value for name, value in values if value != getattr(default, name)}
+def _changed(settings: CleaningConfig) -> dict[str, object]:
+    """The fields that are not at their defaults."""
+    default = CleaningConfig()
+    return {name: value for name, value in vars(settings).items() if value != getattr(default, name)}
 
 
 def _check_settings(dataset: TokenDataset, settings: dict[str, object]) -> None:
-    """The folder is named after its settings; what was copied into it later may have been prepared with others."""
+    """Refuse a folder whose dataset was prepared with other settings and copied there."""
     settings = json.loads(json.dumps(settings))  # as they are read back
     for name in sorted(settings.keys() | dataset.settings.keys()):
         if (there := dataset.settings.get(name)) != (here := settings.get(name)):
@@ -363,10 +374,3 @@ def _check_settings(dataset: TokenDataset, settings: dict[str, object]) -> None:
                 f"{dataset.path}: holds data that was prepared with {name} = {there}, not {here}; "
                 f"delete {dataset.path} and prepare again"
             )
-
-
-def place_of(config: Config, tokenizer: Tokenizer | None) -> Path:
-    """Where the dataset of these settings and this state of the source lies."""
-    facts = [FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Path(config.data.prepared_dir) / f"{sources.short_name(config.data)}-{digest[:12]}"

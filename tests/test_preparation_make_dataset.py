@@ -19,9 +19,9 @@ from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import chunks, duplicates, preparation, preparation_report, reading, sources, splitting, stages
+from jaxgpt.preparation import chunks, duplicates, make_dataset, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
-from jaxgpt.preparation.preparation import prepare
+from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.runners import Processes
 from jaxgpt.preparation.splitting import DROPPED, STARTS, TRAIN, VALIDATION
 from jaxgpt.settings import CleaningConfig
@@ -34,7 +34,7 @@ CLEANING = {"urls": "mask", "whitespace": True, "min_chars": 100}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(stages, "CHUNK_BYTES", CHUNK)
 
 
 def config_of(folder: Path, **sections) -> Config:
@@ -89,21 +89,26 @@ class Recorder(Processes):
 # ---------------------------------------------------------------- shared out in any way
 
 
-def test_the_shards_do_not_depend_on_chunks_or_processes(tmp_path, monkeypatch):
-    config = config_of(tmp_path, cleaning=CLEANING)
-    found = [shards(prepare(elsewhere(config, tmp_path / "two", num_proc=2)))]
-    found.append(shards(prepare(elsewhere(config, tmp_path / "one", num_proc=1))))
-    for size in (1500, 10**9):
-        monkeypatch.setattr(reading, "CHUNK_BYTES", size)
-        found.append(shards(prepare(elsewhere(config, tmp_path / str(size), num_proc=1))))
+def test_the_shards_do_not_depend_on_chunks(tmp_path, monkeypatch):
+    config, found = config_of(tmp_path, cleaning=CLEANING), []
+    for size in (1500, CHUNK, 10**9):
+        monkeypatch.setattr(stages, "CHUNK_BYTES", size)
+        found.append(shards(prepare(elsewhere(config, tmp_path / str(size)))))
     assert len(found[0]) == 5
-    assert all(other == found[0] for other in found)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.system
+def test_the_shards_do_not_depend_on_processes(tmp_path):
+    config = config_of(tmp_path, cleaning=CLEANING)
+    one, two = (shards(prepare(elsewhere(config, tmp_path / str(count), num_proc=count))) for count in (1, 2))
+    assert one == two
 
 
 def test_conversations_do_not_depend_on_chunks(tmp_path, monkeypatch):
     config = chat_config(tmp_path, **AUGMENTED)
     found = shards(prepare(elsewhere(config, tmp_path / "small")))
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 10**9)
+    monkeypatch.setattr(stages, "CHUNK_BYTES", 10**9)
     assert shards(prepare(elsewhere(config, tmp_path / "large"))) == found
 
 
@@ -116,6 +121,7 @@ def test_the_setting_says_how_many_processes_work(tmp_path, monkeypatch):
     assert seen == [3, None]
 
 
+@pytest.mark.system
 def test_workers_do_not_import_jax(tmp_path):
     names = []
     with Processes(2) as runner:
@@ -144,18 +150,19 @@ KILLS += ["prepare.write:kill"]
 KILLED = f"""
 import json, os, sys
 from jaxgpt.config import from_json
-from jaxgpt.preparation import preparation, reading, stages
-reading.CHUNK_BYTES = {CHUNK}
+from jaxgpt.preparation import make_dataset, stages
+stages.CHUNK_BYTES = {CHUNK}
 for point, text in json.load(sys.stdin):
     child = os.fork()
     if not child:
         os.environ["JAXGPT_FAILPOINT"] = point
-        preparation.prepare(from_json(text))
+        make_dataset.prepare(from_json(text))
         os._exit(0)
     print(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("points", "sections"), [(KILLS, {"cleaning": CLEANING}), (KILLS[3:4], AUGMENTED)])
 def test_killed_in_any_stage_it_goes_on_and_gives_the_same_shards(points, sections, tmp_path):
     config = (chat_config if sections is AUGMENTED else config_of)(tmp_path, **sections)
@@ -180,7 +187,7 @@ def test_killed_in_any_stage_it_goes_on_and_gives_the_same_shards(points, sectio
 
 def test_what_was_read_before_a_kill_is_not_written_again(tmp_path, monkeypatch):
     config, written = config_of(tmp_path), []
-    original = reading.write_rows
+    original = stages.write_rows
 
     def write(path, rows) -> None:
         original(path, rows)
@@ -188,7 +195,7 @@ def test_what_was_read_before_a_kill_is_not_written_again(tmp_path, monkeypatch)
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(reading, "write_rows", write)
+    monkeypatch.setattr(stages, "write_rows", write)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     path = prepare(config)
@@ -197,11 +204,12 @@ def test_what_was_read_before_a_kill_is_not_written_again(tmp_path, monkeypatch)
     assert shards(path) == shards(prepare(elsewhere(config, tmp_path / "whole")))
 
 
+@pytest.mark.system
 def test_no_worker_outlives_a_killed_prepare(tmp_path):
     config = elsewhere(config_of(tmp_path), tmp_path / "prepared", num_proc=2)
     code = (
-        "import sys\nfrom jaxgpt.config import from_json\nfrom jaxgpt.preparation import preparation, reading\n"
-        f"reading.CHUNK_BYTES = {CHUNK}\npreparation.prepare(from_json(sys.stdin.read()))\n"
+        "import sys\nfrom jaxgpt.config import from_json\nfrom jaxgpt.preparation import make_dataset, stages\n"
+        f"stages.CHUNK_BYTES = {CHUNK}\nmake_dataset.prepare(from_json(sys.stdin.read()))\n"
     )
     hanging = os.environ | {"JAXGPT_FAILPOINT": "prepare.tokenize:hang"}
     run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=hanging, text=True)
@@ -221,7 +229,7 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
 
 def test_a_second_preparation_of_the_same_waits_and_finds_the_first_ones_work(tmp_path, capsys):
     config = config_of(tmp_path)
-    final = preparation.place_of(config, None)
+    final = make_dataset.place_of(config, None)
     found = []
     second = threading.Thread(target=lambda: found.append(prepare(config)))
     with chunks.held_work_folder(final, {}):
@@ -319,7 +327,7 @@ CHAT = {"data": {"format": "chat"}}
     ],
 )
 def test_each_of_these_settings_makes_another_dataset(base, more, tmp_path):
-    places = {preparation.place_of(config_of(tmp_path, **sections), None) for sections in (base, more)}
+    places = {make_dataset.place_of(config_of(tmp_path, **sections), None) for sections in (base, more)}
     assert len(places) == 2
 
 
@@ -328,10 +336,10 @@ def test_other_synonyms_make_another_dataset_and_num_proc_does_not(tmp_path):
     table.write_text("hello, hi\n")
     augmentation = {"copies": 1, "synonyms": str(table), "synonym_rate": 0.5}
     config = chat_config(tmp_path, augmentation=augmentation)
-    before = preparation.place_of(config, None)
-    assert preparation.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None) == before
+    before = make_dataset.place_of(config, None)
+    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None) == before
     table.write_text("hello, hi, good day\n")
-    assert preparation.place_of(config, None) != before
+    assert make_dataset.place_of(config, None) != before
 
 
 # ---------------------------------------------------------------- the report
@@ -426,7 +434,7 @@ def test_the_epochs_are_those_that_the_config_implies(train, expected, tmp_path)
 
 
 def test_examples_show_the_place_that_changed():
-    from jaxgpt.preparation.examples import difference
+    from jaxgpt.preparation.stages import difference
 
     before = "x" * 1000 + "a\tb" + "y" * 1000
     shown = difference(before, before.replace("\t", " "))
