@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -30,6 +31,7 @@ from jaxgpt.settings import ModelConfig
 #   LayerNorm gains                           1
 INIT_STD = 0.02
 
+Tokens = np.ndarray | Array
 Dropout = tuple[float | Array, Array | None]
 """(rate, key); no key, no dropout."""
 NO_DROPOUT: Dropout = (0.0, None)
@@ -170,16 +172,16 @@ class GPT2(nnx.Module):
         self.blocks = Block(config, rngs)
         self.ln_f = LayerNorm((config.n_embd,), ("norm",))
 
-    def __call__(self, tokens_BT: Array, *, segments_BT: Array | None = None) -> Array:
+    def __call__(self, tokens_BT: Tokens, *, segments_BT: Tokens | None = None) -> Array:
         """Logits (B, T, vocab_size) in float32."""
         return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
     def hidden(
         self,
-        tokens_BT: Array,
+        tokens_BT: Tokens,
         *,
-        segments_BT: Array | None = None,
-        positions_BT: Array | None = None,
+        segments_BT: Tokens | None = None,
+        positions_BT: Tokens | None = None,
         dropout: Dropout = NO_DROPOUT,
         gather_block: Callable[[dict], dict] = lambda block: block,
         backend: Backend = PLAIN,
