@@ -14,7 +14,6 @@ from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
-from jaxgpt.parallel.accelerator import keep_freed_memory
 from jaxgpt.parallel.host_watch import PeerWatch
 from jaxgpt.storage.files import write_file
 from jaxgpt.training import resume
@@ -37,10 +36,10 @@ def train(
 ) -> None:
     """Start or resume the run of `config` in `workdir`, alone or as one process of several.
 
-    What is wrong with the input is found before anything is written. `force` accepts settings that change what
+    Call `keep_freed_memory` before this module is imported. What is wrong with the input is found before anything is
+    written. `force` accepts settings that change what
     follows in a run and not what was.
     """
-    keep_freed_memory()  # before jax starts its threads
     activity = Activity()
     lost = functools.partial(record_lost_host, workdir)
     with contextlib.ExitStack() as held:
