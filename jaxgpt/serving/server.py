@@ -201,7 +201,8 @@ class _Lifetime:
         self._signals = 0
 
     async def run(self) -> None:
-        """
+        """Serve until a signal comes, then finish what is under way.
+
         Raises:
             RunFailed: the engine has failed; whatever `build` raises.
         """
