@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import socket
 from pathlib import Path
 
 import jax
@@ -361,8 +362,9 @@ def test_a_write_that_fails_leaves_nothing_and_a_replaced_folder_as_it_was(folde
 
 def test_a_folder_is_replaced_when_that_is_asked_for(folder, tmp_path):
     (folder / "of-an-older-export").touch()
-    (tmp_path / ".hf.partial").mkdir()  # left by a process that was killed
-    (tmp_path / ".hf.partial" / "model.safetensors").touch()
+    leftover = tmp_path / f".hf.{socket.gethostname()}.{2**22 + 1}.0.partial"  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "model.safetensors").touch()
     export_model(folder, MODEL, VOCAB, random_params(seed=1), TOKENIZER, replace=True)
     assert same(load_model(folder).params, random_params(seed=1))
     assert not (folder / "of-an-older-export").exists()
