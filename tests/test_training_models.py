@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import save_as_run
 
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import train_bpe
@@ -18,7 +19,7 @@ from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, locate, open_model, read_params, write_model
 from jaxgpt.settings import ModelConfig
 from jaxgpt.training import models
-from jaxgpt.training.models import LoadedModel, check_logits, export_model, load_model, save_as_run
+from jaxgpt.training.models import LoadedModel, check_logits, export_model, load_model
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12, dtype="float32")
 VOCAB = 300

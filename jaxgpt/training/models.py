@@ -201,18 +201,8 @@ def _stop_at_end_of_turn(file: Path, tokenizer: Tokenizer) -> None:
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_as_run(run: Path, model: LoadedModel) -> None:
-    """Write a run folder that holds the weights of `model` as its step 0, without an optimizer.
-
-    Raises:
-        UserError: the folder exists.
-    """
-    with new_folder(run) as partial:
-        write_run(partial, model)
-
-
 def write_run(run: Path, model: LoadedModel) -> None:
-    """`save_as_run` into a folder that exists already."""
+    """Write the weights of `model` into the folder `run` as its step 0, without an optimizer."""
     quiet_orbax()
     (run / "config.json").write_text(to_json(model.config), encoding="utf-8")
     model.tokenizer.save(run / "tokenizer", model.config.model.n_positions)
