@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxgpt.config import describe_type, sections
 from jaxgpt.settings import SourceConfig
-from jaxgpt.training.resume_rules import ON_RESUME
+from jaxgpt.training.resume import ON_RESUME
 
 PAGE = Path(__file__).with_suffix(".md")
 

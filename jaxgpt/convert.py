@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
 
-    from jaxgpt.training.conversion import convert
+    from jaxgpt.training.models import convert
 
     convert(arguments.source, arguments.to, arguments.format)
 

@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if devices and (batch is None or any(batch % number for number in devices)):
         raise UserError(f"--devices {arguments.devices}: set train.global_batch_size to a multiple of each")
 
-    from jaxgpt.diagnosis.kill_drill import Drill, Plan, table
+    from jaxgpt.diagnosis.kill_drill import Drill, DrillPlan, table
 
     overrides = {name: value for name, value in vars(arguments).items() if "." in name}
-    plan = Plan(
+    plan = DrillPlan(
         arguments.config, config, overrides, workdir, arguments.kills, arguments.points, arguments.seed, devices
     )
     report = Drill(plan).run()

@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: Config, workdir: Path, force: bool = False) -> None:
     """`training.run.train`, with the tasks of evaluation/ and the report of reporting/."""
+    from jaxgpt.parallel.accelerator import keep_freed_memory
+
+    keep_freed_memory()  # before jax starts its threads
     from jaxgpt.evaluation.in_training import task_scorer
     from jaxgpt.reporting.run_page import write_summary
     from jaxgpt.training import run

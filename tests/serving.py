@@ -43,6 +43,7 @@ import jax
 import numpy as np
 import pytest
 from processes import wait_for
+from tiny import save_as_run
 
 from jaxgpt.config import Config
 from jaxgpt.data.chat import with_chat_tokens
@@ -53,7 +54,7 @@ from jaxgpt.inference.text import token_bytes
 from jaxgpt.model import gpt2
 from jaxgpt.serving.served_model import ServedModel
 from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig
-from jaxgpt.training.models import LoadedModel, export_model, save_as_run
+from jaxgpt.training.models import LoadedModel, export_model
 
 KEYS = ("first-key-9f3c", "second-key-77ab")
 ORIGIN = "https://chat.example.com"

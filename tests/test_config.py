@@ -11,7 +11,7 @@ from jaxgpt import cli, config
 from jaxgpt.config import Config, load_config, sections
 from jaxgpt.errors import UserError
 from jaxgpt.settings import DataConfig, ModelConfig, TrainConfig
-from jaxgpt.training import resume_rules
+from jaxgpt.training import resume
 
 CONFIGS = sorted((Path(jaxgpt.__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -134,29 +134,29 @@ def changed(old: Config, **settings) -> Config:
 
 
 def kinds(old: Config, **settings) -> dict[str, str]:
-    return {name: change.kind for name, change in resume_rules.resume_conflicts(old, changed(old, **settings)).items()}
+    return {name: change.kind for name, change in resume.resume_conflicts(old, changed(old, **settings)).items()}
 
 
 def test_every_setting_stands_in_one_class_once():
-    entries = [entry for names in resume_rules.ON_RESUME.values() for entry in names]
+    entries = [entry for names in resume.ON_RESUME.values() for entry in names]
     settings = config.flatten(Config())
     sections = {name.split(".")[0] for name in settings}
     assert set(entries) <= settings.keys() | sections, "a class names a setting that does not exist"
     for name in settings:
         stands = entries.count(name) + entries.count(name.split(".")[0])
-        assert stands == 1, f"{name} stands {stands} times in resume_rules.ON_RESUME; decide on one class"
+        assert stands == 1, f"{name} stands {stands} times in resume.ON_RESUME; decide on one class"
 
 
 def test_a_difference_is_named_with_its_class_and_both_values():
     new = changed(RUN, log__logging_steps=3, optimizer__learning_rate=1e-3, model__n_layer=3)
-    differences = resume_rules.resume_conflicts(RUN, new)
+    differences = resume.resume_conflicts(RUN, new)
     assert differences == {
         "log.logging_steps": (10, 3, "free"),
         "optimizer.learning_rate": (6e-4, 1e-3, "forced"),
         "model.n_layer": (12, 3, "refused"),
     }
     assert str(differences["model.n_layer"]) == "was 12, now 3"
-    assert resume_rules.resume_conflicts(RUN, RUN) == {}
+    assert resume.resume_conflicts(RUN, RUN) == {}
 
 
 def test_what_a_config_leaves_open_is_no_difference():
@@ -193,7 +193,7 @@ def test_more_steps_are_free_only_where_the_learning_rate_does_not_know_them():
         assert kinds(changed(RUN, optimizer__lr_scheduler_type=shape), train__max_steps=600) == {
             "train.max_steps": "forced"
         }
-    for shape in resume_rules.ENDLESS:
+    for shape in resume.ENDLESS:
         run = changed(RUN, optimizer__lr_scheduler_type=shape)
         assert kinds(run, train__max_steps=600) == {"train.max_steps": "free"}
         both = {"train__max_steps": 600, "optimizer__lr_scheduler_type": "cosine"}

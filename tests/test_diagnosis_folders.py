@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def run_folder_on(mount: str, here: Case, before: str = "true") -> list[dict]:
     folder.mkdir(exist_ok=True)
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets no user mount")
-    probe = f"{sys.executable} -m jaxgpt.diagnosis.checkup experiment run_folder 30"
+    probe = f"{sys.executable} -m jaxgpt.diagnosis.checkup experiment run_folder {time.monotonic() + 60}"
     script = f"mount {mount} {folder} && {{ {before}; {probe}; }}"
     command = ["unshare", "-Urm", "sh", "-c", script]
     done = subprocess.run(command, input=here.to_json(), capture_output=True, text=True)

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import RUN
+from tiny import RUN, save_as_run
 
 from jaxgpt import evaluate, train
 from jaxgpt.config import Config
@@ -19,7 +19,7 @@ from jaxgpt.model import gpt2
 from jaxgpt.settings import ModelConfig
 from jaxgpt.training.checkpoint import find_step
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.models import LoadedModel, load_model, save_as_run
+from jaxgpt.training.models import LoadedModel, load_model
 from jaxgpt.training.resume import dataset_read_by
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, dtype="float32")

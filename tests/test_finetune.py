@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import TRAINED
+from tiny import TRAINED, save_as_run
 
 from jaxgpt import train
 from jaxgpt.config import load_config
@@ -19,7 +19,7 @@ from jaxgpt.model import gpt2
 from jaxgpt.preparation.make_dataset import given_tokenizer
 from jaxgpt.settings import ModelConfig
 from jaxgpt.training.metrics import read_metrics
-from jaxgpt.training.models import export_model, load_model, save_as_run
+from jaxgpt.training.models import export_model, load_model
 
 SHARDED = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 ROLES = '["<|user|>", "<|assistant|>"]'

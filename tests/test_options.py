@@ -33,10 +33,9 @@ from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.sources import documents
 from jaxgpt.training.bad_steps import BadStep, BadSteps
 from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.optimizer import arguments, build_optimizer
-from jaxgpt.training.run_state import Position
+from jaxgpt.training.run_state import EarlyStopping, Position
 from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
 
 BASE = {

@@ -246,6 +246,18 @@ def test_processes_that_fail_alike_keep_their_exit_codes(tmp_path):
     assert FAIL_AT and not (tmp_path / "run").exists()
 
 
+@pytest.mark.system
+def test_an_abort_is_delayed_and_still_ends_the_process(tmp_path):
+    code = (
+        "import ctypes, threading, time; from jaxgpt.parallel import host_watch; host_watch._delay_aborts()\n"
+        "began = time.monotonic(); threading.Thread(target=ctypes.CDLL(None).abort).start()\n"
+        "while True: print(time.monotonic() - began, flush=True); time.sleep(0.1)"
+    )
+    with started(tmp_path, [["-c", code]], [dict(os.environ)]) as processes:
+        assert processes.code(0) == -signal.SIGABRT
+        assert float(processes.output(0).split()[-1]) > 5  # the other threads went on
+
+
 # ---------------------------------------------------------------- the training
 
 CONFIG = (

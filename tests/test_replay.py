@@ -19,9 +19,10 @@ from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
 from jaxgpt.errors import UserError
+from jaxgpt.inference import answers
 from jaxgpt.model import gpt2
 from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
-from jaxgpt.training import replayed_step
+from jaxgpt.training import replayed_step, start
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.recovery import read_faults
 
@@ -94,7 +95,7 @@ def write_chat(data: Path) -> None:
 def prepared(folder: Path, kind: str):
     """`train` finds the data of this test instead of preparing any."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepared", lambda config, tokenizer: folder / f"{kind}-data")
+        patch.setattr(start, "prepare", lambda config, tokenizer: folder / f"{kind}-data")
         yield
 
 
@@ -273,7 +274,7 @@ def test_a_chat_run_tells_which_answers_stop_and_shows_one_and_looks_at_the_data
 def test_a_model_that_learned_to_stop_is_told_from_one_that_did_not(folder):
     dataset = open_dataset(folder / "chat-data")
     config = load(folder, {"data.format": "chat"})
-    sample = train.sampler(config, dataset)
+    sample = answers.sampler(config, dataset)
     params = gpt2.init_params(config.model, dataset.vocab_size, jax.random.key(0))
     end = load_tokenizer(dataset.path / "tokenizer").end_of_turn
     # With all weights of the head's input gone, the last LayerNorm's bias alone decides what comes next.
@@ -283,4 +284,4 @@ def test_a_model_that_learned_to_stop_is_told_from_one_that_did_not(folder):
         always["ln_f"]["bias"] = 100 * always["wte"][token]
         found = sample(jax.device_put(always, jax.devices()[0]))
         assert found["eval_stop_rate"] == rate
-    assert train.sampler(load(folder, {"data.format": "chat", "eval.chat_prompts": 0}), dataset) is None
+    assert answers.sampler(load(folder, {"data.format": "chat", "eval.chat_prompts": 0}), dataset) is None

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from test_sample import Terminal, run, stdin_of
+from tiny import save_as_run
 
 from jaxgpt.config import Config
 from jaxgpt.data import chat
@@ -21,7 +22,7 @@ from jaxgpt.inference.prompts import ChatPrompts, ChatSession
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.settings import ChatConfig, ModelConfig
-from jaxgpt.training.models import LoadedModel, load_model, save_as_run, write_huggingface
+from jaxgpt.training.models import LoadedModel, load_model, write_huggingface
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, n_positions=256, dtype="float32")
 TOKENIZER = chat.with_chat_tokens(train_bpe(["no merges"], 257))

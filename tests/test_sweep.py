@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import save_as_run
 
 from jaxgpt import sweep
 from jaxgpt.config import load_config
@@ -19,7 +20,7 @@ from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.model import gpt2
 from jaxgpt.training.bad_steps import BadStep
-from jaxgpt.training.models import LoadedModel, save_as_run
+from jaxgpt.training.models import LoadedModel
 from jaxgpt.tuning import learning_rate, trial_runner
 from jaxgpt.tuning import sweep_folder as recording
 from jaxgpt.tuning.sweep_folder import Records, TrialRecord

@@ -21,10 +21,9 @@ from jaxgpt.config import Config
 from jaxgpt.evaluation import in_training
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import EvalConfig, MeshConfig, TrainConfig
-from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import load_model
-from jaxgpt.training.run_state import Position, position
+from jaxgpt.training.run_state import EarlyStopping, Position, position
 from jaxgpt.training.step import lay_out
 
 CONFIG = (

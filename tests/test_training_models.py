@@ -3,12 +3,14 @@
 import json
 import logging
 import pickle
+import socket
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import save_as_run
 
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import train_bpe
@@ -17,7 +19,7 @@ from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, locate, open_model, read_params, write_model
 from jaxgpt.settings import ModelConfig
 from jaxgpt.training import models
-from jaxgpt.training.models import LoadedModel, check_logits, export_model, load_model, save_as_run
+from jaxgpt.training.models import LoadedModel, check_logits, export_model, load_model
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_positions=12, dtype="float32")
 VOCAB = 300
@@ -361,8 +363,9 @@ def test_a_write_that_fails_leaves_nothing_and_a_replaced_folder_as_it_was(folde
 
 def test_a_folder_is_replaced_when_that_is_asked_for(folder, tmp_path):
     (folder / "of-an-older-export").touch()
-    (tmp_path / ".hf.partial").mkdir()  # left by a process that was killed
-    (tmp_path / ".hf.partial" / "model.safetensors").touch()
+    leftover = tmp_path / f".hf.{socket.gethostname()}.{2**22 + 1}.0.partial"  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "model.safetensors").touch()
     export_model(folder, MODEL, VOCAB, random_params(seed=1), TOKENIZER, replace=True)
     assert same(load_model(folder).params, random_params(seed=1))
     assert not (folder / "of-an-older-export").exists()

@@ -20,8 +20,7 @@ from jaxgpt.settings import OptimizerConfig, TrainConfig
 from jaxgpt.storage import manifest
 from jaxgpt.training import resume
 from jaxgpt.training.optimizer import arguments, build_optimizer, schedule
-from jaxgpt.training.resume import CHANGES, check_workdir, record_changes
-from jaxgpt.training.resume_rules import ENDLESS, ON_RESUME
+from jaxgpt.training.resume import CHANGES, ENDLESS, ON_RESUME, check_workdir, record_changes
 
 OLD = Config(optimizer=OptimizerConfig(learning_rate=0.01), train=TrainConfig(max_steps=500, global_batch_size=8))
 

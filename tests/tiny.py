@@ -12,6 +12,8 @@ from jaxgpt.config import Config
 from jaxgpt.data.pipeline import Batch
 from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.storage.files import new_folder
+from jaxgpt.training.models import LoadedModel, write_run
 from jaxgpt.training.step import build_program
 
 VOCAB = 65
@@ -135,3 +137,9 @@ class Trained:
         copy = Trained(folder)
         copy.config.write_text(TRAINED.format(folder=folder))
         return copy
+
+
+def save_as_run(run: Path, model: LoadedModel) -> None:
+    """A run folder that holds the weights of `model` as its step 0."""
+    with new_folder(run) as partial:
+        write_run(partial, model)

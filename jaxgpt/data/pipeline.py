@@ -7,7 +7,7 @@ how many hosts and devices there are, except which rows this process has to read
 
 import collections
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def train_batches(
     num_threads: int = 2,
     prefetch_batches: int = 4,
     skip: frozenset[int] = frozenset(),
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of steps start_step..stop_step - 1 as global arrays [accumulation, B / accumulation, T].
 
     Row r of the global batch lies at [r // M, r % M], M = B / accumulation. A process reads the rows that `sharding`
@@ -102,7 +102,7 @@ def eval_batches(
     max_batches: int | None = None,
     num_threads: int = 2,
     prefetch_batches: int = 4,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of the split from its start, as global arrays [B, T]; at most `max_batches`.
 
     Every target occurs once; padding of the last row and the last batch has weight 0. Every process gets the same
@@ -144,7 +144,7 @@ def _batches(
     sharding: Sharding,
     num_threads: int,
     prefetch_batches: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Global arrays of `shape` [..., T] for each step, read by Grain's threads and sent to the devices AHEAD of use."""
     import grain
 
@@ -158,7 +158,7 @@ def _batches(
     dataset = grain.MapDataset.range(steps.start, max(steps.start, steps.stop))
     dataset = dataset.map(lambda step: read(int(step), local_rows)).to_iter_dataset(options)
 
-    def generate() -> Iterator[Batch]:
+    def generate() -> Generator[Batch]:
         host_batches = iter(dataset)
         sent: collections.deque[Batch] = collections.deque()
         try:

@@ -140,7 +140,7 @@ class Child:
         self._answers = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, probe.module, probe.function, str(seconds)],
+            [sys.executable, "-m", __name__, probe.module, probe.function, str(self._started + seconds)],
             stdin=subprocess.PIPE,
             stdout=self._answers,
             stderr=self._complaints,
@@ -194,9 +194,12 @@ class Child:
         return f"failed: {last[-1][:300]}", ""
 
 
-def main(module: str, function: str, seconds: float) -> None:
-    """Run a probe in this process: the case comes on stdin, each finding goes out at once."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
+def main(module: str, function: str, deadline: float) -> None:
+    """Run a probe in this process: the case comes on stdin, each finding goes out at once.
+
+    At `deadline`, on the clock of time.monotonic(), which all processes share, it prints its stack and exits.
+    """
+    faulthandler.dump_traceback_later(max(deadline - time.monotonic(), 0.01), exit=True)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the output of libraries is no finding
     case = Case.from_json(sys.stdin.read())

@@ -35,7 +35,7 @@ REPEATED = ("save.", "delete.")  # prefixes of points that it passes at every ch
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrillPlan:
     """The run to kill, and how often."""
 
     config_file: str
@@ -79,7 +79,7 @@ class DrillReport:
 class Drill:
     """One drill: `run` does it."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: DrillPlan):
         self._asked = plan
         self._config = plan.config
         self._workdir = plan.workdir

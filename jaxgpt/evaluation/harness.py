@@ -20,7 +20,6 @@ from jaxgpt.settings import MeshConfig
 from jaxgpt.training.models import LoadedModel, load_model
 
 if TYPE_CHECKING:  # lm_eval is imported when it is first used
-    from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
@@ -97,8 +96,8 @@ def run(
     return [row for row in (_row(name, found, model.cut) for name in found["results"]) if row]
 
 
-def _load(names: Sequence[str], include: Path | None) -> tuple["TaskManager", list["Task | Group"]]:
-    """The harness's task manager, and the tasks with their data."""
+def _load(names: Sequence[str], include: Path | None) -> tuple["TaskManager", list["Task"]]:
+    """The harness's task manager, and the tasks and groups with their data."""
     from lm_eval.tasks import TaskManager
 
     if include is not None and not Path(include).is_dir():

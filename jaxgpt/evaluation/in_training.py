@@ -77,7 +77,7 @@ class TaskScores:
         return values
 
     def describe(self) -> str:
-        """What will be scored, a line for each task."""
+        """A line for each task: its name, size and source."""
         lines = []
         for (name, task), requests in zip(self._tasks, self._requests, strict=True):
             count = f"{len(task.questions):,} questions" if isinstance(task, Task) else f"{len(task.pages):,} pages"

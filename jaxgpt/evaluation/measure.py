@@ -42,7 +42,7 @@ NEW_TOKENS = 100
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What to measure; `jaxgpt evaluate --help` explains the flags of these names."""
+    """The flags of `jaxgpt evaluate`, whose --help explains them."""
 
     checkpoint: str
     text: Sequence[Path] = ()

@@ -151,7 +151,7 @@ class RowMember(NamedTuple):
     number: int
     """Its place among the requests."""
     first: int
-    """Where its targets begin among the row's."""
+    """The place of its first target among the row's."""
     num_targets: int
     cut: int
     """Tokens of the context that did not fit, at its beginning."""

@@ -38,7 +38,7 @@ class Written(NamedTuple):
 class Prompts:
     tokens: list[list[int]]
     origin: str
-    """Where the prompts come from, for the table."""
+    """The source of the prompts, for the table."""
     real: list[Written] | None = None
     """The continuation of each in the data."""
     cut: int = 0

@@ -165,13 +165,13 @@ def decode_chunk(
         others = _likeliest_if(wanted, logits_BV, count) if count else ()
         new = (jnp.where(busy_B, new_B, NO_TOKEN), logprob_B, *others)
         out = tuple(jax.lax.dynamic_update_index_in_dim(whole, part, step, 1) for whole, part in zip(out, new))
-        # A row that is not busy stays where it is, or its length would outgrow the cache.
+        # A row that is not busy stays where it is, or its length would outgrow the cache; its token means nothing.
         cache = dataclasses.replace(cache, length_B=jnp.where(busy_B, cache.length_B, length_B))
         stopped_B = (new_B[:, None] == slots.stops_BK).any(axis=1)
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(rows), new_B].max(busy_B)
         left_B = jnp.where(busy_B & ~stopped_B, left_B - 1, 0)
-        return step + 1, cache, jnp.where(busy_B, new_B, token_B), left_B, seen_BV, out
+        return step + 1, cache, new_B, left_B, seen_BV, out
 
     # A row that is not busy must not choose how the others' tokens are drawn.
     idle = jax.tree.map(jnp.asarray, rules_of([FREE], vocab_size))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -30,6 +31,8 @@ from jaxgpt.settings import ModelConfig
 #   LayerNorm gains                           1
 INIT_STD = 0.02
 
+Tokens = np.ndarray | Array
+"""int32 ids, positions or segments: NumPy arrays of the host, or the arrays of a jitted function."""
 Dropout = tuple[float | Array, Array | None]
 """(rate, key); no key, no dropout."""
 NO_DROPOUT: Dropout = (0.0, None)
@@ -170,16 +173,16 @@ class GPT2(nnx.Module):
         self.blocks = Block(config, rngs)
         self.ln_f = LayerNorm((config.n_embd,), ("norm",))
 
-    def __call__(self, tokens_BT: Array, *, segments_BT: Array | None = None) -> Array:
+    def __call__(self, tokens_BT: Tokens, *, segments_BT: Tokens | None = None) -> Array:
         """Logits (B, T, vocab_size) in float32."""
         return self.logits(self.hidden(tokens_BT, segments_BT=segments_BT))
 
     def hidden(
         self,
-        tokens_BT: Array,
+        tokens_BT: Tokens,
         *,
-        segments_BT: Array | None = None,
-        positions_BT: Array | None = None,
+        segments_BT: Tokens | None = None,
+        positions_BT: Tokens | None = None,
         dropout: Dropout = NO_DROPOUT,
         gather_block: Callable[[dict], dict] = lambda block: block,
         backend: Backend = PLAIN,
@@ -192,8 +195,9 @@ class GPT2(nnx.Module):
         where they are split over devices, this is the place to bring them together (and again in the
         backward pass, under remat).
         """
+        segments = None if segments_BT is None else jnp.asarray(segments_BT)
         if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is None else _positions(segments_BT)
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None] if segments is None else _positions(segments)
         x_BTD = self.embed(tokens_BT, positions_BT)
         (rate, key), layers = dropout, self.config.n_layer
         if key is not None:
@@ -203,7 +207,7 @@ class GPT2(nnx.Module):
 
         def layer(x_BTD: Array, block: dict, index: int | Array) -> Array:
             here = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graph, gather_block(block))(x_BTD, segments_BT, dropout=(rate, here), backend=backend)[0]
+            return nnx.merge(graph, gather_block(block))(x_BTD, segments, dropout=(rate, here), backend=backend)[0]
 
         layer = _remat(layer, self.config)
         if self.config.scan_layers:
@@ -213,10 +217,10 @@ class GPT2(nnx.Module):
                 x_BTD = layer(x_BTD, block, index)
         return self.ln_f(x_BTD, backend)
 
-    def embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
+    def embed(self, tokens_BT: Tokens, positions_BT: Tokens) -> Array:
         """The sum of the embeddings, rounded once, to the compute type."""
         wte = self.wte.get_value()
-        tokens_BTD = wte.column(tokens_BT) if isinstance(wte, PackedMatrix) else wte[tokens_BT]
+        tokens_BTD = wte.column(jnp.asarray(tokens_BT)) if isinstance(wte, PackedMatrix) else wte[tokens_BT]
         return (tokens_BTD + self.wpe[...][positions_BT]).astype(self.config.dtype)
 
     def logits(self, hidden_BTD: Array) -> Array:

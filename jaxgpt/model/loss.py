@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxgpt.model.backend import LossGradients, loss_gradients
@@ -21,8 +22,8 @@ FAST_UP_TO = 80.0
 def cross_entropy(
     hidden_BTD: Array,
     wte_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
+    targets_BT: np.ndarray | Array,
+    weights_BT: np.ndarray | Array,
     vocab_size: int,
     chunk_rows: int | None = None,
     gradients: LossGradients = loss_gradients,

@@ -14,7 +14,7 @@ from jaxgpt.planning import plan_table
 from jaxgpt.planning.plan_search import Candidate, Limits, queue_of, search
 from jaxgpt.planning.topology import NoTpuCompiler, Slice, parse_slices, tpu_compiler_version
 from jaxgpt.planning.verdict import Price, Verdict, guess, judge, nothing_fits, read_prices, times_are_absolute
-from jaxgpt.preparation.preparation import given_tokenizer
+from jaxgpt.preparation.make_dataset import given_tokenizer
 
 TOLERANCE = 0.02  # share of the recorded cycles by which a gate lets them grow: harmless changes move them a little
 

@@ -212,7 +212,7 @@ def _decided(
     return decided
 
 
-def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.Plan, config: Config) -> Tokenizer:
+def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.SplitPlan, config: Config) -> Tokenizer:
     settings = config.tokenizer
     texts = _texts(work, stage, plan, config)
     if settings.type == "char":
@@ -224,7 +224,7 @@ def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.Plan, config: 
     return _with_tokens(tokenizer, config)
 
 
-def _texts(work: WorkFolder, stage: str, plan: splitting.Plan, config: Config) -> Iterator[str]:
+def _texts(work: WorkFolder, stage: str, plan: splitting.SplitPlan, config: Config) -> Iterator[str]:
     """The texts that a tokenizer is made from: all that are kept; the turns of conversations.
 
     An alphabet must have the letters of changed copies, too; merges do not need them.
@@ -240,7 +240,7 @@ def _texts(work: WorkFolder, stage: str, plan: splitting.Plan, config: Config) -
             yield from (text for text, code in zip(rows.texts, codes, strict=True) if code != splitting.DROPPED)
 
 
-def _fingerprint(plan: splitting.Plan, config: Config) -> str:
+def _fingerprint(plan: splitting.SplitPlan, config: Config) -> str:
     """The digest of the content: the documents, and the settings that change conversations."""
     if config.data.format == "text":
         return plan.fingerprint

@@ -18,7 +18,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
 from jaxgpt.preparation.cleaning import STEPS as CLEANING_STEPS
 from jaxgpt.preparation.duplicates import STEPS as DUPLICATE_STEPS
-from jaxgpt.preparation.splitting import Plan
+from jaxgpt.preparation.splitting import SplitPlan
 from jaxgpt.preparation.stages import EXAMPLES, add_counts, shortened
 from jaxgpt.settings import sources_of
 
@@ -142,7 +142,7 @@ def _steps(config: Config, work: WorkFolder, facts: dict, plan: dict) -> list[di
     return steps
 
 
-def repeats(plan: Plan) -> dict[str, dict]:
+def repeats(plan: SplitPlan) -> dict[str, dict]:
     """{step: {"dropped": how many, "pairs": the first rows dropped, each with the one that it repeats}}."""
     of, near = plan.repeats
     found = {}

@@ -13,13 +13,13 @@ from jaxgpt.preparation.chunks import SPLIT_CODES, WorkFolder, read_rows
 from jaxgpt.preparation.duplicates import Repeats
 from jaxgpt.settings import CleaningConfig
 
-# The code of a row: it is dropped, or goes to a split, or is cut in two at Plan.border.
+# The code of a row: it is dropped, or goes to a split, or is cut in two at SplitPlan.border.
 DROPPED, TRAIN, VALIDATION, CUT = 0, 1, 2, 3
 STARTS = 4  # added to the code of a row that begins a document
 
 
 @dataclasses.dataclass
-class Plan:
+class SplitPlan:
     """The decisions about all rows."""
 
     first: list[int]
@@ -55,7 +55,9 @@ class _Table:
     """uint64 [rows]: pseudo-random bits, the same in all rows of a document."""
 
 
-def decide(work: WorkFolder, stage: str, num_chunks: int, validation_fraction: float, cleaning: CleaningConfig) -> Plan:
+def decide(
+    work: WorkFolder, stage: str, num_chunks: int, validation_fraction: float, cleaning: CleaningConfig
+) -> SplitPlan:
     """Find duplicates among the rows that `stage` left, and assign the others to the splits.
 
     A validation split of a source is kept, and wins over training rows that it repeats. The documents of other sources
@@ -75,7 +77,7 @@ def decide(work: WorkFolder, stage: str, num_chunks: int, validation_fraction: f
     if drawn.all() and len(np.unique(table.numbers[kept])) == 1:
         codes, border = _cut_in_two(work, stage, table, kept, validation_fraction)
     codes[_starts(table, codes)] += STARTS
-    return Plan(table.first, codes, border, _fingerprint(work, stage, table, kept), repeats, overlap)
+    return SplitPlan(table.first, codes, border, _fingerprint(work, stage, table, kept), repeats, overlap)
 
 
 def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:

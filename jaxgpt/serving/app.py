@@ -109,7 +109,7 @@ class Routes:
         return JSONResponse({"prompt": await _off_the_loop(lambda: tokenizer.decode(body.tokens), request)})
 
     async def tokenizer_info(self) -> JSONResponse:
-        """What lm-evaluation-harness reads before it uses /tokenize."""
+        """The facts that lm-evaluation-harness reads before it uses /tokenize."""
         tokenizer = self._model.tokenizer
         end = tokenizer.decode([tokenizer.end_of_text])
         info = {"eos_token": end, "bos_token": end, "eos_token_id": tokenizer.end_of_text}

@@ -146,7 +146,7 @@ class _Text:
         return len(self._growing.tokens)
 
     def add(self, index: int, piece: Piece) -> Part | None:
-        """What can be sent now; None if nothing can."""
+        """The part that can be sent now; None if nothing can."""
         growing = self._growing
         logprobs = cast(list[float], piece.logprobs)  # only a prompt's first token has none
         text = growing.add(Continuation(piece.tokens, logprobs, piece.finish_reason))

@@ -1,4 +1,4 @@
-"""What every request passes: API keys, limits of a body's size and time, a line in the log, figures for Prometheus.
+"""Every request passes here: API keys, limits of a body's size and time, a line in the log, figures for Prometheus.
 
 No prompt, no answer and no key is ever written to the log.
 """

@@ -33,7 +33,7 @@ GENERATE_RULES = dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.0, repetiti
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """What one HTTP request asks of the engine."""
+    """One HTTP request, as requests to the engine."""
 
     requests: list[Request]
     """Prompt by prompt, the continuations of one side by side."""
@@ -47,7 +47,8 @@ class GenerationRequest:
 
 
 def completion_request(body: CompletionBody, model: ServedModel, engine: Engine) -> GenerationRequest:
-    """
+    """The engine requests of a body of /v1/completions.
+
     Raises:
         ApiError: 400; the prompt does not fit the context, or too many texts are asked for.
     """
@@ -83,7 +84,8 @@ def completion_request(body: CompletionBody, model: ServedModel, engine: Engine)
 
 
 def chat_request(body: ChatBody, model: ServedModel, engine: Engine) -> GenerationRequest:
-    """
+    """The engine requests of a body of /v1/chat/completions.
+
     Raises:
         ApiError: 400; there is no chat template, the conversation does not fit, or it does not end in a user's turn.
     """
@@ -121,7 +123,8 @@ def chat_tokens(messages: Sequence[Message], model: ServedModel) -> list[int]:
 
 
 def generate_request(body: GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
-    """
+    """The engine requests of a body of /generate.
+
     Raises:
         ApiError: 400; both limits are given, or the text does not fit.
     """

@@ -17,7 +17,7 @@ LOWEST_LOGPROB = -9999.0  # for an impossible token: JSON has no infinity
 
 
 class _Answer:
-    """What completions and chats share."""
+    """The common parts of completions and chats."""
 
     prefix: str
     chunk_object: str

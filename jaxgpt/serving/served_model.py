@@ -22,7 +22,7 @@ STUCK_SECONDS = 120.0  # without one chunk, while requests are under way: longer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What to serve and how; `jaxgpt serve --help` explains the flags of these names."""
+    """The flags of `jaxgpt serve`, whose --help explains them."""
 
     checkpoint: str
     weights: str | None

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -171,7 +170,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._on_signal = on_signal
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, *_: object) -> None:
         self._on_signal()
 
 
@@ -202,7 +201,8 @@ class _Lifetime:
         self._signals = 0
 
     async def run(self) -> None:
-        """
+        """Serve until a signal comes, then finish what is under way.
+
         Raises:
             RunFailed: the engine has failed; whatever `build` raises.
         """

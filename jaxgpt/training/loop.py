@@ -17,14 +17,13 @@ from jaxgpt.parallel import sharding
 from jaxgpt.parallel.distributed import StopVote
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.bad_steps import BadStep, BadSteps, all_finite
-from jaxgpt.training.early_stopping import EarlyStopping
 from jaxgpt.training.metrics import TimeSplit, peak_flops
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
-from jaxgpt.training.run_state import GoOn, Position, Run, position
+from jaxgpt.training.run_state import EarlyStopping, GoOn, Position, Run, position
 from jaxgpt.training.signals import DATA, EVAL, SAVE, START, STEP
 from jaxgpt.training.step import TrainState
-from jaxgpt.training.trace import StepTrace
+from jaxgpt.training.trackers import StepTrace
 
 EVAL_AHEAD = 4  # evaluation batches in flight: enough to keep the devices busy, few enough to stop at once
 

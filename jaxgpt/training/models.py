@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -17,15 +18,18 @@ from typing import Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 from jaxgpt.config import Config, to_json
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
+from jaxgpt.model.sizes import parameter_count
+from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.settings import ModelConfig, TokenizerConfig
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import new_folder
+from jaxgpt.storage.files import check_new, new_folder
 from jaxgpt.training.checkpoint import FOLDER, METADATA, find_step, quiet_orbax, read_config, read_metadata
 from jaxgpt.training.recovery import check_weights
 
@@ -197,18 +201,8 @@ def _stop_at_end_of_turn(file: Path, tokenizer: Tokenizer) -> None:
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_as_run(run: Path, model: LoadedModel) -> None:
-    """Write a run folder that holds the weights of `model` as its step 0, without an optimizer.
-
-    Raises:
-        UserError: the folder exists.
-    """
-    with new_folder(run) as partial:
-        write_run(partial, model)
-
-
 def write_run(run: Path, model: LoadedModel) -> None:
-    """`save_as_run` into a folder that exists already."""
+    """Write the weights of `model` into the folder `run` as its step 0, without an optimizer."""
     quiet_orbax()
     (run / "config.json").write_text(to_json(model.config), encoding="utf-8")
     model.tokenizer.save(run / "tokenizer", model.config.model.n_positions)
@@ -238,3 +232,64 @@ def check_logits(config: ModelConfig, vocab_size: int, params: dict) -> np.ndarr
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"))
 def _logits(config: ModelConfig, vocab_size: int, params: dict, tokens_1T: np.ndarray) -> jax.Array:
     return gpt2.bind(config, vocab_size, params)(tokens_1T)
+
+
+# ---------------------------------------------------------------- from one kind of folder to the other
+
+
+def convert(source: str, to: Path, to_format: str | None) -> None:
+    """Write what `source` names to the new folder `to`; by default as the other kind of folder.
+
+    Raises:
+        UserError: `to` exists, or `source` cannot be read.
+        RunFailed: it could not be written, or what was written gives other logits; nothing is left of it.
+    """
+    started = time.monotonic()
+    check_new(to)
+    from_huggingface = is_huggingface(source)
+    to_format = to_format or ("jaxgpt" if from_huggingface else "huggingface")
+    model = _read(source, f"reading {source}")
+    shape, vocab_size = model.config.model, model.vocab_size
+    expected = check_logits(shape, vocab_size, model.params)
+    try:
+        with new_folder(to) as partial:
+            _write(partial, to_format, model)
+            del model  # memory holds one copy of the weights at a time
+            again = _read(str(partial), "checking what was written")
+            logits = check_logits(shape, again.vocab_size, again.params)
+            if logits.tobytes() != expected.tobytes():
+                raise RunFailed(f"what was written gives other logits than {source}; nothing of it was kept")
+    except OSError as error:
+        raise RunFailed(f"{to} could not be written ({error}); nothing of it was kept") from None
+
+    millions = parameter_count(shape, vocab_size) / 1e6
+    size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file()) / 1e6
+    seconds = time.monotonic() - started
+    print(f"{to}: {to_format}, {millions:.1f}M parameters, {size:,.1f} MB in {seconds:.1f} s; logits agree")
+
+
+def _read(source: str, what: str) -> LoadedModel:
+    with _progress(what) as bar:
+        model = load_model(source, lambda path: bar.update())
+        use_compilation_cache(model.config.train.compilation_cache_dir)
+        bar.update(bar.total - bar.n)
+    return model
+
+
+def _write(folder: Path, to_format: str, model: LoadedModel) -> None:
+    with _progress(f"writing {to_format}") as bar:
+        if to_format == "jaxgpt":
+            write_run(folder, model)
+            bar.update(bar.total)
+            return
+
+        def whole(leaf: jax.Array) -> np.ndarray:
+            bar.update()
+            return np.asarray(leaf)
+
+        write_huggingface(folder, model.config.model, model.vocab_size, model.params, model.tokenizer, whole=whole)
+
+
+def _progress(what: str) -> tqdm:
+    """A bar of arrays, on stderr."""
+    return tqdm(desc=what, total=len(NAMES), unit="array")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,16 +10,17 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import Config, to_json
+from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
+from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
-from jaxgpt.parallel.accelerator import keep_freed_memory
 from jaxgpt.parallel.host_watch import PeerWatch
 from jaxgpt.storage.files import write_file
-from jaxgpt.training import resume, summary
+from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import out_of_memory_explained
 from jaxgpt.training.checkpoint import Checkpoints, best_step, restore_params, whole
 from jaxgpt.training.loop import fit
-from jaxgpt.training.metrics import MetricLog
+from jaxgpt.training.metrics import MetricLog, read_metrics
 from jaxgpt.training.models import export_model
 from jaxgpt.training.recovery import check_weights, record_fault
 from jaxgpt.training.run_state import Run, position
@@ -34,10 +36,10 @@ def train(
 ) -> None:
     """Start or resume the run of `config` in `workdir`, alone or as one process of several.
 
-    What is wrong with the input is found before anything is written. `force` accepts settings that change what
+    Call `keep_freed_memory` before this module is imported. What is wrong with the input is found before anything is
+    written. `force` accepts settings that change what
     follows in a run and not what was.
     """
-    keep_freed_memory()  # before jax starts its threads
     activity = Activity()
     lost = functools.partial(record_lost_host, workdir)
     with contextlib.ExitStack() as held:
@@ -72,7 +74,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
     with watchdog, out_of_memory_explained(config, begun.dataset.vocab_size, begun.mesh):
         state = resume.initial_state(begun.program, checkpoints, begun.step, begun.weights, begun.dataset.vocab_size)
         if is_writer:
-            summary.print_header(begun)
+            print_header(begun)
         started, status = time.time(), "failed"
         with MetricLog(workdir, config.log, config.max_steps, place.step, is_writer) as log:
             whole_run = Run(
@@ -94,7 +96,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
         del state
         _export(whole_run, params, is_writer)
     if is_writer:
-        summary.print_footer(workdir, checkpoints.best_step(), early)
+        print_footer(workdir, checkpoints.best_step(), early)
 
 
 def _report(write_report: WriteReport, whole_run: Run, status: str, seconds: float) -> None:
@@ -141,3 +143,72 @@ def _export(whole_run: Run, params: dict, is_writer: bool) -> None:
             f"the run is finished and saved, but {folder} cannot be written ({error}); make room and run the same "
             "command again, which writes it"
         ) from None
+
+
+# ---------------------------------------------------------------- lines for a person
+
+
+def _warn_of_little_room(config: Config, vocab_size: int, workdir: Path) -> None:
+    """Warn when the checkpoints to come will not fit on the disk."""
+    needed, free = checkpoints_at_once(config) * checkpoint_bytes(config, vocab_size), shutil.disk_usage(workdir).free
+    if needed > free:
+        print(
+            f"warning  {workdir}: {free / 1e9:.1f} GB free, but the checkpoints to be kept need {needed / 1e9:.1f} GB; "
+            "make room or set a smaller checkpoint.save_total_limit",
+            flush=True,
+        )
+
+
+def print_header(start: Start) -> None:
+    """Print what is about to run, on what, and from where; then what the lint and the tasks have to say."""
+    config, dataset, program = start.config, start.dataset, start.program
+    model = config.model
+    parameters = parameter_count(model, dataset.vocab_size)
+    shape = " x ".join(f"{axis} {size}" for axis, size in start.mesh.shape.items())
+    devices = start.mesh.devices.flatten()
+    print(
+        f"model    {parameters / 1e6:.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, width "
+        f"{model.n_embd}, {model.dtype}\n"
+        f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens"
+        f"{_learned(dataset)}, vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
+        f"devices  {devices.size} x {devices[0].device_kind} ({shape}), attention by {program.attention}\n"
+        f"batch    {config.global_batch_size} sequences of {config.block_size} tokens, "
+        f"{config.gradient_accumulation_steps} micro-batches; {config.max_steps:,} steps\n"
+        f"run      {start.workdir}, " + (f"resumed after step {start.step}" if start.step else "from step 0"),
+        flush=True,
+    )
+    if weights := start.weights:
+        new = dataset.vocab_size - weights.vocab_size
+        rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
+        print(f"weights  {weights.setting}{rows}", flush=True)
+    _warn_of_little_room(config, dataset.vocab_size, start.workdir)
+    for note in start.notes:
+        print(note, flush=True)
+
+
+def _learned(dataset: TokenDataset) -> str:
+    """The number of learned tokens, if it is not all of them."""
+    facts = dataset.train.facts()
+    return f" ({facts['learned_tokens']:,} learned, in {facts['rows']:,} rows)" if "rows" in facts else ""
+
+
+def print_footer(workdir: Path, best_step: int | None, early: str) -> None:
+    """Print the last figures and where everything is. `early`: why the run ended before its last step, or ""."""
+    last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
+    stopping, how = "", '--prompt "..."'
+    if "eval_stop_rate" in last:
+        how = "--chat"
+        stopping = f"answers that end by themselves: {last['eval_stop_rate']:.0%} of those to validation prompts\n"
+    note = f"{early}; a larger eval.early_stopping_patience goes on\n" if early else ""
+    whose = f"the weights of step {best_step}, the best checkpoint, " if early else ""
+    best = f"{best_step}, {workdir}@best" if best_step != last["step"] else best_step
+    where = f"{workdir}@best" if early else workdir
+    print(
+        f"\n{note}"
+        f"validation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "
+        f"{last['eval_bits_per_byte']:.4f} bits per byte after {last['step']:,} steps (best: step {best})\n"
+        f"{stopping}"
+        f"checkpoints {workdir / 'checkpoints'}\nhf          {workdir / 'hf'} ({whose}for transformers)\n"
+        f"report      {workdir / 'report.html'}\n"
+        f"sample      python -m jaxgpt.sample --checkpoint {where} {how}"
+    )

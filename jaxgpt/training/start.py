@@ -28,10 +28,9 @@ from jaxgpt.preparation import lint
 from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.storage import lease
 from jaxgpt.training import resume
-from jaxgpt.training.auto_batch import largest_batch
+from jaxgpt.training.auto_batch import batch_sizes, largest_batch
 from jaxgpt.training.checkpoint import finished_steps, read_config
-from jaxgpt.training.memory import batch_sizes
-from jaxgpt.training.resume_rules import Change
+from jaxgpt.training.resume import Change
 from jaxgpt.training.run_state import Scorer
 from jaxgpt.training.step import Program, build_program, resolve_batch, resolve_steps
 

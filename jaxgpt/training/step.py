@@ -28,6 +28,21 @@ from jaxgpt.parallel.compiler import compiler_options, initial_values_options
 from jaxgpt.training import bad_steps
 from jaxgpt.training.optimizer import Arguments, arguments, build_optimizer, schedule
 
+Params = dict
+"""A tree of arrays, as model/gpt2.py lays it out: {"wte": (V, D), "blocks": {...: (L, ...)}, ...}."""
+Dropout = tuple[float | jax.Array, jax.Array | None]
+"""(rate, key); no key, no dropout."""
+Loss = tuple[jax.Array, jax.Array]
+"""(summed loss in nats, summed weights): float32 scalars."""
+DeviceLosses = Callable[..., Loss]
+"""(params, batch of (B, T), dropout) -> the `Loss` of a device's own rows."""
+Gradients = Callable[[Params, Batch, Dropout], tuple[jax.Array, jax.Array, Params]]
+"""(params, batch of (A, B, T), dropout) -> (loss sum, weight sum, gradients of the loss sum) over all devices."""
+Step = Callable[[Arguments, "TrainState", Batch], tuple["TrainState", dict[str, jax.Array]]]
+"""(arguments, state, batch of (A, B, T)) -> (state, metrics)."""
+Constrain = Callable[[Params, Params], Params]
+"""(arrays, shardings) -> the arrays, laid out so."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +51,10 @@ class TrainState:
 
     step: jax.Array
     """int32 scalar: steps done, bad ones included. It names the position in the data and the dropout masks."""
-    params: dict
+    params: Params
     opt_state: optax.OptState
-    recent: dict = dataclasses.field(default_factory=dict)
-    """Loss and gradient norm of the last good steps (guard.py); {} without a rule for spikes."""
+    recent: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Loss and gradient norm of the last good steps (bad_steps.py); {} without a rule for spikes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +63,13 @@ class Program:
 
     init: Callable[[], TrainState]
     """A fresh state, each device computing only its own shards."""
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     """(state, batch of (A, B, T)) -> (state, metrics); the given state's memory is reused."""
-    eval_step: Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
+    eval_step: Callable[[Params, Batch], Loss]
     """(params, batch of (B, T)) -> (summed loss in nats, summed weights)."""
     abstract_state: TrainState
     """Shapes, types and shardings of the state: what a checkpoint is restored into."""
-    fresh_optimizer: Callable[[dict], TrainState]
+    fresh_optimizer: Callable[[Params], TrainState]
     """A state at step 0 around given parameters."""
     attention: str
     """How attention is computed on these devices, for the log."""
@@ -90,14 +105,13 @@ def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """What a program is made of before it is compiled. The settings that may be its arguments come first."""
+    """The functions of a program before they are compiled."""
 
     init: Callable[[Arguments], TrainState]
-    train_step: Callable[[Arguments, TrainState, Batch], tuple[TrainState, dict]]
-    fresh: Callable[[dict], TrainState]
+    train_step: Step
+    fresh: Callable[[Params], TrainState]
     """A state at step 0 around given parameters."""
-    losses: Callable
-    """(params, batch of (B, T), dropout) -> (summed loss in nats, summed weights) of a device's own rows."""
+    losses: DeviceLosses
     abstract_state: TrainState
     state_shardings: TrainState
     attention: str
@@ -114,20 +128,21 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
     shapes, param_shardings = laid.shapes, laid.param_shardings
     moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
-    optimizer = build_optimizer(config.optimizer, config.train.max_steps, arguments(config))
+    optimizer = build_optimizer(config.optimizer, config.max_steps, arguments(config))
 
-    def fresh(params) -> TrainState:
+    def fresh(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.empty_window(sigma))
 
     def init(given: Arguments) -> TrainState:
         return fresh(gpt2.init_params(config.model, vocab_size, jax.random.key(given.seed)))
 
     abstract = jax.eval_shape(functools.partial(init, arguments(config)))
-    state_shardings = TrainState(
-        everywhere,
-        param_shardings,
-        sharding.like_params(abstract.opt_state, moment_shardings, otherwise=everywhere),
-        jax.tree.map(lambda _: everywhere, abstract.recent),
+    state_shardings: TrainState = dataclasses.replace(  # a state of shardings in place of arrays
+        abstract,
+        step=everywhere,
+        params=param_shardings,
+        opt_state=sharding.like_params(abstract.opt_state, moment_shardings, otherwise=everywhere),
+        recent=jax.tree.map(lambda _: everywhere, abstract.recent),
     )
     with_sharding = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     losses = functools.partial(summed_loss, config, vocab_size, laid.gather, backend=laid.backend)
@@ -145,7 +160,7 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
     )
 
 
-def build_eval_step(config: Config, vocab_size: int, mesh: Mesh):
+def build_eval_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Callable[[Params, Batch], Loss], Params]:
     """(`Program.eval_step`, the shardings of the parameters): for a model that is not trained here.
 
     Raises:
@@ -157,19 +172,20 @@ def build_eval_step(config: Config, vocab_size: int, mesh: Mesh):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a model lies on a mesh, and how its operations are computed there."""
+class ModelLayout:
+    """A model on a mesh: shapes, shardings, and the operations that its devices compute with."""
 
-    shapes: dict
-    param_shardings: dict
+    shapes: Params
+    param_shardings: Params
     backend: Backend
-    gather: Callable
+    gather: Callable[[Params], Params]
     """Turns parameters that are split over fsdp into whole ones, inside a device's own program."""
     attention: str
 
 
-def lay_out(config: Config, vocab_size: int, mesh: Mesh) -> Layout:
-    """
+def lay_out(config: Config, vocab_size: int, mesh: Mesh) -> ModelLayout:
+    """Lay the model of `config` on `mesh`.
+
     Raises:
         UserError: the mesh does not divide the model, or the attention asked for cannot run on its devices.
     """
@@ -178,10 +194,10 @@ def lay_out(config: Config, vocab_size: int, mesh: Mesh) -> Layout:
     backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
     backend = dataclasses.replace(backend, attend=sharding.over_heads(backend.attend, mesh))
     gather = sharding.gather_over_fsdp(param_shardings, mesh, config.model.dtype)
-    return Layout(shapes, param_shardings, backend, gather, attention)
+    return ModelLayout(shapes, param_shardings, backend, gather, attention)
 
 
-def _jitted_losses(losses, mesh: Mesh, param_shardings):
+def _jitted_losses(losses: DeviceLosses, mesh: Mesh, param_shardings: Params) -> Callable[[Params, Batch], Loss]:
     return jax.jit(
         mesh_losses(losses, mesh, param_shardings),
         in_shardings=(param_shardings, sharding.rows_sharding(mesh)),
@@ -190,9 +206,15 @@ def _jitted_losses(losses, mesh: Mesh, param_shardings):
 
 
 def summed_loss(
-    config: Config, vocab_size: int, gather, params, batch: Batch, dropout=gpt2.NO_DROPOUT, backend: Backend = PLAIN
-):
-    """(summed loss in nats, summed weights) of a batch of (B, T). `dropout` is (rate, key)."""
+    config: Config,
+    vocab_size: int,
+    gather: Callable[[Params], Params],
+    params: Params,
+    batch: Batch,
+    dropout: Dropout = gpt2.NO_DROPOUT,
+    backend: Backend = PLAIN,
+) -> Loss:
+    """The `Loss` of a batch of (B, T). `gather` makes parameters whole that are split over devices."""
     outer = gather({name: value for name, value in params.items() if name != "blocks"})
     model = gpt2.bind(config.model, vocab_size, {**outer, "blocks": params["blocks"]})
     hidden_BTD = model.hidden(
@@ -209,10 +231,10 @@ def summed_loss(
         )  # fmt: skip
 
 
-def mesh_losses(losses, mesh: Mesh, param_shardings):
-    """(params, batch of (B, T)) -> (summed loss, summed weights) of the rows of all devices."""
+def mesh_losses(losses: DeviceLosses, mesh: Mesh, param_shardings: Params) -> Callable[[Params, Batch], Loss]:
+    """(params, batch of (B, T)) -> the `Loss` of the rows of all devices."""
 
-    def device_losses(params, batch: Batch):
+    def device_losses(params: Params, batch: Batch) -> Loss:
         return jax.lax.psum(losses(params, batch), sharding.summed_axes(mesh))
 
     rows = sharding.rows_sharding(mesh).spec
@@ -221,20 +243,17 @@ def mesh_losses(losses, mesh: Mesh, param_shardings):
     )
 
 
-def mesh_gradients(losses, mesh: Mesh, param_shardings, result_shardings):
-    """(params, batch of (A, B, T), dropout (rate, key)) -> (loss sum, weight sum, gradients of the loss sum).
-
-    Each device adds up its micro-batches by itself; what all devices found is summed once, at the end.
-    """
+def mesh_gradients(losses: DeviceLosses, mesh: Mesh, param_shardings: Params, result_shardings: Params) -> Gradients:
+    """The `Gradients` of `losses`: each device sums over its micro-batches, then all devices are summed once."""
 
     axes = sharding.summed_axes(mesh)
 
-    def device_gradients(params, batch: Batch, dropout):
+    def device_gradients(params: Params, batch: Batch, dropout: Dropout) -> tuple[jax.Array, jax.Array, Params]:
         rate, key = dropout
         if key is not None and axes:  # other rows, other masks
             key = jax.random.fold_in(key, jax.lax.axis_index(axes))
 
-        def micro_loss(params, micro: Batch, index):
+        def micro_loss(params: Params, micro: Batch, index: int | jax.Array) -> Loss:
             return losses(params, micro, (rate, None if key is None else jax.random.fold_in(key, index)))
 
         loss_sum, count, grads = _accumulate(micro_loss, params, batch)
@@ -251,19 +270,21 @@ def mesh_gradients(losses, mesh: Mesh, param_shardings, result_shardings):
     )
 
 
-def make_train_step(config: Config, gradients, constrain, param_shardings, moment_shardings):
-    """The pure function (arguments, state, batch) -> (state, metrics). `gradients` is made by `mesh_gradients`.
+def make_train_step(
+    config: Config, gradients: Gradients, constrain: Constrain, param_shardings: Params, moment_shardings: Params
+) -> Step:
+    """The pure function (arguments, state, batch) -> (state, metrics).
 
-    A bad step (guard.py) keeps the bits of parameters and optimizer state, its counters among them. So the schedule
+    A bad step (bad_steps.py) keeps the bits of parameters and optimizer state, its counters among them. So the schedule
     counts updates, not steps: after k skipped steps the learning rate is the one of k steps before, and a run that
-    skipped k steps ends k updates short of its schedule's end. `learning_rate` in the metrics is what the update used,
-    or would have used.
+    skipped k steps ends k updates short of its schedule's end. `learning_rate` in the metrics is that of the
+    update, made or skipped.
     """
 
-    def train_step(given: Arguments, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        optimizer = build_optimizer(config.optimizer, config.train.max_steps, given)
-        learning_rate = schedule(config.optimizer, config.train.max_steps, given.learning_rate, given)
-        dropout = gpt2.NO_DROPOUT
+    def train_step(given: Arguments, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        optimizer = build_optimizer(config.optimizer, config.max_steps, given)
+        learning_rate = schedule(config.optimizer, config.max_steps, given.learning_rate, given)
+        dropout: Dropout = gpt2.NO_DROPOUT
         if config.model.dropout:
             # A function of seed and step alone, so a resumed run draws the same masks.
             dropout = (given.dropout, jax.random.fold_in(jax.random.key(given.seed), state.step))
@@ -303,7 +324,9 @@ def updates_done(opt_state: optax.OptState) -> jax.Array:
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
-def _accumulate(micro_loss, params, batch: Batch):
+def _accumulate(
+    micro_loss: Callable[[Params, Batch, int | jax.Array], Loss], params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array, Params]:
     """(loss sum, weight sum, gradient of the loss sum) over the A micro-batches of a batch of (A, B, T)."""
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
     micro_batches = batch.tokens_BT.shape[0]
@@ -311,7 +334,9 @@ def _accumulate(micro_loss, params, batch: Batch):
         (loss_sum, count), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), 0)
         return loss_sum, count, grads
 
-    def add(total, xs):
+    Total = tuple[jax.Array, jax.Array, Params]
+
+    def add(total: Total, xs: tuple[Batch, jax.Array]) -> tuple[Total, None]:
         (loss_sum, count), grads = gradient(params, *xs)
         return jax.tree.map(jnp.add, total, (loss_sum, count, grads)), None
 
@@ -343,7 +368,8 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
         UserError: the given numbers do not fit together; names them.
     """
     train = config.train
-    rows = train.per_device_train_batch_size * batch_shards
+    per_device = config.per_device_train_batch_size
+    rows = per_device * batch_shards
     accumulation = train.gradient_accumulation_steps
     total = train.global_batch_size
     if total is None:
@@ -352,7 +378,7 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
     elif total % rows:
         raise UserError(
             f"train.global_batch_size = {total} is not a multiple of train.per_device_train_batch_size x "
-            f"devices = {train.per_device_train_batch_size} x {batch_shards} = {rows}"
+            f"devices = {per_device} x {batch_shards} = {rows}"
         )
     elif accumulation not in (None, total // rows):
         raise UserError(
@@ -367,7 +393,7 @@ def resolve_steps(config: Config, windows: int) -> Config:
     """`config` with block_size and max_steps filled in: num_train_epochs passes over `windows` windows."""
     steps = config.train.max_steps
     if steps is None:
-        steps = max(round(config.train.num_train_epochs * windows / config.train.global_batch_size), 1)
+        steps = max(round(config.train.num_train_epochs * windows / config.global_batch_size), 1)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, block_size=config.block_size),
