@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,16 +79,17 @@ class RequestScorer:
         branching = dataclasses.replace(layout.backend, attend=sharding.over_heads(attend, mesh))
 
         def device_scores(params: dict, batch: RowBatch) -> tuple[jax.Array, jax.Array]:
+            tokens_BT, positions_BT, branches_BT, targets_BK, outputs_BK = cast(tuple[jax.Array, ...], batch)
             outer = layout.gather({name: value for name, value in params.items() if name != "blocks"})
             network = gpt2.bind(config.model, vocab_size, {**outer, "blocks": params["blocks"]})
             hidden_BTD = network.hidden(
-                batch.tokens_BT,
-                segments_BT=batch.branches_BT,
-                positions_BT=batch.positions_BT,
+                tokens_BT,
+                segments_BT=branches_BT,
+                positions_BT=positions_BT,
                 gather_block=lambda block: layout.gather({"blocks": block})["blocks"],
-                backend=layout.backend if batch.branches_BT is None else branching,
+                backend=layout.backend if branches_BT is None else branching,
             )
-            return _target_scores(network, hidden_BTD, batch.targets_BK, batch.outputs_BK)
+            return _target_scores(network, hidden_BTD, targets_BK, outputs_BK)
 
         rows = self._rows_sharding.spec
         self._score = jax.jit(
@@ -126,8 +127,8 @@ class RequestScorer:
 def _target_scores(
     network: gpt2.GPT2,
     hidden_BTD: jax.Array,
-    targets_BK: np.ndarray | jax.Array,
-    outputs_BK: np.ndarray | jax.Array,
+    targets_BK: jax.Array,
+    outputs_BK: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability of each target, whether it is the likeliest token), each (B, K)."""
     hidden_BKD = jnp.take_along_axis(hidden_BTD, outputs_BK[..., None], axis=1)
