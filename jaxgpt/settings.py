@@ -2,7 +2,7 @@
 
 The name of a field is Hugging Face's where `TrainingArguments` or `GPT2Config` has the thing. The text under a field
 is its help; `python -m jaxgpt.train --help` prints it with the type and the default. `config.py` puts the sections
-together and reads them from files; `checks.py` says what must hold between them.
+together, reads them from files, and says what must hold between them.
 """
 
 import functools
