@@ -14,9 +14,8 @@ from pydantic import ConfigDict, Field
 if TYPE_CHECKING:  # type checkers understand the standard library's decorator best, and pydantic's makes the same class
     from dataclasses import dataclass as section
 else:
-    section = functools.partial(
-        pydantic.dataclasses.dataclass, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    )
+    _config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    section = functools.partial(pydantic.dataclasses.dataclass, config=_config)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
