@@ -107,12 +107,9 @@ class BadSteps:
         self._faults = faults
         self.in_a_row = in_a_row
         """Bad steps up to the last one read, with no good one among them; to be kept in a checkpoint's metadata."""
-        self.skipped = 0
-        """Steps of the whole run, restarts included, that left the state as it was."""
-        self.rollbacks = 0
-        """Times the run went back since the last new checkpoint."""
-        self.message = ""
-        """The last bad step in one line."""
+        self.skipped = 0  # steps of the whole run, restarts included, that left the state as it was
+        self.rollbacks = 0  # times the run went back since the last new checkpoint
+        self.message = ""  # the last bad step in one line
 
     def check(self, step: int, values: dict, last_good: int | None) -> str | None:
         """None for a good step; "skipped" if the run goes on; "rollback" if it goes back to `last_good`, a checkpoint.

@@ -44,12 +44,10 @@ class LoadedModel:
     """A trained model: what sampling, evaluation and serving start from."""
 
     config: Config
-    vocab_size: int
-    """The model's; a tokenizer may know fewer tokens."""
+    vocab_size: int  # the model's; a tokenizer may know fewer tokens
     params: dict
     tokenizer: Tokenizer
-    step: int
-    """0 for a Hugging Face folder, which does not say."""
+    step: int  # 0 for a Hugging Face folder, which does not say
 
 
 # ---------------------------------------------------------------- reading

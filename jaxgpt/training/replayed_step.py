@@ -31,19 +31,15 @@ _LONGEST = 2000  # characters of a text on the screen
 class ReplayedText:
     """A text of a row: the row itself, or one of the conversations packed into it."""
 
-    document: int | None
-    """Number of the conversation in the source, from 0; None for text, which is one stream."""
-    loss: float | None
-    """Mean over the learned tokens, in nats; None if there is none."""
+    document: int | None  # number of the conversation in the source, from 0; None for text, which is one stream
+    loss: float | None  # mean over the learned tokens, in nats; None if there is none
     learned_tokens: int
-    pieces: list[tuple[str, bool]]
-    """(text, whether it is learned) of consecutive parts."""
+    pieces: list[tuple[str, bool]]  # (text, whether it is learned) of consecutive parts
 
 
 @dataclasses.dataclass
 class ReplayedRow:
-    row: int
-    """Its number in the whole run, as in a skip list."""
+    row: int  # its number in the whole run, as in a skip list
     loss: float | None
     learned_tokens: int
     skipped: bool
@@ -56,15 +52,11 @@ class ReplayedStep:
     checkpoint: str
     step: int
     weights_step: int
-    position: int
-    """The batch's place in the data: step - 1, plus what rollbacks left out."""
+    position: int  # the batch's place in the data: step - 1, plus what rollbacks left out
     batch_hash: int
-    logged_hash: int | None
-    """The hash in metrics.jsonl; None if the step is not logged."""
-    loss: float | None
-    """Mean over the learned tokens of the rows that are not skipped."""
-    rows: list[ReplayedRow]
-    """The highest loss first."""
+    logged_hash: int | None  # the hash in metrics.jsonl; None if the step is not logged
+    loss: float | None  # mean over the learned tokens of the rows that are not skipped
+    rows: list[ReplayedRow]  # the highest loss first
 
 
 def replay(run: Path, step: int, weights_step: int | None = None, data: Path | None = None) -> ReplayedStep:

@@ -87,8 +87,7 @@ class Change(NamedTuple):
 
     old: object
     new: object
-    kind: str
-    """A key of ON_RESUME."""
+    kind: str  # a key of ON_RESUME
 
     def __str__(self) -> str:
         return f"was {self.old}, now {self.new}"
@@ -112,8 +111,7 @@ def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
 
 # ---------------------------------------------------------------- the run folder
 
-CHANGES = "changes.jsonl"
-"""The settings that changed in the course of a run, one line a start."""
+CHANGES = "changes.jsonl"  # the settings that changed in the course of a run, one line a start
 
 
 def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[str, Change]:
@@ -187,16 +185,11 @@ def record_changes(workdir: Path, step: int, changes: dict[str, Change]) -> None
 class Weights:
     """The weights that this run starts from: checked, and not read yet."""
 
-    setting: str
-    """What the user asked for: "init.from_huggingface = gpt2"."""
-    source: tuple[Path, int] | HuggingFaceModel
-    """A run folder and its step, or a Hugging Face folder."""
-    vocab_size: int
-    """Tokens that the embedding has rows for; the tokenizer may know fewer."""
-    tokenizer: Tokenizer | None
-    """What the weights were trained with; None where a Hugging Face folder does not hold it."""
-    tokenizer_path: str
-    """The tokenizer.path that gives the same tokenizer."""
+    setting: str  # what the user asked for: "init.from_huggingface = gpt2"
+    source: tuple[Path, int] | HuggingFaceModel  # a run folder and its step, or a Hugging Face folder
+    vocab_size: int  # tokens that the embedding has rows for; the tokenizer may know fewer
+    tokenizer: Tokenizer | None  # what the weights were trained with; None where a Hugging Face folder does not hold it
+    tokenizer_path: str  # the tokenizer.path that gives the same tokenizer
 
 
 def weights_to_start_from(config: Config, step: int | None) -> Weights | None:

@@ -24,8 +24,7 @@ START, DATA, STEP, EVAL, SAVE = "start", "data", "step", "eval", "save"
 # Cloud machines are taken away 15 to 30 seconds after the signal. What takes longer than this to come to the end of
 # a step is given up, so that the run ends by itself and says so.
 PATIENCE_SECONDS = 6.0
-STALL_SECONDS = 1.0
-"""Data usually comes in milliseconds: after the signal, a longer wait for it is cut short."""
+STALL_SECONDS = 1.0  # data usually comes in milliseconds: after the signal, a longer wait for it is cut short
 # Compiling and writing to a slow disk may take this many times faults.hang_seconds.
 SLOW = {START: 12, SAVE: 6}
 

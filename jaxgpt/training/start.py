@@ -43,26 +43,19 @@ BuildScorer = Callable[[Config, int, Tokenizer, Mesh], Scorer | None]
 class Start:
     """Everything that a run starts from; all of it has been checked."""
 
-    config: Config
-    """Resolved: batch, block size and number of steps are numbers."""
+    config: Config  # resolved: batch, block size and number of steps are numbers
     workdir: Path
-    step: int | None
-    """The checkpoint to go on from; None for a new run."""
-    changes: dict[str, Change]
-    """Settings with other values than the run had so far."""
+    step: int | None  # the checkpoint to go on from; None for a new run
+    changes: dict[str, Change]  # settings with other values than the run had so far
     weights: resume.Weights | None
     """Another model's, to start from; None for a run that goes on, or starts from scratch."""
     mesh: Mesh
     dataset: TokenDataset
     """The prepared data, which carries its tokenizer. Its vocab_size is the model's."""
-    skip: frozenset[int]
-    """Training rows that weigh nothing (data.skip_list)."""
-    sample: Sampler | None
-    """Has the model write at each evaluation; None turns samples off."""
-    score: Scorer | None
-    """Scores eval.tasks; None where there are none."""
-    notes: tuple[str, ...]
-    """Lines about the data and the tasks, to print before the first step."""
+    skip: frozenset[int]  # training rows that weigh nothing (data.skip_list)
+    sample: Sampler | None  # has the model write at each evaluation; None turns samples off
+    score: Scorer | None  # scores eval.tasks; None where there are none
+    notes: tuple[str, ...]  # lines about the data and the tasks, to print before the first step
     program: Program
 
 

@@ -28,20 +28,15 @@ from jaxgpt.parallel.compiler import compiler_options, initial_values_options
 from jaxgpt.training import bad_steps
 from jaxgpt.training.optimizer import Arguments, arguments, build_optimizer, schedule
 
-Params = dict
-"""A tree of arrays, as model/gpt2.py lays it out: {"wte": (V, D), "blocks": {...: (L, ...)}, ...}."""
-Dropout = tuple[float | jax.Array, jax.Array | None]
-"""(rate, key); no key, no dropout."""
-Loss = tuple[jax.Array, jax.Array]
-"""(summed loss in nats, summed weights): float32 scalars."""
-DeviceLosses = Callable[..., Loss]
-"""(params, batch of (B, T), dropout) -> the `Loss` of a device's own rows."""
+Params = dict  # a tree of arrays, as model/gpt2.py lays it out: {"wte": (V, D), "blocks": {...: (L, ...)}, ...}
+Dropout = tuple[float | jax.Array, jax.Array | None]  # (rate, key); no key, no dropout
+Loss = tuple[jax.Array, jax.Array]  # (summed loss in nats, summed weights): float32 scalars
+DeviceLosses = Callable[..., Loss]  # (params, batch of (B, T), dropout) -> the `Loss` of a device's own rows
 Gradients = Callable[[Params, Batch, Dropout], tuple[jax.Array, jax.Array, Params]]
 """(params, batch of (A, B, T), dropout) -> (loss sum, weight sum, gradients of the loss sum) over all devices."""
 Step = Callable[[Arguments, "TrainState", Batch], tuple["TrainState", dict[str, jax.Array]]]
 """(arguments, state, batch of (A, B, T)) -> (state, metrics)."""
-Constrain = Callable[[Params, Params], Params]
-"""(arrays, shardings) -> the arrays, laid out so."""
+Constrain = Callable[[Params, Params], Params]  # (arrays, shardings) -> the arrays, laid out so
 
 
 @jax.tree_util.register_dataclass
@@ -61,18 +56,13 @@ class TrainState:
 class Program:
     """The jitted functions of one experiment on one mesh."""
 
-    init: Callable[[], TrainState]
-    """A fresh state, each device computing only its own shards."""
+    init: Callable[[], TrainState]  # a fresh state, each device computing only its own shards
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     """(state, batch of (A, B, T)) -> (state, metrics); the given state's memory is reused."""
-    eval_step: Callable[[Params, Batch], Loss]
-    """(params, batch of (B, T)) -> (summed loss in nats, summed weights)."""
-    abstract_state: TrainState
-    """Shapes, types and shardings of the state: what a checkpoint is restored into."""
-    fresh_optimizer: Callable[[Params], TrainState]
-    """A state at step 0 around given parameters."""
-    attention: str
-    """How attention is computed on these devices, for the log."""
+    eval_step: Callable[[Params, Batch], Loss]  # (params, batch of (B, T)) -> (summed loss in nats, summed weights)
+    abstract_state: TrainState  # shapes, types and shardings of the state: what a checkpoint is restored into
+    fresh_optimizer: Callable[[Params], TrainState]  # a state at step 0 around given parameters
+    attention: str  # how attention is computed on these devices, for the log
 
 
 def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
@@ -109,8 +99,7 @@ class Functions:
 
     init: Callable[[Arguments], TrainState]
     train_step: Step
-    fresh: Callable[[Params], TrainState]
-    """A state at step 0 around given parameters."""
+    fresh: Callable[[Params], TrainState]  # a state at step 0 around given parameters
     losses: DeviceLosses
     abstract_state: TrainState
     state_shardings: TrainState
