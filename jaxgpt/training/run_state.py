@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
@@ -72,11 +72,7 @@ def position(checkpoints: Checkpoints, step: int | None) -> Position:
     if step is None:
         return Position()
     saved = checkpoints.metadata(step)
-    names = [field.name for field in dataclasses.fields(Position)]
-    return Position(**{name: saved[name] for name in names if name in saved})
-
-
-# ---------------------------------------------------------------- early stopping
+    return Position(**{field.name: saved[field.name] for field in dataclasses.fields(Position) if field.name in saved})
 
 
 class EarlyStopping:
@@ -99,9 +95,9 @@ class EarlyStopping:
         if eval_loss < best:
             self._best_loss, self._best_step = eval_loss, step
 
-    def counts(self) -> tuple[float | None, int, int]:
-        """(best_loss, best_step, not_better), as a `Position` keeps them."""
-        return self._best_loss, self._best_step, self._not_better
+    def counts(self) -> dict[str, Any]:
+        """{"best_loss": ..., "best_step": ..., "not_better": ...}, as a `Position` keeps them."""
+        return {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
 
     def reason(self, step: int) -> str:
         """The reason why the run ends at `step`, before its last one; "" if it goes on."""
