@@ -10,18 +10,9 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
+from jaxgpt import errors
 from jaxgpt.config import Config, describe_type, load_config, sections, unknown_setting
-from jaxgpt.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_RESUME,
-    EXIT_STORAGE,
-    EXIT_USER,
-    STORAGE_ERRNOS,
-    Interrupted,
-    RunFailed,
-    UserError,
-)
+from jaxgpt.errors import UserError
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -30,27 +21,27 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv) or EXIT_DONE
+            return main(argv) or errors.EXIT_DONE
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return EXIT_USER
-        except Interrupted as error:
+            return errors.EXIT_USER
+        except errors.Interrupted as error:
             print(f"stopped: {error}", file=sys.stderr)
-            return EXIT_RESUME
-        except RunFailed as error:
+            return errors.EXIT_RESUME
+        except errors.RunFailed as error:
             print(f"failed: {error}", file=sys.stderr)
             return error.exit_code
         except BrokenPipeError:  # the reader of our output left (`| head`): not our failure
             sys.stderr.close()
-            return EXIT_DONE
+            return errors.EXIT_DONE
         except OSError as error:
-            if error.errno not in STORAGE_ERRNOS:
+            if error.errno not in errors.STORAGE_ERRNOS:
                 raise
             print(f"failed: {error.filename or 'storage'}: {error.strerror}", file=sys.stderr)
-            return EXIT_STORAGE
+            return errors.EXIT_STORAGE
         except KeyboardInterrupt:  # outside of training, which saves first and then raises Interrupted
             print("stopped: Ctrl-C", file=sys.stderr)
-            return EXIT_FAILED
+            return errors.EXIT_FAILED
 
     return run
 
@@ -86,27 +77,16 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
     """A parser for `jaxgpt VERB`; its errors are `UserError`s."""
-    return _Parser(
-        prog=f"jaxgpt {verb}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    return _Parser(prog=f"jaxgpt {verb}", description=description, allow_abbrev=False, formatter_class=raw)
 
 
 def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
     """--checkpoint and --weights, of whatever makes texts with a trained model."""
-    command_parser.add_argument(
-        "--checkpoint",
-        metavar="WHERE",
-        required=True,
-        help="run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME",
-    )
-    command_parser.add_argument(
-        "--weights",
-        choices=["float32", "bfloat16", "int8"],
-        help="number format of the weights: smaller is faster, and less exact [the model's compute type]",
-    )
+    folders = "run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME"
+    command_parser.add_argument("--checkpoint", metavar="WHERE", required=True, help=folders)
+    weights = "number format of the weights: smaller is faster, and less exact [the model's compute type]"
+    command_parser.add_argument("--weights", choices=["float32", "bfloat16", "int8"], help=weights)
 
 
 def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:
@@ -116,12 +96,8 @@ def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:
     for name, cls in sections().items():
         group = command_parser.add_argument_group(f"[{name}]")
         for field in dataclasses.fields(cls):
-            group.add_argument(
-                f"--{name}.{field.name}",
-                default=argparse.SUPPRESS,
-                metavar="V",
-                help=_field_help(cls, field).replace("%", "%%"),
-            )
+            text = _field_help(cls, field).replace("%", "%%")
+            group.add_argument(f"--{name}.{field.name}", default=argparse.SUPPRESS, metavar="V", help=text)
 
 
 def _field_help(cls: typing.Any, field: dataclasses.Field) -> str:

@@ -5,7 +5,6 @@ compared. --html writes a page with the curves of all runs in one figure, by ste
 progress, and runs of other versions, are welcome.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +21,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers there")
     parser.add_argument("--by", choices=["step", "tokens", "time"], help="draw the curves by this only [by each]")
     arguments = parser.parse_args(argv)
-    _check(arguments)
-    from jaxgpt.reporting.comparison_page import compare
-
-    compare(arguments.runs, arguments.json, arguments.html, arguments.by)
-
-
-def _check(arguments: argparse.Namespace) -> None:
     for option, file in (("--html", arguments.html), ("--json", arguments.json)):
         if file and not file.parent.is_dir():
             raise UserError(f"{option} {file}: there is no folder {file.parent}")
@@ -36,6 +28,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} {file}: a folder; name a file in it")
     if arguments.by and not arguments.html:
         raise UserError(f"--by {arguments.by}: it is for the curves of the page; add --html FILE")
+    from jaxgpt.reporting.comparison_page import compare
+
+    compare(arguments.runs, arguments.json, arguments.html, arguments.by)
 
 
 if __name__ == "__main__":

@@ -16,83 +16,142 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from jaxgpt import checks
+from jaxgpt import settings
 from jaxgpt.errors import UserError
-from jaxgpt.settings import (
-    AugmentationConfig,
-    ChatConfig,
-    CheckpointConfig,
-    CleaningConfig,
-    DataConfig,
-    EvalConfig,
-    FaultsConfig,
-    InitConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
-    section,
-)
+from jaxgpt.settings import section, sources_of
 
 
 @section(frozen=True, kw_only=True)
 class Config:
     """All settings of an experiment. Build it with `load_config` or directly; either way it is validated."""
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    cleaning: CleaningConfig = dataclasses.field(default_factory=CleaningConfig)
-    chat: ChatConfig = dataclasses.field(default_factory=ChatConfig)
-    augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
-    init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    model: settings.ModelConfig = dataclasses.field(default_factory=settings.ModelConfig)
+    tokenizer: settings.TokenizerConfig = dataclasses.field(default_factory=settings.TokenizerConfig)
+    data: settings.DataConfig = dataclasses.field(default_factory=settings.DataConfig)
+    cleaning: settings.CleaningConfig = dataclasses.field(default_factory=settings.CleaningConfig)
+    chat: settings.ChatConfig = dataclasses.field(default_factory=settings.ChatConfig)
+    augmentation: settings.AugmentationConfig = dataclasses.field(default_factory=settings.AugmentationConfig)
+    optimizer: settings.OptimizerConfig = dataclasses.field(default_factory=settings.OptimizerConfig)
+    train: settings.TrainConfig = dataclasses.field(default_factory=settings.TrainConfig)
+    mesh: settings.MeshConfig = dataclasses.field(default_factory=settings.MeshConfig)
+    checkpoint: settings.CheckpointConfig = dataclasses.field(default_factory=settings.CheckpointConfig)
+    faults: settings.FaultsConfig = dataclasses.field(default_factory=settings.FaultsConfig)
+    eval: settings.EvalConfig = dataclasses.field(default_factory=settings.EvalConfig)
+    log: settings.LogConfig = dataclasses.field(default_factory=settings.LogConfig)
+    init: settings.InitConfig = dataclasses.field(default_factory=settings.InitConfig)
 
     def __post_init__(self) -> None:
-        checks.check_shapes(self.model, self.mesh, self.data)
-        checks.check_data(self.data, self.tokenizer, self.augmentation)
-        checks.check_schedule(self.train, self.optimizer, self.eval, self.checkpoint, self.log)
-        checks.check_start(self.init, self.tokenizer)
+        _check_shapes(self)
+        _check_data(self)
+        _check_schedule(self)
+        _check_start(self)
 
     @property
     def block_size(self) -> int:
         """Tokens in a training window."""
         return self.data.block_size or self.model.n_positions
 
-    # What a user may leave open, once the devices and the data have settled it (training/start.py).
+    # What a user may leave open, once the devices and the data have settled it (training/start.py); settings.py says
+    # what each is.
 
     @property
     def max_steps(self) -> int:
-        """Optimizer steps of the whole run."""
         return _resolved(self.train.max_steps)
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences in one step, over all devices."""
         return _resolved(self.train.global_batch_size)
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches in one step."""
         return _resolved(self.train.gradient_accumulation_steps)
 
     @property
     def per_device_train_batch_size(self) -> int:
-        """Sequences of a micro-batch on each device of the data and fsdp axes."""
         return _resolved(self.train.per_device_train_batch_size)
 
     @property
     def per_device_eval_batch_size(self) -> int:
-        """Sequences on each device of an evaluation."""
         return self.eval.per_device_eval_batch_size or self.per_device_train_batch_size
+
+
+# ---------------------------------------------------------------- settings that contradict each other: both are named
+
+
+def _check_shapes(config: Config) -> None:
+    model, mesh, data = config.model, config.mesh, config.data
+    if model.n_embd % model.n_head:
+        raise UserError(f"model.n_head = {model.n_head} does not divide model.n_embd = {model.n_embd}")
+    if model.n_head % mesh.tensor:
+        raise UserError(f"mesh.tensor = {mesh.tensor} does not divide model.n_head = {model.n_head}")
+    if data.block_size and data.block_size > model.n_positions:
+        raise UserError(f"data.block_size = {data.block_size} is longer than model.n_positions = {model.n_positions}")
+    if mesh.data == 0:
+        raise UserError("mesh.data = 0: give a number of devices, or -1 for all that are left")
+
+
+def _check_data(config: Config) -> None:
+    data, tokenizer, augmentation = config.data, config.tokenizer, config.augmentation
+    for part in sources_of(data):
+        if part.source in ("text", "html", "jsonl", "parquet", "sgd") and not part.path:
+            where = "data.path" if isinstance(data.source, str) else "a path in its table"
+            raise UserError(f'data.source = "{part.source}" needs {where}, a file or a folder')
+    if tokenizer.type == "folder" and not tokenizer.path:
+        raise UserError('tokenizer.type = "folder" needs tokenizer.path, a Hugging Face tokenizer folder')
+    if data.format == "text" and augmentation.copies:
+        raise UserError('augmentation.copies is for conversations: set data.format = "chat", or leave it out')
+    changes = ("shuffle_sentences", "synonym_rate", "typo_rate", "drop_turns")
+    if augmentation.copies and not any(getattr(augmentation, name) for name in changes):
+        raise UserError(f"augmentation.copies makes copies without a change; set one of {', '.join(changes)}")
+    if augmentation.synonym_rate and not augmentation.synonyms:
+        raise UserError("augmentation.synonym_rate needs augmentation.synonyms, a file of words")
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer, evaluation, checkpoint, log = config.optimizer, config.eval, config.checkpoint, config.log
+    save, evaluate, steps = checkpoint.save_steps, evaluation.eval_steps, config.train.max_steps
+    if checkpoint.keep_best and save % evaluate:
+        raise UserError(
+            f"checkpoint.save_steps = {save} is not a multiple of eval.eval_steps = {evaluate}, "
+            "so the best checkpoint cannot be known; change one or set checkpoint.keep_best = false"
+        )
+    if evaluation.early_stopping_patience and not checkpoint.keep_best:
+        raise UserError(
+            f"eval.early_stopping_patience = {evaluation.early_stopping_patience} needs checkpoint.keep_best = true, "
+            "since the run ends with its best checkpoint; set it, or leave the patience out"
+        )
+    if steps and optimizer.warmup_steps > steps:
+        raise UserError(f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than train.max_steps = {steps}")
+    if log.profile:
+        first, last = (int(step) for step in log.profile.split(":"))
+        if last < first:
+            raise UserError(f"log.profile = {log.profile} ends before it begins; give first:last, such as 10:13")
+        if steps and last > steps:
+            raise UserError(f"log.profile = {log.profile} goes beyond the last step, train.max_steps = {steps}")
+    if steps and optimizer.lr_scheduler_type == "warmup_stable_decay":
+        decay = round(optimizer.decay_rate * steps)
+        if optimizer.warmup_steps + decay > steps:
+            raise UserError(
+                f"optimizer.warmup_steps = {optimizer.warmup_steps} and the {decay} steps of "
+                f"optimizer.decay_rate are more than train.max_steps = {steps}"
+            )
+
+
+def _check_start(config: Config) -> None:
+    init, tokens = config.init, config.tokenizer.special_tokens
+    if init.from_checkpoint and init.from_huggingface:
+        raise UserError(
+            f"init.from_checkpoint = {init.from_checkpoint} and init.from_huggingface = {init.from_huggingface} "
+            "are both set, but a run starts from one of them; leave the other out"
+        )
+    if "" in tokens:
+        raise UserError("tokenizer.special_tokens holds an empty text; leave it out")
+    for token in tokens:
+        if tokens.count(token) > 1:
+            raise UserError(f"tokenizer.special_tokens names {token!r} {tokens.count(token)} times; name it once")
+
+
+# ---------------------------------------------------------------- a Config and its settings
 
 
 def _resolved(value: int | str | None) -> int:
@@ -100,10 +159,10 @@ def _resolved(value: int | str | None) -> int:
     return value
 
 
-def with_settings(config: Config, **settings: object) -> Config:
+def with_settings(config: Config, **values: object) -> Config:
     """`config` with other values: with_settings(config, model_remat="block", mesh_fsdp=8)."""
     changed: dict[str, dict] = {}
-    for name, value in settings.items():
+    for name, value in values.items():
         section, _, field = name.partition("_")
         changed.setdefault(section, {})[field] = value
     parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changed.items()}
@@ -155,15 +214,11 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
     Raises:
         UserError: a missing file, bad TOML, an unknown key or a bad value; names the file and the key.
     """
-    settings: dict[str, object] = {}
-    origin: dict[str, str] = {}
-    if path is not None:
-        for file in _with_bases(Path(path)):
-            for key, value in _read_settings(file).items():
-                settings[key], origin[key] = value, str(file)
-    for key, value in (overrides or {}).items():
-        settings[key], origin[key] = value, "command line"
-    return _build(settings, origin)
+    given: dict[str, tuple[object, str]] = {}  # with where it comes from
+    for file in [] if path is None else _with_bases(Path(path)):
+        given |= {key: (value, str(file)) for key, value in _read_settings(file).items()}
+    given |= {key: (value, "command line") for key, value in (overrides or {}).items()}
+    return _build(given)
 
 
 def _with_bases(path: Path) -> list[Path]:
@@ -182,21 +237,18 @@ def _read_toml(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file{_nearest_file(path)}") from None
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such config file{hint}") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: TOML syntax error: {error}") from None
 
 
-def _nearest_file(path: Path) -> str:
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
-
-
 def _read_settings(path: Path) -> dict[str, object]:
     """{"model.n_layer": 4, ...} of one file, `base` left out."""
-    settings: dict[str, object] = {}
+    found: dict[str, object] = {}
     for name, fields in _read_toml(path).items():
         if name == "base":
             continue
@@ -204,17 +256,16 @@ def _read_settings(path: Path) -> dict[str, object]:
             raise UserError(f"{path}: {unknown_setting(name)}")
         if name not in sections():
             raise UserError(f"{path}: there is no section [{name}]{_suggest(name, sections())}")
-        settings |= {f"{name}.{key}": value for key, value in fields.items()}
-    return settings
+        found |= {f"{name}.{key}": value for key, value in fields.items()}
+    return found
 
 
-def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
+def _build(given: dict[str, tuple[object, str]]) -> Config:
     known = config_fields()
-    for key in settings:
-        if key not in known:
-            raise UserError(f"{origin[key]}: {unknown_setting(key)}")
     nested: dict[str, dict] = {}
-    for key, value in settings.items():
+    for key, (value, origin) in given.items():
+        if key not in known:
+            raise UserError(f"{origin}: {unknown_setting(key)}")
         name, field = key.split(".")
         if value == "none" and type(None) in typing.get_args(known[key].type):
             value = None
@@ -227,9 +278,8 @@ def _build(settings: dict[str, object], origin: dict[str, str]) -> Config:
         section = next(name for name, cls in sections().items() if cls.__name__ == error.title)
         first = error.errors()[0]
         key = f"{section}.{first['loc'][0]}"
-        raise UserError(
-            f"{origin[key]}: {key} = {first['input']!r}, but it must be {describe_type(known[key].type)}"
-        ) from None
+        must = f"it must be {describe_type(known[key].type)}"
+        raise UserError(f"{given[key][1]}: {key} = {first['input']!r}, but {must}") from None
 
 
 def _takes_list(annotation: typing.Any, text: str) -> bool:

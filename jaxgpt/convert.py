@@ -14,20 +14,11 @@ from jaxgpt import cli
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("convert", __doc__)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="MODEL",
-        required=True,
-        help="run, RUN@best, step or Hugging Face folder, or hf:NAME",
-    )
+    folders = "run, RUN@best, step or Hugging Face folder, or hf:NAME"
+    parser.add_argument("--from", dest="source", metavar="MODEL", required=True, help=folders)
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="the new folder")
-    parser.add_argument(
-        "--format",
-        metavar="F",
-        choices=["huggingface", "jaxgpt"],
-        help="what to write: huggingface or jaxgpt (a run folder) [the other kind than --from]",
-    )
+    kinds = "what to write: huggingface or jaxgpt (a run folder) [the other kind than --from]"
+    parser.add_argument("--format", metavar="F", choices=["huggingface", "jaxgpt"], help=kinds)
     arguments = parser.parse_args(argv)
 
     from jaxgpt.training.models import convert

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     overrides = {key: value for key, value in vars(arguments).items() if "." in key}
     config = load_config(arguments.config, overrides)
-    workdir = arguments.workdir or str(Path("runs") / (Path(arguments.config).stem if arguments.config else ""))
+    workdir = arguments.workdir or str(Path("runs") / Path(arguments.config or "").stem)
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     from jaxgpt.diagnosis.checkup import examine

@@ -26,30 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", metavar="N", type=int, default=20, help="kills at random instants [20]")
     parser.add_argument("--points", metavar="N", type=int, default=0, help="kills at each named point [0]")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the random instants [0]")
-    parser.add_argument(
-        "--devices",
-        metavar="N,N",
-        default="",
-        help="CPU devices of one start after another, such as 1,2,4 [default: as they are]",
-    )
+    devices = "CPU devices of one start after another, such as 1,2,4 [default: as they are]"
+    parser.add_argument("--devices", metavar="N,N", default="", help=devices)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE, for programs")
     cli.add_config_arguments(parser)
     arguments = parser.parse_args(argv)
     config = cli.config_from(arguments)
     workdir = arguments.workdir or Path("drills") / Path(arguments.config).stem
     check_new(workdir)
-    devices = [int(number) for number in arguments.devices.split(",") if number]
+    counts = [int(number) for number in arguments.devices.split(",") if number]
     batch = config.train.global_batch_size
-    if devices and (batch is None or any(batch % number for number in devices)):
+    if counts and (batch is None or any(batch % number for number in counts)):
         raise UserError(f"--devices {arguments.devices}: set train.global_batch_size to a multiple of each")
 
     from jaxgpt.diagnosis.kill_drill import Drill, DrillPlan, table
 
     overrides = {name: value for name, value in vars(arguments).items() if "." in name}
-    plan = DrillPlan(
-        arguments.config, config, overrides, workdir, arguments.kills, arguments.points, arguments.seed, devices
-    )
-    report = Drill(plan).run()
+    kills = (arguments.kills, arguments.points, arguments.seed)
+    report = Drill(DrillPlan(arguments.config, config, overrides, workdir, *kills, counts)).run()
     print(table(report))
     if arguments.json:
         write_file(arguments.json, json.dumps(dataclasses.asdict(report), indent=2))

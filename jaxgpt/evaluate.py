@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     flags = cli.parser("evaluate", __doc__)
-    flags.add_argument(
-        "--checkpoint", metavar="WHERE", required=True, help="run, RUN@best, step, Hugging Face folder, hf:NAME"
-    )
+    folders = "run, RUN@best, step, Hugging Face folder, hf:NAME"
+    flags.add_argument("--checkpoint", metavar="WHERE", required=True, help=folders)
     flags.add_argument("--text", metavar="FILE", nargs="+", type=Path, default=[], help="UTF-8 files, one text each")
     flags.add_argument("--task", metavar="NAME[=FILE]", nargs="+", default=[], help="questions with given answers")
     flags.add_argument("--tfds-data-dir", metavar="DIR", type=Path, help="folder of TFDS's datasets [TFDS's own]")
@@ -51,10 +50,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute type [the model's]")
     flags.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file, too")
     writing = flags.add_argument_group("what the model writes")
-    writing.add_argument(
-        "--generate", metavar="FILE", nargs="?", type=Path, const=Path(),
-        help="check what it writes after the prompts of FILE, one a line [after validation texts of the run]",
-    )  # fmt: skip
+    prompts = "check what it writes after the prompts of FILE, one a line [after validation texts of the run]"
+    writing.add_argument("--generate", metavar="FILE", nargs="?", type=Path, const=Path(), help=prompts)
     writing.add_argument("--max-new-tokens", metavar="N", type=int, help="[100, at most half of the block]")
     writing.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: the likeliest [%(default)s]")
     writing.add_argument("--seed", metavar="N", type=int, default=0, help="repeats the same texts [%(default)s]")

@@ -14,29 +14,14 @@ import os
 import signal
 import time
 
+# The points of a preparation, in order, which a run with prepared data does not pass; and those of a run.
 PREPARING = ("prepare.read", "prepare.clean", "prepare.decided", "prepare.tokenize", "prepare.write")
-"""The points of a preparation, in order; a run with prepared data passes none."""
-
 POINTS = (
-    "lease.taken",
-    "clean.begin",
-    "clean.done",
-    "verify.begin",
-    "verify.damaged",
-    "restore.begin",
-    "restore.done",
-    "data.read",
-    "evaluate",
-    "save.begin",
-    "save.started",
-    "save.arrays",
-    "save.metadata",
-    "save.manifest",
-    "save.renamed",
-    "delete.renamed",
-    "delete.done",
-)
-"""The points of a run, in order."""
+    "lease.taken", "clean.begin", "clean.done", "verify.begin", "verify.damaged", "restore.begin", "restore.done",
+    "data.read", "evaluate",
+    "save.begin", "save.started", "save.arrays", "save.metadata", "save.manifest", "save.renamed",
+    "delete.renamed", "delete.done",
+)  # fmt: skip
 
 _passes: collections.Counter[str] = collections.Counter()  # per point, for @N
 
@@ -52,10 +37,8 @@ def failpoint(name: str) -> None:
 
 
 def _do(action: str, name: str) -> None:
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if action in ("kill", "term"):
+        os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGTERM)
     elif action == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"(failpoint {name})")
     elif action == "hang":

@@ -21,9 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.usage = "%(prog)s --local-procs N [--devices-per-proc M] -- train --config FILE [options]"
     parser.add_argument("--local-procs", metavar="N", type=int, required=True, help="processes to start")
     parser.add_argument("--devices-per-proc", metavar="M", type=int, default=1, help="CPU devices of each [default 1]")
-    parser.add_argument(
-        "--grace", metavar="S", type=float, default=60.0, help="seconds to end, once one has failed [default 60]"
-    )
+    grace = "seconds to end, once one has failed [default 60]"
+    parser.add_argument("--grace", metavar="S", type=float, default=60.0, help=grace)
     parser.add_argument("verb", nargs=argparse.REMAINDER, metavar="...", help="the verb to run, and its arguments")
     arguments = parser.parse_args(argv)
     for name in ("local_procs", "devices_per_proc"):

@@ -18,15 +18,16 @@ from jaxgpt import cli
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     from jaxgpt.training.checkpoint import find_step
+    from jaxgpt.training.metrics import say
     from jaxgpt.training.replayed_step import replay, report, skip_rows
 
     run, _ = find_step(arguments.checkpoint)
     found = replay(run, arguments.step, arguments.weights_step, arguments.data)
     if arguments.json:
         arguments.json.write_text(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False), encoding="utf-8")
-    _print(report(found, arguments.rows))
+    say(report(found, arguments.rows))
     if arguments.skip or arguments.skip_above is not None:
-        _print(skip_rows(found, arguments.skip or (), arguments.skip_above, arguments.skip_list))
+        say(skip_rows(found, arguments.skip or (), arguments.skip_above, arguments.skip_list))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,11 +49,6 @@ def _numbers(text: str) -> list[int]:
     if not all(word.isascii() and word.isdigit() for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of rows such as 953,960")
     return [int(word) for word in words]
-
-
-def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 if __name__ == "__main__":

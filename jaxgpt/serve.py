@@ -42,29 +42,17 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one [%(default)s]")
     flags.add_argument("--name", metavar="TEXT", help="the model's name for clients [the folder's]")
     flags.add_argument("--system", metavar="TEXT", help="system message of chats without one [chat.system of the run]")
-    batch = flags.add_argument_group("how much at once")
-    batch.add_argument("--slots", type=int, default=16, metavar="N", help="texts made side by side [%(default)s]")
-    batch.add_argument(
-        "--queue", type=int, default=64, metavar="N", help="texts that may wait for a slot [%(default)s]"
-    )
-    batch.add_argument(
-        "--chunk", type=int, default=8, metavar="N", help="tokens between two looks at the queue [%(default)s]"
-    )
-    batch.add_argument(
-        "--request-seconds", type=float, default=600.0, metavar="S", help="longest time of an answer [%(default)g]"
-    )
-    batch.add_argument(
-        "--drain-seconds", type=float, default=30.0, metavar="S", help="for answers under way at a stop [%(default)g]"
-    )
-    who = flags.add_argument_group("who may ask")
-    who.add_argument("--api-key-file", metavar="FILE", type=Path, help="one key a line [$JAXGPT_API_KEYS, else anyone]")
-    who.add_argument(
-        "--open", nargs="+", choices=("page", "metrics", "models"), default=[],
-        help="with keys: what needs none (health and ready never do)",
-    )  # fmt: skip
-    who.add_argument(
-        "--cors-origin", nargs="+", metavar="URL", default=[], help="sites whose pages may ask from a browser [none]"
-    )
+    add = flags.add_argument_group("how much at once").add_argument
+    add("--slots", type=int, default=16, metavar="N", help="texts made side by side [%(default)s]")
+    add("--queue", type=int, default=64, metavar="N", help="texts that may wait for a slot [%(default)s]")
+    add("--chunk", type=int, default=8, metavar="N", help="tokens between two looks at the queue [%(default)s]")
+    add("--request-seconds", type=float, default=600.0, metavar="S", help="longest time of an answer [%(default)g]")
+    add("--drain-seconds", type=float, default=30.0, metavar="S", help="for answers under way at a stop [%(default)g]")
+    add = flags.add_argument_group("who may ask").add_argument
+    add("--api-key-file", metavar="FILE", type=Path, help="one key a line [$JAXGPT_API_KEYS, else anyone]")
+    without = "with keys: what needs none (health and ready never do)"
+    add("--open", nargs="+", choices=("page", "metrics", "models"), default=[], help=without)
+    add("--cors-origin", nargs="+", metavar="URL", default=[], help="sites whose pages may ask from a browser [none]")
     return flags
 
 

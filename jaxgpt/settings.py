@@ -2,7 +2,7 @@
 
 The name of a field is Hugging Face's where `TrainingArguments` or `GPT2Config` has the thing. The text under a field
 is its help; `python -m jaxgpt.train --help` prints it with the type and the default. `config.py` puts the sections
-together and reads them from files; `checks.py` says what must hold between them.
+together, reads them from files, and says what must hold between them.
 """
 
 import functools
@@ -14,9 +14,8 @@ from pydantic import ConfigDict, Field
 if TYPE_CHECKING:  # type checkers understand the standard library's decorator best, and pydantic's makes the same class
     from dataclasses import dataclass as section
 else:
-    section = functools.partial(
-        pydantic.dataclasses.dataclass, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    )
+    _config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    section = functools.partial(pydantic.dataclasses.dataclass, config=_config)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -24,25 +24,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("sweep", __doc__)
     add = parser.add_argument
     add("--vary", metavar="KEY=VALUES", nargs="+", action="extend", default=[], help="what to vary, see above")
-    add("--method", choices=["grid", "random", "halving", "tpe"],
-        help="every combination; random ones; random ones, with a third going on at each rung; Optuna's estimator "
-        "[grid where all are lists, else random]")  # fmt: skip
+    methods = "every combination; random ones; random ones, with a third going on at each rung; Optuna's estimator"
+    methods += " [grid where all are lists, else random]"
+    add("--method", choices=["grid", "random", "halving", "tpe"], help=methods)
     add("--trials", metavar="N", type=int, help="trials of random (20), halving (27) and tpe (30)")
     add("--seed", metavar="S", type=int, default=0, help="seed of random draws, not of the model [%(default)s]")
     add("--workdir", metavar="DIR", type=Path, help="folder [runs/NAME-sweep, or runs/NAME-learning-rate]")
-    add("--predict", metavar="PARAMETERS", type=int,
-        help="where 4 sizes or more are tried: predict the loss of this many parameters without embeddings "
-        "[twice the largest]")  # fmt: skip
+    size = "where 4 sizes or more are tried: predict the loss of this many parameters without embeddings"
+    add("--predict", metavar="PARAMETERS", type=int, help=f"{size} [twice the largest]")
     add("--find-learning-rate", action="store_true", help="instead: one short run whose learning rate rises all along")
     add("--json", metavar="FILE", type=Path, help="also write the results there")
     cli.add_config_arguments(parser)
     arguments = parser.parse_args(argv)
     config = cli.config_from(arguments)
-    _check(arguments)
-    _run(config, arguments)
-
-
-def _check(arguments: argparse.Namespace) -> None:
     for name, least in (("trials", 1), ("predict", 1), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -50,6 +44,7 @@ def _check(arguments: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("vary", "method", "trials", "predict") if getattr(arguments, name)]
     if arguments.find_learning_rate and given:
         raise UserError(f"--find-learning-rate is one run and takes no {given[0]}; sweep afterwards")
+    _run(config, arguments)
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:

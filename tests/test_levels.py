@@ -13,7 +13,7 @@ from jaxgpt.config import config_fields
 PACKAGE = Path(jaxgpt.__file__).parent
 BASE = "base"  # the modules of level 0 are one room, whether they lie at the top or in storage/
 LEVELS = {
-    **dict.fromkeys(["errors", "settings", "checks", "config", "cli", "failpoints", "storage"], 0),
+    **dict.fromkeys(["errors", "settings", "config", "cli", "failpoints", "storage"], 0),
     **dict.fromkeys(["model", "parallel", "data"], 1),
     **dict.fromkeys(["inference", "preparation"], 2),
     "training": 3,  # prepares its data, and has the model write while it learns

@@ -82,7 +82,10 @@ def new_folder(final: Path, existing: Literal["refuse", "replace", "keep"] = "re
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{final.parent}: the folder cannot be made ({error.strerror})") from None
     host = socket.gethostname()
-    _remove_leftovers(final, host)
+    for leftover in final.parent.glob(f".{glob.escape(final.name)}.{host}.*.partial"):
+        pid = int(leftover.name.split(".")[-3])
+        if pid == os.getpid() or not _is_alive(pid):  # a restarted container gets the same pid again
+            shutil.rmtree(leftover, ignore_errors=True)
     partial = final.with_name(f".{final.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
     try:
@@ -105,20 +108,9 @@ def new_folder(final: Path, existing: Literal["refuse", "replace", "keep"] = "re
 
 
 def check_new(folder: Path) -> None:
-    """Refuse to write into a folder that holds something, or over a file.
-
-    Raises:
-        UserError: names the folder.
-    """
+    """Raise `UserError` where `folder` is a file, or holds something."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists already; choose another name, or remove it first")
-
-
-def _remove_leftovers(final: Path, host: str) -> None:
-    for leftover in final.parent.glob(f".{glob.escape(final.name)}.{host}.*.partial"):
-        pid = int(leftover.name.split(".")[-3])
-        if pid == os.getpid() or not _is_alive(pid):  # a restarted container gets the same pid again
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -5,6 +5,7 @@ on other machines through every network file system; and a heartbeat in the lock
 a later one, so that the clocks of two machines need not agree.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -62,11 +63,9 @@ class Lease:
             pass  # a file system without locks: the heartbeat decides alone
 
     def _check_heartbeat(self) -> None:
-        owner = self._read()
-        if not owner:
+        if not (owner := self._read()):
             return
-        here = owner.get("boot_id") == _boot_id()
-        if not here:  # its kernel lock may not be visible from this machine
+        if owner.get("boot_id") != _boot_id():  # its kernel lock may not be visible from this machine
             print(f"lease    {_name(owner)} held {self._workdir}; waiting to see whether it lives", flush=True)
             deadline = time.monotonic() + 4 * BEAT_SECONDS
             while time.monotonic() < deadline:
@@ -95,10 +94,8 @@ class Lease:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            try:
+            with contextlib.suppress(OSError):  # storage fails for a while: a later beat may come, and flock holds
                 self._beat()
-            except OSError:  # storage that fails for a while: the next beat may come, and flock holds meanwhile
-                continue
 
 
 def _name(owner: dict) -> str:

@@ -44,11 +44,7 @@ def write(folder: Path) -> None:
 
 
 def add(folder: Path, names: Sequence[str]) -> None:
-    """Record files that were written after the manifest, without reading the others again.
-
-    Raises:
-        OSError: as `write`.
-    """
+    """Record files that were written after the manifest, without reading the others again. Raises as `write` does."""
     lines = (folder / NAME).read_bytes().splitlines(keepends=True)
     lines += [_line(_digest(folder / name, sync=True)[0], name) for name in names]
     write_file(folder / NAME, b"".join(lines))
@@ -127,18 +123,16 @@ def _escaped(name: str) -> str:
     return "".join(_ESCAPES.get(letter, letter) for letter in name)
 
 
-def _unescaped(text: str) -> str:
-    letters = {escape: letter for letter, escape in _ESCAPES.items()}
-    return re.sub(r"\\[\\nr]", lambda match: letters[match[0]], text)
-
-
 def _parse(text: bytes) -> tuple[dict[str, str], list[str]]:
     """({name: digest}, problems) of a manifest."""
     digests: dict[str, str] = {}
     damaged = []
+    letters = {escape: letter for letter, escape in _ESCAPES.items()}
     for number, line in enumerate(io.BytesIO(text), 1):  # splits at "\n" alone
-        match = _LINE.fullmatch(line)
-        digest, name = (match[1].decode(), _unescaped(os.fsdecode(match[2]))) if match else ("", "\0")
+        digest, name = "", "\0"
+        if match := _LINE.fullmatch(line):
+            digest = match[1].decode()
+            name = re.sub(r"\\[\\nr]", lambda escape: letters[escape[0]], os.fsdecode(match[2]))
         if "\0" not in name and name not in digests and line == _line(digest, name):
             digests[name] = digest
         else:

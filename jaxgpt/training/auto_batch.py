@@ -12,24 +12,12 @@ from jax.sharding import Mesh
 from jaxgpt.config import Config, with_settings
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.parallel.mesh import batch_shards
-from jaxgpt.training.memory import (
-    ACTIVATIONS,
-    arithmetic_memory,
-    lower_step,
-    out_of_memory_bytes,
-    state_bytes,
-    step_memory,
-    step_shape,
-)
+from jaxgpt.training import memory
 from jaxgpt.training.step import resolve_batch
 
 _MAX_CPU_ROWS = 64  # larger batches gain nothing on a CPU
 _LEAST_SLOPE = 0.4  # what a larger batch takes, at least, of what arithmetic says that it takes more
 _ROOM = 0.95  # share of a device's memory to plan for: the allocator's pieces leave gaps
-
-
-# ---------------------------------------------------------------- other settings, same tokens a step
-
 MAX_ROWS = 64  # where no global batch is given, "auto" stops here: more rows a step is another experiment
 
 
@@ -40,10 +28,10 @@ def batch_sizes(config: Config, shards: int) -> list[int]:
         UserError: train.global_batch_size is not a multiple of the devices that share it.
     """
     total, accumulation = config.train.global_batch_size, config.train.gradient_accumulation_steps
+    unit = shards * (accumulation or 1)
     if total is None:
         return [2**power for power in range(MAX_ROWS.bit_length())]
-    if total % (shards * (accumulation or 1)):
-        unit = shards * (accumulation or 1)
+    if total % unit:
         times = f" x train.gradient_accumulation_steps = {accumulation}" if accumulation else ""
         raise UserError(
             f"train.global_batch_size = {total} is not a multiple of the {shards} devices that share it{times}; "
@@ -70,7 +58,9 @@ def ways_to_save(config: Config, devices: int) -> Iterator[tuple[list[str], list
     for fsdp in splits:
         for remat in remats:
             changed = with_settings(free, model_remat=remat, mesh_fsdp=fsdp, mesh_data=everywhere // fsdp)
-            sizes = [size for size in batch_sizes(changed, everywhere) if size <= step_shape(config, devices).rows]
+            sizes = [
+                size for size in batch_sizes(changed, everywhere) if size <= memory.step_shape(config, devices).rows
+            ]
             flags = [f"--model.remat {remat}"] if remat != config.model.remat else []
             flags += [f"--mesh.fsdp {fsdp} --mesh.data 1"] if fsdp != config.mesh.fsdp else []
             yield flags, [_sized(changed, size, everywhere) for size in reversed(sizes)]
@@ -152,13 +142,13 @@ def largest_that_fits(
 
 def compiled_bytes(config: Config, vocab_size: int, mesh: Mesh) -> float:
     """Bytes that the compiled train step takes on one device; infinite if its compiler gave no number."""
-    program, lowered = lower_step(config, vocab_size, mesh)
+    program, lowered = memory.lower_step(config, vocab_size, mesh)
     try:
-        return sum(step_memory(lowered.compile(), state_bytes(program)).values())
+        return sum(memory.step_memory(lowered.compile(), memory.state_bytes(program)).values())
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return out_of_memory_bytes(str(error))[0] or math.inf
+        return memory.out_of_memory_bytes(str(error))[0] or math.inf
 
 
 def device_memory(mesh: Mesh) -> float | None:
@@ -203,14 +193,18 @@ def explain_out_of_memory(
 
     `config` is resolved. Where the compiler said how much it needs, the arithmetic is scaled to that.
     """
-    needed, available = out_of_memory_bytes(str(error))
+    needed, available = memory.out_of_memory_bytes(str(error))
     limit = limit_bytes or available or device_memory(mesh)
     arithmetic = _arithmetic(config, vocab_size, mesh)
-    factor = _activation_factor(arithmetic, needed)
-    memory = _scaled(arithmetic, factor)
-    listed = ", ".join(f"{kind} {_in_gib(size)}" for kind, size in memory.items())
+    factor = 1.0  # by which the estimate of activations must grow so that all kinds add up to `needed`
+    if needed:
+        exact = sum(size for kind, size in arithmetic.items() if kind not in memory.ACTIVATIONS)
+        estimated = sum(arithmetic[kind] for kind in memory.ACTIVATIONS)
+        factor = min(max((needed - exact) / estimated, 0.2), 5.0)
+    kinds = _scaled(arithmetic, factor)
+    listed = ", ".join(f"{kind} {_in_gib(size)}" for kind, size in kinds.items())
     lines = [
-        f"out of memory: a device needs {_in_gib(needed or sum(memory.values()))}"
+        f"out of memory: a device needs {_in_gib(needed or sum(kinds.values()))}"
         + (f" and may use {_in_gib(limit)}" if limit else ""),
         f"  by kind (arithmetic{', scaled to the sum' if needed else ''}): {listed}",
     ]
@@ -231,40 +225,24 @@ def settings_that_fit(
     config: Config, vocab_size: int, mesh: Mesh, limit: float, activation_factor: float = 1.0
 ) -> list[str]:
     """Up to three command lines that keep the sequences of a step and fit, by arithmetic, `limit` bytes per device."""
-    return [
-        f"{flags}  ({_in_gib(needs)})"
-        for flags, needs in _fitting(config, vocab_size, mesh, _ROOM * limit, activation_factor)
-    ][:3]
-
-
-def _fitting(config: Config, vocab_size: int, mesh: Mesh, limit: float, factor: float) -> Iterator[tuple[str, float]]:
-    """(flags, bytes) of the largest batch that fits, for each way to save memory."""
+    found = []
     for flags, ways in ways_to_save(config, mesh.devices.size):
         for changed in ways:
-            needs = sum(_scaled(_arithmetic(changed, vocab_size, mesh), factor).values())
-            if needs <= limit:
-                yield (
-                    " ".join([f"--train.per_device_train_batch_size {changed.per_device_train_batch_size}", *flags]),
-                    needs,
-                )
-                break
+            needs = sum(_scaled(_arithmetic(changed, vocab_size, mesh), activation_factor).values())
+            if needs <= _ROOM * limit:
+                size = f"--train.per_device_train_batch_size {changed.per_device_train_batch_size}"
+                found.append(f"{' '.join([size, *flags])}  ({_in_gib(needs)})")
+                break  # the largest batch of this way to save memory
+    return found[:3]
 
 
 def _arithmetic(config: Config, vocab_size: int, mesh: Mesh) -> dict[str, int]:
-    shape = step_shape(config, mesh.devices.size)
-    return arithmetic_memory(config, vocab_size, shape, kernel=_has_kernels(mesh))
+    shape = memory.step_shape(config, mesh.devices.size)
+    return memory.arithmetic_memory(config, vocab_size, shape, kernel=_has_kernels(mesh))
 
 
-def _activation_factor(memory: dict[str, int], needed: int) -> float:
-    """The factor by which the estimate of activations must grow so that all kinds add up to `needed`."""
-    if not needed:
-        return 1.0
-    exact = sum(size for kind, size in memory.items() if kind not in ACTIVATIONS)
-    return min(max((needed - exact) / sum(memory[kind] for kind in ACTIVATIONS), 0.2), 5.0)
-
-
-def _scaled(memory: dict[str, int], factor: float) -> dict[str, float]:
-    return {kind: size * factor if kind in ACTIVATIONS else size for kind, size in memory.items()}
+def _scaled(kinds: dict[str, int], factor: float) -> dict[str, float]:
+    return {kind: size * factor if kind in memory.ACTIVATIONS else size for kind, size in kinds.items()}
 
 
 def _has_kernels(mesh: Mesh) -> bool:

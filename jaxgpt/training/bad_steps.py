@@ -1,10 +1,9 @@
 """Bad steps: a loss or gradient that is not finite, or a spike. The device keeps the state; the host decides.
 
-On the device (`judge`, `unless`; inside the compiled step, without asking the host): a bad step changes neither
-parameters nor optimizer state, whatever `faults.on_bad_step` says. So one program serves all three settings, a good
-step gives the same bits under each, and the state in memory is always the one after the last good step. The price is
-a select over the new state: on a CPU up to 1.4 times the parameters' bytes (124M: 1.17 to 1.86 GB of temporary
-values); TPUs need no more memory for it.
+On the device (`judge`, `unless`): a bad step changes neither parameters nor optimizer state, whatever
+`faults.on_bad_step` says. So one program serves all three settings, a good step gives the same bits under each, and
+the state in memory is the one after the last good step. The price is a select over the new state: on a CPU up to 1.4
+times the parameters' bytes (124M: 1.17 to 1.86 GB of temporary values); TPUs need no more memory for it.
 
 On the host (`BadSteps`, which reads the metrics of every step one step late):
 
@@ -58,22 +57,19 @@ def judge(loss: jax.Array, grad_norm: jax.Array, recent: dict, spike_sigma: floa
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
     if not recent:
         return bad, recent, {}
-    values = dict(zip(WATCHED, (loss, grad_norm), strict=True))
     metrics: dict[str, jax.Array] = {}
     size = recent["loss"].size
     full = recent["count"] >= size
     log = lambda norm: jnp.log(jnp.maximum(norm, LEAST_NORM))
-    mean = jnp.mean(recent["loss"])
-    compared: dict[str, tuple[jax.Array, jax.Array, jax.Array | float]] = {
-        "loss": (loss, recent["loss"], STD_FLOOR * jnp.abs(mean)),
-        "log_grad_norm": (log(grad_norm), log(recent["grad_norm"]), STD_FLOOR),
-    }
-    for name, (value, window, floor) in compared.items():
+    for name, value, window, floor in (
+        ("loss", loss, recent["loss"], STD_FLOOR * jnp.abs(jnp.mean(recent["loss"]))),
+        ("log_grad_norm", log(grad_norm), log(recent["grad_norm"]), STD_FLOOR),
+    ):
         mean, std = jnp.mean(window), jnp.maximum(jnp.std(window), floor)
         bad |= full & (value > mean + spike_sigma * std)
         metrics |= {f"{name}_mean": mean, f"{name}_std": std}
-    place = recent["count"] % size
-    with_value = {name: recent[name].at[place].set(value) for name, value in values.items()}
+    place, values = recent["count"] % size, zip(WATCHED, (loss, grad_norm), strict=True)
+    with_value = {name: recent[name].at[place].set(value) for name, value in values}
     return bad, unless(bad, with_value | {"count": recent["count"] + 1}, recent), metrics
 
 
@@ -84,10 +80,9 @@ def unless(bad: jax.Array, new: Tree, old: Tree) -> Tree:
 
 @jax.jit
 def all_finite(tree: object) -> jax.Array:
-    """A bool scalar on the device: is every number of a tree of arrays finite?
+    """A bool scalar on the device: is every number of a tree of arrays finite? For the state about to be saved.
 
-    For the state about to be saved. A finite loss and gradient can still make an update that overflows, which only
-    the loss of the next step would tell.
+    A finite loss and gradient can still make an update that overflows, which only the next step's loss would tell.
     """
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
@@ -105,14 +100,10 @@ class BadSteps:
     def __init__(self, faults: FaultsConfig, in_a_row: int = 0):
         """`in_a_row` is the count of the checkpoint that the run starts from, so a restart does not reset it."""
         self._faults = faults
-        self.in_a_row = in_a_row
-        """Bad steps up to the last one read, with no good one among them; to be kept in a checkpoint's metadata."""
-        self.skipped = 0
-        """Steps of the whole run, restarts included, that left the state as it was."""
-        self.rollbacks = 0
-        """Times the run went back since the last new checkpoint."""
-        self.message = ""
-        """The last bad step in one line."""
+        self.in_a_row = in_a_row  # bad steps up to the last one read; to be kept in a checkpoint's metadata
+        self.skipped = 0  # steps of the whole run, restarts included, that left the state as it was
+        self.rollbacks = 0  # times the run went back since the last new checkpoint
+        self.message = ""  # the last bad step in one line
 
     def check(self, step: int, values: dict, last_good: int | None) -> str | None:
         """None for a good step; "skipped" if the run goes on; "rollback" if it goes back to `last_good`, a checkpoint.
@@ -147,7 +138,12 @@ class BadSteps:
             if self.rollbacks
             else "; nothing to go back to",
         }[policy]
-        raise BadStep(f"{what}{ends}; {_kept(last_good)}. {_causes(values)}")
+        kept = "no checkpoint was written yet" if last_good is None else f"the last good checkpoint is step {last_good}"
+        raise BadStep(
+            f"{what}{ends}; {kept}. Likely causes: a learning rate that is too high (now "
+            f"{values['learning_rate']:.1e}), too short a warm-up, clipping turned off (optimizer.max_grad_norm = 0), "
+            "odd data at this step, or weights that were already damaged when training started."
+        )
 
     def saved(self, step: int) -> None:
         """A new checkpoint was written: rollbacks are counted anew."""
@@ -157,8 +153,7 @@ class BadSteps:
 def describe(values: dict, spike_sigma: float) -> str:
     """The loss and gradient norm of a bad step, and the rule they break."""
     found = {"loss": values["loss_sum"] / max(values["count"], 1.0), "grad_norm": values["grad_norm"]}
-    words = {"loss": "loss", "grad_norm": "gradient norm"}
-    numbers = ", ".join(f"{words[name]} = {value:.6g}" for name, value in found.items())
+    numbers = f"loss = {found['loss']:.6g}, gradient norm = {found['grad_norm']:.6g}"
     if not all(math.isfinite(value) for value in found.values()):
         return f"{numbers}: not finite"
     spikes = []
@@ -170,15 +165,3 @@ def describe(values: dict, spike_sigma: float) -> str:
     if above > spike_sigma * std:
         spikes.append(f"the gradient norm is {above / std:.1f} sigma (of its logarithm) above {math.exp(mean):.6g}")
     return f"{numbers}: {' and '.join(spikes)}, the mean of {WINDOW} good steps (faults.spike_sigma = {spike_sigma:g})"
-
-
-def _kept(last_good: int | None) -> str:
-    return "no checkpoint was written yet" if last_good is None else f"the last good checkpoint is step {last_good}"
-
-
-def _causes(values: dict) -> str:
-    return (
-        f"Likely causes: a learning rate that is too high (now {values['learning_rate']:.1e}), too short a warm-up, "
-        "clipping turned off (optimizer.max_grad_norm = 0), odd data at this step, or weights that were already "
-        "damaged when training started."
-    )

@@ -94,21 +94,13 @@ class Checkpoints:
             time.sleep(max(self._retry_at - time.monotonic(), 0.0))
 
     def poll(self) -> bool:
-        """True if a save has failed and it is time to try again; does not wait.
-
-        Raises:
-            StorageFailed: as `save`.
-        """
+        """True if a save has failed and it is time to try again; does not wait. Raises as `save` does."""
         if self._saving and self._saving.done():
             self._settle()
         return time.monotonic() >= self._retry_at
 
     def wait(self) -> None:
-        """Until everything started is on disk.
-
-        Raises:
-            StorageFailed: it could not be written.
-        """
+        """Wait until everything started is on disk. Raises as `save` does."""
         self._settle()
         if self._retry_at < math.inf:
             raise self._storage_failed()
@@ -154,13 +146,10 @@ class Checkpoints:
 
     def delete_old(self) -> None:
         """Delete the checkpoints that are no longer to be kept. A killed process may have left one too many."""
-        for old in set(self.steps()) - self._kept():
-            self._delete(old)
-
-    def _kept(self) -> set[int]:
-        kept = set(self.steps()[-self._config.save_total_limit :])
         best = self.best_step() if self._config.keep_best else None
-        return kept if best is None else kept | {best}
+        for old in self.steps()[: -self._config.save_total_limit]:
+            if old != best:
+                self._delete(old)
 
     def _delete(self, step: int) -> None:
         """The name goes first, so that no reader finds half a checkpoint."""
@@ -219,7 +208,8 @@ class Checkpoints:
         restored = self._orbax.restore(folder, args=ocp.args.Composite(**items))
         failpoint("restore.done")
         # Without a rule for spikes so far there is no window yet.
-        recent = restored["recent"] if "recent" in wanted else _zeros(abstract_state.recent)
+        zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        recent = restored["recent"] if "recent" in wanted else jax.tree.map(zeros, abstract_state.recent)
         return TrainState(params=restored["params"], recent=recent, **restored["optimizer"])
 
 
@@ -229,23 +219,12 @@ def _items(state: TrainState) -> dict[str, dict]:
     return items | {"recent": state.recent} if state.recent else items
 
 
-def _zeros(abstract: dict) -> dict:
-    if not abstract:
-        return {}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=shardings
-    )()
-
-
 def _reason(error: Exception) -> str:
     """The first line of an error, without the paths and stacks that TensorStore adds where the cause is a known one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    for number in STORAGE_ERRNOS:
-        if os.strerror(number) in str(error):
-            return os.strerror(number)
-    return str(error).split("\n")[0].split(" [")[0][:200] or type(error).__name__
+    known = (os.strerror(number) for number in STORAGE_ERRNOS if os.strerror(number) in str(error))
+    return next(known, "") or str(error).split("\n")[0].split(" [")[0][:200] or type(error).__name__
 
 
 def quiet_orbax() -> None:
@@ -266,11 +245,7 @@ def read_config(run: Path) -> Config:
 
 
 def read_metadata(run: Path, step: int) -> dict:
-    """The metadata of a finished step: data, tokenizer, validation loss, position.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The metadata of a finished step: data, tokenizer, validation loss, position. `UserError` if it is damaged."""
     path = run / FOLDER / str(step) / METADATA
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -281,11 +256,9 @@ def read_metadata(run: Path, step: int) -> dict:
 def finished_steps(run: Path) -> list[int]:
     """The steps of a run folder that were written to their end, in order; none where it is no run yet."""
     folders = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
-    return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and _is_whole(folder))
-
-
-def _is_whole(step: Path) -> bool:
-    return (step / manifest.NAME).is_file()
+    return sorted(
+        int(folder.name) for folder in folders if folder.name.isdigit() and (folder / manifest.NAME).is_file()
+    )
 
 
 def best_step(run: Path) -> int | None:

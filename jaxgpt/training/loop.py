@@ -29,10 +29,7 @@ EVAL_AHEAD = 4  # evaluation batches in flight: enough to keep the devices busy,
 
 
 class RolledBack(Exception):
-    """A step was bad: the run goes on from its last checkpoint, with other data."""
-
-    def __init__(self, bad_step: int):
-        self.bad_step = bad_step
+    """The step, its argument, was bad: the run goes on from its last checkpoint, with other data."""
 
 
 def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
@@ -51,7 +48,7 @@ def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
         try:
             return _Loop(run, state, start, bad_steps).train()
         except RolledBack as back:
-            bad_step = back.bad_step
+            bad_step = back.args[0]
         del state  # its memory, free once the exception is gone, is needed for the restored one
         step = newest_step(run.workdir)
         assert step is not None, "a rollback needs a checkpoint"
@@ -201,9 +198,8 @@ class _Loop:
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
-        loss_sum, count = self._meter.since_last_line()
-        best = self._early.counts()
-        here = Position(step, offset, bad_steps, evaluated, loss_sum, count, best[0], best[1], best[2])
+        sums = (self._meter.loss_sum, self._meter.count)
+        here = Position(step, offset, bad_steps, evaluated, *sums, **self._early.counts())
         with self._split("save"):
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
@@ -238,10 +234,7 @@ def training_batches(run: Run, start: Position) -> Generator[Batch]:
 
 
 def evaluate(run: Run, params: dict, go_on: GoOn = lambda: None) -> dict[str, float]:
-    """Mean loss over the validation targets (nats), its perplexity, and bits per UTF-8 byte of their text.
-
-    `go_on` is called before each batch.
-    """
+    """Mean loss over the validation targets (nats), its perplexity, bits per byte. `go_on` is called before a batch."""
     config, validation = run.config, run.dataset.validation
     batches = eval_batches(
         validation,
@@ -258,8 +251,7 @@ def evaluate(run: Run, params: dict, go_on: GoOn = lambda: None) -> dict[str, fl
             sums.append(run.program.eval_step(params, batch))
             if len(sums) > EVAL_AHEAD:
                 jax.block_until_ready(sums[-EVAL_AHEAD])
-    # Read once, and added in Python's float64.
-    sums = jax.device_get(sums)
+    sums = jax.device_get(sums)  # read once, and added in Python's float64
     loss = math.fsum(float(loss_sum) for loss_sum, _ in sums) / max(math.fsum(float(count) for _, count in sums), 1.0)
     return {
         "eval_loss": loss,
@@ -292,14 +284,10 @@ class Meter:
         peak = peak_flops(devices[0].device_kind)
         flops = flops_per_token(config.model, run.dataset.vocab_size, config.block_size)
         self._mfu_of_token_rate = flops / (peak * devices.size) if peak else None
-        self._loss_sum, self._count = start.loss_sum, start.count
+        self.loss_sum, self.count = start.loss_sum, start.count  # of the steps that no line tells of yet
         self._timed_steps = 0
         self._first_line: dict[str, float] = {}
         self._started = time.perf_counter()
-
-    def since_last_line(self) -> tuple[float, float]:
-        """Loss sum and count of the steps that no line tells of yet."""
-        return self._loss_sum, self._count
 
     def read(self, step: int, metrics: dict) -> None:
         """Wait for `step`, check it, and write a line if one is due. The loss is the mean since the last line."""
@@ -311,8 +299,8 @@ class Meter:
             self._run.log.say(self._bad_steps.message)
             record_fault(self._run.workdir, step=step, what="bad step", message=self._bad_steps.message)
         else:
-            self._loss_sum += values["loss_sum"]
-            self._count += values["count"]
+            self.loss_sum += values["loss_sum"]
+            self.count += values["count"]
         if outcome == "rollback":
             raise RolledBack(step)
         self._timed_steps += 1
@@ -332,7 +320,7 @@ class Meter:
         rate = self._timed_steps * self._tokens_per_step / training if training and self._timed_steps > 0 else None
         line = {
             "epoch": step * self._run.config.global_batch_size / self._rows_per_epoch,
-            "loss": self._loss_sum / self._count if self._count else None,
+            "loss": self.loss_sum / self.count if self.count else None,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens": step * self._tokens_per_step,
@@ -340,10 +328,8 @@ class Meter:
             "mfu": rate * self._mfu_of_token_rate if rate and self._mfu_of_token_rate else None,
             "batch_hash": values["batch_hash"],
             **({"skipped_steps": values["skipped_steps"]} if values["skipped_steps"] else {}),
-            **seconds,
-            **self._first_line,
         }
+        self._run.log.write(step, line | seconds | self._first_line)
         self._first_line = {}
-        self._loss_sum = self._count = 0.0
+        self.loss_sum = self.count = 0.0
         self._timed_steps = 0
-        self._run.log.write(step, line)

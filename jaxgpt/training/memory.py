@@ -84,9 +84,6 @@ def arithmetic_memory(config: Config, vocab_size: int, shape: StepShape, *, kern
     }
 
 
-# ---------------------------------------------------------------- what the compiler says
-
-
 def lower_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Program, jax.stages.Lowered]:
     """The train step that `train` would run on `mesh`, traced and not compiled. The batch of `config` is resolved."""
     if config.train.max_steps is None:  # the length of the schedule, a constant in the program that changes no cost
@@ -135,8 +132,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 def out_of_memory_bytes(message: str) -> tuple[int, int]:
     """(needed, available) bytes in libtpu's message that a program is too large; (0, 0) in any other message."""
     match = re.search(r"\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)", message)
-    if match is None:  # before libtpu 0.0.30
-        match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    match = match or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)  # before libtpu 0.0.30
     if match is None:
         return 0, 0
     return round(float(match[1]) * _UNITS[match[2]]), round(float(match[3]) * _UNITS[match[4]])

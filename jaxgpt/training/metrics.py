@@ -1,8 +1,7 @@
 """The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, a line for a person.
 
-metrics.jsonl is the record and the other three are views of it. It holds one strict JSON object a
-logged step, whatever was killed or resumed in between: on resume the lines that the dead run wrote
-after its last checkpoint are cut off before the steps are run again.
+metrics.jsonl is the record and the other three are views of it. It holds one strict JSON object a logged step: on
+resume the lines that the dead run wrote after its last checkpoint are cut off before the steps are run again.
 """
 
 import importlib.util
@@ -100,10 +99,7 @@ def _parse_lines(content: bytes) -> list[tuple[bytes, dict]]:
 
 
 def _cut_after(path: Path, start_step: int) -> None:
-    """Rewrite `path` without torn lines and without the steps that will be run again.
-
-    A run that starts at 0 has no checkpoint, so every line will be written again.
-    """
+    """Rewrite `path` without torn lines and without the steps that will be run again: all, if it starts at 0."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -117,16 +113,12 @@ def _plain(value: str | float | None | np.generic | jax.Array) -> str | int | fl
     """A Python number, string or None from one, or from a numpy or jax scalar."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # no file can hold a lone surrogate
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return value.item()
+    return value.item() if isinstance(value, (np.generic, np.ndarray, jax.Array)) else value
 
 
 def _to_line(record: dict) -> bytes:
     """Strict JSON: what is not finite becomes null, and "nonfinite" says what it was."""
-    nonfinite = {
-        key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)
-    }
+    nonfinite = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     if nonfinite:
         record = {**record, **dict.fromkeys(nonfinite), "nonfinite": nonfinite}
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -207,7 +199,7 @@ class MetricLog:
 # ---------------------------------------------------------------- views for people
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print to stdout; a character that its encoding lacks must not end a run of hours."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
@@ -267,7 +259,7 @@ class _Lines:
         pass
 
     def say(self, text: str) -> None:
-        _say(text)
+        say(text)
 
     def write(self, step: int, values: dict) -> None:
         now = time.monotonic()
@@ -277,7 +269,7 @@ class _Lines:
         elif step > self._first[0]:
             pace = (now - self._first[1]) / (step - self._first[0])
             clock += f"<{_clock(pace * (self._total - step))}"
-        _say(_step_line(step, self._total, values, clock))
+        say(_step_line(step, self._total, values, clock))
 
     def close(self, failed: bool) -> None:
         pass
@@ -303,7 +295,7 @@ class _Bar:
 
     def say(self, text: str) -> None:
         with self._bar.external_write_mode():
-            _say(text)
+            say(text)
 
     def write(self, step: int, values: dict) -> None:
         if values.get("eval_loss") is not None or values.get("sample"):

@@ -44,12 +44,10 @@ class LoadedModel:
     """A trained model: what sampling, evaluation and serving start from."""
 
     config: Config
-    vocab_size: int
-    """The model's; a tokenizer may know fewer tokens."""
+    vocab_size: int  # the model's; a tokenizer may know fewer tokens
     params: dict
     tokenizer: Tokenizer
-    step: int
-    """0 for a Hugging Face folder, which does not say."""
+    step: int  # 0 for a Hugging Face folder, which does not say
 
 
 # ---------------------------------------------------------------- reading
@@ -69,8 +67,7 @@ def is_huggingface(path: str | Path) -> bool:
 
 
 def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambda path: None) -> LoadedModel:
-    """The weights and tokenizer of a run folder (its latest step), of one step's folder, of a Hugging Face folder
-    or of "hf:NAME" on the hub.
+    """The model of a run folder (its latest step), a step's folder, a Hugging Face folder or "hf:NAME" on the hub.
 
     The arrays lie on the default device, whatever mesh wrote them. `read` is called with the path of each
     array of a Hugging Face folder once it is read.
@@ -84,7 +81,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
-    vocab_size = stored_vocab_size(run, step) or tokenizer.vocab_size
+    vocab_size = read_metadata(run, step).get("vocab_size") or tokenizer.vocab_size
     _, shapes, _ = gpt2.abstract_model(config.model, vocab_size)
     return LoadedModel(config, vocab_size, _restore(run / FOLDER / str(step) / "params", shapes), tokenizer, step)
 
@@ -128,11 +125,6 @@ def _release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def stored_vocab_size(run: Path, step: int) -> int | None:
-    """The model's vocabulary as the checkpoint's metadata has it; None where it is the tokenizer's."""
-    return read_metadata(run, step).get("vocab_size")
-
-
 def _load_huggingface(folder: Path, read: Callable[[tuple[str, ...]], None]) -> LoadedModel:
     model = huggingface.open_model(folder)
     tokenizer = load_tokenizer(folder)
@@ -166,11 +158,7 @@ def export_model(
     whole: Callable[[jax.Array], np.ndarray] = np.asarray,
     is_writer: bool = True,
 ) -> None:
-    """Write a complete Hugging Face folder: config, weights, tokenizer. See `huggingface.write_model`.
-
-    Raises:
-        UserError: the folder exists, and `replace` is not set.
-    """
+    """Write a complete Hugging Face folder; `UserError` where it exists, unless `replace`. See `write_model` there."""
     existing: Literal["replace", "refuse"] = "replace" if replace else "refuse"
     with new_folder(folder, existing) if is_writer else contextlib.nullcontext(folder) as partial:
         write_huggingface(partial, config, vocab_size, params, tokenizer, whole=whole, is_writer=is_writer)
@@ -191,14 +179,11 @@ def write_huggingface(
     if is_writer:
         tokenizer.save(folder, config.n_positions)
         if tokenizer.end_of_turn is not None:
-            _stop_at_end_of_turn(folder / "generation_config.json", tokenizer)
-
-
-def _stop_at_end_of_turn(file: Path, tokenizer: Tokenizer) -> None:
-    """Have transformers' `generate` end an answer of a chat model where we do: at the end of the turn."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["eos_token_id"] = [tokenizer.end_of_turn, tokenizer.end_of_text]
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            # Have transformers' `generate` end an answer of a chat model where we do: at the end of the turn.
+            file = folder / "generation_config.json"
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings["eos_token_id"] = [tokenizer.end_of_turn, tokenizer.end_of_text]
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_run(run: Path, model: LoadedModel) -> None:

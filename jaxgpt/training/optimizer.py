@@ -25,10 +25,7 @@ MUON_MATRICES: dict[tuple[str, ...], MuonDimensionNumbers] = {
 
 
 class Arguments(NamedTuple):
-    """The settings that a compiled step can take as arguments, so that trials with other values share it.
-
-    Numbers, which the compiler then knows, or traced scalars.
-    """
+    """What a compiled step can take as arguments, so that trials share it: numbers, or traced scalars."""
 
     learning_rate: float | jax.Array
     muon_learning_rate: float | jax.Array
@@ -80,32 +77,19 @@ def build_optimizer(config: OptimizerConfig, max_steps: int, given: Arguments) -
     """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) or Muon (Jordan 2024)."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     learning_rate = schedule(config, max_steps, given.learning_rate, given)
+    shared = {"eps": given.adam_epsilon, "weight_decay": given.weight_decay, "mu_dtype": config.adam_mu_dtype}
     if config.name == "adamw":
-        return optax.chain(
-            clip,
-            optax.adamw(
-                learning_rate,
-                b1=given.adam_beta1,
-                b2=given.adam_beta2,
-                eps=given.adam_epsilon,
-                weight_decay=given.weight_decay,
-                mask=decay_mask,
-                mu_dtype=config.adam_mu_dtype,
-            ),
-        )
-    return optax.chain(
-        clip,
-        optax.contrib.muon(
+        rule = optax.adamw(learning_rate, b1=given.adam_beta1, b2=given.adam_beta2, mask=decay_mask, **shared)
+    else:
+        rule = optax.contrib.muon(
             schedule(config, max_steps, given.muon_learning_rate, given),
-            eps=given.adam_epsilon,
-            weight_decay=given.weight_decay,
             adam_b1=given.adam_beta1,
             adam_b2=given.adam_beta2,
             adam_learning_rate=learning_rate,
             muon_weight_dimension_numbers=muon_dimensions,
-            mu_dtype=config.adam_mu_dtype,
-        ),
-    )
+            **shared,
+        )
+    return optax.chain(clip, rule)
 
 
 def _names(path: Sequence[jax.tree_util.DictKey]) -> tuple[str, ...]:
@@ -119,7 +103,5 @@ def decay_mask(params: dict) -> dict:
 
 def muon_dimensions(params: dict) -> dict:
     """The matrix axes of each array that Muon updates, None for the others."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: MUON_MATRICES.get(_names(path)[-3:-1]) if _names(path)[-1] == "kernel" else None,
-        params,
-    )
+    axes = lambda names: MUON_MATRICES.get(names[-3:-1]) if names[-1] == "kernel" else None
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes(_names(path)), params)

@@ -4,11 +4,11 @@ A checkpoint whose files differ from its manifest is moved to quarantine/, never
 crashes again and again at one step goes one checkpoint back, once, and then stops.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -51,7 +51,8 @@ def newest_whole_step(run: Path) -> int | None:
         RunFailed: it had some, and none is whole.
     """
     failpoint("verify.begin")
-    for step in sorted(_numbered(run), reverse=True):
+    named = (int(folder.name) for folder in (run / FOLDER).glob("*") if folder.name.isdigit())
+    for step in sorted(named, reverse=True):
         found = damage(run, step)
         if not found:
             return step
@@ -86,11 +87,7 @@ def damage(run: Path, step: int, unread: str | None = None) -> list[str]:
 
 
 def check_weights(run: Path, step: int) -> None:
-    """Refuse weights that are not as they were written.
-
-    Raises:
-        UserError: names a damaged file.
-    """
+    """Raise `UserError` where weights are not as they were written; it names a damaged file."""
     if found := damage(run, step, unread="optimizer/*"):
         raise UserError(f"checkpoint {run / FOLDER / str(step)} is damaged: {found[0]}; use another step")
 
@@ -102,15 +99,6 @@ def quarantine(run: Path, step: int) -> Path:
     place = run / QUARANTINE / (f"{step}.{number}" if number else str(step))
     os.rename(run / FOLDER / str(step), place)
     return place
-
-
-def _numbered(run: Path) -> Iterator[int]:
-    """Every folder that has a step's name, whole or not."""
-    if (run / FOLDER).is_dir():
-        yield from (int(folder.name) for folder in (run / FOLDER).iterdir() if folder.name.isdigit())
-
-
-# ---------------------------------------------------------------- the run's own record
 
 
 def record_fault(run: Path, **facts: object) -> None:
@@ -127,10 +115,8 @@ def read_faults(run: Path) -> list[dict]:
     faults = []
     if (run / FAULTS_FILE).is_file():
         for line in (run / FAULTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 faults.append(json.loads(line))
-            except ValueError:
-                continue
     return faults
 
 

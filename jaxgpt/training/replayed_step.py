@@ -31,19 +31,15 @@ _LONGEST = 2000  # characters of a text on the screen
 class ReplayedText:
     """A text of a row: the row itself, or one of the conversations packed into it."""
 
-    document: int | None
-    """Number of the conversation in the source, from 0; None for text, which is one stream."""
-    loss: float | None
-    """Mean over the learned tokens, in nats; None if there is none."""
+    document: int | None  # number of the conversation in the source, from 0; None for text, which is one stream
+    loss: float | None  # mean over the learned tokens, in nats; None if there is none
     learned_tokens: int
-    pieces: list[tuple[str, bool]]
-    """(text, whether it is learned) of consecutive parts."""
+    pieces: list[tuple[str, bool]]  # (text, whether it is learned) of consecutive parts
 
 
 @dataclasses.dataclass
 class ReplayedRow:
-    row: int
-    """Its number in the whole run, as in a skip list."""
+    row: int  # its number in the whole run, as in a skip list
     loss: float | None
     learned_tokens: int
     skipped: bool
@@ -56,15 +52,11 @@ class ReplayedStep:
     checkpoint: str
     step: int
     weights_step: int
-    position: int
-    """The batch's place in the data: step - 1, plus what rollbacks left out."""
+    position: int  # the batch's place in the data: step - 1, plus what rollbacks left out
     batch_hash: int
-    logged_hash: int | None
-    """The hash in metrics.jsonl; None if the step is not logged."""
-    loss: float | None
-    """Mean over the learned tokens of the rows that are not skipped."""
-    rows: list[ReplayedRow]
-    """The highest loss first."""
+    logged_hash: int | None  # the hash in metrics.jsonl; None if the step is not logged
+    loss: float | None  # mean over the learned tokens of the rows that are not skipped
+    rows: list[ReplayedRow]  # the highest loss first
 
 
 def replay(run: Path, step: int, weights_step: int | None = None, data: Path | None = None) -> ReplayedStep:
@@ -76,7 +68,9 @@ def replay(run: Path, step: int, weights_step: int | None = None, data: Path | N
     config = read_config(run)
     weights_step = _weights_step(run, config, step, weights_step)
     dataset = dataset_read_by(run, weights_step, data)
-    logged, size = _logged_hash(run, step), config.global_batch_size
+    records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    logged = next((line["batch_hash"] for line in records if line["step"] == step and "batch_hash" in line), None)
+    size = config.global_batch_size
     how: dict[str, Any] = {"seed": config.train.seed, "global_batch_size": size, "block_size": config.block_size}
     for offset in _offsets(run, step):
         position = step - 1 + offset
@@ -115,11 +109,6 @@ def _offsets(run: Path, step: int) -> list[int]:
     return list(dict.fromkeys(read_metadata(run, s).get("data_offset", 0) for s in around))
 
 
-def _logged_hash(run: Path, step: int) -> int | None:
-    records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    return next((line["batch_hash"] for line in records if line["step"] == step and "batch_hash" in line), None)
-
-
 def _rows(
     config: Config, dataset: TokenDataset, model: LoadedModel, batch: Batch, numbers: range
 ) -> Iterable[ReplayedRow]:
@@ -130,9 +119,8 @@ def _rows(
     segments_BT = np.asarray(batch.segments_BT) if is_packed else np.ones_like(batch.tokens_BT)
     bar = tqdm(numbers, desc="replaying", unit="row", disable=None, leave=False)
     for tokens_T, targets_T, weights_T, segments_T, number in zip(*arrays, segments_BT, bar, strict=True):
-        loss_T = np.where(
-            weights_T > 0, losses(model.params, tokens_T, targets_T, segments_T if is_packed else None), 0.0
-        )
+        losses_T = losses(model.params, tokens_T, targets_T, segments_T if is_packed else None)
+        loss_T = np.where(weights_T > 0, losses_T, 0.0)
         documents: list[int | None] = [None]
         if isinstance(dataset.train, PackedRows):
             place, _ = place_of_row(dataset.train, config.train.seed, number, config.block_size)
@@ -176,9 +164,15 @@ def report(found: ReplayedStep, most: int, colour: bool | None = None) -> str:
     config = read_config(Path(found.checkpoint))
     lines = [
         f"step {found.step} of {config.max_steps}: {len(found.rows)} rows of {config.block_size} tokens, batch "
-        f"{found.position} of the data; mean loss {_number(found.loss)} under the weights of step {found.weights_step}",
-        _hash_line(found),
+        f"{found.position} of the data; mean loss {_number(found.loss)} under the weights of step {found.weights_step}"
     ]
+    here, logged = f"batch hash {found.batch_hash}", found.logged_hash
+    if logged is None:
+        lines.append(f"{here}; step {found.step} is not in metrics.jsonl, so it cannot be compared")
+    elif logged == found.batch_hash:
+        lines.append(f"{here}, the one in metrics.jsonl: the run has read this batch")
+    else:
+        lines.append(f"warning: {here}, but metrics.jsonl has {logged}: the run has not read this batch")
     if found.weights_step > found.step:
         lines.append(f"note: no checkpoint is as old as step {found.step}; these weights have learned from it")
     for row in found.rows[:most]:
@@ -191,17 +185,6 @@ def report(found: ReplayedStep, most: int, colour: bool | None = None) -> str:
     if len(found.rows) > most:
         lines.append(f"\n({len(found.rows) - most} more rows: --rows {len(found.rows)}, or --json FILE)")
     return "\n".join(lines)
-
-
-def _hash_line(found: ReplayedStep) -> str:
-    if found.logged_hash is None:
-        return f"batch hash {found.batch_hash}; step {found.step} is not in metrics.jsonl, so it cannot be compared"
-    if found.logged_hash == found.batch_hash:
-        return f"batch hash {found.batch_hash}, the one in metrics.jsonl: the run has read this batch"
-    return (
-        f"warning: batch hash {found.batch_hash}, but metrics.jsonl has {found.logged_hash}: the run has not read "
-        "this batch"
-    )
 
 
 def _number(loss: float | None) -> str:

@@ -23,16 +23,9 @@ from jaxgpt.model.sizes import padded_vocab
 from jaxgpt.parallel import distributed
 from jaxgpt.settings import ModelConfig
 from jaxgpt.storage.files import append_json
-from jaxgpt.training.checkpoint import (
-    FOLDER,
-    Checkpoints,
-    find_step,
-    finished_steps,
-    read_config,
-    read_metadata,
-    restore_params,
-)
-from jaxgpt.training.models import HUB, stored_vocab_size
+from jaxgpt.training import checkpoint
+from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, finished_steps, read_config, read_metadata
+from jaxgpt.training.models import HUB
 from jaxgpt.training.recovery import break_crash_loop, check_weights, clean_leftovers, newest_whole_step
 from jaxgpt.training.step import Program, TrainState
 
@@ -87,18 +80,14 @@ class Change(NamedTuple):
 
     old: object
     new: object
-    kind: str
-    """A key of ON_RESUME."""
+    kind: str  # a key of ON_RESUME
 
     def __str__(self) -> str:
         return f"was {self.old}, now {self.new}"
 
 
 def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
-    """The settings in which `new` differs from the resolved `old`: {name: Change}.
-
-    `new` may be unresolved; what it leaves open is no difference yet.
-    """
+    """Where `new` differs from the resolved `old`: {name: Change}. What `new` leaves open is no difference yet."""
     before, after = flatten(old), flatten(new)
     kinds = {entry: kind for kind, entries in ON_RESUME.items() for entry in entries}
     if {old.optimizer.lr_scheduler_type, new.optimizer.lr_scheduler_type} <= set(ENDLESS):
@@ -112,8 +101,7 @@ def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
 
 # ---------------------------------------------------------------- the run folder
 
-CHANGES = "changes.jsonl"
-"""The settings that changed in the course of a run, one line a start."""
+CHANGES = "changes.jsonl"  # the settings that changed in the course of a run, one line a start
 
 
 def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[str, Change]:
@@ -187,16 +175,11 @@ def record_changes(workdir: Path, step: int, changes: dict[str, Change]) -> None
 class Weights:
     """The weights that this run starts from: checked, and not read yet."""
 
-    setting: str
-    """What the user asked for: "init.from_huggingface = gpt2"."""
-    source: tuple[Path, int] | HuggingFaceModel
-    """A run folder and its step, or a Hugging Face folder."""
-    vocab_size: int
-    """Tokens that the embedding has rows for; the tokenizer may know fewer."""
-    tokenizer: Tokenizer | None
-    """What the weights were trained with; None where a Hugging Face folder does not hold it."""
-    tokenizer_path: str
-    """The tokenizer.path that gives the same tokenizer."""
+    setting: str  # what the user asked for: "init.from_huggingface = gpt2"
+    source: tuple[Path, int] | HuggingFaceModel  # a run folder and its step, or a Hugging Face folder
+    vocab_size: int  # tokens that the embedding has rows for; the tokenizer may know fewer
+    tokenizer: Tokenizer | None  # what the weights were trained with; None where a Hugging Face folder does not hold it
+    tokenizer_path: str  # the tokenizer.path that gives the same tokenizer
 
 
 def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
@@ -215,7 +198,7 @@ def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
     run, found = find_step(Path(config.init.from_checkpoint))
     _check_shape(setting, read_config(run).model, config.model)
     tokenizer = load_tokenizer(run / "tokenizer")
-    vocab_size = stored_vocab_size(run, found) or tokenizer.vocab_size
+    vocab_size = read_metadata(run, found).get("vocab_size") or tokenizer.vocab_size
     return Weights(setting, (run, found), vocab_size, tokenizer, str(run / "tokenizer"))
 
 
@@ -225,10 +208,8 @@ def _huggingface_weights(config: Config, name: str) -> Weights:
     _check_shape(setting, model.config, config.model)
     tokenizer = load_tokenizer(model.folder) if has_tokenizer(model.folder) else None
     if tokenizer is None:
-        logger.warning(
-            "%s holds no tokenizer: only the size of its vocabulary, %d, is compared with the data's",
-            setting, model.vocab_size,
-        )  # fmt: skip
+        warning = "%s holds no tokenizer: only the size of its vocabulary, %d, is compared with the data's"
+        logger.warning(warning, setting, model.vocab_size)
     is_folder = Path(name).expanduser() == model.folder
     return Weights(setting, model, model.vocab_size, tokenizer, name if is_folder else HUB + name.removeprefix(HUB))
 
@@ -290,7 +271,7 @@ def read_weights(weights: Weights, vocab_size: int, target: dict) -> dict:
     everywhere = jax.sharding.NamedSharding(wte.sharding.mesh, jax.sharding.PartitionSpec())
     stored = {**target, "wte": jax.ShapeDtypeStruct(rows, wte.dtype, sharding=everywhere)}
     check_weights(*weights.source)
-    params = restore_params(*weights.source, stored, jax.tree.map(lambda leaf: leaf.sharding, stored))
+    params = checkpoint.restore_params(*weights.source, stored, jax.tree.map(lambda leaf: leaf.sharding, stored))
     return {**params, "wte": place(("wte",), np.asarray(params["wte"].addressable_data(0)))}
 
 
@@ -307,8 +288,7 @@ def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset
     if step is None:
         return dataclasses.replace(dataset, vocab_size=max(dataset.vocab_size, weights.vocab_size if weights else 0))
     saved = read_metadata(workdir, step)
-    now = {"tokenizer_digest": dataset.tokenizer_digest, "data_fingerprint": dataset.fingerprint}
-    for name, value in now.items():
+    for name, value in (("tokenizer_digest", dataset.tokenizer_digest), ("data_fingerprint", dataset.fingerprint)):
         if saved[name] != value:
             raise UserError(
                 f"the prepared data in {dataset.path} is not what the run in {workdir} has read up to step {step} "
@@ -318,11 +298,7 @@ def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset
 
 
 def dataset_read_by(run: Path, step: int, folder: Path | None = None) -> TokenDataset:
-    """The prepared data that the run had read up to `step`; `folder`, where it is no longer where it was.
-
-    Raises:
-        UserError: it is not there, or is other data.
-    """
+    """The prepared data that the run had read up to `step`, in `folder` if it was moved; else raises `UserError`."""
     saved = read_metadata(run, step)
     folder = folder or saved.get("data_path")
     if folder is None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import Config, to_json
-from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
@@ -37,8 +36,7 @@ def train(
     """Start or resume the run of `config` in `workdir`, alone or as one process of several.
 
     Call `keep_freed_memory` before this module is imported. What is wrong with the input is found before anything is
-    written. `force` accepts settings that change what
-    follows in a run and not what was.
+    written. `force` accepts settings that change what follows in a run and not what was.
     """
     activity = Activity()
     lost = functools.partial(record_lost_host, workdir)
@@ -92,8 +90,12 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
                 checkpoints.close()
                 if is_writer:
                     _report(write_report, whole_run, status, time.time() - started)
-        params = _best_weights(workdir, state.params) if early else state.params
+        params = state.params
         del state
+        if early:  # the parameters of the best checkpoint, laid out as the last ones are
+            step = distributed.broadcast_from_writer(best_step(workdir) or 0)
+            check_weights(workdir, step)
+            params = restore_params(workdir, step, params, jax.tree.map(lambda leaf: leaf.sharding, params))
         _export(whole_run, params, is_writer)
     if is_writer:
         print_footer(workdir, checkpoints.best_step(), early)
@@ -121,19 +123,8 @@ def crashes_recorded(config: Config, workdir: Path, activity: Activity) -> Itera
         raise
 
 
-def _best_weights(workdir: Path, last: dict) -> dict:
-    """The parameters of the best checkpoint, laid out as the `last` ones are."""
-    step = distributed.broadcast_from_writer(best_step(workdir) or 0)
-    check_weights(workdir, step)
-    return restore_params(workdir, step, last, jax.tree.map(lambda leaf: leaf.sharding, last))
-
-
 def _export(whole_run: Run, params: dict, is_writer: bool) -> None:
-    """Write hf/: the weights and the tokenizer as Hugging Face has them.
-
-    Raises:
-        RunFailed: it cannot be written; the run itself is on disk by now.
-    """
+    """Write hf/: the weights and the tokenizer as Hugging Face has them. The run itself is on disk by now."""
     folder, dataset = whole_run.workdir / "hf", whole_run.dataset
     model = (whole_run.config.model, dataset.vocab_size, params, dataset.tokenizer)
     try:
@@ -162,15 +153,16 @@ def _warn_of_little_room(config: Config, vocab_size: int, workdir: Path) -> None
 def print_header(start: Start) -> None:
     """Print what is about to run, on what, and from where; then what the lint and the tasks have to say."""
     config, dataset, program = start.config, start.dataset, start.program
-    model = config.model
-    parameters = parameter_count(model, dataset.vocab_size)
+    model, parameters = config.model, parameter_count(config.model, dataset.vocab_size)
+    facts = dataset.train.facts()
+    learned = f" ({facts['learned_tokens']:,} learned, in {facts['rows']:,} rows)" if "rows" in facts else ""
     shape = " x ".join(f"{axis} {size}" for axis, size in start.mesh.shape.items())
     devices = start.mesh.devices.flatten()
     print(
         f"model    {parameters / 1e6:.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, width "
         f"{model.n_embd}, {model.dtype}\n"
         f"data     {dataset.train.num_tokens:,} training and {dataset.validation.num_tokens:,} validation tokens"
-        f"{_learned(dataset)}, vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
+        f"{learned}, vocabulary {dataset.vocab_size:,} ({dataset.path})\n"
         f"devices  {devices.size} x {devices[0].device_kind} ({shape}), attention by {program.attention}\n"
         f"batch    {config.global_batch_size} sequences of {config.block_size} tokens, "
         f"{config.gradient_accumulation_steps} micro-batches; {config.max_steps:,} steps\n"
@@ -184,12 +176,6 @@ def print_header(start: Start) -> None:
     _warn_of_little_room(config, dataset.vocab_size, start.workdir)
     for note in start.notes:
         print(note, flush=True)
-
-
-def _learned(dataset: TokenDataset) -> str:
-    """The number of learned tokens, if it is not all of them."""
-    facts = dataset.train.facts()
-    return f" ({facts['learned_tokens']:,} learned, in {facts['rows']:,} rows)" if "rows" in facts else ""
 
 
 def print_footer(workdir: Path, best_step: int | None, early: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
@@ -15,8 +15,7 @@ from jaxgpt.training.metrics import MetricLog
 from jaxgpt.training.signals import Activity, StopSignal
 from jaxgpt.training.step import Program
 
-GoOn = Callable[[], None]
-"""Called again and again during long work; raises where the work is to stop."""
+GoOn = Callable[[], None]  # called again and again during long work; raises where the work is to stop
 
 
 class Scorer(Protocol):
@@ -44,33 +43,25 @@ class Run:
     """Parameters -> metrics, such as "sample", a text that the model wrote; None turns samples off."""
     stop: StopSignal
     activity: Activity
-    skip: frozenset[int] = frozenset()
-    """Training rows that weigh nothing (data.skip_list)."""
-    score: Scorer | None = None
-    """Scores eval.tasks; None where there are none."""
+    skip: frozenset[int] = frozenset()  # training rows that weigh nothing (data.skip_list)
+    score: Scorer | None = None  # scores eval.tasks; None where there are none
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
     """The position of a run, besides its state; kept in the metadata of its checkpoints."""
 
-    step: int = 0
-    """Steps done."""
+    step: int = 0  # steps done
     data_offset: int = 0
     """Batches left out so far: step n reads the rows of n + data_offset. A rollback adds to it."""
-    bad_steps: int = 0
-    """Bad steps in a row, up to this step."""
-    evaluated: bool = True
-    """False where the evaluation that was due at this step is still to be done."""
+    bad_steps: int = 0  # bad steps in a row, up to this step
+    evaluated: bool = True  # False where the evaluation that was due at this step is still to be done
     loss_sum: float = 0.0
     count: float = 0.0
     """Loss sum and weight sum since the last line of metrics, so that a restart does not change the next line."""
-    best_loss: float | None = None
-    """The lowest validation loss so far; None before the first evaluation."""
-    best_step: int = 0
-    """The step of that loss."""
-    not_better: int = 0
-    """Evaluations in a row, up to this step, that were not better than the best before them."""
+    best_loss: float | None = None  # the lowest validation loss so far; None before the first evaluation
+    best_step: int = 0  # the step of that loss
+    not_better: int = 0  # evaluations in a row, up to this step, that were not better than the best before them
 
 
 def position(checkpoints: Checkpoints, step: int | None) -> Position:
@@ -81,11 +72,7 @@ def position(checkpoints: Checkpoints, step: int | None) -> Position:
     if step is None:
         return Position()
     saved = checkpoints.metadata(step)
-    names = [field.name for field in dataclasses.fields(Position)]
-    return Position(**{name: saved[name] for name in names if name in saved})
-
-
-# ---------------------------------------------------------------- early stopping
+    return Position(**{field.name: saved[field.name] for field in dataclasses.fields(Position) if field.name in saved})
 
 
 class EarlyStopping:
@@ -108,9 +95,9 @@ class EarlyStopping:
         if eval_loss < best:
             self._best_loss, self._best_step = eval_loss, step
 
-    def counts(self) -> tuple[float | None, int, int]:
-        """(best_loss, best_step, not_better), as a `Position` keeps them."""
-        return self._best_loss, self._best_step, self._not_better
+    def counts(self) -> dict[str, Any]:
+        """{"best_loss": ..., "best_step": ..., "not_better": ...}, as a `Position` keeps them."""
+        return {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
 
     def reason(self, step: int) -> str:
         """The reason why the run ends at `step`, before its last one; "" if it goes on."""

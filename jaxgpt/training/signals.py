@@ -24,8 +24,7 @@ START, DATA, STEP, EVAL, SAVE = "start", "data", "step", "eval", "save"
 # Cloud machines are taken away 15 to 30 seconds after the signal. What takes longer than this to come to the end of
 # a step is given up, so that the run ends by itself and says so.
 PATIENCE_SECONDS = 6.0
-STALL_SECONDS = 1.0
-"""Data usually comes in milliseconds: after the signal, a longer wait for it is cut short."""
+STALL_SECONDS = 1.0  # data usually comes in milliseconds: after the signal, a longer wait for it is cut short
 # Compiling and writing to a slow disk may take this many times faults.hang_seconds.
 SLOW = {START: 12, SAVE: 6}
 
@@ -135,11 +134,8 @@ class StopSignal:
                 signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it from its wait
         if number == signal.SIGTERM and not self._ended:
             activity, step, since = self._activity.now
-            text = (
-                f"stopped: {signal.Signals(number).name} at step {step}, in {activity} for "
-                f"{time.monotonic() - since:.0f} s; run the same command again to go on from the last checkpoint\n"
-            )
-            os.write(2, text.encode())
+            where = f"{signal.Signals(number).name} at step {step}, in {activity} for {time.monotonic() - since:.0f} s"
+            os.write(2, f"stopped: {where}; run the same command again to go on from the last checkpoint\n".encode())
             os._exit(EXIT_RESUME)
 
 
@@ -166,14 +162,13 @@ class Watchdog:
             waited = time.monotonic() - since
             limit = max(self._hang_seconds * SLOW.get(activity, 1), 10 * self._activity.usual_step_seconds())
             if waited > limit:
-                self._bark(activity, step, waited)
-
-    def _bark(self, activity: str, step: int, waited: float) -> None:
-        what = f"no progress for {waited:.0f} s in {activity}"
+                break
+        else:
+            return
+        what, host = f"no progress for {waited:.0f} s in {activity}", socket.gethostname()
         stacks = write_stacks(self._workdir)
-        record_fault(self._workdir, step=step, process=jax.process_index(), host=socket.gethostname(), what=what)
-        text = f"failed: {what} at step {step} on {socket.gethostname()}; the stacks of all threads are in {stacks}\n"
-        os.write(2, text.encode())
+        record_fault(self._workdir, step=step, process=jax.process_index(), host=host, what=what)
+        os.write(2, f"failed: {what} at step {step} on {host}; the stacks of all threads are in {stacks}\n".encode())
         os._exit(EXIT_WATCHDOG)
 
 

@@ -1,10 +1,7 @@
 """The start of a run: one straight line from a config to everything that the loop needs, each thing once.
 
-1. the run folder and its lock  2. weights of another model  3. devices and mesh  4. data  5. batch and steps
-6. program
-
-The weights come before the data because a wrong name must be found before hours of preparation. Until the end of
-`start` nothing is written but the lock and the prepared data.
+The weights of another model come before the data because a wrong name must be found before hours of preparation.
+Until the end of `start` nothing is written but the lock and the prepared data.
 """
 
 import contextlib
@@ -43,26 +40,19 @@ BuildScorer = Callable[[Config, int, Tokenizer, Mesh], Scorer | None]
 class Start:
     """Everything that a run starts from; all of it has been checked."""
 
-    config: Config
-    """Resolved: batch, block size and number of steps are numbers."""
+    config: Config  # resolved: batch, block size and number of steps are numbers
     workdir: Path
-    step: int | None
-    """The checkpoint to go on from; None for a new run."""
-    changes: dict[str, Change]
-    """Settings with other values than the run had so far."""
+    step: int | None  # the checkpoint to go on from; None for a new run
+    changes: dict[str, Change]  # settings with other values than the run had so far
     weights: resume.Weights | None
     """Another model's, to start from; None for a run that goes on, or starts from scratch."""
     mesh: Mesh
     dataset: TokenDataset
     """The prepared data, which carries its tokenizer. Its vocab_size is the model's."""
-    skip: frozenset[int]
-    """Training rows that weigh nothing (data.skip_list)."""
-    sample: Sampler | None
-    """Has the model write at each evaluation; None turns samples off."""
-    score: Scorer | None
-    """Scores eval.tasks; None where there are none."""
-    notes: tuple[str, ...]
-    """Lines about the data and the tasks, to print before the first step."""
+    skip: frozenset[int]  # training rows that weigh nothing (data.skip_list)
+    sample: Sampler | None  # has the model write at each evaluation; None turns samples off
+    score: Scorer | None  # scores eval.tasks; None where there are none
+    notes: tuple[str, ...]  # lines about the data and the tasks, to print before the first step
     program: Program
 
 
@@ -91,7 +81,7 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         refuse_silent_cpu()
         mesh = build_mesh(config.mesh)
         use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
-        config = _with_given_batch(_with_batch_of_the_run(config, workdir), batch_shards(mesh))
+        config = _with_given_batch(config, workdir, batch_shards(mesh))
 
         # 4. The data, prepared now if it is not there.
         verify = config.data.verify if distributed.is_writer() else "sizes"
@@ -126,23 +116,18 @@ def locked(workdir: Path) -> Iterator[None]:
 
 def _prepared(config: Config, tokenizer: Tokenizer | None) -> Path:
     """The folder of the prepared data. One process makes it; the others wait for that and find it."""
-    if not distributed.is_writer():
-        distributed.barrier("prepared", PREPARE_SECONDS)
-        return prepare(config, tokenizer)
-    folder = prepare(config, tokenizer)
+    folder = prepare(config, tokenizer) if distributed.is_writer() else None
     distributed.barrier("prepared", PREPARE_SECONDS)
-    return folder
+    return folder or prepare(config, tokenizer)
 
 
-def _with_batch_of_the_run(config: Config, workdir: Path) -> Config:
-    """A run that goes on keeps the sequences of a step that it began with."""
-    if config.train.global_batch_size is not None or not finished_steps(workdir):
-        return config
-    return with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
+def _with_given_batch(config: Config, workdir: Path, shards: int) -> Config:
+    """The batch as numbers, unless it is "auto": then only what is wrong with it is found.
 
-
-def _with_given_batch(config: Config, shards: int) -> Config:
-    """The batch as numbers, unless it is "auto": then only what is wrong with it is found."""
+    A run that goes on keeps the sequences of a step that it began with.
+    """
+    if config.train.global_batch_size is None and finished_steps(workdir):
+        config = with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
     if config.train.per_device_train_batch_size != "auto":
         return resolve_batch(config, shards)
     batch_sizes(config, shards)
@@ -160,11 +145,7 @@ def _with_automatic_batch(config: Config, vocab_size: int, mesh: Mesh) -> Config
 
 
 def _notes(score: Scorer | None, dataset: TokenDataset | None) -> tuple[str, ...]:
-    """Lines about the tasks to score, and the lint of new conversations.
-
-    Raises:
-        UserError: the conversations cannot be learned from as they are.
-    """
+    """Lines about the tasks to score, and the lint of new conversations, which may raise `UserError`."""
     notes = [score.describe()] if score else []
     if dataset is not None and dataset.format == "chat":
         notes.append(lint.show(lint.check(dataset)))

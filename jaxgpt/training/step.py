@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, with_settings
 from jaxgpt.data.dataset import Batch
 from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
@@ -28,20 +28,15 @@ from jaxgpt.parallel.compiler import compiler_options, initial_values_options
 from jaxgpt.training import bad_steps
 from jaxgpt.training.optimizer import Arguments, arguments, build_optimizer, schedule
 
-Params = dict
-"""A tree of arrays, as model/gpt2.py lays it out: {"wte": (V, D), "blocks": {...: (L, ...)}, ...}."""
-Dropout = tuple[float | jax.Array, jax.Array | None]
-"""(rate, key); no key, no dropout."""
-Loss = tuple[jax.Array, jax.Array]
-"""(summed loss in nats, summed weights): float32 scalars."""
-DeviceLosses = Callable[..., Loss]
-"""(params, batch of (B, T), dropout) -> the `Loss` of a device's own rows."""
+Params = dict  # a tree of arrays, as model/gpt2.py lays it out: {"wte": (V, D), "blocks": {...: (L, ...)}, ...}
+Dropout = tuple[float | jax.Array, jax.Array | None]  # (rate, key); no key, no dropout
+Loss = tuple[jax.Array, jax.Array]  # (summed loss in nats, summed weights): float32 scalars
+DeviceLosses = Callable[..., Loss]  # (params, batch of (B, T), dropout) -> the `Loss` of a device's own rows
 Gradients = Callable[[Params, Batch, Dropout], tuple[jax.Array, jax.Array, Params]]
 """(params, batch of (A, B, T), dropout) -> (loss sum, weight sum, gradients of the loss sum) over all devices."""
 Step = Callable[[Arguments, "TrainState", Batch], tuple["TrainState", dict[str, jax.Array]]]
 """(arguments, state, batch of (A, B, T)) -> (state, metrics)."""
-Constrain = Callable[[Params, Params], Params]
-"""(arrays, shardings) -> the arrays, laid out so."""
+Constrain = Callable[[Params, Params], Params]  # (arrays, shardings) -> the arrays, laid out so
 
 
 @jax.tree_util.register_dataclass
@@ -61,18 +56,13 @@ class TrainState:
 class Program:
     """The jitted functions of one experiment on one mesh."""
 
-    init: Callable[[], TrainState]
-    """A fresh state, each device computing only its own shards."""
+    init: Callable[[], TrainState]  # a fresh state, each device computing only its own shards
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     """(state, batch of (A, B, T)) -> (state, metrics); the given state's memory is reused."""
-    eval_step: Callable[[Params, Batch], Loss]
-    """(params, batch of (B, T)) -> (summed loss in nats, summed weights)."""
-    abstract_state: TrainState
-    """Shapes, types and shardings of the state: what a checkpoint is restored into."""
-    fresh_optimizer: Callable[[Params], TrainState]
-    """A state at step 0 around given parameters."""
-    attention: str
-    """How attention is computed on these devices, for the log."""
+    eval_step: Callable[[Params, Batch], Loss]  # (params, batch of (B, T)) -> (summed loss in nats, summed weights)
+    abstract_state: TrainState  # shapes, types and shardings of the state: what a checkpoint is restored into
+    fresh_optimizer: Callable[[Params], TrainState]  # a state at step 0 around given parameters
+    attention: str  # how attention is computed on these devices, for the log
 
 
 def build_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
@@ -109,8 +99,7 @@ class Functions:
 
     init: Callable[[Arguments], TrainState]
     train_step: Step
-    fresh: Callable[[Params], TrainState]
-    """A state at step 0 around given parameters."""
+    fresh: Callable[[Params], TrainState]  # a state at step 0 around given parameters
     losses: DeviceLosses
     abstract_state: TrainState
     state_shardings: TrainState
@@ -118,11 +107,7 @@ class Functions:
 
 
 def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
-    """The functions of the experiment `config` on `mesh`.
-
-    Raises:
-        UserError: as `build_program`.
-    """
+    """The functions of the experiment `config` on `mesh`. Raises as `build_program` does."""
     sigma = config.faults.spike_sigma
     laid = lay_out(config, vocab_size, mesh)
     shapes, param_shardings = laid.shapes, laid.param_shardings
@@ -163,8 +148,7 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
 def build_eval_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Callable[[Params, Batch], Loss], Params]:
     """(`Program.eval_step`, the shardings of the parameters): for a model that is not trained here.
 
-    Raises:
-        UserError: as `build_program`.
+    Raises as `build_program` does.
     """
     laid = lay_out(config, vocab_size, mesh)
     losses = functools.partial(summed_loss, config, vocab_size, laid.gather, backend=laid.backend)
@@ -184,11 +168,7 @@ class ModelLayout:
 
 
 def lay_out(config: Config, vocab_size: int, mesh: Mesh) -> ModelLayout:
-    """Lay the model of `config` on `mesh`.
-
-    Raises:
-        UserError: the mesh does not divide the model, or the attention asked for cannot run on its devices.
-    """
+    """Lay the model of `config` on `mesh`. Raises as `build_program` does."""
     _, shapes, axes = gpt2.abstract_model(config.model, vocab_size)
     param_shardings = sharding.param_shardings(axes, shapes, mesh)
     backend, attention = choose_backend(config.model, mesh.devices.flat[0].platform, config.block_size)
@@ -245,7 +225,6 @@ def mesh_losses(losses: DeviceLosses, mesh: Mesh, param_shardings: Params) -> Ca
 
 def mesh_gradients(losses: DeviceLosses, mesh: Mesh, param_shardings: Params, result_shardings: Params) -> Gradients:
     """The `Gradients` of `losses`: each device sums over its micro-batches, then all devices are summed once."""
-
     axes = sharding.summed_axes(mesh)
 
     def device_gradients(params: Params, batch: Batch, dropout: Dropout) -> tuple[jax.Array, jax.Array, Params]:
@@ -334,9 +313,7 @@ def _accumulate(
         (loss_sum, count), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), 0)
         return loss_sum, count, grads
 
-    Total = tuple[jax.Array, jax.Array, Params]
-
-    def add(total: Total, xs: tuple[Batch, jax.Array]) -> tuple[Total, None]:
+    def add(total: tuple, xs: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
         (loss_sum, count), grads = gradient(params, *xs)
         return jax.tree.map(jnp.add, total, (loss_sum, count, grads)), None
 
@@ -347,18 +324,16 @@ def _accumulate(
 
 
 def batch_hash(batch: Batch) -> jax.Array:
-    """uint32 that names the batch's tokens and targets in their order.
+    """uint32 that names the batch's tokens and targets in their order, the same on every mesh and for every split.
 
     Weights and segments are no part of it: they follow from the same rows, which the data's fingerprint vouches for,
     and a run that goes on with a skip list can be seen to read the same rows as before.
-    Sums modulo 2^32 are exact in any order, so the hash is the same on every mesh and for every split of
-    the batch into micro-batches.
     """
     tokens, targets = (x.reshape(-1).astype(jnp.uint32) for x in (batch.tokens_BT, batch.targets_BT))
     place = 2 * jnp.arange(tokens.size, dtype=jnp.uint32) + 1  # odd: invertible modulo 2^32
     mixed = (tokens * jnp.uint32(0x9E3779B1)) ^ (targets * jnp.uint32(0x85EBCA77))
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE3D)
-    return jnp.sum(mixed * place, dtype=jnp.uint32)
+    return jnp.sum(mixed * place, dtype=jnp.uint32)  # modulo 2^32: exact in any order
 
 
 def resolve_batch(config: Config, batch_shards: int) -> Config:
@@ -367,14 +342,11 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
     Raises:
         UserError: the given numbers do not fit together; names them.
     """
-    train = config.train
     per_device = config.per_device_train_batch_size
     rows = per_device * batch_shards
-    accumulation = train.gradient_accumulation_steps
-    total = train.global_batch_size
+    total, accumulation = config.train.global_batch_size, config.train.gradient_accumulation_steps
     if total is None:
-        accumulation = accumulation or 1
-        total = rows * accumulation
+        total = rows * (accumulation or 1)
     elif total % rows:
         raise UserError(
             f"train.global_batch_size = {total} is not a multiple of train.per_device_train_batch_size x "
@@ -385,8 +357,7 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
             f"train.gradient_accumulation_steps = {accumulation}, but train.global_batch_size = {total} is "
             f"{total // rows} times the {rows} sequences that the devices take at once; leave one of them out"
         )
-    resolved = dataclasses.replace(train, gradient_accumulation_steps=total // rows, global_batch_size=total)
-    return dataclasses.replace(config, train=resolved)
+    return with_settings(config, train_gradient_accumulation_steps=total // rows, train_global_batch_size=total)
 
 
 def resolve_steps(config: Config, windows: int) -> Config:
@@ -394,8 +365,4 @@ def resolve_steps(config: Config, windows: int) -> Config:
     steps = config.train.max_steps
     if steps is None:
         steps = max(round(config.train.num_train_epochs * windows / config.global_batch_size), 1)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, block_size=config.block_size),
-        train=dataclasses.replace(config.train, max_steps=steps),
-    )
+    return with_settings(config, data_block_size=config.block_size, train_max_steps=steps)

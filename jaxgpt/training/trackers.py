@@ -9,8 +9,7 @@ import jax
 
 from jaxgpt.storage.files import write_file
 
-# A new string at every logged step: a chart tool would keep thousands of texts that nobody reads.
-_NOT_CHARTED = ("batch_hash",)
+_NOT_CHARTED = ("batch_hash",)  # new at every logged step: a chart tool would keep thousands of them
 
 
 def _chart_name(key: str) -> str:
@@ -45,10 +44,9 @@ def _summary_writer() -> type:
 
 class TensorBoard:
     def __init__(self, workdir: Path, start_step: int):
-        summary_writer = _summary_writer()
         # purge_step hides what the run that died had written after its checkpoint.
         purge = start_step + 1 if start_step else 0
-        self._writer = summary_writer(str(workdir / "tensorboard"), purge_step=purge)
+        self._writer = _summary_writer()(str(workdir / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, values: dict) -> None:
         for key, value in values.items():
@@ -88,9 +86,6 @@ class WandB:
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
-
-
-# ---------------------------------------------------------------- traces
 
 
 FOLDER = "profile"

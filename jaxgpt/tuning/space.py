@@ -1,7 +1,7 @@
 """The settings that a sweep varies, read from `--vary optimizer.learning_rate=1e-4..1e-2`. No jax import.
 
 A point of the space is the settings of a trial as the command line would give them, {"optimizer.learning_rate":
-"0.001"}, so that every rule for settings (cli.py, checks.py) holds for trials, with the same messages.
+"0.001"}, so that every rule for settings (cli.py, config.py) holds for trials, with the same messages.
 """
 
 import dataclasses
