@@ -29,6 +29,7 @@ ROLES = ("system", "user", "assistant")
 
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+_LISTS = (("messages", "role", "content", dict(zip(ROLES, ROLES))), ("conversations", "from", "value", _SHAREGPT))
 _FORMATS = '"messages", "conversations", or "prompt" and "response"'
 COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
 
@@ -85,17 +86,12 @@ def check_messages(messages: Sequence[Mapping[str, str]], where: str) -> None:
 
 def _messages(record: Mapping, where: str) -> list[dict[str, Any]]:
     """The messages of a record in any of the formats; contents are not checked yet."""
-    if "messages" in record:
-        return [
-            {"role": _role(turn, "role", dict(zip(ROLES, ROLES)), place), "content": turn.get("content")}
-            for turn, place in _turns(record, "messages", where)
-        ]
     system = [] if record.get("system") in (None, "") else [{"role": "system", "content": record["system"]}]
-    if "conversations" in record:
-        return system + [
-            {"role": _role(turn, "from", _SHAREGPT, place), "content": turn.get("value")}
-            for turn, place in _turns(record, "conversations", where)
-        ]
+    for key, speaker, words, roles in _LISTS:
+        if key in record:
+            turns = _turns(record, key, where)
+            found = [{"role": _role(turn, speaker, roles, at), "content": turn.get(words)} for turn, at in turns]
+            return found if key == "messages" else system + found
     for question, answer in _PAIRS:
         if question in record and answer in record:
             return system + [
@@ -207,7 +203,8 @@ class ChatEncoder:
                 size = 0
             parts[-1] += pair
             size += length
-        return [_join(part) for part in parts]
+        columns = (zip(*part) for part in parts)
+        return [Encoded(np.concatenate(ids), np.concatenate(learned), sum(sizes)) for ids, learned, sizes in columns]
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
@@ -224,11 +221,6 @@ class ChatEncoder:
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
-
-
-def _join(turns: Sequence[Encoded]) -> Encoded:
-    tokens, supervised, sizes = zip(*turns)
-    return Encoded(np.concatenate(tokens), np.concatenate(supervised), sum(sizes))
 
 
 # ---------------------------------------------------------------- showing which tokens are learned

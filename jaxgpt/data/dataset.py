@@ -187,11 +187,8 @@ class PackedRow(NamedTuple):
 
     def conversations(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(number of the document, tokens, which of them are supervised) of each conversation."""
-        found = []
-        for segment, document in enumerate(self.documents.tolist(), start=1):
-            there = self.segments == segment
-            found.append((document, self.tokens[there], self.supervised[there]))
-        return found
+        places = ((document, self.segments == i) for i, document in enumerate(self.documents.tolist(), start=1))
+        return [(document, self.tokens[there], self.supervised[there]) for document, there in places]
 
 
 @dataclasses.dataclass(eq=False)
@@ -281,8 +278,6 @@ class PackedRows:
         return {name: kept[number] for name, kept in self._cache.items()}
 
 
-# ---------------------------------------------------------------- datasets
-
 Split = TokenStream | PackedRows
 
 
@@ -338,7 +333,10 @@ def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digest
         if sizes[name] != size:
             raise UserError(f"{path / name}: {sizes[name]} bytes instead of {size}; delete {path} and prepare again")
     if verify == "digests":
-        _verify(path, sum(sizes.values()))
+        total = sum(sizes.values())
+        disable = None if total > _LONG else True  # None: hidden if stderr is not a terminal
+        with tqdm(total=total, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+            _refuse_damage(path, manifest.problems(path, bar.update))
     return _open_verified(path, about)
 
 
@@ -360,13 +358,6 @@ def _open_verified(path: Path, about: dict) -> TokenDataset:
             f"delete {path} and prepare again"
         )
     return dataset
-
-
-def _verify(path: Path, size: int) -> None:
-    """Read and compare every file; the shards have `size` bytes in all."""
-    disable = None if size > _LONG else True  # None: hidden if stderr is not a terminal
-    with tqdm(total=size, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
-        _refuse_damage(path, manifest.problems(path, bar.update))
 
 
 def _refuse_damage(path: Path, problems: list[str]) -> None:

@@ -112,10 +112,7 @@ class TextGeneration:
 
 
 def complete(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
-    options: SamplingOptions,
+    decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], options: SamplingOptions
 ) -> list[list[Completion]]:
     """The continuations of each prompt (text, or token ids), num_return_sequences a prompt.
 

@@ -43,11 +43,6 @@ class Draw:
         return drawn
 
 
-def _seed(*numbers: int) -> int:
-    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
 class Augmenter:
     """Makes changed copies of conversations."""
 
@@ -67,7 +62,8 @@ class Augmenter:
         """
         made = [text]
         for copy in range(self._settings.copies):
-            changed = self._change(json.loads(text), Draw(_seed(self._settings.seed, number, copy)))
+            digest = hashlib.sha256(f"{self._settings.seed}:{number}:{copy}".encode()).digest()
+            changed = self._change(json.loads(text), Draw(int.from_bytes(digest[:8], "little")))
             if changed not in made:
                 made.append(changed)
         return made[1:]

@@ -36,6 +36,9 @@ class WorkFolder:
 
     path: Path
 
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def rows(self, stage: str, number: int) -> Path:
         """File of the documents of chunk `number` after `stage` ("read", "clean")."""
         return self.path / f"{stage}-{number:05}.parquet"
@@ -74,16 +77,12 @@ def held_work_folder(final: Path, versions: dict[str, int | str]) -> Iterator[Wo
         try:
             yield WorkFolder(path.resolve())
         except UserError:
-            remove(WorkFolder(path))
+            WorkFolder(path).remove()
             with contextlib.suppress(OSError):  # it holds other datasets
                 path.parent.rmdir()
             raise
     finally:
         os.close(lock)
-
-
-def remove(work: WorkFolder) -> None:
-    shutil.rmtree(work.path, ignore_errors=True)
 
 
 def _locked(path: Path) -> int:
@@ -135,23 +134,14 @@ def _start_over_if_changed(path: Path, versions: dict[str, int | str]) -> None:
     write_json(file, versions)
 
 
-# ---------------------------------------------------------------- files that are whole or absent
-#
-# Two processes may write the same chunk at once (Beam tries a task again; some file systems have no locks).
-
-
 def write_json(path: Path, content: object) -> None:
+    # Shared: two processes may write the same chunk at once (Beam tries a task again; some file systems have no locks).
     with new_file(path, shared=True) as file:
         file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with new_file(path, shared=True) as file:
-        np.savez(file, **dict[str, Any](arrays))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -44,11 +44,7 @@ class Cleaner:
     """The steps that the settings turn on."""
 
     def __init__(self, settings: CleaningConfig):
-        """Load what the steps need.
-
-        Raises:
-            UserError: a library is missing, or a language unknown.
-        """
+        """Load what the steps need; a UserError names a library that is missing, or an unknown language."""
         self._changes = _changes(settings)
         self._filters = _filters(settings)
 
@@ -83,10 +79,8 @@ class Cleaner:
             for name, change in self._changes.items():
                 if name == "html" and number:
                     continue
-                new = change(text)
-                if new != text:
-                    changed[name] = None
-                    text = new
+                if (new := change(text)) != text:
+                    changed[name], text = None, new
             if text == before:
                 break
         return text
@@ -278,11 +272,7 @@ def symbol_ratio(text: str) -> float:
 
 
 def language_filter(codes: list[str]) -> Callable[[str], bool]:
-    """A filter that passes texts in one of the languages, and short texts that could be in any.
-
-    Raises:
-        UserError: one of the codes is unknown.
-    """
+    """A filter that passes texts in one of the languages, and short texts that could be in any."""
     identifier = _identifier()
     unknown = sorted(set(codes) - set(identifier.labels))
     if unknown:

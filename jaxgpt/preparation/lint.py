@@ -67,7 +67,12 @@ def check(dataset: TokenDataset) -> Lint:
     counts: collections.Counter[int] = collections.Counter()
     for number in numbers:
         for place, (document, tokens, supervised) in enumerate(rows.row(number).conversations()):
-            _check_ends(tokens, supervised, end, f"{dataset.path}: conversation {document + 1}")
+            last = supervised & ~np.append(supervised[1:], False)
+            if (tokens[last] != end).any():
+                raise UserError(
+                    f"{dataset.path}: conversation {document + 1}: an answer does not end in {END_OF_TURN}, so a model "
+                    "would not learn to stop; prepare again"
+                )
             counts[document] += 1
             _count(lint, tokens, supervised, start, tokenizer)
             if place == 0 and number in shown:
@@ -97,15 +102,6 @@ def show(lint: Lint, colour: bool | None = None) -> str:
     if lint.without_answer:
         lines.append(f"  warning: {lint.without_answer:,} of them have nothing to learn")
     return "\n".join(lines)
-
-
-def _check_ends(tokens: np.ndarray, supervised: np.ndarray, end_of_turn: int, where: str) -> None:
-    """Require every run of supervised tokens to end in the end-of-turn token."""
-    last = supervised & ~np.append(supervised[1:], False)
-    if (tokens[last] != end_of_turn).any():
-        raise UserError(
-            f"{where}: an answer does not end in {END_OF_TURN}, so a model would not learn to stop; prepare again"
-        )
 
 
 def _count(lint: Lint, tokens: np.ndarray, supervised: np.ndarray, start: int, tokenizer: Tokenizer) -> None:
