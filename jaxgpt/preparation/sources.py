@@ -84,12 +84,9 @@ def source_key(data: DataConfig) -> str:
     """
     _check_format(data)
     facts = []
-    for part in sources_of(data):
-        lines, found = _facts(part)
-        facts += lines
-        for name, file in found:
-            stat = file.stat()
-            facts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+    for lines, found in map(_facts, sources_of(data)):
+        stats = ((name, file.stat()) for name, file in found)
+        facts += [*lines, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -212,7 +209,7 @@ def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> 
         if left is None:
             yield document
             continue
-        text = _cut(document.text, left)
+        text = document.text.encode()[:left].decode(errors="ignore")  # cut between two characters
         if len(text) < len(document.text) and whole:
             return
         left -= len(text.encode())
@@ -220,8 +217,3 @@ def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> 
             yield document._replace(text=text)
         if left <= 0 or len(text) < len(document.text):
             return
-
-
-def _cut(text: str, max_bytes: int) -> str:
-    """The beginning of `text` that fits into `max_bytes` of UTF-8."""
-    return text.encode()[:max_bytes].decode(errors="ignore")
