@@ -19,8 +19,7 @@ from jaxgpt.settings import ChatConfig
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     text: str
-    where: str
-    """The place where the user wrote it, for messages."""
+    where: str  # the place where the user wrote it, for messages
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -71,23 +70,16 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: not valid Unicode ({bad} at position {error.start + 1})") from None
 
 
-# ---------------------------------------------------------------- conversations
-
-
 class ChatPrompt(NamedTuple):
     ids: list[int]
-    dropped: int
-    """Oldest turns that did not fit."""
+    dropped: int  # oldest turns that did not fit
 
 
 class ChatPrompts:
     """Makes prompts of conversations for one model."""
 
     def __init__(self, tokenizer: Tokenizer, n_positions: int, where: str):
-        """
-        Raises:
-            UserError: the tokenizer has no chat tokens; `where` is the model's name in the message.
-        """
+        """A UserError says when the tokenizer has no chat tokens; `where` is the model's name in the message."""
         if tokenizer.end_of_turn is None:
             raise UserError(
                 f"{where}: no chat model, as its tokenizer has no {END_OF_TURN}; fine-tune it with "

@@ -139,7 +139,8 @@ def pack(kernel: Array, inputs: int, kind: str, layout: str) -> PackedMatrix:
     outputs = kernel.shape[inputs:]
     w_KO = kernel.reshape(-1, math.prod(outputs)).astype(jnp.float32)
     (rows, columns), scale_O = w_KO.shape, None
-    if layout == "streamed" and not _can_stream(rows, columns):
+    divides = columns % STREAMED_TILE == 0 and rows % max(INPUTS_AT_ONCE.values()) == 0
+    if layout == "streamed" and not (divides and rows * columns >= SMALLEST_STREAMED):
         layout = "plain"
     if kind == "int8":
         scale_O = jnp.abs(w_KO).max(axis=0) / 127
@@ -153,11 +154,6 @@ def pack(kernel: Array, inputs: int, kind: str, layout: str) -> PackedMatrix:
     tiles_GKJ = w_KO.reshape(-1, columns // width, width).transpose(1, 0, 2)
     tiles = tiles_GKJ.swapaxes(1, 2) if layout == "turned" else tiles_GKJ
     return PackedMatrix(tiles, scale_O, layout, inputs, outputs)
-
-
-def _can_stream(rows: int, columns: int) -> bool:
-    divides = columns % STREAMED_TILE == 0 and rows % max(INPUTS_AT_ONCE.values()) == 0
-    return divides and rows * columns >= SMALLEST_STREAMED
 
 
 def _tile_width(columns: int, kind: str, layout: str) -> int:
