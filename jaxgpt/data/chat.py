@@ -34,9 +34,6 @@ _FORMATS = '"messages", "conversations", or "prompt" and "response"'
 COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
-# ---------------------------------------------------------------- reading
-
-
 def conversation(record: object, where: str) -> str:
     """The canonical JSON of one record: [{"role": ..., "content": ...}, ...], contents stripped of whitespace.
 
@@ -61,11 +58,7 @@ def to_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]], where: str) -> None:
-    """Require at most one system message, then user and assistant in turns, the assistant last, no content blank.
-
-    Raises:
-        BadRecord: names the turn that is wrong.
-    """
+    """Require at most one system message, then pairs of user and assistant, none blank; a BadRecord names the turn."""
     for number, message in enumerate(messages, 1):
         _check_content(message["content"], f"{where}, turn {number}")
     roles = [message["role"] for message in messages]
@@ -133,9 +126,6 @@ def _check_content(content: object, where: str) -> None:
         raise BadRecord(where, f"not valid Unicode: lone surrogate U+{ord(content[error.start]):04X}") from None
 
 
-# ---------------------------------------------------------------- tokens
-
-
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the two tokens of a turn added; the same tokenizer if it has them already."""
     return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
@@ -156,12 +146,9 @@ def plain_texts(text: str, settings: ChatConfig) -> list[str]:
 class Encoded(NamedTuple):
     """The tokens of a conversation or of a part of one."""
 
-    tokens: np.ndarray
-    """int32 [n]"""
-    supervised: np.ndarray
-    """bool [n]: the token is learned: part of an answer, or the <|im_end|> after it."""
-    num_bytes: int
-    """UTF-8 bytes of the answers."""
+    tokens: np.ndarray  # int32 [n]
+    supervised: np.ndarray  # bool [n]: the token is learned: part of an answer, or the <|im_end|> after it
+    num_bytes: int  # UTF-8 bytes of the answers
 
 
 class ChatEncoder:
@@ -221,9 +208,6 @@ class ChatEncoder:
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
-
-
-# ---------------------------------------------------------------- showing which tokens are learned
 
 
 def marks(colour: bool | None = None) -> tuple[str, str]:

@@ -79,11 +79,9 @@ class TokenStream:
     once in an epoch.
     """
 
-    records: Records
-    """records[i]["tokens"] holds the tokens of record i."""
+    records: Records  # records[i]["tokens"] holds the tokens of record i
     num_tokens: int
-    num_bytes: int
-    """UTF-8 bytes of the learned text."""
+    num_bytes: int  # UTF-8 bytes of the learned text
     num_documents: int
     dtype: npt.DTypeLike
 
@@ -176,14 +174,10 @@ def check_answers(num_supervised: int) -> None:
 class PackedRow(NamedTuple):
     """One row of T positions as stored on disk."""
 
-    tokens: np.ndarray
-    """[T]; padding is end-of-text."""
-    supervised: np.ndarray
-    """bool [T]: the learned tokens, an assistant's."""
-    segments: np.ndarray
-    """[T]: 0 for padding, else the number of the conversation in the row, from 1."""
-    documents: np.ndarray
-    """int64: documents[s - 1] is the number of segment s's conversation in the source."""
+    tokens: np.ndarray  # [T]; padding is end-of-text
+    supervised: np.ndarray  # bool [T]: the learned tokens, an assistant's
+    segments: np.ndarray  # [T]: 0 for padding, else the number of the conversation in the row, from 1
+    documents: np.ndarray  # int64: documents[s - 1] is the number of segment s's conversation in the source
 
     def conversations(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(number of the document, tokens, which of them are supervised) of each conversation."""
@@ -198,18 +192,14 @@ class PackedRows:
     Its methods are those of TokenStream, so that training and evaluation read both alike.
     """
 
-    records: Records
-    """records[i] holds the fields of PackedRow i."""
+    records: Records  # records[i] holds the fields of PackedRow i
     dtype: npt.DTypeLike
     block_size: int
     num_rows: int
-    num_conversations: int
-    """Packed parts; a long document gives several."""
+    num_conversations: int  # packed parts; a long document gives several
     num_supervised: int
-    num_tokens: int
-    """Without padding."""
-    num_bytes: int
-    """UTF-8 bytes of the supervised tokens only."""
+    num_tokens: int  # without padding
+    num_bytes: int  # UTF-8 bytes of the supervised tokens only
     num_documents: int
 
     def __post_init__(self) -> None:
@@ -290,12 +280,9 @@ class TokenDataset:
     vocab_size: int
     end_of_text: int
     tokenizer_digest: str
-    fingerprint: str
-    """SHA-256 over the documents."""
-    settings: dict[str, object]
-    """The settings that decide the content."""
-    train: Split
-    """A TokenStream for format "text", PackedRows for "chat"."""
+    fingerprint: str  # SHA-256 over the documents
+    settings: dict[str, object]  # those that decide the content
+    train: Split  # a TokenStream for format "text", PackedRows for "chat"
     validation: Split
 
     @functools.cached_property

@@ -7,7 +7,6 @@ how many hosts and devices there are, except which rows this process has to read
 
 import collections
 import contextlib
-import functools
 import hashlib
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -59,11 +58,6 @@ def place_of_row(split: Split, seed: int, number: int, block_size: int) -> tuple
     key = _hash(seed, epoch, "order") % 2**32
     row = grain.experimental.index_shuffle(index, max_index=length - 1, seed=key, rounds=4)
     return row, _hash(seed, epoch, "offset")
-
-
-def eval_rows(split: Split, *, step: int, global_batch_size: int, block_size: int, rows: Iterable[int]) -> Batch:
-    """The given rows of the `step`-th batch in the split's own order, as numpy arrays [len(rows), T]."""
-    return split.evaluation_rows([step * global_batch_size + row for row in rows], block_size)
 
 
 def train_batches(
@@ -118,7 +112,7 @@ def eval_batches(
     Every target occurs once; padding of the last row and the last batch has weight 0. Every process gets the same
     number of batches.
     """
-    read = functools.partial(eval_rows, split, global_batch_size=global_batch_size, block_size=block_size)
+    read = lambda step, rows: split.evaluation_rows([step * global_batch_size + row for row in rows], block_size)
     count = -(-split.rows_to_evaluate(block_size) // global_batch_size)
     steps = range(count if max_batches is None else min(count, max_batches))
     shape = (global_batch_size, block_size)
@@ -157,7 +151,8 @@ def _batches(
             sent.append(jax.tree.map(put, host_batch))
             if len(sent) > AHEAD:
                 yield sent.popleft()
-        yield from sent
+        while sent:
+            yield sent.popleft()
 
 
 def _local_rows(shape: tuple[int, ...], sharding: Sharding) -> tuple[np.ndarray, np.ndarray]:

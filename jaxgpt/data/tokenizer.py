@@ -77,11 +77,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self._json}\n{self._end_of_text}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, never special tokens.
-
-        Raises:
-            UserError: a character-level tokenizer has no token for a character.
-        """
+        """The ids of `text`, never special tokens; a character that the tokenizer does not know is a UserError."""
         self._check_characters(text)
         if len(text) > _LONG:  # a batch releases the GIL; a single text does not
             return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
@@ -145,10 +141,7 @@ class Tokenizer:
         return same_end and theirs.items() <= ours.items() and _rules(self.backend) == _rules(other.backend)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads.
-
-        With chat tokens also the chat template: in chat_template.jinja, and in the config for older readers.
-        """
+        """Write the files that `transformers.AutoTokenizer` reads; with chat tokens the chat template, too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / FILE, self._json)
@@ -161,7 +154,7 @@ class Tokenizer:
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
         if self.end_of_turn is not None:
-            settings["chat_template"] = TEMPLATE
+            settings["chat_template"] = TEMPLATE  # for older readers
             write_file(folder / "chat_template.jinja", TEMPLATE)
         write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 

@@ -55,10 +55,7 @@ def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler
 
 
 def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation: PackedRows) -> Sampler | None:
-    """A sampler that answers eval.chat_prompts validation conversations by the likeliest tokens.
-
-    None where no conversation leaves room for an answer of eval.sample_tokens tokens.
-    """
+    """A sampler that answers validation conversations by the likeliest tokens; None where none leaves room for it."""
     new = min(config.eval.sample_tokens, config.model.n_positions // 2)
     prompts = prompts_of(validation, config.eval.chat_prompts, config.model.n_positions - new)
     if not prompts:

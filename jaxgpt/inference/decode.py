@@ -74,8 +74,7 @@ class Decoder:
 class Continuation:
     """The text that a model adds to a prompt, or a part of it."""
 
-    tokens: list[int]
-    """Without the token that ended it."""
+    tokens: list[int]  # without the token that ended it
     logprobs: list[float]
     """Natural logarithm of each token's probability under the model itself, before any sampling rule."""
     finish_reason: str | None

@@ -64,14 +64,10 @@ class Request:
     prompt: list[int]
     options: SamplingOptions
     """`stop` is for the caller to watch for, `num_return_sequences` for the caller to ask for."""
-    row: int = 0
-    """Which of several continuations of one prompt, for its random numbers."""
-    alternatives: int = 0
-    """How many of the likeliest tokens to return at each place."""
-    scores_prompt: bool = False
-    """Return the log-probabilities of the prompt's tokens, too."""
-    continues: bool = True
-    """Make new tokens; without, only the prompt is scored."""
+    row: int = 0  # which of several continuations of one prompt, for its random numbers
+    alternatives: int = 0  # how many of the likeliest tokens to return at each place
+    scores_prompt: bool = False  # return the log-probabilities of the prompt's tokens, too
+    continues: bool = True  # make new tokens; without, only the prompt is scored
 
 
 def _at_once(work: Callable[[], None]) -> None:
@@ -83,10 +79,8 @@ class Ticket:
     """A request and its state."""
 
     request: Request
-    deliver: Callable[[Piece], None]
-    """Must return at once."""
-    run: Callable[[Callable[[], None]], object] = _at_once
-    """Has `deliver` called, for all that a chunk has made."""
+    deliver: Callable[[Piece], None]  # must return at once
+    run: Callable[[Callable[[], None]], object] = _at_once  # has `deliver` called, for all that a chunk has made
     made: int = 0
     slot: int | None = None
     cancelled: bool = False
@@ -109,12 +103,8 @@ class Engine:
         self._changed = threading.Condition()
         self._closing: str | None = None  # "drain" or "now"
         self._outbox: list[tuple[Ticket, Piece]] = []
-        self.failure: BaseException | None = None
-        """The exception that ended the engine."""
-        self.chunks = 0
-        """Made so far."""
-        self.tokens = 0
-        """Made so far, over all requests."""
+        self.failure: BaseException | None = None  # the exception that ended the engine
+        self.chunks = self.tokens = 0  # made so far, over all requests
         self.moved_at = time.monotonic()
         """Start of the current chunk (time.monotonic()); long ago while requests run, the device is stuck."""
         self._warm_up()
@@ -144,11 +134,7 @@ class Engine:
         return len(self._waiting)
 
     def check(self, request: Request) -> Request:
-        """The request as it can be carried out.
-
-        Raises:
-            UserError: it does not fit the model, or a number in it is out of range.
-        """
+        """The request as it can be carried out; a UserError says why it cannot."""
         options = request.options
         prompt = self._decoder.checked(request.prompt, options.max_new_tokens if request.continues else 0)
         stops = len(self._decoder.stops(options))

@@ -44,8 +44,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()):
         """`after`: the prompt's tokens; some tokenizers drop the space before the first word of a text."""
-        self.stopped = False
-        """A stop text was met: no text comes any more."""
+        self.stopped = False  # True once a stop text was met: no text comes any more
         self._stop = tuple(stop)
         self._held = ""
         backend = tokenizer.backend
@@ -151,8 +150,7 @@ class GrowingText:
         self.finish_reason: str | None = None
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.offsets: list[int] = []
-        """Start in the text of each of the first `given_tokens` tokens."""
+        self.offsets: list[int] = []  # start in the text of each of the first `given_tokens` tokens
         self._stream = TextStream(tokenizer, stop, after=prompt)
         self._counter = TextStream(tokenizer, after=prompt)
         self._pieces: list[str] = []

@@ -95,8 +95,7 @@ def flash_attention(
     return out_BTW[:, :positions].reshape(q_BTNH.shape)
 
 
-Segments = tuple[Array, ...]
-"""(segments (B, 1, T),), or nothing where there are none."""
+Segments = tuple[Array, ...]  # (segments (B, 1, T),), or nothing where there are none
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

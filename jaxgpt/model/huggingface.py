@@ -73,8 +73,7 @@ class HuggingFaceModel:
     folder: Path
     config: ModelConfig
     vocab_size: int
-    files: dict[str, StoredTensor]
-    """By Hugging Face's name, the prefix left out."""
+    files: dict[str, StoredTensor]  # by Hugging Face's name, the prefix left out
 
 
 # ---------------------------------------------------------------- finding and checking a folder

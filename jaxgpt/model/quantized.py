@@ -44,14 +44,10 @@ class PackedMatrix:
 
     tiles: Array
     """(G, K, J), or (G, J, K) where it is turned: float32, int8, bfloat16, or a bfloat16's bits as uint16."""
-    scale_O: Array | None
-    """float32, what an int8 one is worth in each output."""
-    layout: str
-    """One of LAYOUTS."""
-    inputs: int
-    """How many axes of x are summed over."""
-    outputs: tuple[int, ...]
-    """Sizes of the axes that take their place."""
+    scale_O: Array | None  # float32, what an int8 one is worth in each output
+    layout: str  # one of LAYOUTS
+    inputs: int  # how many axes of x are summed over
+    outputs: tuple[int, ...]  # sizes of the axes that take their place
 
     def __call__(self, x: Array) -> Array:
         """x (..., inputs...) -> (..., outputs...) in float32."""

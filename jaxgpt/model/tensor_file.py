@@ -30,11 +30,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name; reads nothing but its header.
-
-    Raises:
-        UserError: the file is broken, or shorter than its header says.
-    """
+    """The tensors of a file by name; reads only its header. A UserError says that the file is broken or cut off."""
     try:
         with safe_open(file, framework="numpy"):  # checks that the header is sound and fits the file's length
             pass

@@ -47,19 +47,12 @@ class Augmenter:
     """Makes changed copies of conversations."""
 
     def __init__(self, settings: AugmentationConfig):
-        """Read the file of synonyms, if the settings name one.
-
-        Raises:
-            UserError: the file is missing or wrong; names the line.
-        """
+        """Read the file of synonyms, if the settings name one; a UserError names the line that is wrong."""
         self._settings = settings
         self._synonyms = _Synonyms(Path(settings.synonyms)) if settings.synonyms and settings.synonym_rate else None
 
     def copies(self, text: str, number: int) -> list[str]:
-        """Up to `settings.copies` changed copies of a canonical conversation, which is number `number` of the source.
-
-        Copies equal to the original or to an earlier copy are left out.
-        """
+        """Up to `settings.copies` different changed copies of a canonical conversation, number `number` of the data."""
         made = [text]
         for copy in range(self._settings.copies):
             digest = hashlib.sha256(f"{self._settings.seed}:{number}:{copy}".encode()).digest()

@@ -22,11 +22,7 @@ TFDS, HUGGINGFACE = "tfds:", "huggingface:"
 def catalog_splits(
     part: SourceConfig, bad: BadRecords, field: str | None
 ) -> list[tuple[SplitName | None, Iterator[SourceRecord]]]:
-    """(split, its rows): validation, then train; a single split is None, and the caller divides it.
-
-    Raises:
-        UserError: no such dataset, no way to get it, or no column `field` in it.
-    """
+    """(split, its rows): validation, then train; a single split is None, and the caller divides it."""
     if part.source.startswith(TFDS):
         builder = tfds_builder(part)
         return [
@@ -85,9 +81,6 @@ def _turns(value: Any) -> Any:
     if not is_table or len({len(column) for column in value.values()}) != 1:
         return value
     return [dict(zip(value, row)) for row in zip(*value.values())]
-
-
-# ---------------------------------------------------------------- TFDS
 
 
 def tfds_rows(
@@ -162,9 +155,6 @@ def _tfds_download(name: str, folder: Path, file_format: "tfds.core.FileFormat")
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-# ---------------------------------------------------------------- Hugging Face
 
 
 def _huggingface_call(part: SourceConfig, function: str, **options: object) -> Any:

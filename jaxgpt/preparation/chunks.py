@@ -66,9 +66,6 @@ def held_work_folder(final: Path, versions: dict[str, int | str]) -> Iterator[Wo
 
     The lock is the kernel's and ends with its process. On a file system whose locks do not reach other machines, two
     of them may do the same work twice and write the same files.
-
-    Raises:
-        UserError: the folder cannot be made.
     """
     path = final.parent / f".{final.name}.work"
     lock = _locked(path)
@@ -149,8 +146,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-# ---------------------------------------------------------------- rows of documents
-
 SPLIT_CODES = {None: 0, "train": 1, "validation": 2}
 
 
@@ -159,18 +154,13 @@ class Rows:
     """Documents, or parts of long ones, column by column."""
 
     texts: list[str] = dataclasses.field(default_factory=list)
-    splits: list[int] = dataclasses.field(default_factory=list)
-    """SPLIT_CODES of the split that the source assigns."""
-    parts: list[int] = dataclasses.field(default_factory=list)
-    """Number of the mixture's source."""
+    splits: list[int] = dataclasses.field(default_factory=list)  # SPLIT_CODES of the split that the source assigns
+    parts: list[int] = dataclasses.field(default_factory=list)  # number of the mixture's source
     numbers: list[int] = dataclasses.field(default_factory=list)
     """Number of the document in the order of reading; the same in all parts of a long one."""
-    continues: list[bool] = dataclasses.field(default_factory=list)
-    """It continues the row before it."""
-    wheres: list[str] = dataclasses.field(default_factory=list)
-    """File and line of a conversation; empty for text."""
-    contents: list[bytes] = dataclasses.field(default_factory=list)
-    """SHA-256 of the text."""
+    continues: list[bool] = dataclasses.field(default_factory=list)  # the row before it
+    wheres: list[str] = dataclasses.field(default_factory=list)  # file and line of a conversation; empty for text
+    contents: list[bytes] = dataclasses.field(default_factory=list)  # SHA-256 of the text
     signatures: list[bytes] = dataclasses.field(default_factory=list)
     """What duplicates are found by (duplicates.py); empty if [cleaning] does not drop duplicates."""
 

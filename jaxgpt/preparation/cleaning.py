@@ -33,10 +33,8 @@ _SURE, _POSSIBLE = 0.2, 0.1  # measured: no English or Chinese sentence of 20 ch
 
 
 class Cleaned(NamedTuple):
-    text: str | None
-    """None if the document is dropped."""
-    dropped_by: str | None
-    """The filter that dropped it, or the change that left nothing."""
+    text: str | None  # None if the document is dropped
+    dropped_by: str | None  # the filter that dropped it, or the change that left nothing
     changed_by: tuple[str, ...]
 
 
@@ -182,10 +180,7 @@ def _patterns() -> dict[str, regex.Pattern]:
 
 
 def html_to_text(text: str) -> str:
-    """The text of a page: a line for each paragraph, heading, list item or row; <pre> unchanged; no scripts or styles.
-
-    Text without an HTML tag is not changed.
-    """
+    """The text of a page: a line for each paragraph, heading, item or row, <pre> as it is. Other text is unchanged."""
     patterns = _patterns()
     if not patterns["html"].search(text):
         return text

@@ -13,16 +13,11 @@ SplitName = Literal["train", "validation"]
 
 
 class Document(NamedTuple):
-    text: str
-    """The text, or the canonical JSON of a conversation (`chat.conversation`)."""
-    split: SplitName | None = None
-    """The split that the source assigns; None if the source has no splits."""
-    part: int = 0
-    """Number of the mixture's source that it comes from."""
-    continues: bool = False
-    """It continues the document before it: the next part of one long text file."""
-    where: str = ""
-    """File and line of a conversation, for messages; empty for text."""
+    text: str  # or the canonical JSON of a conversation (`chat.conversation`)
+    split: SplitName | None = None  # that the source assigns; None if the source has no splits
+    part: int = 0  # number of the mixture's source that it comes from
+    continues: bool = False  # the document before it: the next part of one long text file
+    where: str = ""  # file and line of a conversation, for messages; empty for text
 
 
 class SourceRecord(NamedTuple):

@@ -6,6 +6,7 @@ answer ends in the token that should stop it. Three conversations with the learn
 
 import collections
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,14 +20,11 @@ _EXAMPLES = 3
 _LONGEST = 1500  # characters of an example
 
 
-@dataclasses.dataclass
-class Example:
+class Example(NamedTuple):
     """A conversation to show."""
 
-    document: int
-    """Its number in the data, from 0."""
-    pieces: list[tuple[str, bool]]
-    """(text, whether it is learned), one after another."""
+    document: int  # its number in the data, from 0
+    pieces: list[tuple[str, bool]]  # (text, whether it is learned), one after another
 
 
 @dataclasses.dataclass
@@ -37,16 +35,12 @@ class Lint:
     rows_read: int
     num_tokens: int = 0
     num_supervised: int = 0
-    num_conversations: int = 0
-    """Packed parts; a conversation that was cut gives several."""
+    num_conversations: int = 0  # packed parts; a conversation that was cut gives several
     num_documents: int = 0
-    num_in_parts: int = 0
-    """Documents with several parts: cut between two turns, or with changed copies."""
+    num_in_parts: int = 0  # documents with several parts: cut between two turns, or with changed copies
     empty_turns: int = 0
-    duplicate_turns: int = 0
-    """Turns that repeat an earlier one of the same conversation and role."""
-    without_answer: int = 0
-    """Conversations without learned tokens."""
+    duplicate_turns: int = 0  # they repeat an earlier one of the same conversation and role
+    without_answer: int = 0  # conversations without learned tokens
     examples: list[Example] = dataclasses.field(default_factory=list)
 
 

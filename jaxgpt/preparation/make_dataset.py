@@ -13,6 +13,7 @@ may do (runners.py): memory does not grow with the data, and work done before a 
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -43,10 +44,7 @@ Inspect = Callable[[TokenDataset], dict[str, object]]
 
 
 def given_tokenizer(config: Config, locate: Callable[[str], Path] = Path) -> Tokenizer | None:
-    """The tokenizer that tokenizer.path names, with its special tokens; None if it is made from the data.
-
-    `locate` finds the folder of a hub name, hf:NAME.
-    """
+    """The tokenizer of tokenizer.path, or None if it is made from the data; `locate` finds the folder of hf:NAME."""
     path = config.tokenizer.path
     if config.tokenizer.type != "folder" or path is None:
         return None
@@ -117,12 +115,12 @@ def _prepare(
     chunks, stage = range(len(facts["rows"])), "read"
     if is_cleaned:
         stage = "clean"
-        _each(runner, stages.clean_chunk, work, config, chunks, "cleaning", facts)
+        _each(runner, stages.clean_chunk, work, config, "cleaning", facts)
         clock.lap("clean")
     plan = _decided(work, stage, len(chunks), config, tokenizer)
     clock.lap("decide")
     tokenize = functools.partial(stages.tokenize_chunk, stage=stage)
-    _each(runner, tokenize, work, config, chunks, "tokenizing", facts)
+    _each(runner, tokenize, work, config, "tokenizing", facts)
     clock.lap("tokenize")
     settings = _settings(config, tokenizer)
     with new_folder(final, existing="keep") as folder:
@@ -152,19 +150,13 @@ class _Clock:
 
 
 def _each(
-    runner: ChunkRunner,
-    task: Callable[..., int],
-    work: WorkFolder,
-    config: Config,
-    chunks: range,
-    label: str,
-    facts: dict[str, Any],
+    runner: ChunkRunner, task: Callable[..., int], work: WorkFolder, config: Config, label: str, facts: dict[str, Any]
 ) -> None:
     """Run `task` for the chunks that are not done."""
     ends_in = work.tokens if label == "tokenizing" else functools.partial(work.rows, "clean")
-    missing = [number for number in chunks if not ends_in(number).exists()]
-    with stages.progress(label, sum(facts["bytes"][number] for number in missing)) as bar:
-        runner.each(functools.partial(task, work=work, config=config), missing, bar.update)
+    missing = {number: size for number, size in enumerate(facts["bytes"]) if not ends_in(number).exists()}
+    with stages.progress(label, sum(missing.values())) as bar:
+        runner.each(functools.partial(task, work=work, config=config), list(missing), bar.update)
 
 
 # ---------------------------------------------------------------- decisions about all documents
@@ -222,9 +214,9 @@ def _texts(work: WorkFolder, stage: str, plan: splitting.SplitPlan, config: Conf
     An alphabet must have the letters of changed copies, too; merges do not need them.
     """
     source = config if config.tokenizer.type == "char" else with_settings(config, augmentation_copies=0)
-    for number in range(len(plan.first) - 1):
+    for number, (begin, end) in enumerate(itertools.pairwise(plan.first)):
         rows = read_rows(work.rows(stage, number), ("texts", "parts", "numbers", "wheres"))
-        codes = plan.of_chunk(number).tolist()
+        codes = plan.codes[begin:end].tolist()
         if config.data.format == "chat":
             for _, _, _, text, _ in stages.conversations(rows, codes, source):
                 yield from chat.plain_texts(text, config.chat)

@@ -48,11 +48,7 @@ _NOT_STDLIB_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercusto
 
 
 def source_files(part: SourceConfig) -> list[tuple[str, Path]]:
-    """(relative path, file) of the source's files, sorted by relative path.
-
-    Raises:
-        UserError: there is none.
-    """
+    """(relative path, file) of the source's files, sorted by relative path; a UserError says that there is none."""
     stdlib, root = part.source == "stdlib", source_root(part)
     if not root.exists():
         raise UserError(f"data.path = {root}: no such file or folder")
@@ -269,11 +265,7 @@ def _json_object(line: bytes, where: str) -> dict:
 
 
 def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | None) -> Iterator[SourceRecord]:
-    """The rows, numbered from 0 in each file; only their `columns`, if given.
-
-    Raises:
-        UserError: the first file lacks one of the columns.
-    """
+    """The rows, numbered from 0 in each file; only their `columns`, if given, which the first file must have."""
     import pyarrow
     import pyarrow.parquet
 
@@ -316,11 +308,7 @@ def _no_field(field: str, names: Iterable[object]) -> str:
 
 
 def text_of(record: SourceRecord, field: str) -> str:
-    """The text in a field of the record.
-
-    Raises:
-        BadRecord: it is missing or not text.
-    """
+    """The text in a field of the record; a BadRecord says that it is missing or not text."""
     if field not in record.value:
         raise BadRecord(record.where, _no_field(field, record.value))
     value = record.value[field]

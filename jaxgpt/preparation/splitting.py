@@ -22,22 +22,12 @@ STARTS = 4  # added to the code of a row that begins a document
 class SplitPlan:
     """The decisions about all rows."""
 
-    first: list[int]
-    """Number of the first row of each chunk, and of all rows."""
-    codes: np.ndarray
-    """uint8 [rows]: DROPPED, ..., with STARTS."""
-    border: int
-    """Characters of the row CUT that are for training."""
-    fingerprint: str
-    """SHA-256 over the rows that are kept, and the splits that the source assigns."""
-    repeats: Repeats
-    """The rows that are dropped because they repeat others."""
-    overlap: int
-    """How many of those would be for training and repeat a row for validation."""
-
-    def of_chunk(self, number: int) -> np.ndarray:
-        """The codes of a chunk."""
-        return self.codes[self.first[number] : self.first[number + 1]]
+    first: list[int]  # number of the first row of each chunk, and of all rows
+    codes: np.ndarray  # uint8 [rows]: DROPPED, ..., with STARTS
+    border: int  # characters of the row CUT that are for training
+    fingerprint: str  # SHA-256 over the rows that are kept, and the splits that the source assigns
+    repeats: Repeats  # the rows that are dropped because they repeat others
+    overlap: int  # how many of those would be for training and repeat a row for validation
 
 
 @dataclasses.dataclass

@@ -101,10 +101,7 @@ def cleaner(settings: CleaningConfig) -> Cleaner:
 
 
 def clean_chunk(number: int, *, work: WorkFolder, config: Config) -> int:
-    """Write the chunk "clean": the documents that are kept, cleaned, with signatures to find duplicates by.
-
-    Returns the bytes of text that were read, as `tokenize_chunk` does.
-    """
+    """Write the chunk "clean": the kept documents, cleaned, with signatures. Returns the bytes of text read."""
     rows = read_rows(work.rows("read", number))
     clean = cleaner(config.cleaning)
     is_signed = duplicates.is_on(config.cleaning)
