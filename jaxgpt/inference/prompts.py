@@ -127,7 +127,7 @@ class ChatSession:
         return head + self._turns
 
     def ask(self, message: str, max_new_tokens: int) -> ChatPrompt:
-        """The prompt for the answer to `message` (see `ChatPrompts.fit`), `answered` adds both to the conversation."""
+        """The prompt for the answer to `message` (see `ChatPrompts.fit`); `answered` adds both to the conversation."""
         if not message.strip():
             raise UserError("the message is blank; write something")
         asked = [*self.messages, {"role": "user", "content": message}]
