@@ -29,11 +29,9 @@ ROLES = ("system", "user", "assistant")
 
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+_LISTS = (("messages", "role", "content", dict(zip(ROLES, ROLES))), ("conversations", "from", "value", _SHAREGPT))
 _FORMATS = '"messages", "conversations", or "prompt" and "response"'
 COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
-
-
-# ---------------------------------------------------------------- reading
 
 
 def conversation(record: object, where: str) -> str:
@@ -60,11 +58,7 @@ def to_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]], where: str) -> None:
-    """Require at most one system message, then user and assistant in turns, the assistant last, no content blank.
-
-    Raises:
-        BadRecord: names the turn that is wrong.
-    """
+    """Require at most one system message, then pairs of user and assistant, none blank; a BadRecord names the turn."""
     for number, message in enumerate(messages, 1):
         _check_content(message["content"], f"{where}, turn {number}")
     roles = [message["role"] for message in messages]
@@ -85,17 +79,12 @@ def check_messages(messages: Sequence[Mapping[str, str]], where: str) -> None:
 
 def _messages(record: Mapping, where: str) -> list[dict[str, Any]]:
     """The messages of a record in any of the formats; contents are not checked yet."""
-    if "messages" in record:
-        return [
-            {"role": _role(turn, "role", dict(zip(ROLES, ROLES)), place), "content": turn.get("content")}
-            for turn, place in _turns(record, "messages", where)
-        ]
     system = [] if record.get("system") in (None, "") else [{"role": "system", "content": record["system"]}]
-    if "conversations" in record:
-        return system + [
-            {"role": _role(turn, "from", _SHAREGPT, place), "content": turn.get("value")}
-            for turn, place in _turns(record, "conversations", where)
-        ]
+    for key, speaker, words, roles in _LISTS:
+        if key in record:
+            turns = _turns(record, key, where)
+            found = [{"role": _role(turn, speaker, roles, at), "content": turn.get(words)} for turn, at in turns]
+            return found if key == "messages" else system + found
     for question, answer in _PAIRS:
         if question in record and answer in record:
             return system + [
@@ -137,9 +126,6 @@ def _check_content(content: object, where: str) -> None:
         raise BadRecord(where, f"not valid Unicode: lone surrogate U+{ord(content[error.start]):04X}") from None
 
 
-# ---------------------------------------------------------------- tokens
-
-
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the two tokens of a turn added; the same tokenizer if it has them already."""
     return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
@@ -160,12 +146,9 @@ def plain_texts(text: str, settings: ChatConfig) -> list[str]:
 class Encoded(NamedTuple):
     """The tokens of a conversation or of a part of one."""
 
-    tokens: np.ndarray
-    """int32 [n]"""
-    supervised: np.ndarray
-    """bool [n]: the token is learned: part of an answer, or the <|im_end|> after it."""
-    num_bytes: int
-    """UTF-8 bytes of the answers."""
+    tokens: np.ndarray  # int32 [n]
+    supervised: np.ndarray  # bool [n]: the token is learned: part of an answer, or the <|im_end|> after it
+    num_bytes: int  # UTF-8 bytes of the answers
 
 
 class ChatEncoder:
@@ -207,7 +190,8 @@ class ChatEncoder:
                 size = 0
             parts[-1] += pair
             size += length
-        return [_join(part) for part in parts]
+        columns = (zip(*part) for part in parts)
+        return [Encoded(np.concatenate(ids), np.concatenate(learned), sum(sizes)) for ids, learned, sizes in columns]
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
@@ -224,14 +208,6 @@ class ChatEncoder:
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
-
-
-def _join(turns: Sequence[Encoded]) -> Encoded:
-    tokens, supervised, sizes = zip(*turns)
-    return Encoded(np.concatenate(tokens), np.concatenate(supervised), sum(sizes))
-
-
-# ---------------------------------------------------------------- showing which tokens are learned
 
 
 def marks(colour: bool | None = None) -> tuple[str, str]:

@@ -79,11 +79,9 @@ class TokenStream:
     once in an epoch.
     """
 
-    records: Records
-    """records[i]["tokens"] holds the tokens of record i."""
+    records: Records  # records[i]["tokens"] holds the tokens of record i
     num_tokens: int
-    num_bytes: int
-    """UTF-8 bytes of the learned text."""
+    num_bytes: int  # UTF-8 bytes of the learned text
     num_documents: int
     dtype: npt.DTypeLike
 
@@ -176,22 +174,15 @@ def check_answers(num_supervised: int) -> None:
 class PackedRow(NamedTuple):
     """One row of T positions as stored on disk."""
 
-    tokens: np.ndarray
-    """[T]; padding is end-of-text."""
-    supervised: np.ndarray
-    """bool [T]: the learned tokens, an assistant's."""
-    segments: np.ndarray
-    """[T]: 0 for padding, else the number of the conversation in the row, from 1."""
-    documents: np.ndarray
-    """int64: documents[s - 1] is the number of segment s's conversation in the source."""
+    tokens: np.ndarray  # [T]; padding is end-of-text
+    supervised: np.ndarray  # bool [T]: the learned tokens, an assistant's
+    segments: np.ndarray  # [T]: 0 for padding, else the number of the conversation in the row, from 1
+    documents: np.ndarray  # int64: documents[s - 1] is the number of segment s's conversation in the source
 
     def conversations(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(number of the document, tokens, which of them are supervised) of each conversation."""
-        found = []
-        for segment, document in enumerate(self.documents.tolist(), start=1):
-            there = self.segments == segment
-            found.append((document, self.tokens[there], self.supervised[there]))
-        return found
+        places = ((document, self.segments == i) for i, document in enumerate(self.documents.tolist(), start=1))
+        return [(document, self.tokens[there], self.supervised[there]) for document, there in places]
 
 
 @dataclasses.dataclass(eq=False)
@@ -201,18 +192,14 @@ class PackedRows:
     Its methods are those of TokenStream, so that training and evaluation read both alike.
     """
 
-    records: Records
-    """records[i] holds the fields of PackedRow i."""
+    records: Records  # records[i] holds the fields of PackedRow i
     dtype: npt.DTypeLike
     block_size: int
     num_rows: int
-    num_conversations: int
-    """Packed parts; a long document gives several."""
+    num_conversations: int  # packed parts; a long document gives several
     num_supervised: int
-    num_tokens: int
-    """Without padding."""
-    num_bytes: int
-    """UTF-8 bytes of the supervised tokens only."""
+    num_tokens: int  # without padding
+    num_bytes: int  # UTF-8 bytes of the supervised tokens only
     num_documents: int
 
     def __post_init__(self) -> None:
@@ -281,8 +268,6 @@ class PackedRows:
         return {name: kept[number] for name, kept in self._cache.items()}
 
 
-# ---------------------------------------------------------------- datasets
-
 Split = TokenStream | PackedRows
 
 
@@ -295,12 +280,9 @@ class TokenDataset:
     vocab_size: int
     end_of_text: int
     tokenizer_digest: str
-    fingerprint: str
-    """SHA-256 over the documents."""
-    settings: dict[str, object]
-    """The settings that decide the content."""
-    train: Split
-    """A TokenStream for format "text", PackedRows for "chat"."""
+    fingerprint: str  # SHA-256 over the documents
+    settings: dict[str, object]  # those that decide the content
+    train: Split  # a TokenStream for format "text", PackedRows for "chat"
     validation: Split
 
     @functools.cached_property
@@ -338,7 +320,10 @@ def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digest
         if sizes[name] != size:
             raise UserError(f"{path / name}: {sizes[name]} bytes instead of {size}; delete {path} and prepare again")
     if verify == "digests":
-        _verify(path, sum(sizes.values()))
+        total = sum(sizes.values())
+        disable = None if total > _LONG else True  # None: hidden if stderr is not a terminal
+        with tqdm(total=total, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+            _refuse_damage(path, manifest.problems(path, bar.update))
     return _open_verified(path, about)
 
 
@@ -360,13 +345,6 @@ def _open_verified(path: Path, about: dict) -> TokenDataset:
             f"delete {path} and prepare again"
         )
     return dataset
-
-
-def _verify(path: Path, size: int) -> None:
-    """Read and compare every file; the shards have `size` bytes in all."""
-    disable = None if size > _LONG else True  # None: hidden if stderr is not a terminal
-    with tqdm(total=size, desc="verifying data", unit="B", unit_scale=True, disable=disable, leave=False) as bar:
-        _refuse_damage(path, manifest.problems(path, bar.update))
 
 
 def _refuse_damage(path: Path, problems: list[str]) -> None:

@@ -6,6 +6,7 @@ how many hosts and devices there are, except which rows this process has to read
 """
 
 import collections
+import contextlib
 import hashlib
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -45,15 +46,18 @@ def train_rows(
 
 
 def place_of_row(split: Split, seed: int, number: int, block_size: int) -> tuple[int, int]:
-    """(row of the split, 64 random bits of its epoch) of row `number` in the endless sequence of epochs."""
+    """(row of the split, 64 random bits of its epoch) of row `number` in the endless sequence of epochs.
+
+    Grain's permutation is a block cipher on 32-bit indices: constant time and memory.
+    """
+    import grain  # heavy: many modules import this one only for types
+
     length = split.rows_per_epoch(block_size)
+    assert length < 2**32, length
     epoch, index = divmod(number, length)
-    return _shuffled(index, length, seed, epoch), _hash(seed, epoch, "offset")
-
-
-def eval_rows(split: Split, *, step: int, global_batch_size: int, block_size: int, rows: Iterable[int]) -> Batch:
-    """The given rows of the `step`-th batch in the split's own order, as numpy arrays [len(rows), T]."""
-    return split.evaluation_rows([step * global_batch_size + row for row in rows], block_size)
+    key = _hash(seed, epoch, "order") % 2**32
+    row = grain.experimental.index_shuffle(index, max_index=length - 1, seed=key, rounds=4)
+    return row, _hash(seed, epoch, "offset")
 
 
 def train_batches(
@@ -84,9 +88,9 @@ def train_batches(
 
     how: dict[str, Any] = {"seed": seed, "global_batch_size": global_batch_size, "block_size": block_size, "skip": skip}
 
-    def read(step: int, rows: np.ndarray) -> Batch:
+    def read(step: int, rows: list[int]) -> Batch:
         failpoint("data.read")
-        return train_rows(split, step=step, rows=rows.tolist(), **how)
+        return train_rows(split, step=step, rows=rows, **how)
 
     shape = (accumulation, global_batch_size // accumulation, block_size)
     steps = range(start_step, stop_step)
@@ -108,11 +112,7 @@ def eval_batches(
     Every target occurs once; padding of the last row and the last batch has weight 0. Every process gets the same
     number of batches.
     """
-
-    def read(step: int, rows: np.ndarray) -> Batch:
-        size = global_batch_size
-        return eval_rows(split, step=step, global_batch_size=size, block_size=block_size, rows=rows.tolist())
-
+    read = lambda step, rows: split.evaluation_rows([step * global_batch_size + row for row in rows], block_size)
     count = -(-split.rows_to_evaluate(block_size) // global_batch_size)
     steps = range(count if max_batches is None else min(count, max_batches))
     shape = (global_batch_size, block_size)
@@ -125,20 +125,8 @@ def _hash(seed: int, epoch: int, use: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _shuffled(index: int, length: int, seed: int, epoch: int) -> int:
-    """Where the epoch's permutation of range(length) sends `index`, in constant time and memory.
-
-    Grain's permutation is a block cipher on 32-bit indices.
-    """
-    import grain  # heavy: many modules import this one only for types
-
-    assert length < 2**32, length
-    key = _hash(seed, epoch, "order") % 2**32
-    return grain.experimental.index_shuffle(index, max_index=length - 1, seed=key, rounds=4)
-
-
 def _batches(
-    read: Callable[[int, np.ndarray], Batch],
+    read: Callable[..., Batch],
     steps: range,
     shape: tuple[int, ...],
     sharding: Sharding,
@@ -156,30 +144,19 @@ def _batches(
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     dataset = grain.MapDataset.range(steps.start, max(steps.start, steps.stop))
-    dataset = dataset.map(lambda step: read(int(step), local_rows)).to_iter_dataset(options)
-
-    def generate() -> Generator[Batch]:
-        host_batches = iter(dataset)
-        sent: collections.deque[Batch] = collections.deque()
-        try:
-            for host_batch in host_batches:
-                sent.append(jax.tree.map(put, host_batch))
-                if len(sent) > AHEAD:
-                    yield sent.popleft()
-            while sent:
+    dataset = dataset.map(lambda step: read(step=int(step), rows=local_rows.tolist())).to_iter_dataset(options)
+    sent: collections.deque[Batch] = collections.deque()
+    with contextlib.closing(iter(dataset)) as host_batches:
+        for host_batch in host_batches:
+            sent.append(jax.tree.map(put, host_batch))
+            if len(sent) > AHEAD:
                 yield sent.popleft()
-        finally:
-            host_batches.close()
-
-    return generate()
+        while sent:
+            yield sent.popleft()
 
 
 def _local_rows(shape: tuple[int, ...], sharding: Sharding) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a global [..., T] array that lie on this process's devices, and the place of each among them.
-
-    Returns:
-        rows [R], ascending; and an array of shape[:-1] with the position of each row in it, -1 if it is elsewhere.
-    """
+    """(rows [R] of a global [..., T] array on this process's devices; the place of each row in them or -1, [...])."""
     number = np.arange(int(np.prod(shape[:-1]))).reshape(shape[:-1])
     indices = sharding.addressable_devices_indices_map(shape).values()
     rows = np.unique(np.concatenate([number[index[:-1]].ravel() for index in indices if index is not None]))
@@ -188,14 +165,8 @@ def _local_rows(shape: tuple[int, ...], sharding: Sharding) -> tuple[np.ndarray,
     return rows, place
 
 
-# ---------------------------------------------------------------- skip lists
-#
-# A skip list is a file of training rows that get weight 0: one row number a line, with # for comments. `jaxgpt replay`
-# shows the numbers.
-
-
 def read_skip_list(path: str | Path | None) -> frozenset[int]:
-    """The row numbers in the file; none if `path` is None.
+    """The numbers in a file of training rows that get weight 0: one a line, # for comments; none if `path` is None.
 
     Raises:
         UserError: the file cannot be read, or a line is not a number; names the file and the line.
@@ -209,12 +180,10 @@ def read_skip_list(path: str | Path | None) -> frozenset[int]:
         raise UserError(f"data.skip_list = {path}: cannot be read ({reason})") from None
     found = set()
     for number, line in enumerate(lines, start=1):
-        word = line.split("#")[0].strip()
-        if not word:
-            continue
-        if not (word.isascii() and word.isdigit()):
-            raise UserError(f"{path}:{number}: {word!r} is not a row; write one whole number a line, such as 12345")
-        found.add(int(word))
+        if word := line.split("#")[0].strip():
+            if not (word.isascii() and word.isdigit()):
+                raise UserError(f"{path}:{number}: {word!r} is not a row; write one whole number a line, such as 12345")
+            found.add(int(word))
     return frozenset(found)
 
 

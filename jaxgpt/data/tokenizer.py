@@ -7,19 +7,18 @@ a prompt are thirteen characters and never the end-of-text token, which has only
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage.files import write_file
-
-if TYPE_CHECKING:
-    import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
@@ -50,15 +49,15 @@ class Tokenizer:
 
     def __init__(self, json_text: str, end_of_text: str = END_OF_TEXT):
         """`json_text` is the content of a tokenizer.json with the token `end_of_text`."""
-        import tokenizers
 
         content = json.loads(json_text)
         self._json = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        self.backend = tokenizers.Tokenizer.from_str(json_text)
         self.backend.encode_special_tokens = True
         self._end_of_text = end_of_text
-        special = {token: number for token, (number, is_special) in _added_tokens(self.backend).items() if is_special}
-        self.end_of_turn: int | None = special.get(END_OF_TURN) if START_OF_TURN in special else None
+        added = _added_tokens(self.backend).items()
+        self._special = {token: number for token, (number, is_special) in added if is_special}
+        self.end_of_turn = self._special.get(END_OF_TURN) if START_OF_TURN in self._special else None
         """The token that ends an answer; None for a tokenizer without the tokens of a chat."""
         end = self.backend.token_to_id(end_of_text)
         assert end is not None, f"no token {end_of_text}"
@@ -78,11 +77,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self._json}\n{self._end_of_text}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, never special tokens.
-
-        Raises:
-            UserError: a character-level tokenizer has no token for a character.
-        """
+        """The ids of `text`, never special tokens; a character that the tokenizer does not know is a UserError."""
         self._check_characters(text)
         if len(text) > _LONG:  # a batch releases the GIL; a single text does not
             return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
@@ -116,8 +111,7 @@ class Tokenizer:
         Raises:
             UserError: ordinary text can become one of them, or one cannot be decoded as it is written.
         """
-        special = {token for token, (_, is_special) in _added_tokens(self.backend).items() if is_special}
-        new = [token for token in tokens if token not in special]
+        new = [token for token in tokens if token not in self._special]
         if not new:
             return self
         content = json.loads(self._json)
@@ -147,10 +141,7 @@ class Tokenizer:
         return same_end and theirs.items() <= ours.items() and _rules(self.backend) == _rules(other.backend)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads.
-
-        With chat tokens also the chat template: in chat_template.jinja, and in the config for older readers.
-        """
+        """Write the files that `transformers.AutoTokenizer` reads; with chat tokens the chat template, too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / FILE, self._json)
@@ -163,7 +154,7 @@ class Tokenizer:
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
         if self.end_of_turn is not None:
-            settings["chat_template"] = TEMPLATE
+            settings["chat_template"] = TEMPLATE  # for older readers
             write_file(folder / "chat_template.jinja", TEMPLATE)
         write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
@@ -199,7 +190,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             text = _gpt2_json(folder)
         else:
             raise UserError(f"{folder}: no tokenizer here; it must hold tokenizer.json, or vocab.json and merges.txt")
-        known = _tokens(json.loads(text))
+        content = json.loads(text)
+        vocab = content["model"]["vocab"]  # Unigram models hold [token, score] pairs
+        known = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
+        known |= {token["content"] for token in content.get("added_tokens", ())}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: JSON and UTF-8
         raise UserError(f"{folder}: the tokenizer's files are broken ({error!r})") from None
     declared = _declared_end_of_text(folder)
@@ -218,8 +212,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False
     The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` entries, as a pair must
     occur twice to be merged.
     """
-    from tokenizers import models, pre_tokenizers, trainers
-
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -234,15 +226,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A tokenizer with one token for each character of `texts`, in the order of code points, then end-of-text."""
-    import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(text)
-    vocab = {token: i for i, token in enumerate([*sorted(characters), END_OF_TEXT])}
+    characters = sorted(set(itertools.chain.from_iterable(texts)))
+    vocab = {token: i for i, token in enumerate([*characters, END_OF_TEXT])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=END_OF_TEXT))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([END_OF_TEXT])
     return Tokenizer(backend.to_str())
@@ -284,10 +271,7 @@ def spread(texts: Iterable[str], max_bytes: int, size: int) -> list[str]:
     return [piece for piece, _ in kept]
 
 
-def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
-    import tokenizers
-    from tokenizers import decoders, pre_tokenizers
-
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -295,21 +279,12 @@ def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
 
 
 def _gpt2_json(folder: Path) -> str:
-    from tokenizers import models
-
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     backend = _byte_level(models.BPE(vocab=vocab, merges=[(first, second) for first, second in pairs]))
     backend.add_special_tokens([END_OF_TEXT])
     return backend.to_str()
-
-
-def _tokens(content: dict) -> set[str]:
-    """Every token of a tokenizer.json."""
-    vocab = content["model"]["vocab"]  # Unigram models hold [token, score] pairs
-    tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
-    return tokens | {token["content"] for token in content.get("added_tokens", ())}
 
 
 def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
@@ -327,7 +302,7 @@ def _is_gpt2_like(content: dict) -> bool:
     return gpt2.items() <= splitter.items() and content.get("normalizer") is None
 
 
-def _rules(backend: "tokenizers.Tokenizer") -> dict[str, object]:
+def _rules(backend: tokenizers.Tokenizer) -> dict[str, object]:
     """The parts of the JSON that decide the ids of a text, without added tokens, comparable between writers.
 
     The post-processor is left out: it adds tokens that are never used here. Settings of the model that old files omit
@@ -338,7 +313,7 @@ def _rules(backend: "tokenizers.Tokenizer") -> dict[str, object]:
     return {key: value for key, value in content.items() if key not in ("added_tokens", "post_processor", "version")}
 
 
-def _added_tokens(backend: "tokenizers.Tokenizer") -> dict[str, tuple[int, bool]]:
+def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, tuple[int, bool]]:
     """{token: (id, whether it is special: ordinary text never becomes it)}"""
     return {token.content: (number, token.special) for number, token in backend.get_added_tokens_decoder().items()}
 

@@ -15,8 +15,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference.decode import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 
-Sampler = Callable[[dict], dict[str, str | float]]
-"""Parameters -> metrics."""
+Sampler = Callable[[dict], dict[str, str | float]]  # parameters -> metrics
 
 
 def sampler(config: Config, dataset: TokenDataset) -> Sampler | None:
@@ -35,11 +34,7 @@ def sampler(config: Config, dataset: TokenDataset) -> Sampler | None:
 
 
 def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler:
-    """A sampler that continues eval.sample_prompt.
-
-    Raises:
-        UserError: the prompt leaves no room for a new token.
-    """
+    """A sampler that continues eval.sample_prompt."""
     prompt = tokenizer.encode(config.eval.sample_prompt)
     room = config.model.n_positions - max(len(prompt), 1)
     if room < 1:
@@ -60,10 +55,7 @@ def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler
 
 
 def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation: PackedRows) -> Sampler | None:
-    """A sampler that answers eval.chat_prompts validation conversations by the likeliest tokens.
-
-    None where no conversation leaves room for an answer of eval.sample_tokens tokens.
-    """
+    """A sampler that answers validation conversations by the likeliest tokens; None where none leaves room for it."""
     new = min(config.eval.sample_tokens, config.model.n_positions // 2)
     prompts = prompts_of(validation, config.eval.chat_prompts, config.model.n_positions - new)
     if not prompts:

@@ -46,13 +46,35 @@ class Decoder:
         """The tokens that end a continuation."""
         return [token for token in (self.end_of_text, *options.stop_token_ids) if token is not None]
 
+    def checked(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The prompt's tokens, at least one; raises UserError as `generate` does."""
+        prompt, limit = list(prompt), self.config.n_positions
+        if not prompt:
+            if self.end_of_text is None:
+                raise UserError("the prompt is empty and the tokenizer has no end-of-text token; give a prompt")
+            prompt = [self.end_of_text]
+        # Indexing an array clamps silently: another tokenizer's ids would give nonsense and no error.
+        if unknown := [token for token in prompt if not 0 <= token < self.vocab_size]:
+            raise UserError(f"the prompt holds token {unknown[0]}, but the model's vocabulary is {self.vocab_size}")
+        length, room = len(prompt), limit - len(prompt)
+        if room < min(max_new_tokens, 1):  # a prompt that is only scored may fill all of it
+            raise UserError(
+                f"the prompt is {length} tokens and the model reads at most n_positions = {limit}, "
+                f"the new ones included; shorten it by at least {1 - room}"
+            )
+        if max_new_tokens > room:
+            raise UserError(
+                f"a prompt of {length} tokens and {max_new_tokens} new ones are {max_new_tokens - room} more than "
+                f"the model's n_positions = {limit}; ask for at most {room} new tokens, or shorten the prompt"
+            )
+        return prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
     """The text that a model adds to a prompt, or a part of it."""
 
-    tokens: list[int]
-    """Without the token that ended it."""
+    tokens: list[int]  # without the token that ended it
     logprobs: list[float]
     """Natural logarithm of each token's probability under the model itself, before any sampling rule."""
     finish_reason: str | None
@@ -81,9 +103,7 @@ def build_decoder(
     if kind not in WEIGHTS:
         raise UserError(f"weights = {kind!r}, but it must be one of {', '.join(WEIGHTS)}")
     on_cpu = next(iter(params["wpe"].devices())).platform == "cpu"
-    layout = "plain"
-    if on_cpu and _mesh(params) is None:
-        layout = "streamed" if rows == 1 else "turned"
+    layout = "plain" if not on_cpu or _mesh(params) is not None else "streamed" if rows == 1 else "turned"
     packed = _pack(config, params, kind, layout)
     compute: Literal["float32", "bfloat16"] = "float32" if on_cpu or kind == "float32" else "bfloat16"
     return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text)
@@ -111,7 +131,7 @@ def stream(decoder: Decoder, prompts: Sequence[Sequence[int]], options: Sampling
     A part's `finish_reason` is None until the row has ended; parts after that are empty. `.send(rows)` ends the
     rows of these indices early; closing the generator stops the work. Raises as `generate` does, at once.
     """
-    return _parts(decoder, [checked_prompt(decoder, ids, options.max_new_tokens) for ids in prompts], options, chunk)
+    return _parts(decoder, [decoder.checked(ids, options.max_new_tokens) for ids in prompts], options, chunk)
 
 
 def _parts(decoder: Decoder, prompts: list[list[int]], options: SamplingOptions, chunk: int) -> Parts:
@@ -195,31 +215,6 @@ def padded_prompts(prompts: Sequence[Sequence[int]], n_positions: int) -> np.nda
     for row, prompt in zip(tokens_PT, prompts):
         row[: len(prompt)] = prompt
     return tokens_PT
-
-
-def checked_prompt(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    prompt, limit = list(prompt), decoder.config.n_positions
-    if not prompt:
-        if decoder.end_of_text is None:
-            raise UserError("the prompt is empty and the tokenizer has no end-of-text token; give a prompt")
-        prompt = [decoder.end_of_text]
-    # Indexing an array clamps silently: another tokenizer's ids would give nonsense and no error.
-    if not 0 <= min(prompt) <= max(prompt) < decoder.vocab_size:
-        unknown = next(token for token in prompt if not 0 <= token < decoder.vocab_size)
-        raise UserError(f"the prompt holds token {unknown}, but the model's vocabulary is {decoder.vocab_size}")
-    length, room = len(prompt), limit - len(prompt)
-    if room < min(max_new_tokens, 1):  # a prompt that is only scored may fill all of it
-        raise UserError(
-            f"the prompt is {length} tokens and the model reads at most n_positions = {limit}, "
-            f"the new ones included; shorten it by at least {1 - room}"
-        )
-    if max_new_tokens > room:
-        raise UserError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones are {max_new_tokens - room} more than "
-            f"the model's n_positions = {limit}; ask for at most {room} new tokens, "
-            "or shorten the prompt"
-        )
-    return prompt
 
 
 def _power_of_two(number: int) -> int:

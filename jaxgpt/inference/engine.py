@@ -24,15 +24,7 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import slots as programs
-from jaxgpt.inference.decode import (
-    SMALLEST_BUCKET,
-    Decoder,
-    bucket,
-    checked_prompt,
-    padded_prompts,
-    row_result,
-    start_rows,
-)
+from jaxgpt.inference.decode import SMALLEST_BUCKET, Decoder, bucket, padded_prompts, row_result, start_rows
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots
 
@@ -55,11 +47,10 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Piece(Tokens):
-    """Part of the answer to a request: new tokens, without the one that ends it. The last part has a `finish_reason`:
-    "stop", "length", "cancelled" or "error".
-    """
+    """Part of the answer to a request: new tokens, without the one that ends it."""
 
     finish_reason: str | None = None
+    """In the last piece: "stop", "length", "cancelled" or "error"."""
     prompt: Tokens | None = None
     """In the first piece of a request with `scores_prompt`."""
     ending: Tokens | None = None
@@ -73,14 +64,10 @@ class Request:
     prompt: list[int]
     options: SamplingOptions
     """`stop` is for the caller to watch for, `num_return_sequences` for the caller to ask for."""
-    row: int = 0
-    """Which of several continuations of one prompt, for its random numbers."""
-    alternatives: int = 0
-    """How many of the likeliest tokens to return at each place."""
-    scores_prompt: bool = False
-    """Return the log-probabilities of the prompt's tokens, too."""
-    continues: bool = True
-    """Make new tokens; without, only the prompt is scored."""
+    row: int = 0  # which of several continuations of one prompt, for its random numbers
+    alternatives: int = 0  # how many of the likeliest tokens to return at each place
+    scores_prompt: bool = False  # return the log-probabilities of the prompt's tokens, too
+    continues: bool = True  # make new tokens; without, only the prompt is scored
 
 
 def _at_once(work: Callable[[], None]) -> None:
@@ -92,10 +79,8 @@ class Ticket:
     """A request and its state."""
 
     request: Request
-    deliver: Callable[[Piece], None]
-    """Must return at once."""
-    run: Callable[[Callable[[], None]], object] = _at_once
-    """Has `deliver` called, for all that a chunk has made."""
+    deliver: Callable[[Piece], None]  # must return at once
+    run: Callable[[Callable[[], None]], object] = _at_once  # has `deliver` called, for all that a chunk has made
     made: int = 0
     slot: int | None = None
     cancelled: bool = False
@@ -118,12 +103,8 @@ class Engine:
         self._changed = threading.Condition()
         self._closing: str | None = None  # "drain" or "now"
         self._outbox: list[tuple[Ticket, Piece]] = []
-        self.failure: BaseException | None = None
-        """The exception that ended the engine."""
-        self.chunks = 0
-        """Made so far."""
-        self.tokens = 0
-        """Made so far, over all requests."""
+        self.failure: BaseException | None = None  # the exception that ended the engine
+        self.chunks = self.tokens = 0  # made so far, over all requests
         self.moved_at = time.monotonic()
         """Start of the current chunk (time.monotonic()); long ago while requests run, the device is stuck."""
         self._warm_up()
@@ -153,13 +134,9 @@ class Engine:
         return len(self._waiting)
 
     def check(self, request: Request) -> Request:
-        """The request as it can be carried out.
-
-        Raises:
-            UserError: it does not fit the model, or a number in it is out of range.
-        """
+        """The request as it can be carried out; a UserError says why it cannot."""
         options = request.options
-        prompt = checked_prompt(self._decoder, request.prompt, options.max_new_tokens if request.continues else 0)
+        prompt = self._decoder.checked(request.prompt, options.max_new_tokens if request.continues else 0)
         stops = len(self._decoder.stops(options))
         if stops > STOPS:
             raise UserError(f"stop_token_ids: {stops} with the end-of-text token, but at most {STOPS}")
@@ -263,7 +240,7 @@ class Engine:
             scored.alternatives[0] = []
         if not request.continues:
             self._forget(ticket)
-        self._send(ticket, Piece([], [], [], None if request.continues else "length", scored))
+        self._outbox.append((ticket, Piece([], [], [], None if request.continues else "length", scored)))
 
     def _admitted(self, request: Request, slot: int) -> Slots:
         size = programs.size_for(bucket(len(request.prompt), self._decoder.config.n_positions), self._sizes)
@@ -273,17 +250,13 @@ class Engine:
         return programs.admit(self._slots, one, np.int32(slot))
 
     def _make_chunk(self) -> None:
-        made = self._start_chunk()
+        made = None
+        if self.running:
+            self._fit_cache()
+            made = self._decode(any(ticket is not None and ticket.request.alternatives for ticket in self._tickets))
         self._hand_out()  # what the chunk before has made, while the device works on this one
         if made is not None:
             self._finish_chunk(made)
-
-    def _start_chunk(self) -> tuple | None:
-        """The arrays that the device is filling; None where no request wants new tokens."""
-        if not self.running:
-            return None
-        self._fit_cache()
-        return self._decode(any(ticket is not None and ticket.request.alternatives for ticket in self._tickets))
 
     def _fit_cache(self) -> None:
         """Give the cache the size that the texts under way need for a chunk: shorter is faster."""
@@ -316,16 +289,13 @@ class Engine:
             )
             if reason:
                 self._forget(ticket)
-            piece = Piece(new.tokens, new.logprobs, new.alternatives, reason)
-            self._send(ticket, dataclasses.replace(piece, ending=ending) if reason == "stop" else piece)
+            last = ending if reason == "stop" else None
+            self._outbox.append((ticket, Piece(new.tokens, new.logprobs, new.alternatives, reason, ending=last)))
 
     def _forget(self, ticket: Ticket) -> None:
         ticket.is_done = True
         if ticket.slot is not None:
             self._tickets[ticket.slot] = None
-
-    def _send(self, ticket: Ticket, piece: Piece) -> None:
-        self._outbox.append((ticket, piece))
 
     def _hand_out(self) -> None:
         by_run: dict[Callable, list[tuple[Ticket, Piece]]] = {}
@@ -337,7 +307,7 @@ class Engine:
 
     def _end(self, ticket: Ticket, reason: str) -> None:
         self._forget(ticket)
-        self._send(ticket, Piece([], [], [], reason))
+        self._outbox.append((ticket, Piece([], [], [], reason)))
 
     def _end_all(self, reason: str) -> None:
         with self._changed:

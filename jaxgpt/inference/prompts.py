@@ -19,8 +19,7 @@ from jaxgpt.settings import ChatConfig
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     text: str
-    where: str
-    """The place where the user wrote it, for messages."""
+    where: str  # the place where the user wrote it, for messages
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -71,23 +70,16 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: not valid Unicode ({bad} at position {error.start + 1})") from None
 
 
-# ---------------------------------------------------------------- conversations
-
-
 class ChatPrompt(NamedTuple):
     ids: list[int]
-    dropped: int
-    """Oldest turns that did not fit."""
+    dropped: int  # oldest turns that did not fit
 
 
 class ChatPrompts:
     """Makes prompts of conversations for one model."""
 
     def __init__(self, tokenizer: Tokenizer, n_positions: int, where: str):
-        """
-        Raises:
-            UserError: the tokenizer has no chat tokens; `where` is the model's name in the message.
-        """
+        """A UserError says when the tokenizer has no chat tokens; `where` is the model's name in the message."""
         if tokenizer.end_of_turn is None:
             raise UserError(
                 f"{where}: no chat model, as its tokenizer has no {END_OF_TURN}; fine-tune it with "
@@ -135,11 +127,7 @@ class ChatSession:
         return head + self._turns
 
     def ask(self, message: str, max_new_tokens: int) -> ChatPrompt:
-        """The prompt for the answer to `message`; it becomes part of the conversation with `answered`.
-
-        Raises:
-            UserError: it does not fit (see `ChatPrompts.fit`), or is blank.
-        """
+        """The prompt for the answer to `message` (see `ChatPrompts.fit`); `answered` adds both to the conversation."""
         if not message.strip():
             raise UserError("the message is blank; write something")
         asked = [*self.messages, {"role": "user", "content": message}]

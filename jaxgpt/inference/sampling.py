@@ -91,12 +91,10 @@ class Rules(NamedTuple):
 
 
 def rules_of(options: Sequence[SamplingOptions], vocab_size: int) -> Rules:
-    """The rules of a batch, one row an option, as NumPy arrays of types that never change.
-
-    A `top_k` of the vocabulary or more is the same as none, and cheaper as none.
-    """
+    """The rules of a batch, one row an option, as NumPy arrays of types that never change."""
     column = lambda name: np.minimum([getattr(row, name) for row in options], FLOAT.max).astype(np.float32)
     columns: dict[str, Any] = {name: column(name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+    # A `top_k` of the vocabulary or more is the same as none, and cheaper as none.
     top_k_B: Any = np.array([row.top_k if row.top_k < vocab_size else 0 for row in options], np.int32)
     return Rules(**columns, top_k=top_k_B)
 

@@ -38,12 +38,9 @@ class Slots:
     """The state of every row between two steps. Donated, so the cache lies in memory once."""
 
     cache: KVCache
-    token_B: Array
-    """The last token, which the cache does not hold yet."""
-    left_B: Array
-    """Tokens still to make; 0: the row is not in use, or has ended."""
-    seen_BV: Array | None
-    """The tokens in prompt and text, for repetition penalties; None where no row has one."""
+    token_B: Array  # the last token, which the cache does not hold yet
+    left_B: Array  # tokens still to make; 0: the row is not in use, or has ended
+    seen_BV: Array | None  # the tokens in prompt and text, for repetition penalties; None where no row has one
     seed_B: Array
     row_B: Array
     stops_BK: Array
@@ -109,10 +106,7 @@ def prefill(
 def score(
     config: ModelConfig, vocab_size: int, weights: dict, tokens_1T: Array, wanted: Array
 ) -> tuple[Array, Array, Array]:
-    """(log-probability of each token after those before it (T,), the likeliest tokens there (T, K), theirs (T, K)).
-
-    The first token has nothing before it: the values at its place mean nothing.
-    """
+    """(log-probability of each token but the first given those before it (T,), the likeliest there (T, K), theirs)."""
     model, hidden_1TD = gpt2.prompt_hidden(config, vocab_size, weights, tokens_1T)
     positions, count = tokens_1T.shape[1], min(ALTERNATIVES, vocab_size)
 

@@ -60,11 +60,7 @@ def sample(arguments: argparse.Namespace, load: Callable[[], Loaded]) -> None:
     decoder = build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, weights, rows)
     system = model.config.chat.system if arguments.system is None else arguments.system
     del model  # the weights as they were loaded
-    writer: Writer
-    if arguments.chat:
-        writer = ChatWriter(decoder, tokenizer, options, arguments, system)
-    else:
-        writer = Writer(decoder, tokenizer, options, arguments)
+    writer = (ChatWriter if arguments.chat else Writer)(decoder, tokenizer, options, arguments, system)
     if prompts is None:
         writer.converse()
     else:
@@ -73,11 +69,7 @@ def sample(arguments: argparse.Namespace, load: Callable[[], Loaded]) -> None:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt] | None:
-    """The prompts of the command line or of the file; None to ask for them.
-
-    Raises:
-        UserError: they cannot be read, or flags that do not go together.
-    """
+    """The prompts of the command line or of the file; None to ask for them. Refuses flags that do not go together."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size = {arguments.batch_size}, but it must be at least 1")
     for text in arguments.stop:
@@ -103,18 +95,18 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt] | None:
     return [Prompt(prompt, "--prompt")]
 
 
+@dataclasses.dataclass(eq=False)
 class Writer:
     """Continues prompts and prints the texts."""
 
+    _decoder: Decoder
+    _tokenizer: Tokenizer
+    _options: SamplingOptions
+    _arguments: argparse.Namespace
+    _system: str
+    _is_first = True
+    _tokens, _seconds = 0, 0.0
     repeats_prompt = True
-
-    def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, options: SamplingOptions, arguments: argparse.Namespace
-    ) -> None:
-        self._decoder, self._tokenizer, self._options = decoder, tokenizer, options
-        self._arguments = arguments
-        self._is_first = True
-        self._tokens, self._seconds = 0, 0.0
 
     def write(self, prompts: Sequence[Prompt]) -> None:
         """Print the texts of all prompts, a batch at a time. Every prompt is checked before the first is continued."""
@@ -213,23 +205,16 @@ class Writer:
                 print(f"{logprob:10.4f}  {self._tokenizer.decode([token])!r}")
 
 
+@dataclasses.dataclass(eq=False)
 class ChatWriter(Writer):
     """Answers messages and prints the answers."""
 
     repeats_prompt = False
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
-        options: SamplingOptions,
-        arguments: argparse.Namespace,
-        system: str,
-    ) -> None:
-        self._prompts = ChatPrompts(tokenizer, decoder.config.n_positions, arguments.checkpoint)
-        self._system = system
-        stop = (*options.stop_token_ids, self._prompts.end_of_turn)
-        super().__init__(decoder, tokenizer, dataclasses.replace(options, stop_token_ids=stop), arguments)
+    def __post_init__(self) -> None:
+        self._prompts = ChatPrompts(self._tokenizer, self._decoder.config.n_positions, self._arguments.checkpoint)
+        stop = (*self._options.stop_token_ids, self._prompts.end_of_turn)
+        self._options = dataclasses.replace(self._options, stop_token_ids=stop)
 
     def converse(self) -> None:
         """Answer one line after another, each after all that was said, until the input ends or /quit."""

@@ -7,6 +7,7 @@ untrained model makes all the time, it gives another text than decoding the whol
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import re
@@ -43,11 +44,12 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()):
         """`after`: the prompt's tokens; some tokenizers drop the space before the first word of a text."""
-        self.stopped = False
-        """A stop text was met: no text comes any more."""
+        self.stopped = False  # True once a stop text was met: no text comes any more
         self._stop = tuple(stop)
         self._held = ""
-        self._text = _token_text(tokenizer, after)
+        backend = tokenizer.backend
+        is_bytes = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        self._text: _ByteText | _WindowText = _ByteText(backend) if is_bytes else _WindowText(backend, after)
 
     def add(self, tokens: Iterable[int]) -> str:
         """The text that is certain now that `tokens` came: whole characters, and no part of a stop text."""
@@ -81,41 +83,30 @@ class TextGeneration:
     ):
         """A prompt is text, or token ids; `chunk` tokens are made between two looks at the stop texts."""
         self._decoder, self._options, self._chunk = decoder, options, chunk
-        self._prompts = _token_ids(tokenizer, prompts)
-        self._rows = [
-            GrowingText(tokenizer, options.stop, prompt)
-            for prompt in self._prompts
-            for _ in range(options.num_return_sequences)
-        ]
+        self._prompts = [tokenizer.encode(given) if isinstance(given, str) else list(given) for given in prompts]
+        each = range(options.num_return_sequences)
+        self._rows = [GrowingText(tokenizer, options.stop, prompt) for prompt in self._prompts for _ in each]
 
     def __iter__(self) -> Iterator[list[str]]:
         """The new text of each row, again and again; "" for a row that has none."""
+        finished: set[int] | None = None
         parts = stream(self._decoder, self._prompts, self._options, self._chunk)
-        try:
-            new = next(parts)
-            while True:
+        with contextlib.closing(parts), contextlib.suppress(StopIteration):
+            while finished is None or len(finished) < len(self._rows):
+                new = parts.send(finished)
                 yield [row.add(part) for row, part in zip(self._rows, new, strict=True)]
                 finished = {i for i, row in enumerate(self._rows) if row.finish_reason}
-                if len(finished) == len(self._rows):
-                    return
-                new = parts.send(finished)
-        except StopIteration:
-            return
-        finally:
-            parts.close()
 
     @property
     def completions(self) -> list[list[Completion]]:
         """The continuations so far, num_return_sequences a prompt."""
-        made, count = [row.completion() for row in self._rows], self._options.num_return_sequences
+        made = [Completion(row.text, [*row.tokens], [*row.logprobs], row.finish_reason) for row in self._rows]
+        count = self._options.num_return_sequences
         return [made[i : i + count] for i in range(0, len(made), count)]
 
 
 def complete(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
-    options: SamplingOptions,
+    decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], options: SamplingOptions
 ) -> list[list[Completion]]:
     """The continuations of each prompt (text, or token ids), num_return_sequences a prompt.
 
@@ -152,10 +143,6 @@ def fit_prompt(ids: Sequence[int], options: SamplingOptions, n_positions: int, t
     return list(ids)[max(excess, 0) :]
 
 
-def _token_ids(tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    return [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-
-
 class GrowingText:
     """One continuation in the making: tokens come in parts, and text is given out as soon as it is certain."""
 
@@ -163,8 +150,7 @@ class GrowingText:
         self.finish_reason: str | None = None
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.offsets: list[int] = []
-        """Start in the text of each of the first `given_tokens` tokens."""
+        self.offsets: list[int] = []  # start in the text of each of the first `given_tokens` tokens
         self._stream = TextStream(tokenizer, stop, after=prompt)
         self._counter = TextStream(tokenizer, after=prompt)
         self._pieces: list[str] = []
@@ -201,9 +187,6 @@ class GrowingText:
             self._counted += len(self._counter.add(self.tokens[place : place + 1]))
         return len(self.offsets)
 
-    def completion(self) -> Completion:
-        return Completion(self.text, list(self.tokens), list(self.logprobs), self.finish_reason)
-
 
 def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bool]:
     """How much of the text is certain, and whether a stop text begins there.
@@ -219,18 +202,6 @@ def _stop_border(text: str, stop: Sequence[str], is_last: bool) -> tuple[int, bo
             at = text.find(end[0], at + 1)
         begun = min(begun, at if at >= 0 else begun)
     return min(whole, begun, len(text)), whole <= min(begun, len(text))
-
-
-# ---------------------------------------------------------------- one token after another to text
-
-
-def _token_text(tokenizer: Tokenizer, after: Sequence[int]) -> "_ByteText | _WindowText":
-    backend = tokenizer.backend
-    return (
-        _ByteText(backend)
-        if isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
-        else _WindowText(backend, after)
-    )
 
 
 class _ByteText:

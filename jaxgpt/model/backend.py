@@ -55,10 +55,7 @@ def loss_gradients(dlogits_RV: Array, hidden_RD: Array, wte_VD: Array) -> tuple[
 
 
 def without_dropout(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """`attention.attend` by a kernel (q_BTNH, k_BSNH, v_BSNH, segments_BT) that has no dropout.
-
-    It raises a ValueError when it is called with a dropout key.
-    """
+    """`attention.attend` by a kernel (q_BTNH, k_BSNH, v_BSNH, segments_BT); a dropout key is a ValueError."""
 
     def attend(
         q_BTNH: Array,
@@ -76,8 +73,7 @@ def without_dropout(kernel: Callable[..., Array]) -> Callable[..., Array]:
     return attend
 
 
-LinearOperation = Callable[[Array, Array, Array], Array]
-"""(x_BTI, kernel_IO, bias_O) -> (B, T, O)"""
+LinearOperation = Callable[[Array, Array, Array], Array]  # (x_BTI, kernel_IO, bias_O) -> (B, T, O)
 LossGradients = Callable[[Array, Array, Array], tuple[Array, Array]]
 """(dlogits_RV, hidden_RD, wte_VD), all of one type -> (dhidden_RD, dwte_VD in float32); R rows = tokens"""
 

@@ -9,6 +9,8 @@ Axes in names: B batch, T query position, S key position, D width, N heads, H he
 M = B x T rows of a matrix, Q queries of one chunk.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,6 +19,7 @@ from jaxgpt.model.attention import dropout
 from jaxgpt.model.backend import LAYER_NORM_EPSILON, Backend, layer_norm_gradients
 
 QUERIES = 64  # of one chunk of attention; measured beside 32 and 128
+_heads_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 # ---------------------------------------------------------------- matrix products
@@ -165,8 +168,7 @@ def _chunks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + QUERIES, length)) for start in range(0, length, QUERIES)]
 
 
-Factors = tuple[Array, ...] | None
-"""The factors of dropout for the weights of each chunk; None without dropout."""
+Factors = tuple[Array, ...] | None  # of dropout, for the weights of each chunk
 
 
 @jax.custom_vjp
@@ -223,20 +225,8 @@ def _attend_backward(kept: tuple, g_BTNH: Array) -> tuple[Array, Array, Array, N
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _heads_product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
 def _dropped(x_BNQS: Array, factors: Factors, chunk: int) -> Array:
     return x_BNQS if factors is None else x_BNQS * factors[chunk].astype(x_BNQS.dtype)
 
 
-CPU = Backend(
-    attend=attend,
-    linear=linear,
-    layer_norm=layer_norm,
-    gelu=gelu,
-    residual=residual,
-    linear_apart=linear,
-    loss_gradients=loss_gradients,
-)
+CPU = Backend(attend, linear, layer_norm, gelu, residual, linear_apart=linear, loss_gradients=loss_gradients)

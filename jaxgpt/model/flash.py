@@ -95,8 +95,7 @@ def flash_attention(
     return out_BTW[:, :positions].reshape(q_BTNH.shape)
 
 
-Segments = tuple[Array, ...]
-"""(segments (B, 1, T),), or nothing where there are none."""
+Segments = tuple[Array, ...]  # (segments (B, 1, T),), or nothing where there are none
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -284,10 +283,7 @@ def _backward_kernel(
     def products(queries: slice, head: int) -> tuple[Array, Array]:
         q_TL = jnp.where(lanes_of[head], q_ref[0, queries], 0)
         dout_TL = jnp.where(lanes_of[head], dout_ref[0, queries], 0)
-        return (
-            _dot(k_SL[: queries.stop], q_TL, _LAST_LAST),
-            _dot(v_SL[: queries.stop], dout_TL, _LAST_LAST),
-        )
+        return (_dot(k_SL[: queries.stop], q_TL, _LAST_LAST), _dot(v_SL[: queries.stop], dout_TL, _LAST_LAST))
 
     for (queries, head), (scores_ST, dweights_ST) in _one_ahead(products, work):
         if head == 0:

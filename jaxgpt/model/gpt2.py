@@ -33,12 +33,10 @@ INIT_STD = 0.02
 
 Tokens = np.ndarray | Array
 """int32 ids, positions or segments: NumPy arrays of the host, or the arrays of a jitted function."""
-Dropout = tuple[float | Array, Array | None]
-"""(rate, key); no key, no dropout."""
+Dropout = tuple[float | Array, Array | None]  # (rate, key); no key, no dropout
 NO_DROPOUT: Dropout = (0.0, None)
 KeysAndValues = tuple[Array, Array]
-LayerCache = tuple[Array, Array, Array]
-"""(keys_ASH, values_ASH, length_B) of one layer; see `KVCache`."""
+LayerCache = tuple[Array, Array, Array]  # (keys_ASH, values_ASH, length_B) of one layer; see `KVCache`
 
 
 class LayerNorm(nnx.Module):

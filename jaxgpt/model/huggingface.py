@@ -56,20 +56,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DEFAULTS: dict[str, Any] = dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None)
 DEFAULTS |= dict(activation_function="gelu_new", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 # GPT2Config reads these too.
-ALIASES = dict(
-    hidden_size="n_embd",
-    max_position_embeddings="n_positions",
-    num_attention_heads="n_head",
-    num_hidden_layers="n_layer",
-)
+ALIASES = dict(hidden_size="n_embd", num_attention_heads="n_head", num_hidden_layers="n_layer")
+ALIASES |= dict(max_position_embeddings="n_positions")
 # Settings that change what is computed, and the one value that this package computes.
-FIXED = dict(
-    layer_norm_epsilon=LAYER_NORM_EPSILON,
-    scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False,
-    add_cross_attention=False,
-    tie_word_embeddings=True,
-)
+FIXED = dict(layer_norm_epsilon=LAYER_NORM_EPSILON, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+FIXED |= dict(add_cross_attention=False, tie_word_embeddings=True)
 REFUSED = ("pruned_heads", "quantization_config", "auto_map")  # other shapes, other numbers, code of its own
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one formula under three names
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -82,8 +73,7 @@ class HuggingFaceModel:
     folder: Path
     config: ModelConfig
     vocab_size: int
-    files: dict[str, StoredTensor]
-    """By Hugging Face's name, the prefix left out."""
+    files: dict[str, StoredTensor]  # by Hugging Face's name, the prefix left out
 
 
 # ---------------------------------------------------------------- finding and checking a folder
@@ -112,10 +102,8 @@ def locate(where: str) -> Path:
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
     except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{where}: no such local folder, and not to be had from the Hugging Face hub: {reason}"
-        ) from None
+        reason = f"not to be had from the Hugging Face hub: {' '.join(str(error).split())}"
+        raise UserError(f"{where}: no such local folder, and {reason}") from None
     return Path(folder)
 
 
@@ -143,15 +131,15 @@ def _read_config(file: Path) -> tuple[ModelConfig, int]:
         written = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable config of a Hugging Face model ({error})") from None
-    if not isinstance(written, dict) or "model_type" not in written or written["model_type"] != "gpt2":
-        named = written["model_type"] if isinstance(written, dict) and "model_type" in written else None
+    named = written.get("model_type") if isinstance(written, dict) else None
+    if named != "gpt2":
         raise UserError(f'{file}: model_type is {named!r}, but only "gpt2" can be read')
     settings = DEFAULTS | FIXED | {ALIASES.get(key, key): value for key, value in written.items()}
     for key, value in FIXED.items():
         if settings[key] != value:
             raise UserError(f"{file}: {key} = {settings[key]!r} cannot be represented; only {value!r} can")
     for key in REFUSED:
-        if key in settings and settings[key]:
+        if settings.get(key):
             raise UserError(f"{file}: {key} is set, and such a model cannot be represented")
     if settings["activation_function"] not in TANH_GELU:
         raise UserError(
@@ -175,14 +163,8 @@ def _model_config(file: Path, settings: dict) -> ModelConfig:
         raise UserError(f"{file}: {', '.join(DROPOUTS)} = {rates} are not three rates from 0 to below 1")
     if len(set(rates)) > 1:
         logger.warning("%s: %s = %s differ; dropout is set to 0", file, ", ".join(DROPOUTS), rates)
-    return ModelConfig(
-        n_layer=settings["n_layer"],
-        n_head=heads,
-        n_embd=width,
-        n_positions=settings["n_positions"],
-        dropout=rates[0] if len(set(rates)) == 1 else 0.0,
-        dtype="float32",
-    )
+    shape = {key: settings[key] for key in ("n_layer", "n_head", "n_embd", "n_positions")}
+    return ModelConfig(**shape, dropout=rates[0] if len(set(rates)) == 1 else 0.0, dtype="float32")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -36,18 +36,13 @@ def cross_entropy(
     """
     width = hidden_BTD.shape[-1]
     tokens = math.prod(targets_BT.shape)
-    chunks = _chunks(tokens, chunk_rows)
+    fewest = -(-tokens // (chunk_rows or tokens))
+    chunks = next(count for count in range(fewest, tokens + 1) if tokens % count == 0)  # equal ones
     in_chunks = lambda x, *shape: x.reshape(chunks, tokens // chunks, *shape)
     loss_sum = _summed_loss(
         vocab_size, gradients, in_chunks(hidden_BTD, width), wte_VD, in_chunks(targets_BT), in_chunks(weights_BT)
     )
     return loss_sum, jnp.sum(weights_BT)
-
-
-def _chunks(tokens: int, chunk_rows: int | None) -> int:
-    """The fewest equal chunks of at most `chunk_rows`."""
-    wanted = -(-tokens // (chunk_rows or tokens))
-    return next(chunks for chunks in range(wanted, tokens + 1) if tokens % chunks == 0)
 
 
 def _logits(hidden_RD: Array, wte_VD: Array, vocab_size: int) -> Array:
@@ -96,7 +91,8 @@ def _loss_and_gradients(
     def chunk(hidden_RD: Array, targets_R: Array, weights_R: Array) -> tuple:
         logits_RV = _logits(hidden_RD, wte_VD, vocab_size)
         is_target_RV = _is_target(logits_RV, targets_R)
-        target_R = _target_logits(hidden_RD, wte_VD, targets_R)
+        target_RD = wte_VD.astype(hidden_RD.dtype)[targets_R]
+        target_R = jnp.sum(hidden_RD.astype(jnp.float32) * target_RD.astype(jnp.float32), axis=-1)
         logsumexp_R = _logsumexp(logits_RV, target_R, functools.partial(_logits, hidden_RD, wte_VD, vocab_size))
         # Kept in the matmul's type between the sum and the gradient: the one array of the vocabulary's size.
         kept_RV = logits_RV.astype(dtype).astype(jnp.float32)
@@ -118,11 +114,6 @@ def _scale_gradients(
 
 
 _summed_loss.defvjp(_loss_and_gradients, _scale_gradients)
-
-
-def _target_logits(hidden_RD: Array, wte_VD: Array, targets_R: Array) -> Array:
-    target_RD = wte_VD.astype(hidden_RD.dtype)[targets_R]
-    return jnp.sum(hidden_RD.astype(jnp.float32) * target_RD.astype(jnp.float32), axis=-1)
 
 
 def _logsumexp(logits_RV: Array, target_R: Array, recompute: Callable[[], Array]) -> Array:

@@ -44,14 +44,10 @@ class PackedMatrix:
 
     tiles: Array
     """(G, K, J), or (G, J, K) where it is turned: float32, int8, bfloat16, or a bfloat16's bits as uint16."""
-    scale_O: Array | None
-    """float32, what an int8 one is worth in each output."""
-    layout: str
-    """One of LAYOUTS."""
-    inputs: int
-    """How many axes of x are summed over."""
-    outputs: tuple[int, ...]
-    """Sizes of the axes that take their place."""
+    scale_O: Array | None  # float32, what an int8 one is worth in each output
+    layout: str  # one of LAYOUTS
+    inputs: int  # how many axes of x are summed over
+    outputs: tuple[int, ...]  # sizes of the axes that take their place
 
     def __call__(self, x: Array) -> Array:
         """x (..., inputs...) -> (..., outputs...) in float32."""
@@ -139,7 +135,8 @@ def pack(kernel: Array, inputs: int, kind: str, layout: str) -> PackedMatrix:
     outputs = kernel.shape[inputs:]
     w_KO = kernel.reshape(-1, math.prod(outputs)).astype(jnp.float32)
     (rows, columns), scale_O = w_KO.shape, None
-    if layout == "streamed" and not _can_stream(rows, columns):
+    divides = columns % STREAMED_TILE == 0 and rows % max(INPUTS_AT_ONCE.values()) == 0
+    if layout == "streamed" and not (divides and rows * columns >= SMALLEST_STREAMED):
         layout = "plain"
     if kind == "int8":
         scale_O = jnp.abs(w_KO).max(axis=0) / 127
@@ -153,11 +150,6 @@ def pack(kernel: Array, inputs: int, kind: str, layout: str) -> PackedMatrix:
     tiles_GKJ = w_KO.reshape(-1, columns // width, width).transpose(1, 0, 2)
     tiles = tiles_GKJ.swapaxes(1, 2) if layout == "turned" else tiles_GKJ
     return PackedMatrix(tiles, scale_O, layout, inputs, outputs)
-
-
-def _can_stream(rows: int, columns: int) -> bool:
-    divides = columns % STREAMED_TILE == 0 and rows % max(INPUTS_AT_ONCE.values()) == 0
-    return divides and rows * columns >= SMALLEST_STREAMED
 
 
 def _tile_width(columns: int, kind: str, layout: str) -> int:

@@ -15,11 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgpt.errors import UserError
 
-DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}  # BF16: the bits, widened below
+# BF16: the bits, widened below.
+DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +24,13 @@ class StoredTensor:
     """The place of a tensor's numbers."""
 
     file: Path
-    dtype: str
-    """safetensors' name of the type, such as F32."""
+    dtype: str  # safetensors' name of the type, such as F32
     shape: tuple[int, ...]
-    start: int
-    """Byte of the file at which they begin."""
+    start: int  # byte of the file at which they begin
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name; reads nothing but its header.
-
-    Raises:
-        UserError: the file is broken, or shorter than its header says.
-    """
+    """The tensors of a file by name; reads only its header. A UserError says that the file is broken or cut off."""
     try:
         with safe_open(file, framework="numpy"):  # checks that the header is sound and fits the file's length
             pass

@@ -11,8 +11,7 @@ from jaxgpt.model import backend
 from jaxgpt.model.backend import LAYER_NORM_EPSILON, Backend
 from jaxgpt.model.flash import flash_attention
 
-Kept = tuple[Array, Array]
-"""Inputs and kernel of a linear layer, for its gradients."""
+Kept = tuple[Array, Array]  # inputs and kernel of a linear layer, for its gradients
 
 
 @jax.custom_vjp
@@ -83,10 +82,5 @@ linear.defvjp(_linear_saving_inputs, _linear_gradients)
 linear_apart.defvjp(_linear_saving_inputs, _linear_apart_gradients)
 
 # Logits of 2,048 tokens of GPT-2's vocabulary are 206 MB; all of 16,384 at once are no faster (v5e), and 1.2 GiB more.
-TPU = Backend(
-    attend=backend.without_dropout(flash_attention),
-    linear=linear,
-    layer_norm=layer_norm,
-    linear_apart=linear_apart,
-    loss_rows=2048,
-)
+attend = backend.without_dropout(flash_attention)
+TPU = Backend(attend, linear, layer_norm, linear_apart=linear_apart, loss_rows=2048)

@@ -43,31 +43,20 @@ class Draw:
         return drawn
 
 
-def _seed(*numbers: int) -> int:
-    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
 class Augmenter:
     """Makes changed copies of conversations."""
 
     def __init__(self, settings: AugmentationConfig):
-        """Read the file of synonyms, if the settings name one.
-
-        Raises:
-            UserError: the file is missing or wrong; names the line.
-        """
+        """Read the file of synonyms, if the settings name one; a UserError names the line that is wrong."""
         self._settings = settings
         self._synonyms = _Synonyms(Path(settings.synonyms)) if settings.synonyms and settings.synonym_rate else None
 
     def copies(self, text: str, number: int) -> list[str]:
-        """Up to `settings.copies` changed copies of a canonical conversation, which is number `number` of the source.
-
-        Copies equal to the original or to an earlier copy are left out.
-        """
+        """Up to `settings.copies` different changed copies of a canonical conversation, number `number` of the data."""
         made = [text]
         for copy in range(self._settings.copies):
-            changed = self._change(json.loads(text), Draw(_seed(self._settings.seed, number, copy)))
+            digest = hashlib.sha256(f"{self._settings.seed}:{number}:{copy}".encode()).digest()
+            changed = self._change(json.loads(text), Draw(int.from_bytes(digest[:8], "little")))
             if changed not in made:
                 made.append(changed)
         return made[1:]

@@ -22,11 +22,7 @@ TFDS, HUGGINGFACE = "tfds:", "huggingface:"
 def catalog_splits(
     part: SourceConfig, bad: BadRecords, field: str | None
 ) -> list[tuple[SplitName | None, Iterator[SourceRecord]]]:
-    """(split, its rows): validation, then train; a single split is None, and the caller divides it.
-
-    Raises:
-        UserError: no such dataset, no way to get it, or no column `field` in it.
-    """
+    """(split, its rows): validation, then train; a single split is None, and the caller divides it."""
     if part.source.startswith(TFDS):
         builder = tfds_builder(part)
         return [
@@ -43,7 +39,10 @@ def catalog_splits(
 def catalog_facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
     """Facts that change with the dataset, without reading it: lines of text, and files by name."""
     if part.source.startswith(HUGGINGFACE):
-        return _huggingface_facts(part), []
+        builder = _huggingface_call(part, "load_dataset_builder")
+        files = builder.config.data_files or {}
+        origins = [f"{split} {files[split].origin_metadata}" for split in files]  # revisions on the hub, times of files
+        return [str(builder.config.name), str(builder.config.version), str(builder.hash), *origins], []
     root = _tfds_folder(part)
     if not _tfds_on_disk(part):
         tfds_builder(part)  # downloads it, so that later calls give the same facts
@@ -78,14 +77,10 @@ def _plain(value: Any) -> Any:
 
 def _turns(value: Any) -> Any:
     """A list of rows for a table of columns, as which both libraries may store a list of objects such as turns."""
-    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
-        return value
-    if len({len(column) for column in value.values()}) != 1:
+    is_table = isinstance(value, dict) and all(isinstance(column, list) for column in value.values())
+    if not is_table or len({len(column) for column in value.values()}) != 1:
         return value
     return [dict(zip(value, row)) for row in zip(*value.values())]
-
-
-# ---------------------------------------------------------------- TFDS
 
 
 def tfds_rows(
@@ -109,9 +104,7 @@ def tfds_rows(
 
 def _tfds_folder(part: SourceConfig) -> Path:
     """The data_dir: data.path, or TFDS's own default."""
-    if part.path:
-        return Path(part.path)
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return Path(part.path or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser())
 
 
 def _tfds_on_disk(part: SourceConfig) -> list[Path]:
@@ -164,9 +157,6 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-# ---------------------------------------------------------------- Hugging Face
-
-
 def _huggingface_call(part: SourceConfig, function: str, **options: object) -> Any:
     """The result of `datasets.FUNCTION` for the dataset NAME and configuration CONFIG of huggingface:NAME:CONFIG."""
     try:
@@ -200,10 +190,3 @@ def _huggingface_rows(
         # Refused under any data.on_bad_record: datasets reads in blocks, and cannot continue after a broken one.
         where = f"{part.source}, split {name}, after row {number}"
         raise UserError(f"{where}: datasets cannot read it ({_first_line(error)})") from None
-
-
-def _huggingface_facts(part: SourceConfig) -> list[str]:
-    builder = _huggingface_call(part, "load_dataset_builder")
-    files = builder.config.data_files or {}
-    origins = [f"{split} {files[split].origin_metadata}" for split in files]  # revisions on the hub, times of files
-    return [str(builder.config.name), str(builder.config.version), str(builder.hash), *origins]

@@ -36,6 +36,9 @@ class WorkFolder:
 
     path: Path
 
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def rows(self, stage: str, number: int) -> Path:
         """File of the documents of chunk `number` after `stage` ("read", "clean")."""
         return self.path / f"{stage}-{number:05}.parquet"
@@ -63,9 +66,6 @@ def held_work_folder(final: Path, versions: dict[str, int | str]) -> Iterator[Wo
 
     The lock is the kernel's and ends with its process. On a file system whose locks do not reach other machines, two
     of them may do the same work twice and write the same files.
-
-    Raises:
-        UserError: the folder cannot be made.
     """
     path = final.parent / f".{final.name}.work"
     lock = _locked(path)
@@ -74,16 +74,12 @@ def held_work_folder(final: Path, versions: dict[str, int | str]) -> Iterator[Wo
         try:
             yield WorkFolder(path.resolve())
         except UserError:
-            remove(WorkFolder(path))
+            WorkFolder(path).remove()
             with contextlib.suppress(OSError):  # it holds other datasets
                 path.parent.rmdir()
             raise
     finally:
         os.close(lock)
-
-
-def remove(work: WorkFolder) -> None:
-    shutil.rmtree(work.path, ignore_errors=True)
 
 
 def _locked(path: Path) -> int:
@@ -135,12 +131,8 @@ def _start_over_if_changed(path: Path, versions: dict[str, int | str]) -> None:
     write_json(file, versions)
 
 
-# ---------------------------------------------------------------- files that are whole or absent
-#
-# Two processes may write the same chunk at once (Beam tries a task again; some file systems have no locks).
-
-
 def write_json(path: Path, content: object) -> None:
+    # Shared: two processes may write the same chunk at once (Beam tries a task again; some file systems have no locks).
     with new_file(path, shared=True) as file:
         file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
@@ -149,17 +141,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with new_file(path, shared=True) as file:
-        np.savez(file, **dict[str, Any](arrays))
-
-
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
-
-# ---------------------------------------------------------------- rows of documents
 
 SPLIT_CODES = {None: 0, "train": 1, "validation": 2}
 
@@ -169,18 +154,13 @@ class Rows:
     """Documents, or parts of long ones, column by column."""
 
     texts: list[str] = dataclasses.field(default_factory=list)
-    splits: list[int] = dataclasses.field(default_factory=list)
-    """SPLIT_CODES of the split that the source assigns."""
-    parts: list[int] = dataclasses.field(default_factory=list)
-    """Number of the mixture's source."""
+    splits: list[int] = dataclasses.field(default_factory=list)  # SPLIT_CODES of the split that the source assigns
+    parts: list[int] = dataclasses.field(default_factory=list)  # number of the mixture's source
     numbers: list[int] = dataclasses.field(default_factory=list)
     """Number of the document in the order of reading; the same in all parts of a long one."""
-    continues: list[bool] = dataclasses.field(default_factory=list)
-    """It continues the row before it."""
-    wheres: list[str] = dataclasses.field(default_factory=list)
-    """File and line of a conversation; empty for text."""
-    contents: list[bytes] = dataclasses.field(default_factory=list)
-    """SHA-256 of the text."""
+    continues: list[bool] = dataclasses.field(default_factory=list)  # the row before it
+    wheres: list[str] = dataclasses.field(default_factory=list)  # file and line of a conversation; empty for text
+    contents: list[bytes] = dataclasses.field(default_factory=list)  # SHA-256 of the text
     signatures: list[bytes] = dataclasses.field(default_factory=list)
     """What duplicates are found by (duplicates.py); empty if [cleaning] does not drop duplicates."""
 

@@ -33,10 +33,8 @@ _SURE, _POSSIBLE = 0.2, 0.1  # measured: no English or Chinese sentence of 20 ch
 
 
 class Cleaned(NamedTuple):
-    text: str | None
-    """None if the document is dropped."""
-    dropped_by: str | None
-    """The filter that dropped it, or the change that left nothing."""
+    text: str | None  # None if the document is dropped
+    dropped_by: str | None  # the filter that dropped it, or the change that left nothing
     changed_by: tuple[str, ...]
 
 
@@ -44,11 +42,7 @@ class Cleaner:
     """The steps that the settings turn on."""
 
     def __init__(self, settings: CleaningConfig):
-        """Load what the steps need.
-
-        Raises:
-            UserError: a library is missing, or a language unknown.
-        """
+        """Load what the steps need; a UserError names a library that is missing, or an unknown language."""
         self._changes = _changes(settings)
         self._filters = _filters(settings)
 
@@ -83,10 +77,8 @@ class Cleaner:
             for name, change in self._changes.items():
                 if name == "html" and number:
                     continue
-                new = change(text)
-                if new != text:
-                    changed[name] = None
-                    text = new
+                if (new := change(text)) != text:
+                    changed[name], text = None, new
             if text == before:
                 break
         return text
@@ -188,10 +180,7 @@ def _patterns() -> dict[str, regex.Pattern]:
 
 
 def html_to_text(text: str) -> str:
-    """The text of a page: a line for each paragraph, heading, list item or row; <pre> unchanged; no scripts or styles.
-
-    Text without an HTML tag is not changed.
-    """
+    """The text of a page: a line for each paragraph, heading, item or row, <pre> as it is. Other text is unchanged."""
     patterns = _patterns()
     if not patterns["html"].search(text):
         return text
@@ -278,11 +267,7 @@ def symbol_ratio(text: str) -> float:
 
 
 def language_filter(codes: list[str]) -> Callable[[str], bool]:
-    """A filter that passes texts in one of the languages, and short texts that could be in any.
-
-    Raises:
-        UserError: one of the codes is unknown.
-    """
+    """A filter that passes texts in one of the languages, and short texts that could be in any."""
     identifier = _identifier()
     unknown = sorted(set(codes) - set(identifier.labels))
     if unknown:

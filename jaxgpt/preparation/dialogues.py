@@ -86,11 +86,8 @@ def _pairs(topic: dict[str, list], draw: Draw) -> list[list[str]]:
 def sgd_records(file: Path) -> Iterator[tuple[str, Any]]:
     """(where, {"messages": [...]}) of each dialogue in a dialogues_*.json file.
 
-    Consecutive turns of one speaker are joined. A dialogue in another form is passed on as it is, for
-    `chat.conversation` to refuse.
-
-    Raises:
-        BadRecord: the file is not a JSON list in UTF-8.
+    Consecutive turns of one speaker are joined. A dialogue in another form is passed on for `chat.conversation` to
+    refuse; a file that is no JSON list in UTF-8 is a BadRecord.
     """
     try:
         dialogues = json.loads(file.read_bytes().decode("utf-8-sig"))

@@ -9,22 +9,15 @@ from jaxgpt.errors import BadRecord, UserError
 
 _EXAMPLES = 5
 _REASONS = 50  # kinds kept apart: a reason that quotes the data could be a new one in each record
-EMPTY = "empty"
-
 SplitName = Literal["train", "validation"]
 
 
 class Document(NamedTuple):
-    text: str
-    """The text, or the canonical JSON of a conversation (`chat.conversation`)."""
-    split: SplitName | None = None
-    """The split that the source assigns; None if the source has no splits."""
-    part: int = 0
-    """Number of the mixture's source that it comes from."""
-    continues: bool = False
-    """It continues the document before it: the next part of one long text file."""
-    where: str = ""
-    """File and line of a conversation, for messages; empty for text."""
+    text: str  # or the canonical JSON of a conversation (`chat.conversation`)
+    split: SplitName | None = None  # that the source assigns; None if the source has no splits
+    part: int = 0  # number of the mixture's source that it comes from
+    continues: bool = False  # the document before it: the next part of one long text file
+    where: str = ""  # file and line of a conversation, for messages; empty for text
 
 
 class SourceRecord(NamedTuple):
@@ -49,11 +42,7 @@ class BadRecords:
         """Reason -> the first few, each as "where: reason"."""
 
     def add(self, error: BadRecord) -> None:
-        """Count a record.
-
-        Raises:
-            UserError: the policy is to refuse.
-        """
+        """Count a record, or raise a UserError if the policy is to refuse."""
         if self._policy == "refuse":
             raise UserError(f'{error} (data.on_bad_record = "skip" leaves such records out)') from None
         kind = re.sub(r"(?<![\w-])\d+", "N", re.split(r"[:;,(]", error.reason, maxsplit=1)[0]).strip()
@@ -62,7 +51,7 @@ class BadRecords:
 
     def empty(self, where: str) -> None:
         """Count an empty file or record."""
-        self._count(EMPTY, where)
+        self._count("empty", where)
 
     def summary(self) -> dict[str, dict]:
         """{reason: {"count", "where": the first few}}, ready for JSON."""
@@ -70,6 +59,5 @@ class BadRecords:
 
     def _count(self, reason: str, example: str) -> None:
         self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(example)
+        if self.counts[reason] <= _EXAMPLES:
+            self.examples.setdefault(reason, []).append(example)

@@ -29,10 +29,8 @@ _BUCKET = 1000  # documents of one band that others are compared with: keeps the
 class Repeats(NamedTuple):
     """The duplicates among N documents."""
 
-    of: np.ndarray
-    """int64 [N]: number of the kept document that this one repeats; -1 if it is kept itself."""
-    near: np.ndarray
-    """bool [N]: dropped as a near duplicate, not as an exact one."""
+    of: np.ndarray  # int64 [N]: number of the kept document that this one repeats; -1 if it is kept itself
+    near: np.ndarray  # bool [N]: dropped as a near duplicate, not as an exact one
 
 
 def is_on(settings: CleaningConfig) -> bool:
@@ -41,11 +39,7 @@ def is_on(settings: CleaningConfig) -> bool:
 
 
 def algorithm(settings: CleaningConfig) -> str:
-    """The name of the algorithm of signatures; only signatures of the same one can be compared.
-
-    Raises:
-        UserError: the library is missing.
-    """
+    """The name of the algorithm of signatures; only signatures of the same one can be compared."""
     if not settings.near_duplicates:
         return "blake2b"
     try:
@@ -71,9 +65,8 @@ def find_repeats(signatures: np.ndarray, is_validation: np.ndarray, settings: Cl
 
     Needs about 200 bytes a document beside the signatures.
 
-    Args:
-        signatures: uint8 [N, signature_bytes] of all documents, in order.
-        is_validation: bool [N]: known to be for validation. Training documents that repeat those are dropped.
+    `signatures` are uint8 [N, signature_bytes] of all documents, in order; training documents that repeat one known to
+    be for validation (bool [N]) are dropped.
     """
     order = np.argsort(~is_validation, kind="stable")
     of = np.full(len(order), -1, np.int64)
@@ -87,9 +80,6 @@ def find_repeats(signatures: np.ndarray, is_validation: np.ndarray, settings: Cl
     return Repeats(np.where(onward >= 0, onward, of), (of >= 0) & ~exact)
 
 
-# ---------------------------------------------------------------- exact
-
-
 def _find_exact(digests: np.ndarray, order: np.ndarray, of: np.ndarray) -> None:
     """Set of[n] to the first document in `order` with the digest of document n, if that is another one."""
     words = digests[order].view("<u8")  # [N, 2]
@@ -98,9 +88,6 @@ def _find_exact(digests: np.ndarray, order: np.ndarray, of: np.ndarray) -> None:
     same[1:] = (words[by_digest[1:]] == words[by_digest[:-1]]).all(axis=1)
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
     of[order[by_digest[same]]] = order[by_digest[first[same]]]
-
-
-# ---------------------------------------------------------------- near
 
 
 def _min_hashes(text: str) -> np.ndarray:
@@ -143,13 +130,7 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 def _find_near(values: np.ndarray, order: np.ndarray, threshold: float, of: np.ndarray) -> None:
-    """Set of[n] to the most similar kept document before n in `order`, if one is similar enough.
-
-    Args:
-        values: uint16 [N, _VALUES]
-        order: int64 [M]: the documents to compare, in order.
-        of: int64 [N]
-    """
+    """Set of[n] to the most similar kept document before n in `order` [M], if one is similar enough."""
     groups = _groups(values, order, *bands(threshold))
     kept: dict[int, list[int]] = {}  # group -> its kept documents; groups of one have no entry
     for place in np.flatnonzero((groups >= 0).any(axis=1)).tolist():

@@ -6,6 +6,7 @@ answer ends in the token that should stop it. Three conversations with the learn
 
 import collections
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,14 +20,11 @@ _EXAMPLES = 3
 _LONGEST = 1500  # characters of an example
 
 
-@dataclasses.dataclass
-class Example:
+class Example(NamedTuple):
     """A conversation to show."""
 
-    document: int
-    """Its number in the data, from 0."""
-    pieces: list[tuple[str, bool]]
-    """(text, whether it is learned), one after another."""
+    document: int  # its number in the data, from 0
+    pieces: list[tuple[str, bool]]  # (text, whether it is learned), one after another
 
 
 @dataclasses.dataclass
@@ -37,16 +35,12 @@ class Lint:
     rows_read: int
     num_tokens: int = 0
     num_supervised: int = 0
-    num_conversations: int = 0
-    """Packed parts; a conversation that was cut gives several."""
+    num_conversations: int = 0  # packed parts; a conversation that was cut gives several
     num_documents: int = 0
-    num_in_parts: int = 0
-    """Documents with several parts: cut between two turns, or with changed copies."""
+    num_in_parts: int = 0  # documents with several parts: cut between two turns, or with changed copies
     empty_turns: int = 0
-    duplicate_turns: int = 0
-    """Turns that repeat an earlier one of the same conversation and role."""
-    without_answer: int = 0
-    """Conversations without learned tokens."""
+    duplicate_turns: int = 0  # they repeat an earlier one of the same conversation and role
+    without_answer: int = 0  # conversations without learned tokens
     examples: list[Example] = dataclasses.field(default_factory=list)
 
 
@@ -67,7 +61,12 @@ def check(dataset: TokenDataset) -> Lint:
     counts: collections.Counter[int] = collections.Counter()
     for number in numbers:
         for place, (document, tokens, supervised) in enumerate(rows.row(number).conversations()):
-            _check_ends(tokens, supervised, end, f"{dataset.path}: conversation {document + 1}")
+            last = supervised & ~np.append(supervised[1:], False)
+            if (tokens[last] != end).any():
+                raise UserError(
+                    f"{dataset.path}: conversation {document + 1}: an answer does not end in {END_OF_TURN}, so a model "
+                    "would not learn to stop; prepare again"
+                )
             counts[document] += 1
             _count(lint, tokens, supervised, start, tokenizer)
             if place == 0 and number in shown:
@@ -97,15 +96,6 @@ def show(lint: Lint, colour: bool | None = None) -> str:
     if lint.without_answer:
         lines.append(f"  warning: {lint.without_answer:,} of them have nothing to learn")
     return "\n".join(lines)
-
-
-def _check_ends(tokens: np.ndarray, supervised: np.ndarray, end_of_turn: int, where: str) -> None:
-    """Require every run of supervised tokens to end in the end-of-turn token."""
-    last = supervised & ~np.append(supervised[1:], False)
-    if (tokens[last] != end_of_turn).any():
-        raise UserError(
-            f"{where}: an answer does not end in {END_OF_TURN}, so a model would not learn to stop; prepare again"
-        )
 
 
 def _count(lint: Lint, tokens: np.ndarray, supervised: np.ndarray, start: int, tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ may do (runners.py): memory does not grow with the data, and work done before a 
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -31,18 +32,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.augmentation import Augmenter
-from jaxgpt.preparation.chunks import (
-    WorkFolder,
-    held_work_folder,
-    read_arrays,
-    read_json,
-    read_rows,
-    remove,
-    write_json,
-)
+from jaxgpt.preparation.chunks import WorkFolder, held_work_folder, read_arrays, read_json, read_rows, write_json
 from jaxgpt.preparation.runners import ChunkRunner, Processes
 from jaxgpt.preparation.writer import DatasetWriter, PackedWriter
-from jaxgpt.settings import ChatConfig, CleaningConfig, DataConfig, SourceConfig, sources_of
+from jaxgpt.settings import ChatConfig, CleaningConfig, DataConfig, sources_of
 from jaxgpt.storage import manifest
 from jaxgpt.storage.files import new_file, new_folder
 
@@ -51,10 +44,7 @@ Inspect = Callable[[TokenDataset], dict[str, object]]
 
 
 def given_tokenizer(config: Config, locate: Callable[[str], Path] = Path) -> Tokenizer | None:
-    """The tokenizer that tokenizer.path names, with its special tokens; None if it is made from the data.
-
-    `locate` finds the folder of a hub name, hf:NAME.
-    """
+    """The tokenizer of tokenizer.path, or None if it is made from the data; `locate` finds the folder of hf:NAME."""
     path = config.tokenizer.path
     if config.tokenizer.type != "folder" or path is None:
         return None
@@ -88,11 +78,11 @@ def prepare(
     versions: dict[str, int | str] = {"format": FORMAT_VERSION, "signatures": duplicates.algorithm(config.cleaning)}
     with held_work_folder(final, versions) as work:
         if final.exists():  # made by the process that this one has waited for
-            remove(work)
+            work.remove()
             return _found(final, config, tokenizer)
         with Processes(config.data.num_proc) as processes:
             report = _prepare(config, tokenizer, runner or processes, work, final, inspect)
-        remove(work)
+        work.remove()
     print(preparation_report.as_text(final, report))
     return final
 
@@ -115,21 +105,22 @@ def _prepare(
 ) -> dict[str, Any]:
     """Run all stages, each of which skips what is done; returns the report."""
     clock = _Clock()
-    if _is_cleaned(config):
+    is_cleaned = config.cleaning != CleaningConfig()
+    if is_cleaned:
         stages.cleaner(config.cleaning)  # fails before the source is read, if a library is missing
     if config.augmentation.copies:
         Augmenter(config.augmentation)
     facts = stages.read(config.data, work)
     clock.lap("read")
     chunks, stage = range(len(facts["rows"])), "read"
-    if _is_cleaned(config):
+    if is_cleaned:
         stage = "clean"
-        _each(runner, stages.clean_chunk, work, config, chunks, "cleaning", facts)
+        _each(runner, stages.clean_chunk, work, config, "cleaning", facts)
         clock.lap("clean")
     plan = _decided(work, stage, len(chunks), config, tokenizer)
     clock.lap("decide")
     tokenize = functools.partial(stages.tokenize_chunk, stage=stage)
-    _each(runner, tokenize, work, config, chunks, "tokenizing", facts)
+    _each(runner, tokenize, work, config, "tokenizing", facts)
     clock.lap("tokenize")
     settings = _settings(config, tokenizer)
     with new_folder(final, existing="keep") as folder:
@@ -158,24 +149,14 @@ class _Clock:
         self.seconds[name], self._last = round(now - self._last, 3), now
 
 
-def _is_cleaned(config: Config) -> bool:
-    return config.cleaning != CleaningConfig()
-
-
 def _each(
-    runner: ChunkRunner,
-    task: Callable[..., int],
-    work: WorkFolder,
-    config: Config,
-    chunks: range,
-    label: str,
-    facts: dict[str, Any],
+    runner: ChunkRunner, task: Callable[..., int], work: WorkFolder, config: Config, label: str, facts: dict[str, Any]
 ) -> None:
     """Run `task` for the chunks that are not done."""
     ends_in = work.tokens if label == "tokenizing" else functools.partial(work.rows, "clean")
-    missing = [number for number in chunks if not ends_in(number).exists()]
-    with stages.progress(label, sum(facts["bytes"][number] for number in missing)) as bar:
-        runner.each(functools.partial(task, work=work, config=config), missing, bar.update)
+    missing = {number: size for number, size in enumerate(facts["bytes"]) if not ends_in(number).exists()}
+    with stages.progress(label, sum(missing.values())) as bar:
+        runner.each(functools.partial(task, work=work, config=config), list(missing), bar.update)
 
 
 # ---------------------------------------------------------------- decisions about all documents
@@ -198,12 +179,15 @@ def _decided(
     tokenizer.save(work.path / "tokenizer")
     with new_file(work.path / "rows.npy") as array:
         np.save(array, plan.codes)
+    fingerprint = plan.fingerprint
+    if config.data.format == "chat":  # and the settings that change conversations
+        fingerprint = _digest([fingerprint, _chat_settings(config)])
     decided = {
         "first": plan.first,
         "border": plan.border,
         "stage": stage,
         "tokenizer_digest": tokenizer.digest,
-        "about": {"fingerprint": _fingerprint(plan, config)},
+        "about": {"fingerprint": fingerprint},
         "overlap": plan.overlap,
         "repeats": preparation_report.repeats(plan),
     }
@@ -230,9 +214,9 @@ def _texts(work: WorkFolder, stage: str, plan: splitting.SplitPlan, config: Conf
     An alphabet must have the letters of changed copies, too; merges do not need them.
     """
     source = config if config.tokenizer.type == "char" else with_settings(config, augmentation_copies=0)
-    for number in range(len(plan.first) - 1):
+    for number, (begin, end) in enumerate(itertools.pairwise(plan.first)):
         rows = read_rows(work.rows(stage, number), ("texts", "parts", "numbers", "wheres"))
-        codes = plan.of_chunk(number).tolist()
+        codes = plan.codes[begin:end].tolist()
         if config.data.format == "chat":
             for _, _, _, text, _ in stages.conversations(rows, codes, source):
                 yield from chat.plain_texts(text, config.chat)
@@ -240,11 +224,7 @@ def _texts(work: WorkFolder, stage: str, plan: splitting.SplitPlan, config: Conf
             yield from (text for text, code in zip(rows.texts, codes, strict=True) if code != splitting.DROPPED)
 
 
-def _fingerprint(plan: splitting.SplitPlan, config: Config) -> str:
-    """The digest of the content: the documents, and the settings that change conversations."""
-    if config.data.format == "text":
-        return plan.fingerprint
-    facts = [plan.fingerprint, _chat_settings(config)]
+def _digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -266,7 +246,10 @@ def _write(
         writer = stream = DatasetWriter(folder, tokenizer)
         for number in bar:
             counts = read_json(work.counts("tokens", number))["splits"]
-            _add_streams(stream, read_arrays(work.tokens(number)), counts)
+            for split, tokens in read_arrays(work.tokens(number)).items():  # they contain end-of-text
+                stream.add(split, tokens, counts[split]["num_bytes"], starts_document=False)
+                stream.counts[split]["num_documents"] += counts[split]["num_documents"]
+            stream.flush()
         check_window(writer.counts["train"]["num_tokens"], config.block_size)
     if not writer.counts["validation"]["num_tokens"]:
         raise UserError(
@@ -274,13 +257,6 @@ def _write(
         )
     writer.finish(about)
     return writer.counts
-
-
-def _add_streams(writer: DatasetWriter, arrays: dict[str, np.ndarray], counts: dict[str, dict[str, int]]) -> None:
-    for split, tokens in arrays.items():
-        writer.add(split, tokens, counts[split]["num_bytes"], starts_document=False)  # they contain end-of-text
-        writer.counts[split]["num_documents"] += counts[split]["num_documents"]
-    writer.flush()
 
 
 def _add_conversations(writer: PackedWriter, arrays: dict[str, np.ndarray]) -> None:
@@ -296,8 +272,7 @@ def _add_conversations(writer: PackedWriter, arrays: dict[str, np.ndarray]) -> N
 
 def place_of(config: Config, tokenizer: Tokenizer | None) -> Path:
     """The folder of the dataset for these settings and this state of the source."""
-    facts = [FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = _digest([FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)])
     return Path(config.data.prepared_dir) / f"{sources.short_name(config.data)}-{digest[:12]}"
 
 
@@ -323,7 +298,8 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
     for name in ("on_bad_record", "max_record_bytes"):
         if getattr(data, name) != getattr(DataConfig(), name):
             settings[name] = getattr(data, name)
-    if cleaning := _changed(config.cleaning):
+    default = vars(CleaningConfig())
+    if cleaning := {name: value for name, value in vars(config.cleaning).items() if value != default[name]}:
         settings["cleaning"] = cleaning
     if data.format == "chat":
         settings |= {"format": "chat", "block_size": config.block_size, **_chat_settings(config)}
@@ -331,15 +307,13 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
 
 
 def _source_settings(data: DataConfig) -> dict[str, object]:
-    if not isinstance(data.source, str):
-        return {"source": [_one_source(part) | {"weight": part.weight} for part in sources_of(data)]}
-    return _one_source(sources_of(data)[0])
-
-
-def _one_source(part: SourceConfig) -> dict[str, object]:
-    """The settings of one source; its path belongs to `sources.source_key`."""
-    has_field = part.source.startswith(("jsonl", "parquet", "tfds:", "huggingface:"))
-    return {"source": part.source, "text_field": part.text_field if has_field else None}
+    """The settings of one source or of several; their paths belong to `sources.source_key`."""
+    parts, with_field = sources_of(data), ("jsonl", "parquet", "tfds:", "huggingface:")
+    fields = [part.text_field if part.source.startswith(with_field) else None for part in parts]
+    if isinstance(data.source, str):
+        return {"source": data.source, "text_field": fields[0]}
+    columns = zip(parts, fields)
+    return {"source": [{"source": part.source, "text_field": f, "weight": part.weight} for part, f in columns]}
 
 
 def _chat_settings(config: Config) -> dict[str, object]:
@@ -347,22 +321,12 @@ def _chat_settings(config: Config) -> dict[str, object]:
     if config.augmentation.copies:
         augmentation = dict(vars(config.augmentation))
         if file := augmentation.pop("synonyms"):
-            augmentation["synonyms_digest"] = _file_digest(Path(file))
+            try:
+                augmentation["synonyms_digest"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"augmentation.synonyms = {file}: cannot be read ({error.strerror})") from None
         settings["augmentation"] = augmentation
     return settings
-
-
-def _file_digest(file: Path) -> str:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"augmentation.synonyms = {file}: cannot be read ({error.strerror})") from None
-
-
-def _changed(settings: CleaningConfig) -> dict[str, object]:
-    """The fields that are not at their defaults."""
-    default = CleaningConfig()
-    return {name: value for name, value in vars(settings).items() if value != getattr(default, name)}
 
 
 def _check_settings(dataset: TokenDataset, settings: dict[str, object]) -> None:

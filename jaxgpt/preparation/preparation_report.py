@@ -279,16 +279,15 @@ def _epochs_line(epochs: dict) -> str:
 def write(folder: Path, report: dict) -> None:
     """Write both files into `folder`."""
     page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE.read_text(encoding="utf-8"))
-    rows = [("epochs", _epochs_line(report["epochs"])), ("vocabulary", f"{report['vocabulary']:,}")]
-    rows.append(("bytes per token", f"{report['bytes_per_token']:.3f}"))
     gpt2 = report["gpt2"]
-    rows.append(
-        ("GPT-2's own tokenizer on the same text", gpt2.get("unknown") or f"{gpt2['gpt2_bytes_per_token']:.3f}")
-    )
-    rows.append(("host", report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it"))
-    for name, value in report.get("conversations", {}).items():
-        rows.append((f"conversations {name}", f"{value:,}"))
-    html = page.render(report=report, facts=rows)
+    facts = {
+        "epochs": _epochs_line(report["epochs"]),
+        "vocabulary": f"{report['vocabulary']:,}",
+        "bytes per token": f"{report['bytes_per_token']:.3f}",
+        "GPT-2's own tokenizer on the same text": gpt2.get("unknown") or f"{gpt2['gpt2_bytes_per_token']:.3f}",
+        "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
+    } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
+    html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")

@@ -26,11 +26,7 @@ Task = functools.partial[int]
 
 class ChunkRunner(Protocol):
     def each(self, task: Task, numbers: Sequence[int], progress: Callable[[int], object]) -> None:
-        """Run `task` for the chunks; `progress` gets the bytes of each chunk that is done.
-
-        Raises:
-            UserError: from a task.
-        """
+        """Run `task` for the chunks; `progress` gets the bytes of each chunk that is done."""
 
 
 class Processes:
@@ -38,7 +34,8 @@ class Processes:
 
     def __init__(self, count: int | None = None):
         """`count` processes; None: one for each core that this process may use."""
-        self._count = count or _cores()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._count = count or cores or 1
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Processes":
@@ -49,17 +46,17 @@ class Processes:
             self._pool.shutdown(cancel_futures=True)
 
     def each(self, task: Task, numbers: Sequence[int], progress: Callable[[int], object]) -> None:
-        """See ChunkRunner.
-
-        Raises:
-            RunFailed: a worker process was killed.
-        """
+        """See ChunkRunner; raises RunFailed when a worker process was killed."""
         if self._count == 1 or len(numbers) <= _INLINE:
             for number in numbers:
                 progress(task(number))
             return
+        if self._pool is None:
+            # Not fork: a forked copy of a process with threads (JAX's, the tokenizer's) may hang.
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._count, spawn, initializer=_begin_worker)
         try:
-            for size in self._started().map(task, numbers):
+            for size in self._pool.map(task, numbers):
                 progress(size)
         except BrokenProcessPool:
             raise RunFailed(
@@ -67,17 +64,6 @@ class Processes:
                 'script without `if __name__ == "__main__":`. What is done is kept: run it again, with '
                 "data.num_proc = 1 for less memory and no further process"
             ) from None
-
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            # Not fork: a forked copy of a process with threads (JAX's, the tokenizer's) may hang.
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, spawn, initializer=_begin_worker)
-        return self._pool
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin_worker() -> None:
@@ -102,11 +88,7 @@ class Beam:
     """
 
     def __init__(self, options: Sequence[str]):
-        """`options` are Beam's.
-
-        Raises:
-            UserError: apache-beam is not installed.
-        """
+        """`options` are Beam's; a UserError says when apache-beam is not installed."""
         try:
             import apache_beam  # noqa: F401
         except ImportError:

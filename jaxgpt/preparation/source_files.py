@@ -48,11 +48,7 @@ _NOT_STDLIB_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercusto
 
 
 def source_files(part: SourceConfig) -> list[tuple[str, Path]]:
-    """(relative path, file) of the source's files, sorted by relative path.
-
-    Raises:
-        UserError: there is none.
-    """
+    """(relative path, file) of the source's files, sorted by relative path; a UserError says that there is none."""
     stdlib, root = part.source == "stdlib", source_root(part)
     if not root.exists():
         raise UserError(f"data.path = {root}: no such file or folder")
@@ -106,12 +102,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of the file, decompressed.
-
-    Raises:
-        UserError: no permission to read it.
-        BadRecord: the compressed file is damaged.
-    """
+    """The bytes of the file, decompressed; a BadRecord says that it is damaged."""
     opener = _OPENERS.get(file.suffix)
     try:
         with opener(file) if opener else open(file, "rb", buffering=1 << 20) as stream:
@@ -140,11 +131,7 @@ def _not_utf8(where: str, position: int, byte: int) -> BadRecord:
 
 
 def _each_file(part: SourceConfig, bad: BadRecords, read: Callable[[Path], Iterable[T]]) -> Iterator[T]:
-    """The items that `read` yields for each file of the source; damaged and empty files go to `bad`.
-
-    Raises:
-        UserError: no permission to read a file.
-    """
+    """The items that `read` yields for each file of the source; damaged and empty files go to `bad`."""
     for _, file in source_files(part):
         count = 0
         try:
@@ -239,8 +226,7 @@ def jsonl_records(part: SourceConfig, bad: BadRecords, max_record_bytes: int) ->
 
     def read(file: Path) -> Iterator[tuple[str, bytes | None]]:
         with _opened(file) as stream:
-            for number, line in _lines(stream, max_record_bytes):
-                yield f"{file}:{number}", line
+            yield from ((f"{file}:{number}", line) for number, line in _lines(stream, max_record_bytes))
 
     for where, line in _each_file(part, bad, read):
         try:
@@ -279,11 +265,7 @@ def _json_object(line: bytes, where: str) -> dict:
 
 
 def parquet_records(part: SourceConfig, bad: BadRecords, columns: list[str] | None) -> Iterator[SourceRecord]:
-    """The rows, numbered from 0 in each file; only their `columns`, if given.
-
-    Raises:
-        UserError: the first file lacks one of the columns.
-    """
+    """The rows, numbered from 0 in each file; only their `columns`, if given, which the first file must have."""
     import pyarrow
     import pyarrow.parquet
 
@@ -326,11 +308,7 @@ def _no_field(field: str, names: Iterable[object]) -> str:
 
 
 def text_of(record: SourceRecord, field: str) -> str:
-    """The text in a field of the record.
-
-    Raises:
-        BadRecord: it is missing or not text.
-    """
+    """The text in a field of the record; a BadRecord says that it is missing or not text."""
     if field not in record.value:
         raise BadRecord(record.where, _no_field(field, record.value))
     value = record.value[field]
@@ -340,10 +318,6 @@ def text_of(record: SourceRecord, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        position = error.start
-        raise BadRecord(
-            record.where,
-            f'field "{field}" holds half a character (U+{ord(value[position]):04X}) at position {position}, '
-            "which is not Unicode text",
-        ) from None
+        half = f"half a character (U+{ord(value[error.start]):04X}) at position {error.start}"
+        raise BadRecord(record.where, f'field "{field}" holds {half}, which is not Unicode text') from None
     return value

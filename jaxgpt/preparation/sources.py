@@ -27,8 +27,7 @@ class Reading:
     """Facts that `documents` gathers for a report; a number for each part of the mixture."""
 
     num_documents: list[int] = dataclasses.field(default_factory=list)
-    num_bytes: list[int] = dataclasses.field(default_factory=list)
-    """UTF-8 bytes of the documents."""
+    num_bytes: list[int] = dataclasses.field(default_factory=list)  # UTF-8 bytes of the documents
     ended_by: int | None = None
     """The part that was exhausted and so ended the mixture; None if data.max_bytes did, or there is only one part."""
 
@@ -72,24 +71,20 @@ def describe(data: DataConfig) -> str:
 
 def short_name(data: DataConfig) -> str:
     """A name for folders: "stdlib", the stem of a file or folder, "tfds-NAME"; for a mixture, all of its names."""
-    names = [_short_name(part) for part in sources_of(data)]
+    names = []
+    for part in sources_of(data):
+        name = Path(part.path).resolve().stem if part.source in source_files.SUFFIXES and part.path else part.source
+        names.append("".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or part.source)
     return "-".join(names)[:60].strip("-")
 
 
 def source_key(data: DataConfig) -> str:
-    """A digest of facts that change with the source: file names, sizes and times, or Python's version.
-
-    Raises:
-        UserError: the source is missing, or cannot be of data.format.
-    """
+    """A digest of facts that change with the source: file names, sizes and times, or Python's version."""
     _check_format(data)
     facts = []
-    for part in sources_of(data):
-        lines, found = _facts(part)
-        facts += lines
-        for name, file in found:
-            stat = file.stat()
-            facts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+    for lines, found in map(_facts, sources_of(data)):
+        stats = ((name, file.stat()) for name, file in found)
+        facts += [*lines, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -109,20 +104,12 @@ def _described(part: SourceConfig, name: str) -> str:
     return f'{name} = "{part.source}"' + (f", data.path = {part.path}" if part.path else "")
 
 
-def _short_name(part: SourceConfig) -> str:
-    name = Path(part.path).resolve().stem if part.source in source_files.SUFFIXES and part.path else part.source
-    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or part.source
-
-
 def _check_format(data: DataConfig) -> None:
     for part in sources_of(data):
         if data.format == "chat" and part.source in _TEXT_ONLY:
             raise UserError(f'data.source = "{part.source}" holds no conversations: set data.format = "text"')
         if data.format == "text" and part.source in _CHAT_ONLY:
             raise UserError(f'data.source = "{part.source}" holds conversations: set data.format = "chat"')
-
-
-# ---------------------------------------------------------------- reading one part
 
 
 def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
@@ -163,11 +150,7 @@ def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[
 def _texts(
     records: Iterable[SourceRecord], data: DataConfig, part: SourceConfig, bad: BadRecords
 ) -> Iterator[Document]:
-    """The documents of the records; records without text go to `bad`.
-
-    Raises:
-        UserError: the first record does not have the field: the setting is wrong, not the record.
-    """
+    """The documents of the records; records without text go to `bad`."""
     for number, record in enumerate(records):
         try:
             if data.format == "chat":
@@ -175,7 +158,7 @@ def _texts(
                 continue
             text = source_files.text_of(record, part.text_field)
         except BadRecord as error:
-            if number == 0 and data.format == "text" and part.text_field not in record.value:
+            if number == 0 and data.format == "text" and part.text_field not in record.value:  # the setting is wrong
                 raise UserError(str(error)) from None
             bad.add(error)
             continue
@@ -183,9 +166,6 @@ def _texts(
             yield Document(text, record.split)
         else:
             bad.empty(record.where)
-
-
-# ---------------------------------------------------------------- several parts, and a limit
 
 
 def _mixed(readers: Sequence[Iterator[Document]], weights: Sequence[float], reading: Reading) -> Iterator[Document]:
@@ -212,7 +192,7 @@ def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> 
         if left is None:
             yield document
             continue
-        text = _cut(document.text, left)
+        text = document.text.encode()[:left].decode(errors="ignore")  # cut between two characters
         if len(text) < len(document.text) and whole:
             return
         left -= len(text.encode())
@@ -220,8 +200,3 @@ def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> 
             yield document._replace(text=text)
         if left <= 0 or len(text) < len(document.text):
             return
-
-
-def _cut(text: str, max_bytes: int) -> str:
-    """The beginning of `text` that fits into `max_bytes` of UTF-8."""
-    return text.encode()[:max_bytes].decode(errors="ignore")

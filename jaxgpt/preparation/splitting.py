@@ -22,22 +22,12 @@ STARTS = 4  # added to the code of a row that begins a document
 class SplitPlan:
     """The decisions about all rows."""
 
-    first: list[int]
-    """Number of the first row of each chunk, and of all rows."""
-    codes: np.ndarray
-    """uint8 [rows]: DROPPED, ..., with STARTS."""
-    border: int
-    """Characters of the row CUT that are for training."""
-    fingerprint: str
-    """SHA-256 over the rows that are kept, and the splits that the source assigns."""
-    repeats: Repeats
-    """The rows that are dropped because they repeat others."""
-    overlap: int
-    """How many of those would be for training and repeat a row for validation."""
-
-    def of_chunk(self, number: int) -> np.ndarray:
-        """The codes of a chunk."""
-        return self.codes[self.first[number] : self.first[number + 1]]
+    first: list[int]  # number of the first row of each chunk, and of all rows
+    codes: np.ndarray  # uint8 [rows]: DROPPED, ..., with STARTS
+    border: int  # characters of the row CUT that are for training
+    fingerprint: str  # SHA-256 over the rows that are kept, and the splits that the source assigns
+    repeats: Repeats  # the rows that are dropped because they repeat others
+    overlap: int  # how many of those would be for training and repeat a row for validation
 
 
 @dataclasses.dataclass
@@ -45,14 +35,10 @@ class _Table:
     """All rows of all chunks, without their text."""
 
     first: list[int]
-    given: np.ndarray
-    """int8 [rows]: SPLIT_CODES of the split that the source assigns."""
-    parts: np.ndarray
-    """int32 [rows]"""
-    numbers: np.ndarray
-    """int64 [rows]: number of the document."""
-    draws: np.ndarray
-    """uint64 [rows]: pseudo-random bits, the same in all rows of a document."""
+    given: np.ndarray  # int8 [rows]: SPLIT_CODES of the split that the source assigns
+    parts: np.ndarray  # int32 [rows]
+    numbers: np.ndarray  # int64 [rows]: number of the document
+    draws: np.ndarray  # uint64 [rows]: pseudo-random bits, the same in all rows of a document
 
 
 def decide(
@@ -81,8 +67,7 @@ def decide(
 
 
 def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
-    first, columns = [0], []
-    number_before, draw = None, 0
+    first, columns, number_before, draw = [0], [], None, 0
     for chunk in range(num_chunks):
         rows = read_rows(work.rows(stage, chunk), ("splits", "parts", "numbers", "contents"))
         draws = np.empty(len(rows), np.uint64)
@@ -92,10 +77,8 @@ def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
             draws[place], number_before = draw, number
         columns.append((np.array(rows.splits, np.int8), np.array(rows.parts, np.int32), rows.numbers, draws))
         first.append(first[-1] + len(rows))
-    kinds = (np.int8, np.int32, np.int64, np.uint64)
-    return _Table(
-        first, *(np.concatenate(parts).astype(kind) for parts, kind in zip(zip(*columns), kinds, strict=True))
-    )
+    kinds = zip(zip(*columns), (np.int8, np.int32, np.int64, np.uint64), strict=True)
+    return _Table(first, *(np.concatenate(parts).astype(kind) for parts, kind in kinds))
 
 
 def _held_out(table: _Table, drawn: np.ndarray, kept: np.ndarray, fraction: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os.path
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,12 @@ from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, sources
 from jaxgpt.preparation.augmentation import Augmenter
-from jaxgpt.preparation.chunks import (
-    SPLIT_CODES,
-    Rows,
-    WorkFolder,
-    read_json,
-    read_rows,
-    write_arrays,
-    write_json,
-    write_rows,
-)
+from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, read_json, read_rows, write_json, write_rows
 from jaxgpt.preparation.cleaning import Cleaned, Cleaner
 from jaxgpt.preparation.documents import BadRecords
 from jaxgpt.preparation.splitting import CUT, DROPPED, STARTS, TRAIN
 from jaxgpt.settings import CleaningConfig, DataConfig
+from jaxgpt.storage.files import new_file
 
 CHUNK_BYTES = 4_000_000  # of text: a second or two of work, so that all cores stay busy and little is lost by a kill
 PIECE = 32_768  # characters tokenized at once
@@ -53,12 +45,8 @@ _BEFORE = 40  # characters shown before the first difference
 def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
     """Write the chunks "read" and return facts about them; the same facts after a kill.
 
-    Returns:
-        {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number,
-        "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}
-
-    Raises:
-        UserError: as `sources.documents`, or the source changed while it was read.
+    They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number,
+    "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}.
     """
     file = work.path / "read.json"
     if file.exists():
@@ -70,7 +58,10 @@ def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
     chunk, size, number = Rows(), 0, -1
 
     def end_chunk() -> None:
-        _write_if_new(work, len(rows_of), chunk)
+        there = work.rows("read", len(rows_of))
+        if not (there.exists() and read_rows(there, ["contents"]).contents == chunk.contents):
+            write_rows(there, chunk)
+            failpoint("prepare.read")
         rows_of.append(len(chunk))
         bytes_of.append(size)
 
@@ -100,31 +91,17 @@ def progress(label: str, total: int | None = None) -> tqdm:
     return tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _write_if_new(work: WorkFolder, number: int, rows: Rows) -> None:
-    file = work.rows("read", number)
-    if not (file.exists() and read_rows(file, ["contents"]).contents == rows.contents):
-        write_rows(file, rows)
-        failpoint("prepare.read")
-
-
 # ---------------------------------------------------------------- cleaning
 
 
 @functools.lru_cache(maxsize=1)
 def cleaner(settings: CleaningConfig) -> Cleaner:
-    """The cleaner for the settings, built once in a process.
-
-    Raises:
-        UserError: a library that a step needs is not installed.
-    """
+    """The cleaner for the settings, built once in a process."""
     return Cleaner(settings)
 
 
 def clean_chunk(number: int, *, work: WorkFolder, config: Config) -> int:
-    """Write the chunk "clean": the documents that are kept, cleaned, with signatures to find duplicates by.
-
-    Returns the bytes of text that were read, as `tokenize_chunk` does.
-    """
+    """Write the chunk "clean": the kept documents, cleaned, with signatures. Returns the bytes of text read."""
     rows = read_rows(work.rows("read", number))
     clean = cleaner(config.cleaning)
     is_signed = duplicates.is_on(config.cleaning)
@@ -139,35 +116,25 @@ def clean_chunk(number: int, *, work: WorkFolder, config: Config) -> int:
             continue
         kept.append(cleaned.text, split, part, document, continues, where)
         if is_signed:
-            kept.signatures.append(duplicates.signature(_compared(cleaned.text, config), config.cleaning))
+            compared = cleaned.text
+            if config.data.format == "chat":  # brackets and roles would make conversations more alike than they are
+                compared = "\n".join(message["content"] for message in json.loads(compared))
+            kept.signatures.append(duplicates.signature(compared, config.cleaning))
     write_json(work.counts("clean", number), {"steps": steps, "rows": len(kept)})
     write_rows(work.rows("clean", number), kept)
     failpoint("prepare.clean")
     return size
 
 
-def _compared(text: str, config: Config) -> str:
-    """The text by which duplicates are found: only the contents of a conversation.
-
-    Brackets and roles, the same in all, would make conversations more alike than they are.
-    """
-    if config.data.format == "text":
-        return text
-    return "\n".join(message["content"] for message in json.loads(text))
-
-
 def _count(steps: dict[str, dict[str, Any]], before: str, cleaned: Cleaned) -> None:
     """Count what the steps did to one document, and keep the first examples."""
     for step in cleaned.changed_by:
-        found = steps.setdefault(step, {})
-        found["changed"] = found.get("changed", 0) + 1
-        if cleaned.text is not None and len(examples := found.setdefault("changes", [])) < EXAMPLES:
+        add_counts(steps, step, changed=1)
+        if cleaned.text is not None and len(examples := steps[step].setdefault("changes", [])) < EXAMPLES:
             examples.append(difference(before, cleaned.text))
     if cleaned.dropped_by is not None:
-        found = steps.setdefault(cleaned.dropped_by, {})
-        found["dropped"] = found.get("dropped", 0) + 1
-        found["dropped_bytes"] = found.get("dropped_bytes", 0) + len(before.encode())
-        if len(examples := found.setdefault("drops", [])) < EXAMPLES:
+        add_counts(steps, cleaned.dropped_by, dropped=1, dropped_bytes=len(before.encode()))
+        if len(examples := steps[cleaned.dropped_by].setdefault("drops", [])) < EXAMPLES:
             examples.append(shortened(before))
 
 
@@ -198,7 +165,8 @@ def tokenize_chunk(number: int, *, work: WorkFolder, config: Config, stage: str)
     else:
         arrays, counts = _text_tokens(rows, codes, plan["border"], tokenizer)
     write_json(work.counts("tokens", number), counts)
-    write_arrays(work.tokens(number), arrays)
+    with new_file(work.tokens(number), shared=True) as file:
+        np.savez(file, **arrays)
     failpoint("prepare.tokenize")
     return sum(len(text.encode()) for text in rows.texts)
 
@@ -262,13 +230,11 @@ def _batches(
 
 def conversations(rows: Rows, codes: list[int], config: Config) -> Iterator[tuple[int, int, int, str, str]]:
     """(split, part, number, text, where) of each conversation; changed copies follow a training conversation."""
-    copies: Callable[[str, int], list[str]] = lambda text, number: []
-    if config.augmentation.copies:
-        copies = Augmenter(config.augmentation).copies
+    augmenter = Augmenter(config.augmentation) if config.augmentation.copies else None
     columns = (rows.texts, rows.parts, rows.numbers, rows.wheres, codes)
     for text, part, number, place, code in zip(*columns, strict=True):
         for split, _, whole in placed(text, code, 0):
-            for each in [whole, *(copies(whole, number) if split == 0 else [])]:
+            for each in [whole, *(augmenter.copies(whole, number) if augmenter and split == 0 else [])]:
                 yield split, part, number, each, place
 
 
@@ -296,8 +262,7 @@ def _chat_tokens(rows: Rows, codes: list[int], tokenizer: Tokenizer, config: Con
         add_counts(parts, part, num_documents=not is_copy)
     columns = np.array(origins, np.int64).reshape(-1, 4).T
     arrays = dict(zip(("splits", "documents", "lengths", "num_bytes"), columns, strict=True))
-    arrays["tokens"] = np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in found)]).astype(
-        tokenizer.dtype
-    )
-    arrays["supervised"] = np.concatenate([np.empty(0, bool), *(piece.supervised for piece in found)])
+    tokens = np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in found)])
+    supervised = np.concatenate([np.empty(0, bool), *(piece.supervised for piece in found)])
+    arrays |= {"tokens": tokens.astype(tokenizer.dtype), "supervised": supervised}
     return arrays, {**counts, "parts": parts, "bad": bad.summary()}

@@ -4,6 +4,7 @@ Conversations are packed by bounded best fit: each goes into the fullest of the 
 it. The same conversations in the same order give the same rows.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -105,16 +106,12 @@ class DatasetWriter(_Writer):
         self._close({**about, "format": "text"})
 
 
+@dataclasses.dataclass(eq=False)
 class _OpenRow:
-    """A row with room for more conversations."""
+    """A row with room for more conversations: (tokens, supervised, document) of each is in `parts`."""
 
-    def __init__(self, room: int):
-        self.room = room
-        self.parts: list[tuple[np.ndarray, np.ndarray, int]] = []
-
-    def add(self, tokens: np.ndarray, supervised: np.ndarray, document: int) -> None:
-        self.parts.append((tokens, supervised, document))
-        self.room -= len(tokens)
+    room: int
+    parts: list[tuple[np.ndarray, np.ndarray, int]] = dataclasses.field(default_factory=list)
 
 
 class PackedWriter(_Writer):
@@ -166,7 +163,8 @@ class PackedWriter(_Writer):
         if row is None:
             row = _OpenRow(self._block_size)
             open_rows.append(row)
-        row.add(tokens, supervised, document)
+        row.parts.append((tokens, supervised, document))
+        row.room -= len(tokens)
         if row.room == 0:
             self._end(split, row)
         elif len(open_rows) > self._most_open:
