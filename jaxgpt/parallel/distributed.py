@@ -5,6 +5,7 @@ only then does jax join them. A process that fails to join never goes on alone: 
 folder. Nothing here changes a single process.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,12 +79,10 @@ def leave(ok: bool) -> None:
     if coordination_client() is None:
         return
     if ok:
-        try:
+        with contextlib.suppress(RuntimeError, ValueError, HostLost):  # the others are gone
             barrier("leave", _LEAVE_SECONDS)
             jax.distributed.shutdown()
             return
-        except (RuntimeError, ValueError, HostLost):  # the others are gone
-            pass
     abandon_coordination()
 
 

@@ -39,9 +39,7 @@ def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 
 def build_mesh(
-    mesh: MeshConfig,
-    devices: Sequence[jax.Device] | None = None,
-    slice_of: Callable[[jax.Device], int] = slice_of,
+    mesh: MeshConfig, devices: Sequence[jax.Device] | None = None, slice_of: Callable[[jax.Device], int] = slice_of
 ) -> Mesh:
     """The mesh of all devices (or the given ones) in the shape that `mesh` asks for.
 
