@@ -21,15 +21,12 @@ _RING_FROM = 16  # chips along an axis of a flat slice (v5e, v6e) that are joine
 class Calibration:
     """How measured steps compare with estimates."""
 
-    factor: float
-    """Measured over estimated seconds, the geometric mean of the runs."""
-    low: float
-    high: float
-    """The smallest and the largest ratio of the runs."""
+    factor: float  # measured over estimated seconds, the geometric mean of the runs
+    low: float  # the smallest ratio of the runs
+    high: float  # the largest
     date: str
     sources: tuple[str, ...]
-    limits: str
-    """The chips and sizes that the runs do not cover."""
+    limits: str  # the chips and sizes that the runs do not cover
 
     @property
     def absolute(self) -> bool:
@@ -51,17 +48,9 @@ CALIBRATION = Calibration(
 )
 
 
-# ---------------------------------------------------------------- attention kernels
-
 # Cycles of a cell of the kernels' grid, a row of 1024 positions with two heads of 64, forward and backward, by the
 # compiler's own schedules: benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52. It simulates them, except on v4.
-_CELL_CYCLES = {
-    "v4": (3763, 5223),
-    "v5e": (5892, 9572),
-    "v5p": (2957, 4877),
-    "v6e": (4552, 6863),
-    "v7x": (4548, 6896),
-}
+_CELL_CYCLES = {"v4": (3763, 5223), "v5e": (5892, 9572), "v5p": (2957, 4877), "v6e": (4552, 6863), "v7x": (4548, 6896)}
 _PASSES = {"attention_forward": (0, FORWARD_BLOCK), "attention_backward": (1, BACKWARD_BLOCK)}
 _ONE_HEAD = 0.68  # of two: one of 128 has half as many scores (v5e; 124M with 6 heads)
 
@@ -82,9 +71,6 @@ def attention_cycles(kernel: Kernel, chip: str) -> float | None:
     return rows * groups * cell * (_ONE_HEAD if heads == 1 else heads / 2)
 
 
-# ---------------------------------------------------------------- the estimate
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Seconds of one run, before calibration."""
@@ -92,12 +78,9 @@ class Estimate:
     seconds: float
     compute_seconds: float
     kernel_seconds: float
-    collective_seconds: float
-    """All collectives, as if nothing ran beside them."""
-    collective_seconds_exposed: float
-    """Seconds that the program waits for them."""
-    kernels_without_cycles: tuple[str, ...]
-    """Kernels that are counted as nothing, because their cycles are not known."""
+    collective_seconds: float  # all of them, as if nothing ran beside them
+    collective_seconds_exposed: float  # that the program waits for them
+    kernels_without_cycles: tuple[str, ...]  # counted as nothing, because their cycles are not known
 
 
 def estimate(
@@ -124,9 +107,6 @@ def estimate(
         collective_seconds_exposed=exposed,
         kernels_without_cycles=tuple(k.name for k, value in zip(cost.kernels, cycles) if value is None),
     )
-
-
-# ---------------------------------------------------------------- collectives
 
 
 def wire_bandwidth(chip: Chip, shape: tuple[int, ...], group_size: int) -> float:

@@ -11,9 +11,10 @@ from jaxgpt.config import Config
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model.sizes import GPT2_VOCAB
 from jaxgpt.planning import plan_table
+from jaxgpt.planning.cost import CALIBRATION
 from jaxgpt.planning.plan_search import Candidate, Limits, queue_of, search
 from jaxgpt.planning.topology import NoTpuCompiler, Slice, parse_slices, tpu_compiler_version
-from jaxgpt.planning.verdict import Price, Verdict, guess, judge, nothing_fits, read_prices, times_are_absolute
+from jaxgpt.planning.verdict import Price, Verdict, guess, judge, nothing_fits, read_prices
 from jaxgpt.preparation.make_dataset import given_tokenizer
 
 TOLERANCE = 0.02  # share of the recorded cycles by which a gate lets them grow: harmless changes move them a little
@@ -44,7 +45,8 @@ def plan(config: Config, arguments: argparse.Namespace) -> None:
     # 2. Each slice: the config's own settings, then others; its table is printed as soon as it is complete.
     exact = arguments.exact or bool(arguments.record or arguments.gate)
     limits = Limits(arguments.budget, arguments.candidates, exact)
-    absolute = times_are_absolute(compiled=bool(compiler))
+    # Whether times may be printed as seconds: if the calibration allows it, or for arithmetic, whose band is wide.
+    absolute = CALIBRATION.absolute or not compiler
     rows: list[Verdict] = []
     refusals: list[UserError] = []
     for where in slices:
@@ -112,9 +114,6 @@ def write(file: Path, text: str) -> None:
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error})") from None
     print(f"written: {file}")
-
-
-# ---------------------------------------------------------------- the gate
 
 
 def bound_of(row: Verdict) -> dict[str, object]:

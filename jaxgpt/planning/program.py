@@ -26,17 +26,12 @@ _GUARD_SHARE = 0.05  # of the costlier branch: a cheaper one below it does next 
 class Collective:
     """One collective operation of the program."""
 
-    kind: str
-    """all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute or collective-broadcast."""
-    bytes: float
-    """Bytes that each device of the group sends in one call."""
+    kind: str  # one of `_KINDS`
+    bytes: float  # that each device of the group sends in one call
     group_size: int
-    count: int
-    """Calls in one run of the program."""
-    asynchronous: bool
-    """The program goes on while it runs."""
-    overlapped_cycles: float
-    """Cycles between its start and the wait for its end, kernels not counted; 0 if it is not asynchronous."""
+    count: int  # calls in one run of the program
+    asynchronous: bool  # the program goes on while it runs
+    overlapped_cycles: float  # between its start and the wait for its end, kernels not counted; 0 if not asynchronous
     operation: str
 
 
@@ -47,8 +42,7 @@ class Kernel:
     name: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
     """(type, shape) of its results and operands: ("bf16", (16, 1024, 768))."""
-    calls: int
-    """Calls in one run of the program."""
+    calls: int  # in one run of the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +50,20 @@ class Event:
     """One thing that happens in a run."""
 
     kind: Literal["run", "kernel", "collective", "start", "done", "loop"]
-    amount: float = 0.0
-    """Cycles of a run, trips of a loop."""
-    index: int = 0
-    """Which kernel or collective of the program."""
-    body: tuple["Event", ...] = ()
-    """The events of each trip of a loop."""
+    amount: float = 0.0  # cycles of a run, trips of a loop
+    index: int = 0  # which kernel or collective of the program
+    body: tuple["Event", ...] = ()  # the events of each trip of a loop
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
     """Cost of one run of a program on each device."""
 
-    cycles: float
-    """The compiler's estimates summed; kernels and collectives not counted."""
-    by_operation: Counter[str]
-    """Cycles by source operation."""
+    cycles: float  # the compiler's estimates summed; kernels and collectives not counted
+    by_operation: Counter[str]  # cycles by source operation
     collectives: list[Collective]
     kernels: list[Kernel]
-    guarded_cycles: float
-    """Cycles of the branches that are not counted in `cycles`."""
+    guarded_cycles: float  # of the branches that are not counted in `cycles`
     timeline: tuple[Event, ...]
 
 
@@ -84,8 +72,7 @@ class _Instruction:
     name: str
     type: str
     opcode: str
-    rest: str
-    """Operands and attributes."""
+    rest: str  # operands and attributes
 
     @property
     def operation(self) -> str:
