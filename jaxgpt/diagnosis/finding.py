@@ -20,8 +20,7 @@ class Case:
     root: str = "/"  # where /dev, /proc and /sys are read
 
     def to_json(self) -> str:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(fields | {"config": to_json(self.config)})
+        return json.dumps(vars(self) | {"config": to_json(self.config)})
 
     @staticmethod
     def from_json(text: str) -> "Case":

@@ -273,9 +273,6 @@ def _ask_metadata(environment: Mapping[str, str], root: Path) -> tuple[list[str]
 
     None where the server need not be asked, does not exist, or knows of no slice. GCE_METADATA_IP or
     GCE_METADATA_HOST names another server, as in Google's own libraries.
-
-    Raises:
-        Unclear: the machine is Google's, and its server does not answer.
     """
     platforms = environment.get("JAX_PLATFORMS", "")
     wanted = "TPU_SKIP_MDS_QUERY" not in environment and (not platforms or "tpu" in platforms.lower().split(","))
@@ -314,11 +311,7 @@ def _is_googles(root: Path) -> bool:
 
 
 def _attribute(server: str, name: str, tries: int = _TRIES) -> str | None:
-    """The text of an attribute of this machine; None where it has no such attribute.
-
-    Raises:
-        OSError: no answer.
-    """
+    """The text of an attribute of this machine; None where it has no such attribute. OSError: no answer."""
     request = urllib.request.Request(f"http://{server}/{_ATTRIBUTES}/{name}", headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for its own machine
     while True:

@@ -80,10 +80,8 @@ def own_candidate(config: Config, vocab_size: int, where: Slice) -> Candidate:
 def candidates(config: Config, vocab_size: int, where: Slice) -> list[Candidate]:
     """Mesh x remat x scan x batch size for `config`, whose global batch is known; the likely fastest first.
 
-    What is far too large by arithmetic is left out; what is a little too large comes last.
-
-    Raises:
-        UserError: no mesh of the slice's devices divides the global batch.
+    What is far too large by arithmetic is left out; what is a little too large comes last. Raises UserError where no
+    mesh of the slice's devices divides the global batch.
     """
     total = where.devices // config.mesh.tensor
     width, limit = config.model.n_embd, where.hbm_bytes

@@ -88,11 +88,7 @@ def verdicts(
 
 
 def vocabulary(config: Config) -> int:
-    """Tokens of the config's vocabulary, found without training its tokenizer.
-
-    Raises:
-        UserError: the config does not say.
-    """
+    """Tokens of the config's vocabulary, found without training its tokenizer."""
     tokenizer = config.tokenizer
     added = len(tokenizer.special_tokens) + (2 if config.data.format == "chat" else 0)  # the two tokens of a turn
     if tokenizer.type == "bpe":
@@ -123,11 +119,7 @@ def bound_of(row: Verdict) -> dict[str, object]:
 
 
 def read_bounds(file: Path) -> dict[str, dict]:
-    """{"v5e-8": bound, ...} as `--record` wrote them.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
+    """{"v5e-8": bound, ...} as `--record` wrote them."""
     try:
         bounds = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,11 +133,7 @@ def read_bounds(file: Path) -> dict[str, dict]:
 
 
 def check_bounds(file: Path, bounds: dict[str, dict], rows: Sequence[Verdict]) -> None:
-    """Compare each row with the bound of its slice.
-
-    Raises:
-        RunFailed: a row does not fit, or takes more cycles than its bound and the tolerance; names both numbers.
-    """
+    """Raise RunFailed where a row does not fit, or takes more cycles than its slice's bound and the tolerance."""
     broken = []
     for row in rows:
         bound = bounds.get(row.where.name)

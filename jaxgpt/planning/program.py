@@ -168,20 +168,16 @@ class _Reader:
             return self._conditional(instruction, times)
         if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
             return [Event("kernel", index=self._kernel(instruction, times))], 0.0
-        run, cycles = self._run(instruction, times)
+        match = _CYCLES.search(instruction.rest)
+        cycles = int(match[1]) if match and int(match[1]) != _UNKNOWN else 0
+        run = [Event("run", cycles)] if cycles else []
+        if cycles:
+            self.by_operation[instruction.operation] += times * cycles
         event = self._collective(instruction, times, started, now, now + cycles)
         if event is None:
             return run, cycles
         # A fusion that also carries a collective has cycles of its own, and starts it before it computes.
         return ([event, *run] if event.kind == "start" else [*run, event]), cycles
-
-    def _run(self, instruction: _Instruction, times: int) -> tuple[list[Event], float]:
-        match = _CYCLES.search(instruction.rest)
-        cycles = int(match[1]) if match else 0
-        if cycles in (0, _UNKNOWN):
-            return [], 0.0
-        self.by_operation[instruction.operation] += times * cycles
-        return [Event("run", cycles)], cycles
 
     def _conditional(self, instruction: _Instruction, times: int) -> tuple[list[Event], float]:
         if named := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):

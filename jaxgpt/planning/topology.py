@@ -100,11 +100,7 @@ def parse_slices(text: str) -> list[Slice]:
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice of one name.
-
-    Raises:
-        UserError: there is none of that name; lists the known ones.
-    """
+    """The slice of one name, checked as by `parse_slices`."""
     match = re.fullmatch(r"([a-z0-9]+)([-:])(\d+(?:x\d+)*)", name.lower())
     by_name = _ALIASES | {family.rented: key for key, family in FAMILIES.items()}
     family = by_name.get(match[1]) if match else None
@@ -146,11 +142,7 @@ class NoTpuCompiler(Exception):
 
 
 def tpu_compiler_version() -> str:
-    """libtpu's version.
-
-    Raises:
-        NoTpuCompiler: it is not installed.
-    """
+    """libtpu's version; NoTpuCompiler where it is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         install = "pip install 'jaxgpt[plan]' (x86-64 Linux only)"
         raise NoTpuCompiler(f"libtpu, the TPU compiler, is not installed: {install}")

@@ -35,11 +35,7 @@ class Price:
 
 
 def read_prices(file: Path | None = None) -> dict[str, Price]:
-    """{"v5e": Price, ...} from the user's file or prices.toml.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
+    """{"v5e": Price, ...} from the user's file or prices.toml."""
     file = file or PRICES_FILE
     try:
         prices = TypeAdapter(dict[str, Price]).validate_python(tomllib.loads(file.read_text(encoding="utf-8")))
