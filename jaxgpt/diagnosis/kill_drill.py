@@ -225,9 +225,7 @@ class Drill:
 def last_step(run: Path, after: float | None = None) -> int:
     """The last step in the record; 0 where there is none, or none written since `after` (monotonic seconds)."""
     file = run / METRICS_FILE
-    if not file.is_file():
-        return 0
-    if after is not None and file.stat().st_mtime < time.time() - (time.monotonic() - after):
+    if not file.is_file() or (after is not None and file.stat().st_mtime < time.time() - (time.monotonic() - after)):
         return 0
     return max((line["step"] for line in read_metrics(run)), default=0)
 

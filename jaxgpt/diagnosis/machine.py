@@ -208,13 +208,12 @@ def lock_owners(lock: Path, root: Path) -> list[int]:
         lines = (root / "proc/locks").read_text().splitlines()
     except OSError:
         return []
-    for line in lines:  # 1: POSIX  ADVISORY  WRITE 4711 fe:00:2146491 0 EOF
-        fields = [field for field in line.split() if field != "->"]  # an arrow: it waits for the lock
-        if "->" in line or len(fields) < 6:
-            continue
-        major, minor, inode = fields[5].split(":")
-        if (int(major, 16), int(minor, 16), int(inode)) == wanted and fields[4].isdigit():
-            pids.append(int(fields[4]))
+    for line in lines:  # 1: POSIX  ADVISORY  WRITE 4711 fe:00:2146491 0 EOF; with an arrow: it waits for the lock
+        fields = line.split()
+        if "->" not in fields and len(fields) >= 6:
+            major, minor, inode = fields[5].split(":")
+            if (int(major, 16), int(minor, 16), int(inode)) == wanted and fields[4].isdigit():
+                pids.append(int(fields[4]))
     return pids
 
 

@@ -91,9 +91,6 @@ def leave(ok: bool) -> None:
     abandon_coordination()
 
 
-# ---------------------------------------------------------------- who takes part
-
-
 def place_in(environment: Mapping[str, str], setting: str, root: Path = Path("/")) -> ProcessPlace | None:
     """The process's place by `environment` and the machine; None where it is alone. Errors are those of `join`."""
     if setting == "off":
@@ -135,9 +132,6 @@ def _must_be_the_same(root: Path) -> dict[str, str]:
         tpus = [found.what for found in accelerators(root) if found.kind == "tpu"]
         same["TPU chips"] = tpus[0] if tpus else "none"
     return same
-
-
-# ---------------------------------------------------------------- together
 
 
 def is_alone() -> bool:

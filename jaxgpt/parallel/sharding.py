@@ -220,9 +220,6 @@ def specs(shardings: Shardings) -> Specs:
     return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
-# ---------------------------------------------------------------- arrays that every device holds, and batches
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

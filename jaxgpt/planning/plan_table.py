@@ -28,17 +28,14 @@ def table(rows: Sequence[Verdict], absolute: bool, with_slice: bool = False) -> 
     cells = [["settings", "fits", "GiB", *kinds, "Mcycles", *times, "collectives"]]
     for row in ordered:
         label = f"{row.where.name}: {row.candidate.label}" if with_slice else row.candidate.label
-        cells.append([label, *_memory_cells(row), *_time_cells(row, first, absolute)])
+        fits = "yes" if row.fits else "?" if row.problem else "no"
+        gib = [f"{size / _GIB:.2f}" for size in (row.total_bytes, *row.memory.values())]
+        cycles = f"{row.cycles / 1e6:.1f}" if row.cycles else "-"
+        cells.append([label, fits, *gib, cycles, *_time_cells(row, first, absolute)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     sides = ["<", *">" * (len(widths) - 2), "<"]  # the first and the last column are words
     pad = lambda line: "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths))
     return "\n".join(pad(line).rstrip() for line in cells)
-
-
-def _memory_cells(row: Verdict) -> list[str]:
-    fits = "yes" if row.fits else "?" if row.problem else "no"
-    gib = [f"{size / _GIB:.2f}" for size in (row.total_bytes, *row.memory.values())]
-    return [fits, *gib, f"{row.cycles / 1e6:.1f}" if row.cycles else "-"]
 
 
 def _time_cells(row: Verdict, first: Verdict | None, absolute: bool) -> list[str]:
@@ -161,7 +158,6 @@ _SETTINGS = (
 
 
 def _record(row: Verdict) -> dict[str, object]:
-    collectives = [dataclasses.asdict(c) for c in row.cost.collectives] if row.cost else None
     return {
         "slice": row.where.name,
         "topology": row.where.topology,
@@ -181,5 +177,5 @@ def _record(row: Verdict) -> dict[str, object]:
         "tokens_per_step": row.tokens,
         "tokens_per_day": row.tokens_per_day,
         "usd_per_billion_tokens": row.usd_per_billion_tokens,
-        "collectives": collectives,
+        "collectives": [dataclasses.asdict(c) for c in row.cost.collectives] if row.cost else None,
     }
