@@ -48,14 +48,14 @@ def compute(case: Case) -> Iterator[Finding]:
         import jax
 
         devices = jax.local_devices()
-    except ImportError as error:
-        fix = "pip install -U --force-reinstall jax jaxlib"
-        yield from _no_devices(f"jax cannot be imported: {error}", fix)
-        return
-    except RuntimeError as error:
-        wanted = case.expect or (present[0].kind if present else "cpu")
-        fix = how_to_get(wanted, present, Path(case.root))
-        yield from _no_devices(f"jax has no devices: {error}", fix)
+    except (ImportError, RuntimeError) as error:
+        text, fix = f"jax cannot be imported: {error}", "pip install -U --force-reinstall jax jaxlib"
+        if isinstance(error, RuntimeError):
+            wanted = case.expect or (present[0].kind if present else "cpu")
+            text, fix = f"jax has no devices: {error}", how_to_get(wanted, present, Path(case.root))
+        yield Finding("accelerator", PROBLEM, text[:400], fix)
+        for name in ("arithmetic", "mesh"):
+            yield Finding(name, NOT_APPLICABLE, "jax has no devices")
         return
     seconds = time.monotonic() - started
     kind, count = devices[0].platform, len(devices)
@@ -120,12 +120,6 @@ def how_to_get(kind: str, present: list[Accelerator], root: Path) -> str:
     if package := plugin_to_install(kind, root):
         return f'pip install -U "{package}"'
     return f"free the {name} if the line holder names somebody; else set TF_CPP_MIN_LOG_LEVEL=0 and read why jax fails"
-
-
-def _no_devices(text: str, fix: str) -> Iterator[Finding]:
-    yield Finding("accelerator", PROBLEM, text[:400], fix)
-    for name in ("arithmetic", "mesh"):
-        yield Finding(name, NOT_APPLICABLE, "jax has no devices")
 
 
 def _arithmetic(devices: list) -> Finding:

@@ -77,7 +77,10 @@ def examine(
     started, findings = time.monotonic(), []
     with contextlib.closing(diagnose(Case(config, workdir, is_given, expect), timeout_seconds)) as answers:
         for finding in answers:
-            print(_line(finding), flush=True)
+            status = {NOT_APPLICABLE: "-"}.get(finding.status, finding.status)
+            print(f"{status:<8} {finding.name:<14} {finding.text}", flush=True)
+            if finding.fix:
+                print(f"{'':8} {'':14} fix: {finding.fix}", flush=True)
             findings.append(finding)
     seconds = time.monotonic() - started
     counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
@@ -111,12 +114,6 @@ def diagnose(case: Case, seconds: float) -> Generator[Finding, None, None]:
     finally:  # also when the caller stops here, or at Ctrl-C
         for child in children:
             child.kill()
-
-
-def _line(finding: Finding) -> str:
-    status = {"not applicable": "-"}.get(finding.status, finding.status)
-    text = f"{status:<8} {finding.name:<14} {finding.text}"
-    return f"{text}\n{'':8} {'':14} fix: {finding.fix}" if finding.fix else text
 
 
 class Child:

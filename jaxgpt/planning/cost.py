@@ -6,6 +6,7 @@ No TPU is asked. `CALIBRATION` says how far such times have been from measured s
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -130,9 +131,8 @@ def _is_ring(size: int, chip: Chip) -> bool:
 def _axes_of(shape: tuple[int, ...], chips: int) -> tuple[int, ...]:
     """Sizes of the fewest axes of the slice that hold exactly `chips`; of one made-up axis if none do."""
     sizes = sorted((size for size in shape if size > 1), reverse=True)
-    subsets = [[s for i, s in enumerate(sizes) if mask >> i & 1] for mask in range(1, 2 ** len(sizes))]
-    fitting = [tuple(subset) for subset in subsets if math.prod(subset) == chips]
-    return min(fitting, key=len, default=(min(chips, max(sizes, default=chips)),))
+    subsets = (subset for count in range(1, len(sizes) + 1) for subset in itertools.combinations(sizes, count))
+    return next((axes for axes in subsets if math.prod(axes) == chips), (min(chips, max(sizes, default=chips)),))
 
 
 def _collective_seconds(collective: Collective, chip: Chip, shape: tuple[int, ...]) -> float:
