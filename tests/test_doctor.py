@@ -15,7 +15,7 @@ from tiny import RUN
 
 from jaxgpt import doctor
 from jaxgpt.config import Config
-from jaxgpt.diagnosis import accelerators, checkup, machine, software
+from jaxgpt.diagnosis import accelerators, checkup, machine
 from jaxgpt.diagnosis.checkup import PROBES, Child
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, WARNING, Case
 from jaxgpt.errors import EXIT_USER
@@ -165,7 +165,7 @@ def installed(folder: Path, name: str, version: str) -> None:
 
 def test_requirements_that_are_not_met_are_named_with_what_is_there():
     wanted = ["jax>=0.10", "numpy>=99", "no-such-package>=1", 'torch>=99; extra == "parity"']
-    numpy, absent = software.unmet_requirements(wanted)
+    numpy, absent = machine.unmet_requirements(wanted)
     assert numpy.startswith("numpy>=99 (") and numpy.endswith("is installed)")
     assert absent == "no-such-package>=1 (not installed)"
 
@@ -173,22 +173,22 @@ def test_requirements_that_are_not_met_are_named_with_what_is_there():
 def test_a_jaxlib_of_another_release_is_a_problem(tmp_path, monkeypatch):
     installed(tmp_path, "jaxlib", "0.4.1")
     monkeypatch.syspath_prepend(tmp_path)
-    finding = software.jax_versions(case(tmp_path))
+    finding = machine.jax_versions(case(tmp_path))
     assert finding.status == PROBLEM and "0.4.1 is installed" in finding.text and "pip install" in finding.fix
 
 
 def test_another_libtpu_matters_only_where_there_is_a_tpu(tmp_path, monkeypatch):
     installed(tmp_path, "libtpu", "0.0.1")
     monkeypatch.syspath_prepend(tmp_path)
-    assert software.jax_versions(case(tmp_path, root=str(tmp_path))).status == OK
-    finding = software.jax_versions(case(tmp_path, root=str(with_tpu(tmp_path))))
+    assert machine.jax_versions(case(tmp_path, root=str(tmp_path))).status == OK
+    finding = machine.jax_versions(case(tmp_path, root=str(with_tpu(tmp_path))))
     assert finding.status == WARNING and "jax[tpu]==" in finding.fix
 
 
 def test_a_cuda_plugin_that_jax_would_pass_over_is_a_problem(tmp_path, monkeypatch):
     installed(tmp_path, "jax-cuda13-plugin", "0.4.1")
     monkeypatch.syspath_prepend(tmp_path)
-    finding = software.jax_versions(case(tmp_path, root=str(with_gpu(tmp_path))))
+    finding = machine.jax_versions(case(tmp_path, root=str(with_gpu(tmp_path))))
     assert finding.status == PROBLEM and "jax[cuda13]==" in finding.fix
 
 

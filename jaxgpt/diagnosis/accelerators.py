@@ -12,9 +12,7 @@ from jaxgpt.parallel.accelerator import Accelerator, accelerators, asks_for_cpu,
 from jaxgpt.parallel.cluster_env import Unclear, find_place
 
 LOCK = "tmp/libtpu_lockfile"  # libtpu locks it (lockf) as long as its process holds the chips
-
-
-# ---------------------------------------------------------------- who holds it
+_TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "COLAB_TPU_ADDR")  # set by Colab or GKE
 
 
 def holder(case: Case) -> Iterator[Finding]:
@@ -41,9 +39,6 @@ def holder(case: Case) -> Iterator[Finding]:
         yield Finding("holder", OK, f"nobody has the TPU open{unseen}{left}")
 
 
-# ---------------------------------------------------------------- what jax sees
-
-
 def compute(case: Case) -> Iterator[Finding]:
     """Finds "accelerator": jax's devices; "arithmetic": whether they compute; "mesh": whether the mesh fits."""
     started = time.monotonic()
@@ -53,14 +48,14 @@ def compute(case: Case) -> Iterator[Finding]:
         import jax
 
         devices = jax.local_devices()
-    except ImportError as error:
-        fix = "pip install -U --force-reinstall jax jaxlib"
-        yield from _no_devices(f"jax cannot be imported: {error}", fix)
-        return
-    except RuntimeError as error:
-        wanted = case.expect or (present[0].kind if present else "cpu")
-        fix = how_to_get(wanted, present, Path(case.root))
-        yield from _no_devices(f"jax has no devices: {error}", fix)
+    except (ImportError, RuntimeError) as error:
+        text, fix = f"jax cannot be imported: {error}", "pip install -U --force-reinstall jax jaxlib"
+        if isinstance(error, RuntimeError):
+            wanted = case.expect or (present[0].kind if present else "cpu")
+            text, fix = f"jax has no devices: {error}", how_to_get(wanted, present, Path(case.root))
+        yield Finding("accelerator", PROBLEM, text[:400], fix)
+        for name in ("arithmetic", "mesh"):
+            yield Finding(name, NOT_APPLICABLE, "jax has no devices")
         return
     seconds = time.monotonic() - started
     kind, count = devices[0].platform, len(devices)
@@ -81,8 +76,8 @@ def _judge(case: Case, present: list[Accelerator], kind: str, text: str, facts: 
         return Finding("accelerator", PROBLEM, text, fix, facts)
     unseen = [found for found in present if found.kind != kind]
     if kind != "cpu" or not unseen:
-        named = environment_names_tpu() if kind == "cpu" and not case.expect else ""
-        if named:
+        named = next((name for name in _TPU_VARIABLES if os.environ.get(name)), "")
+        if named and kind == "cpu" and not case.expect:
             fix = "unset it, or run where the TPU is (a container needs --privileged)"
             return Finding("accelerator", WARNING, f"{text}; {named} is set, but there is no TPU here", fix, facts)
         return Finding("accelerator", OK, text, facts=facts)
@@ -122,25 +117,9 @@ def how_to_get(kind: str, present: list[Accelerator], root: Path) -> str:
     platforms = os.environ.get("JAX_PLATFORMS")
     if asks_for_cpu(platforms) or (platforms and kind not in platforms and "cuda" not in platforms):
         return f"unset JAX_PLATFORMS, which is {platforms}"
-    package = plugin_to_install(kind, root)
-    if package:
+    if package := plugin_to_install(kind, root):
         return f'pip install -U "{package}"'
     return f"free the {name} if the line holder names somebody; else set TF_CPP_MIN_LOG_LEVEL=0 and read why jax fails"
-
-
-def _no_devices(text: str, fix: str) -> Iterator[Finding]:
-    yield Finding("accelerator", PROBLEM, text[:400], fix)
-    for name in ("arithmetic", "mesh"):
-        yield Finding(name, NOT_APPLICABLE, "jax has no devices")
-
-
-def environment_names_tpu() -> str:
-    """The variable of Colab or GKE that says there is a TPU; "" for none."""
-    names = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "COLAB_TPU_ADDR")
-    return next((name for name in names if os.environ.get(name)), "")
-
-
-# ---------------------------------------------------------------- whether it computes
 
 
 def _arithmetic(devices: list) -> Finding:
@@ -153,10 +132,8 @@ def _arithmetic(devices: list) -> Finding:
     started, size = time.monotonic(), 64
     mesh = Mesh(np.array(devices), ("all",))
     rows = NamedSharding(mesh, PartitionSpec("all", None))
-    ones = jax.make_array_from_callback(
-        (len(devices) * size, size), rows, lambda index: np.ones((size, size), np.float32)
-    )
-
+    shape = (len(devices) * size, size)
+    ones = jax.make_array_from_callback(shape, rows, lambda index: np.ones((size, size), np.float32))
     total = jax.shard_map(
         lambda x: jax.lax.psum(jnp.sum(x @ x.T), "all"),
         mesh=mesh,
@@ -173,20 +150,17 @@ def _arithmetic(devices: list) -> Finding:
     return Finding("arithmetic", OK, text, facts=facts)
 
 
-def _is_one_of_several(case: Case) -> bool:
-    try:
-        return find_place(os.environ, Path(case.root)) is not None
-    except Unclear:
-        return True
-
-
 def _mesh(case: Case, kind: str) -> Finding:
     """Whether [mesh] and the batch of the config fit the devices."""
     if not case.is_given:
-        return Finding(
-            "mesh", NOT_APPLICABLE, "no config is given; --config FILE asks whether its mesh fits the devices"
-        )
-    if kind != "tpu" and _is_one_of_several(case):  # a TPU's hosts know each other without being joined
+        text = "no config is given; --config FILE asks whether its mesh fits the devices"
+        return Finding("mesh", NOT_APPLICABLE, text)
+    try:
+        # A TPU's hosts know each other without being joined.
+        is_alone = kind == "tpu" or find_place(os.environ, Path(case.root)) is None
+    except Unclear:
+        is_alone = False
+    if not is_alone:
         return Finding("mesh", NOT_APPLICABLE, "the devices of the other hosts are known only once they have joined")
     import jax
 

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal
 
 from jaxgpt import __version__
 from jaxgpt.config import Config
-from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, Case, Finding
+from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, STATUSES, WARNING, Case, Finding
 from jaxgpt.errors import UserError
 
 _GRACE = 1.0  # seconds that a child has to end itself before it is killed, and then to be gone
@@ -32,20 +32,17 @@ _GRACE = 1.0  # seconds that a child has to end itself before it is killed, and 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A function from a Case to Findings, and the fix to print when it does not return."""
+    """A function from a Case to Findings, run in a process of its own."""
 
-    names: tuple[str, ...]
-    """The names of its findings, in their order."""
-    module: str
-    """In jaxgpt.diagnosis."""
+    names: tuple[str, ...]  # of its findings, in their order
+    module: str  # in jaxgpt.diagnosis
     function: str
-    if_silent: str
-    """The fix when it hangs or crashes."""
+    if_silent: str  # the fix when it hangs or crashes
 
 
 _HOLDER = "holder"  # found before jax takes the TPU itself
 PROBES = (
-    Probe(("python", "jax"), "software", "versions", "make a fresh virtual environment and pip install jaxgpt into it"),
+    Probe(("python", "jax"), "machine", "versions", "make a fresh virtual environment and pip install jaxgpt into it"),
     Probe((_HOLDER,), "accelerators", "holder", "end the processes that hold the TPU; else restart the machine"),
     Probe(("memory", "open files"), "machine", "resources", "restart the machine"),
     Probe(("hosts",), "machine", "joined", "check the name server (/etc/resolv.conf) and the hosts' network"),
@@ -78,27 +75,30 @@ def examine(
         UserError: `json_file` cannot be written.
     """
     started, findings = time.monotonic(), []
-    answers = diagnose(Case(config, workdir, is_given, expect), timeout_seconds)
-    with contextlib.closing(answers):
+    with contextlib.closing(diagnose(Case(config, workdir, is_given, expect), timeout_seconds)) as answers:
         for finding in answers:
-            print(_line(finding), flush=True)
+            status = {NOT_APPLICABLE: "-"}.get(finding.status, finding.status)
+            print(f"{status:<8} {finding.name:<14} {finding.text}", flush=True)
+            if finding.fix:
+                print(f"{'':8} {'':14} fix: {finding.fix}", flush=True)
             findings.append(finding)
     seconds = time.monotonic() - started
-    healthy = not any(finding.status == PROBLEM for finding in findings)
-    print(_summary(findings, seconds))
+    counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
+    bad = [f"{counts[name]} {name}{'s' * (counts[name] > 1)}" for name in (PROBLEM, WARNING) if counts[name]]
+    print(f"\n{', '.join(bad) or 'nothing is wrong'}, {counts[OK]} ok, in {seconds:.1f} s")
     if json_file:
         report = {
             "jaxgpt": __version__,
             "host": socket.gethostname(),
             "seconds": round(seconds, 2),
-            "healthy": healthy,
+            "healthy": not counts[PROBLEM],
             "findings": [json.loads(finding.to_json()) for finding in findings],
         }
         try:
             json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # may be /dev/stdout
         except OSError as error:
             raise UserError(f"--json {json_file} cannot be written ({error})") from None
-    return healthy
+    return not counts[PROBLEM]
 
 
 def diagnose(case: Case, seconds: float) -> Generator[Finding, None, None]:
@@ -114,21 +114,6 @@ def diagnose(case: Case, seconds: float) -> Generator[Finding, None, None]:
     finally:  # also when the caller stops here, or at Ctrl-C
         for child in children:
             child.kill()
-
-
-def _line(finding: Finding) -> str:
-    status = {"not applicable": "-"}.get(finding.status, finding.status)
-    text = f"{status:<8} {finding.name:<14} {finding.text}"
-    return f"{text}\n{'':8} {'':14} fix: {finding.fix}" if finding.fix else text
-
-
-def _summary(findings: Sequence[Finding], seconds: float) -> str:
-    counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
-    bad = [f"{counts[name]} {name}{'s' * (counts[name] > 1)}" for name in ("problem", "warning") if counts[name]]
-    return f"\n{', '.join(bad) or 'nothing is wrong'}, {counts[OK]} ok, in {seconds:.1f} s"
-
-
-# ---------------------------------------------------------------- one probe
 
 
 class Child:

@@ -1,6 +1,5 @@
 """Is this machine ready for the experiment? Its run folder, room for checkpoints, data and compile cache."""
 
-import dataclasses
 import errno
 import os
 import re
@@ -11,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.diagnosis.machine import describe, in_words, lock_owners
@@ -67,8 +66,11 @@ def _in_use(case: Case, finding: Finding) -> Finding:
 
 
 def _room(case: Case, checkpoints: Path, free: int) -> Finding:
-    parameters, size = checkpoint_size(case)
-    count = checkpoints_at_once(case.config)
+    settings = case.config.tokenizer
+    vocabulary = {"bpe": settings.vocab_size, "char": 128, "folder": GPT2_VOCAB}[settings.type]  # an estimate
+    vocabulary += len(settings.special_tokens)
+    parameters = parameter_count(case.config.model, padded_vocab(vocabulary))
+    size, count = checkpoint_bytes(case.config, vocabulary), checkpoints_at_once(case.config)
     there = sum(file.lstat().st_size for file in checkpoints.rglob("*") if file.is_file())
     needed = max(count * size - there, 0)
     facts = {
@@ -82,17 +84,6 @@ def _room(case: Case, checkpoints: Path, free: int) -> Finding:
     fix = f"make {more} more room, choose another --workdir, or lower checkpoint.save_total_limit"
     status = PROBLEM if free < needed else WARNING
     return Finding("disk room", status, f"{text}, but only {in_words(free)} are free", fix, facts)
-
-
-def checkpoint_size(case: Case) -> tuple[int, int]:
-    """(parameters, bytes of a checkpoint), the vocabulary estimated from the settings."""
-    settings = case.config.tokenizer
-    vocabulary = {"bpe": settings.vocab_size, "char": 128, "folder": GPT2_VOCAB}[settings.type]
-    vocabulary += len(settings.special_tokens)
-    return parameter_count(case.config.model, padded_vocab(vocabulary)), checkpoint_bytes(case.config, vocabulary)
-
-
-# ---------------------------------------------------------------- data
 
 
 def data(case: Case) -> Iterator[Finding]:
@@ -125,16 +116,12 @@ def data(case: Case) -> Iterator[Finding]:
     yield Finding("prepared data", OK, text, facts=place.facts)
 
 
-# ---------------------------------------------------------------- compile cache
-
-
 def compile_cache(case: Case) -> Iterator[Finding]:
     """Finds "compile cache": its size, and whether its entries can be read. A run without it only starts later."""
     folder = case.config.train.compilation_cache_dir
     if not folder:
-        yield Finding(
-            "compile cache", NOT_APPLICABLE, "train.compilation_cache_dir is empty: every start compiles anew"
-        )
+        text = "train.compilation_cache_dir is empty: every start compiles anew"
+        yield Finding("compile cache", NOT_APPLICABLE, text)
         return
     finding, place = check_folder("compile cache", folder, "choose another one: train.compilation_cache_dir")
     if place is None:
@@ -169,35 +156,18 @@ def damaged_entries(entries: list[Path]) -> list[Path]:
             break
         try:
             content = file.read_bytes()
-        except OSError:
-            damaged.append(file)
-            continue
-        if not content.startswith(_ZSTD) and not _is_zlib(content):
+            if not content.startswith(_ZSTD):
+                zlib.decompress(content)
+        except (OSError, zlib.error):
             damaged.append(file)
     return damaged
 
 
-def _is_zlib(content: bytes) -> bool:
-    unpacker = zlib.decompressobj()
-    try:
-        unpacker.decompress(content)
-    except zlib.error:
-        return False
-    return unpacker.eof
-
-
-# ---------------------------------------------------------------- a folder that a run writes to
-
-
-@dataclasses.dataclass(frozen=True)
-class WritableFolder:
-    """A folder that could be written."""
+class WritableFolder(NamedTuple):
+    """A folder that could be written, or made."""
 
     exists: bool
-    kind: str
-    """The file system's type."""
-    free: int
-    """Bytes that this user may still write."""
+    free: int  # bytes that this user may still write
     text: str
     facts: dict[str, Any]
 
@@ -218,8 +188,8 @@ def check_folder(name: str, folder: str, fix: str, *, lasting: bool = False) -> 
     try:
         seconds = write_and_rename(there)
     except OSError as error:
-        facts: dict[str, Any] = {"path": str(path), "file_system": kind}
-        facts["errno"] = errno.errorcode.get(error.errno or 0, "")
+        code = errno.errorcode.get(error.errno or 0, "")
+        facts: dict[str, Any] = {"path": str(path), "file_system": kind, "errno": code}
         text = f"{folder}: {there} cannot be written: {error.strerror}"
         return Finding(name, PROBLEM, text, _cure(error, there, mount, kind, fix), facts), None
     free = shutil.disk_usage(there).free
@@ -228,7 +198,7 @@ def check_folder(name: str, folder: str, fix: str, *, lasting: bool = False) -> 
     state = "" if there == path else f" (to be made in {there})"
     text = f"{folder}{state}: written in {seconds * 1e3:.0f} ms, {in_words(free)} free on {network} at {mount}{link}"
     facts = {"path": str(path), "file_system": kind, "mount": mount, "free_bytes": free, "seconds": round(seconds, 4)}
-    place = WritableFolder(there == path, kind, free, text, facts)
+    place = WritableFolder(there == path, free, text, facts)
     files = os.statvfs(there)
     if files.f_files and files.f_favail < _FEW_FILES:
         return Finding(name, WARNING, f"{text}; only {files.f_favail} more files", "delete files there", facts), place
@@ -244,16 +214,11 @@ def _bucket(name: str, folder: str) -> Finding:
         return Finding(name, PROBLEM, text, "mount it (s3fs, rclone mount) and give the folder")
     mounted = "/".join(part for part in (f"~/{bucket}", rest.strip("/")) if part)
     mount = f"mkdir -p ~/{bucket} && gcsfuse {_GCSFUSE} {bucket} ~/{bucket}"
-    fix = f"{mount}; then give {mounted}"
-    return Finding(name, PROBLEM, text, fix)
+    return Finding(name, PROBLEM, text, f"{mount}; then give {mounted}")
 
 
 def write_and_rename(folder: Path) -> float:
-    """The seconds that it takes to write a file in a folder, force it to disk and rename the folder, as a save does.
-
-    Raises:
-        OSError: one of them failed; nothing is left behind.
-    """
+    """The seconds to write a file, force it to disk and rename its folder, as a save does. Leaves nothing behind."""
     started, content = time.monotonic(), os.urandom(64 << 10)
     first = folder / f".jaxgpt-doctor-{os.getpid()}-{secrets.token_hex(4)}"
     second = first.with_name(first.name + ".renamed")

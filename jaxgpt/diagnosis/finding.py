@@ -13,20 +13,14 @@ OK, WARNING, PROBLEM, NOT_APPLICABLE = STATUSES = ("ok", "warning", "problem", "
 class Case:
     """The machine and the experiment to look at."""
 
-    config: Config
-    """The experiment's settings, or the defaults where none is given."""
-    workdir: str
-    """Its run folder, as the user wrote it."""
-    is_given: bool = False
-    """Whether the user gave settings; without them there is no model whose checkpoints could be measured."""
-    expect: str | None = None
-    """tpu, gpu or cpu, where the user says what jax has to find."""
-    root: str = "/"
-    """Where /dev, /proc and /sys are read."""
+    config: Config  # the experiment's settings, or the defaults where none is given
+    workdir: str  # its run folder, as the user wrote it
+    is_given: bool = False  # the user gave settings; without them there is no model to measure
+    expect: str | None = None  # tpu, gpu or cpu, where the user says what jax has to find
+    root: str = "/"  # where /dev, /proc and /sys are read
 
     def to_json(self) -> str:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(fields | {"config": to_json(self.config)})
+        return json.dumps(vars(self) | {"config": to_json(self.config)})
 
     @staticmethod
     def from_json(text: str) -> "Case":
@@ -42,8 +36,7 @@ class Finding:
     status: str
     text: str
     fix: str = ""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The numbers behind the line, for programs."""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the numbers behind the line, for programs
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,17 +40,12 @@ class DrillPlan:
 
     config_file: str
     config: Config
-    overrides: dict[str, str]
-    """{"train.max_steps": "40"}: the settings given on the command line."""
-    workdir: Path
-    """Folder for the runs and their log; empty at the start."""
-    kills: int
-    """Kills at random instants."""
-    points: int
-    """Kills at each named point."""
+    overrides: dict[str, str]  # {"train.max_steps": "40"}: the settings given on the command line
+    workdir: Path  # for the runs and their log; empty at the start
+    kills: int  # at random instants
+    points: int  # kills at each named point
     seed: int
-    devices: Sequence[int] = ()
-    """CPU devices of one start after another; empty leaves them as they are."""
+    devices: Sequence[int] = ()  # CPU devices of one start after another; empty leaves them as they are
 
 
 @dataclass
@@ -60,32 +55,24 @@ class DrillReport:
     undisturbed_seconds: float = 0.0
     kills: int = 0
     terms: int = 0
-    at_points: dict[str, int] = field(default_factory=dict)
-    """Kills at each named point."""
-    damaged: int = 0
-    """Checkpoints in which a bit was flipped."""
-    finished: int = 0
-    """Runs that reached their end and were compared."""
-    steps_lost: list[int] = field(default_factory=list)
-    """Steps that each kill made the run repeat."""
-    seconds_to_step: list[float] = field(default_factory=list)
-    """From each start to its first new step."""
-    term_seconds: list[float] = field(default_factory=list)
-    """From SIGTERM to the end of the process."""
-    failures: list[str] = field(default_factory=list)
-    """What differed or failed; empty when all is well."""
+    at_points: dict[str, int] = field(default_factory=dict)  # kills at each named point
+    damaged: int = 0  # checkpoints in which a bit was flipped
+    finished: int = 0  # runs that reached their end and were compared
+    steps_lost: list[int] = field(default_factory=list)  # that each kill made the run repeat
+    seconds_to_step: list[float] = field(default_factory=list)  # from each start to its first new step
+    term_seconds: list[float] = field(default_factory=list)  # from SIGTERM to the end of the process
+    failures: list[str] = field(default_factory=list)  # what differed or failed; empty when all is well
 
 
 class Drill:
     """One drill: `run` does it."""
 
     def __init__(self, plan: DrillPlan):
-        self._asked = plan
-        self._config = plan.config
+        self._plan = plan
         self._workdir = plan.workdir
+        self._run, self._log = plan.workdir / "disturbed", plan.workdir / "log.txt"
         self._random = random.Random(plan.seed)
         self._report = DrillReport()
-        self._devices = plan.devices
         self._starts = 0
 
     def run(self) -> DrillReport:
@@ -100,43 +87,29 @@ class Drill:
         if (code := process.wait()) != 0:
             raise RunFailed(f"the undisturbed run ended with exit code {code}; see {self._log}")
         self._report.undisturbed_seconds = time.monotonic() - began
-        for kill in self._plan():
-            self._say(f"{self._report.kills + self._report.terms + 1}: {kill or 'random instant'}")
+        kills = [""] * self._plan.kills + [point for point in POINTS for _ in range(self._plan.points)]
+        self._random.shuffle(kills)
+        for kill in kills:
+            print(f"{self._report.kills + self._report.terms + 1}: {kill or 'random instant'}", flush=True)
             self._disturb(kill)
         self._finish()
         return self._report
 
-    def _plan(self) -> Iterator[str]:
-        """Failpoints, and "" for a random instant, in a mixed order."""
-        kills = [""] * self._asked.kills + [point for point in POINTS for _ in range(self._asked.points)]
-        self._random.shuffle(kills)
-        yield from kills
-
     def _start(self, name: str, failpoint: str = "") -> subprocess.Popen:
         environment = {**os.environ, "JAXGPT_FAILPOINT": failpoint}
-        settings = {"log.logging_steps": "1", "log.tensorboard": "false", **self._asked.overrides}
-        if self._devices:
-            devices = self._devices[self._starts % len(self._devices)] if name == "disturbed" else self._devices[0]
+        settings = {"log.logging_steps": "1", "log.tensorboard": "false", **self._plan.overrides}
+        if all_devices := self._plan.devices:
+            devices = all_devices[self._starts % len(all_devices)] if name == "disturbed" else all_devices[0]
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-            settings["train.per_device_train_batch_size"] = str(self._config.global_batch_size // devices)
+            settings["train.per_device_train_batch_size"] = str(self._plan.config.global_batch_size // devices)
         self._starts += 1
-        command = [sys.executable, "-m", "jaxgpt.train", "--config", self._asked.config_file]
+        command = [sys.executable, "-m", "jaxgpt.train", "--config", self._plan.config_file]
         command += ["--workdir", str(self._workdir / name)]
         for setting, value in settings.items():
             command += [f"--{setting}", value]
         with open(self._log, "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-    @property
-    def _run(self) -> Path:
-        return self._workdir / "disturbed"
-
-    @property
-    def _log(self) -> Path:
-        return self._workdir / "log.txt"
-
-    # ------------------------------------------------------------ one kill
 
     def _disturb(self, point: str) -> None:
         """Start the run, kill it, and count the lost steps. A run that ends first is compared and started anew."""
@@ -218,8 +191,6 @@ class Drill:
         """The newest checkpoint that a start would use, before the next start cleans up."""
         return max(finished_steps(self._run), default=0)
 
-    # ------------------------------------------------------------ comparing
-
     def _finish(self) -> None:
         for _ in range(3):
             if (code := self._start("disturbed").wait()) == 0:
@@ -229,7 +200,7 @@ class Drill:
     def _compare(self) -> None:
         """Hold a finished run beside the undisturbed one; then it is removed, to be killed from its beginning again."""
         ours, whole = self._run, self._workdir / "undisturbed"
-        exact = len(set(self._devices)) <= 1
+        exact = len(set(self._plan.devices)) <= 1
         for difference in compare_records(ours, whole, exact) + (compare_states(ours, whole) if exact else []):
             self._fail(difference)
         left = [*ours.glob("checkpoints/.*"), *ours.glob("*.tmp")]
@@ -237,7 +208,7 @@ class Drill:
             left += ours.glob("quarantine/*")
         if left:
             self._fail(f"left behind: {', '.join(str(path) for path in left)}")
-        interval = self._config.checkpoint.save_steps
+        interval = self._plan.config.checkpoint.save_steps
         worst = max(self._report.steps_lost, default=0)
         if worst > 2 * interval:  # one interval, and the save that was still being written
             self._fail(f"{worst} steps lost at once, more than one interval of {interval} and an unfinished save")
@@ -248,30 +219,22 @@ class Drill:
 
     def _fail(self, text: str) -> None:
         self._report.failures.append(text)
-        self._say(f"FAILED: {text}")
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+        print(f"FAILED: {text}", flush=True)
 
 
 def last_step(run: Path, after: float | None = None) -> int:
     """The last step in the record; 0 where there is none, or none written since `after` (monotonic seconds)."""
     file = run / METRICS_FILE
-    if not file.is_file():
-        return 0
-    if after is not None and file.stat().st_mtime < time.time() - (time.monotonic() - after):
+    if not file.is_file() or (after is not None and file.stat().st_mtime < time.time() - (time.monotonic() - after)):
         return 0
     return max((line["step"] for line in read_metrics(run)), default=0)
 
 
 def record(run: Path) -> dict[tuple[int, str], dict]:
     """The lines of metrics.jsonl by step and kind, without what the clock decides."""
-    lines = {}
-    for line in read_metrics(run):
-        kind = "evaluation" if "eval_loss" in line else "step"
-        facts = {key: value for key, value in line.items() if key not in TIMED and not key.startswith("seconds_")}
-        lines[line["step"], kind] = facts
-    return lines
+    without_clock = lambda line: {k: v for k, v in line.items() if k not in TIMED and not k.startswith("seconds_")}
+    kind = lambda line: "evaluation" if "eval_loss" in line else "step"
+    return {(line["step"], kind(line)): without_clock(line) for line in read_metrics(run)}
 
 
 def compare_records(ours: Path, whole: Path, exact: bool) -> list[str]:
@@ -281,14 +244,11 @@ def compare_records(ours: Path, whole: Path, exact: bool) -> list[str]:
     found += [f"step {step}: one line of the {kind} too many" for step, kind in mine.keys() - theirs.keys()]
     for key in sorted(mine.keys() & theirs.keys()):
         a, b = mine[key], theirs[key]
-        same = a == b if exact else a.get("batch_hash") == b.get("batch_hash") and _near(a, b)
+        near = (abs(a[name] - b[name]) <= 1e-4 * abs(b[name]) for name in ("loss", "eval_loss") if name in b)
+        same = a == b if exact else a.get("batch_hash") == b.get("batch_hash") and all(near)
         if not same:
             found.append(f"step {key[0]}: {a} instead of {b}")
     return found[:5]
-
-
-def _near(a: dict, b: dict) -> bool:
-    return all(abs(a[name] - b[name]) <= 1e-4 * abs(b[name]) for name in ("loss", "eval_loss") if name in b)
 
 
 def compare_states(ours: Path, whole: Path) -> list[str]:

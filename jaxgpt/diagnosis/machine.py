@@ -1,13 +1,21 @@
-"""This host: its memory, cores and open files, who holds a file, and whether the other hosts of the run answer."""
+"""This host: its packages, memory, cores and open files, who holds a file, and whether the run's other hosts answer."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
+import platform
 import resource
 import shutil
 import socket
+import sys
+import tomllib
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
+import jaxgpt
+from jaxgpt import __version__
 from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case, Finding
 from jaxgpt.parallel.accelerator import accelerators
 from jaxgpt.parallel.cluster_env import OWN, ProcessPlace, Unclear, find_place
@@ -16,17 +24,129 @@ _OPEN_FILES = 1024  # Orbax and ArrayRecord keep dozens of files open, and a com
 _SPARE_MEMORY = 1 << 30
 _CONNECT_SECONDS = 5.0
 _SHARED_MEMORY = 256 << 20  # NCCL hands data from GPU to GPU through it; Docker gives 64 MiB
+# Packages that plug devices into jax, and the extra of jax whose requirements say which version of them it takes.
+_PLUGINS = {"libtpu": ("tpu", "tpu"), "jax-cuda12-plugin": ("gpu", "cuda12"), "jax-cuda13-plugin": ("gpu", "cuda13")}
+
+
+# ---------------------------------------------------------------- packages, by their metadata, without imports
+
+
+def versions(case: Case) -> Iterator[Finding]:
+    """Finds "python": this Python, and jaxgpt's own requirements; "jax": whether jax and its plugins fit together."""
+    if importlib.util.find_spec("packaging") is None:
+        text = f"Python {platform.python_version()}; versions are not compared, for packaging is not installed"
+        yield Finding("python", WARNING, text, "pip install packaging")
+        return
+    yield own_packages()
+    yield jax_versions(case)
+
+
+def own_packages() -> Finding:
+    try:
+        wanted, requires = own_requirements()
+    except metadata.PackageNotFoundError:
+        text = "jaxgpt is neither installed nor beside its pyproject.toml, so what it requires is not known"
+        return Finding("python", WARNING, text, "pip install jaxgpt, or pip install -e . in its repository")
+    unmet = list(unmet_requirements(requires))
+    facts = {"python": platform.python_version(), "executable": sys.executable, "unmet": unmet}
+    if not fits(platform.python_version(), wanted):
+        text = f"Python {platform.python_version()}, but jaxgpt {__version__} requires {wanted}"
+        return Finding("python", PROBLEM, text, "make a virtual environment with a newer Python", facts)
+    if unmet:
+        packages = " ".join(f'"{line.split(" (")[0]}"' for line in unmet)
+        text = f"jaxgpt {__version__} lacks {', '.join(unmet)}"
+        return Finding("python", PROBLEM, text, f"{sys.executable} -m pip install {packages}", facts)
+    count = sum("extra ==" not in line for line in requires)
+    text = f"Python {platform.python_version()}; jaxgpt {__version__} and the {count} packages it requires"
+    return Finding("python", OK, text, facts=facts)
+
+
+def own_requirements() -> tuple[str, list[str]]:
+    """(Python's versions, requirements); from pyproject.toml in a source tree, where metadata may be old or absent."""
+    project = Path(jaxgpt.__file__).parents[1] / "pyproject.toml"
+    if project.is_file():
+        content = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        if content["name"] == "jaxgpt":
+            return content["requires-python"], content["dependencies"]
+    about = metadata.distribution("jaxgpt")
+    return about.metadata["Requires-Python"], about.requires or []
+
+
+def fits(version: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def unmet_requirements(lines: list[str], extra: str = "") -> Iterator[str]:
+    """'jax>=0.10 (0.9.1 is installed)' for each requirement that this environment does not meet.
+
+    `packaging` is what pip itself decides with.
+    """
+    from packaging.requirements import Requirement
+
+    for line in lines:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        installed = version(requirement.name)
+        if installed is None:
+            yield f"{requirement.name}{requirement.specifier} (not installed)"
+        elif not fits(installed, str(requirement.specifier)):
+            yield f"{requirement.name}{requirement.specifier} ({installed} is installed)"
+
+
+def version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def jax_versions(case: Case) -> Finding:
+    """Whether jax, jaxlib and the device's plugin were released for each other, by jax's metadata."""
+    jax = version("jax")
+    if jax is None:
+        return Finding("jax", PROBLEM, "jax is not installed", 'pip install "jax[tpu]", "jax[cuda13]" or jax')
+    requires = metadata.requires("jax") or []
+    installed = {name: found for name in ("jax", "jaxlib", *_PLUGINS) if (found := version(name))}
+    text = ", ".join(f"{name} {found}" for name, found in installed.items())
+    kinds = {found.kind for found in accelerators(Path(case.root))} | {case.expect}
+    broken = [line for line in unmet_requirements(requires) if line.startswith("jaxlib")]
+    if broken:
+        fix = f'pip install -U "jax=={jax}" "{broken[0].split(" (")[0]}"'
+        return Finding("jax", PROBLEM, f"jax {jax} needs {broken[0]}", fix, installed)
+    for name, (kind, extra) in _PLUGINS.items():
+        lines = unmet_requirements(requires, extra) if name in installed and kind in kinds else ()
+        apart = next((line for line in lines if line.startswith(name)), None)
+        if apart is None:
+            continue
+        fix = f'pip install -U "jax[{extra}]=={jax}"'
+        if kind == "gpu":  # jax ignores a CUDA plugin of another version without a word
+            text = f"jax {jax} does not use its CUDA plugin: it wants {apart}"
+            return Finding("jax", PROBLEM, text, fix, installed)
+        # Another libtpu may work, but was not tested.
+        return Finding("jax", WARNING, f"{text}: jax {jax} was released with {apart}", fix, installed)
+    idle = [name for name, (kind, _) in _PLUGINS.items() if name in installed and kind not in kinds]
+    if idle:
+        text += f" ({', '.join(idle)}: no such device here)"
+    return Finding("jax", OK, text, facts=installed)
+
+
+# ---------------------------------------------------------------- memory and open files
 
 
 def resources(case: Case) -> Iterator[Finding]:
     """Finds "memory" and "open files"."""
-    root = Path(case.root)
-    yield _memory(root)
+    yield _memory(Path(case.root))
     yield _open_files()
 
 
 def _memory(root: Path) -> Finding:
-    memory = _meminfo(root)
+    memory: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):  # not Linux
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     limit = _container_limit(root)
     total, free = memory.get("MemTotal", 0), memory.get("MemAvailable", 0)
     if limit is not None and limit[0] < total:
@@ -44,15 +164,6 @@ def _memory(root: Path) -> Finding:
     if gpus > 1 and shared is not None and shared < _SHARED_MEMORY:
         return Finding("memory", WARNING, text, "give the container more: docker run --shm-size=1g", facts)
     return Finding("memory", OK, text, facts=facts)
-
-
-def _meminfo(root: Path) -> dict[str, int]:
-    """{"MemTotal": bytes, ...}; empty on other systems than Linux."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 
 
 def _container_limit(root: Path) -> tuple[int, int] | None:
@@ -97,13 +208,12 @@ def lock_owners(lock: Path, root: Path) -> list[int]:
         lines = (root / "proc/locks").read_text().splitlines()
     except OSError:
         return []
-    for line in lines:  # 1: POSIX  ADVISORY  WRITE 4711 fe:00:2146491 0 EOF
-        fields = [field for field in line.split() if field != "->"]  # an arrow: it waits for the lock
-        if "->" in line or len(fields) < 6:
-            continue
-        major, minor, inode = fields[5].split(":")
-        if (int(major, 16), int(minor, 16), int(inode)) == wanted and fields[4].isdigit():
-            pids.append(int(fields[4]))
+    for line in lines:  # 1: POSIX  ADVISORY  WRITE 4711 fe:00:2146491 0 EOF; with an arrow: it waits for the lock
+        fields = line.split()
+        if "->" not in fields and len(fields) >= 6:
+            major, minor, inode = fields[5].split(":")
+            if (int(major, 16), int(minor, 16), int(inode)) == wanted and fields[4].isdigit():
+                pids.append(int(fields[4]))
     return pids
 
 
@@ -111,12 +221,9 @@ def file_users(files: tuple[str, ...], root: Path) -> list[int]:
     """The processes that have one of the files open, as far as this user may see."""
     pids = []
     for folder in root.glob("proc/[0-9]*"):
-        try:
-            opened = {os.readlink(link) for link in (folder / "fd").iterdir()}
-        except OSError:  # ended by now, or another user's
-            continue
-        if opened & set(files):
-            pids.append(int(folder.name))
+        with contextlib.suppress(OSError):  # ended by now, or another user's
+            if any(os.readlink(link) in files for link in (folder / "fd").iterdir()):
+                pids.append(int(folder.name))
     return pids
 
 

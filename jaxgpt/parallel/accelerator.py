@@ -4,6 +4,7 @@ The signs are read from /dev, /sys and /proc without jax. The functions take the
 can give them another machine's.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.util
@@ -33,12 +34,9 @@ _TPU_CHIPS = {
 class Accelerator:
     """A kind of accelerator that this machine has, whether or not jax can use it."""
 
-    kind: str
-    """tpu or gpu: the names of jax's backends."""
-    what: str
-    """Number and name, such as "4 x TPU v5e"."""
-    device_files: tuple[str, ...]
-    """The files a program opens to use it; none in a container that was not given it."""
+    kind: str  # tpu or gpu: the names of jax's backends
+    what: str  # number and name, such as "4 x TPU v5e"
+    device_files: tuple[str, ...]  # those a program opens to use it; none in a container that was not given it
 
 
 def accelerators(root: Path = Path("/")) -> list[Accelerator]:
@@ -47,23 +45,17 @@ def accelerators(root: Path = Path("/")) -> list[Accelerator]:
 
 
 def _tpu(root: Path) -> Accelerator | None:
-    chips = _tpu_chips(root)
+    chips = []
+    for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
+        with contextlib.suppress(OSError):  # a device that is being taken away
+            if vendor.read_text().strip() == _GOOGLE:
+                chips.append(_TPU_CHIPS.get(vendor.with_name("device").read_text().strip()))
+    chips = [chip for chip in chips if chip]
     files = _names(root, "dev/accel[0-9]*")
     if chips:
         files += _names(root, "dev/vfio/[0-9]*")  # other devices may be handed out through vfio too
         return Accelerator("tpu", f"{len(chips)} x {chips[0]}", files)
     return Accelerator("tpu", f"{len(files)} x TPU", files) if files else None
-
-
-def _tpu_chips(root: Path) -> list[str]:
-    chips = []
-    for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
-        try:
-            if vendor.read_text().strip() == _GOOGLE:
-                chips.append(_TPU_CHIPS.get(vendor.with_name("device").read_text().strip()))
-        except OSError:  # a device that is being taken away
-            continue
-    return [chip for chip in chips if chip]
 
 
 def _gpu(root: Path) -> Accelerator | None:
@@ -131,8 +123,6 @@ def asks_for_cpu(platforms: str | None) -> bool:
     """Whether JAX_PLATFORMS, a list separated by commas, names the CPU."""
     return "cpu" in (platforms or "").lower().split(",")
 
-
-# ---------------------------------------------------------------- the memory allocator
 
 # glibc's mallopt parameters (malloc.h) and their values
 _MALLOC_SETTINGS = (

@@ -9,17 +9,12 @@ class Chip:
     """A TPU generation. Figures are of one jax device, except where they say chip. Decimal units."""
 
     name: str
-    peak_flops: float
-    """bf16 FLOP/s."""
-    flops_per_cycle: int
-    """bf16, all matrix units of the device together."""
+    peak_flops: float  # bf16 FLOP/s
+    flops_per_cycle: int  # bf16, all matrix units of the device together
     hbm_bytes: float
-    hbm_bandwidth: float
-    """Bytes per second."""
-    ici_bandwidth: float
-    """Bytes per second of a chip, all links, both ways."""
-    ici_axes: int
-    """Axes of the network between chips: each chip has two links per axis."""
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second of a chip, all links, both ways
+    ici_axes: int  # of the network between chips: each chip has two links per axis
     devices_per_chip: int = 1
 
     @property
@@ -30,24 +25,16 @@ class Chip:
 
 
 def _chip(
-    name: str,
-    teraflops: float,
-    matrix_units: int,
-    rows: int,
-    hbm_gb: float,
-    hbm_gb_s: float,
-    ici_gb_s: float,
-    axes: int,
-    devices: int = 1,
+    name: str, tflops: float, units: int, rows: int, hbm: float, hbm_gbs: float, ici: float, axes: int, devices: int = 1
 ) -> Chip:
-    """`matrix_units` of `rows` x `rows` per chip. From the 256-wide generation on they take two rows a cycle."""
+    """`units` matrix units of `rows` x `rows` a chip. From the 256-wide generation on they take two rows a cycle."""
     return Chip(
         name=name,
-        peak_flops=teraflops * 1e12 / devices,
-        flops_per_cycle=matrix_units * rows * rows * 2 * (2 if rows == 256 else 1) // devices,
-        hbm_bytes=hbm_gb * 1e9 / devices,
-        hbm_bandwidth=hbm_gb_s * 1e9 / devices,
-        ici_bandwidth=ici_gb_s * 1e9,
+        peak_flops=tflops * 1e12 / devices,
+        flops_per_cycle=units * rows * rows * 2 * (2 if rows == 256 else 1) // devices,
+        hbm_bytes=hbm * 1e9 / devices,
+        hbm_bandwidth=hbm_gbs * 1e9 / devices,
+        ici_bandwidth=ici * 1e9,
         ici_axes=axes,
         devices_per_chip=devices,
     )
@@ -99,7 +86,4 @@ _PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 peak FLOP/s of one jax device by `device.device_kind`; None if not known (CPU)."""
-    for pattern, teraflops in _PEAK_TFLOPS:
-        if re.fullmatch(pattern, device_kind):
-            return teraflops * 1e12
-    return None
+    return next((tflops * 1e12 for pattern, tflops in _PEAK_TFLOPS if re.fullmatch(pattern, device_kind)), None)

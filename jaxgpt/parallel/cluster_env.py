@@ -1,13 +1,13 @@
 """Which of several processes is this one? Read from the environment, or from the metadata server of a Cloud TPU VM.
 
-train joins the processes found here, and doctor shows them. The rules are those of jax's own detection
-(jax/_src/clusters). jax.distributed.initialize() cannot be used for it: it joins at once, and no public function says
-whom it would join, which the roll call before (join.py) needs to name who is missing. It also gives a Slurm or Open
-MPI process one GPU even where it is alone on its host. Two more differences: a machine without TPU chips asks no
-server, and signs that contradict each other are an error, because a process that trains alone by mistake is a second
-run in the same folder. Imports no jax.
+The rules are those of jax's own detection (jax/_src/clusters). jax.distributed.initialize() cannot be used for it: it
+joins at once, and no public function says whom it would join, which the roll call before (join.py) needs to name who
+is missing. It also gives a Slurm or Open MPI process one GPU even where it is alone on its host. Two more differences:
+a machine without TPU chips asks no server, and signs that contradict each other are an error, because a process that
+trains alone by mistake is a second run in the same folder. Imports no jax.
 """
 
+import contextlib
 import dataclasses
 import http.client
 import math
@@ -40,12 +40,10 @@ _TRIES, _PAUSE_SECONDS = 4, 0.5  # the server moves with its machine, and is awa
 class ProcessPlace:
     """Which of how many processes this one is, and where process 0 listens for the others."""
 
-    coordinator: str
-    """host:port"""
+    coordinator: str  # host:port
     num_processes: int
     process_id: int
     said_by: str = dataclasses.field(default="", compare=False)
-    """Where this was found."""
     hosts: Mapping[int, str] = dataclasses.field(default_factory=dict, compare=False)
     """Process -> its host, as far as known before they join."""
     local_device_ids: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
@@ -234,9 +232,7 @@ def _check_hosts(said_by: str, workers: list[str], values: Mapping[str, str]) ->
 def _check_chips(said_by: str, values: Mapping[str, str], root: Path) -> None:
     """Check that this host has the chips that a host of the slice must have."""
     wanted = _product(values, "TPU_CHIPS_PER_HOST_BOUNDS", "CHIPS_PER_HOST_BOUNDS")
-    on_purpose = (
-        values.get("TPU_VISIBLE_CHIPS") or values.get("TPU_VISIBLE_DEVICES") or values.get("JAX_FORCE_TPU_INIT")
-    )
+    on_purpose = any(map(values.get, ("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "JAX_FORCE_TPU_INIT")))
     if wanted is None or on_purpose or values.get("JAX_PLATFORMS", "").lower() == "cpu":
         return
     if (seen := _chips(root)) < wanted:  # more is no sign: some chips show up twice on the PCI bus
@@ -277,9 +273,6 @@ def _ask_metadata(environment: Mapping[str, str], root: Path) -> tuple[list[str]
 
     None where the server need not be asked, does not exist, or knows of no slice. GCE_METADATA_IP or
     GCE_METADATA_HOST names another server, as in Google's own libraries.
-
-    Raises:
-        Unclear: the machine is Google's, and its server does not answer.
     """
     platforms = environment.get("JAX_PLATFORMS", "")
     wanted = "TPU_SKIP_MDS_QUERY" not in environment and (not platforms or "tpu" in platforms.lower().split(","))
@@ -311,20 +304,14 @@ def _ask_metadata(environment: Mapping[str, str], root: Path) -> tuple[list[str]
 def _is_googles(root: Path) -> bool:
     """Whether the machine's firmware names Google. Needs no network."""
     for name in ("sys_vendor", "product_name"):
-        try:
+        with contextlib.suppress(OSError):  # no such file in some containers
             if "Google" in (root / "sys/class/dmi/id" / name).read_text():
                 return True
-        except OSError:  # no such file in some containers
-            continue
     return False
 
 
 def _attribute(server: str, name: str, tries: int = _TRIES) -> str | None:
-    """The text of an attribute of this machine; None where it has no such attribute.
-
-    Raises:
-        OSError: no answer.
-    """
+    """The text of an attribute of this machine; None where it has no such attribute. OSError: no answer."""
     request = urllib.request.Request(f"http://{server}/{_ATTRIBUTES}/{name}", headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for its own machine
     while True:

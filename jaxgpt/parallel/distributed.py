@@ -5,6 +5,7 @@ only then does jax join them. A process that fails to join never goes on alone: 
 folder. Nothing here changes a single process.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,12 @@ def join(setting: str, host_timeout_seconds: float, root: Path = Path("/")) -> N
     place = place_in(os.environ, setting, root)
     if place is None:
         return
-    roll_call(place, _join_timeout(os.environ), _must_be_the_same(root))
+    seconds = os.environ.get(JOIN_TIMEOUT) or "300"
+    try:
+        timeout = float(seconds)
+    except ValueError:
+        raise UserError(f"{JOIN_TIMEOUT} = {seconds!r} is not a number of seconds") from None
+    roll_call(place, timeout, _must_be_the_same(root))
     # jax's own handler of SIGTERM would replace the one that saves the state (training/signals.py).
     jax.config.update("jax_enable_preemption_service", False)
     host, port = place.address()
@@ -78,24 +84,15 @@ def leave(ok: bool) -> None:
     if coordination_client() is None:
         return
     if ok:
-        try:
+        with contextlib.suppress(RuntimeError, ValueError, HostLost):  # the others are gone
             barrier("leave", _LEAVE_SECONDS)
             jax.distributed.shutdown()
             return
-        except (RuntimeError, ValueError, HostLost):  # the others are gone
-            pass
     abandon_coordination()
 
 
-# ---------------------------------------------------------------- who takes part
-
-
 def place_in(environment: Mapping[str, str], setting: str, root: Path = Path("/")) -> ProcessPlace | None:
-    """The process's place by `environment` and the machine; None where it is alone.
-
-    Raises:
-        UserError: the signs contradict each other, or mesh.distributed = "on" finds none.
-    """
+    """The process's place by `environment` and the machine; None where it is alone. Errors are those of `join`."""
     if setting == "off":
         return None
     found = find_place(environment, root)
@@ -135,17 +132,6 @@ def _must_be_the_same(root: Path) -> dict[str, str]:
         tpus = [found.what for found in accelerators(root) if found.kind == "tpu"]
         same["TPU chips"] = tpus[0] if tpus else "none"
     return same
-
-
-def _join_timeout(environment: Mapping[str, str]) -> float:
-    text = environment.get(JOIN_TIMEOUT) or "300"
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{JOIN_TIMEOUT} = {text!r} is not a number of seconds") from None
-
-
-# ---------------------------------------------------------------- together
 
 
 def is_alone() -> bool:

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src.distributed import global_state  # jax has no public way to its key-value store; Orbax uses this one too
@@ -58,8 +58,7 @@ class Sign:
     host: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """Which process is lost, and how that was noticed."""
 
     process: int
@@ -129,21 +128,20 @@ class PeerWatch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if not self._threads:
             return
-        if _is_broken_collective(error):
-            # The threads find out who is gone, and end this process. If they do not within the longest time that can
-            # take, the error had another cause.
+        if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error)):
+            # As a collective with a dead peer raises it. The threads find out who is gone, and end this process. If
+            # they do not within the longest time that can take, the error had another cause.
             time.sleep(max(self._timeout, _FAILED_SECONDS) + 10 * _INTERVAL)
         good = error is None or isinstance(error, Interrupted)
-        if good:
-            self._wait_for_the_others()
+        if good:  # wait, still watched by the threads, until process 0 has written its last files
+            with contextlib.suppress(RuntimeError, ValueError):  # some process is lost: the threads will say which
+                self._client.wait_at_barrier("jaxgpt/end", _END_MILLISECONDS)
         self._state = DONE if good else f"{FAILED}: {type(error).__name__}: {error}"[:300]
         self._closing.set()
         for thread in self._threads:
             thread.join(2 * self._timeout)
         if not good and self._me == 0:
             self._outlast_the_others()
-
-    # ------------------------------------------------------------ the threads
 
     def _keep_beating(self) -> None:
         before = time.monotonic()
@@ -152,7 +150,11 @@ class PeerWatch:
             now = time.monotonic()
             try:
                 self._beat()
-                loss = self._read_verdict() or self._peers.judge(self._read_signs(), now - before)
+                verdict = self._client.key_value_dir_get(_VERDICT)
+                if verdict:
+                    loss: Loss | None = Loss(*json.loads(verdict[0][1]))
+                else:
+                    loss = self._peers.judge(self._read_signs(), now - before)
             except (RuntimeError, ValueError):  # the store does not answer; _watch_the_store counts how long
                 if closing:
                     return
@@ -160,8 +162,10 @@ class PeerWatch:
             self._answered = before = now
             if closing:
                 return
+            if loss and self._me == 0:  # publish it, and keep the store until the others have read it
+                self._client.key_value_set(f"{_VERDICT}/0", json.dumps(loss), allow_overwrite=True)
+                time.sleep(4 * _INTERVAL)
             if loss:
-                self._announce(loss)
                 self._end(loss)
 
     def _watch_the_store(self) -> None:
@@ -177,19 +181,12 @@ class PeerWatch:
             if silent > self._timeout + 2 * _INTERVAL:  # process 0's own verdict goes first
                 self._end(Loss(0, self._host_of_0, f"does not answer for {silent:.0f} s"))
 
-    def _wait_for_the_others(self) -> None:
-        """Wait, still watched by the threads, until process 0 has written its last files."""
-        with contextlib.suppress(RuntimeError, ValueError):  # some process is lost: the threads will say which
-            self._client.wait_at_barrier("jaxgpt/end", _END_MILLISECONDS)
-
     def _outlast_the_others(self) -> None:
         """Keep the store of process 0 until the others have read there that it failed, or have failed too."""
         deadline = time.monotonic() + _FAILED_SECONDS + 4 * _INTERVAL
-        try:
+        with contextlib.suppress(RuntimeError, ValueError):  # jax has closed the store
             while time.monotonic() < deadline and any(sign.state == ALIVE for sign in self._read_signs().values()):
                 time.sleep(_INTERVAL)
-        except (RuntimeError, ValueError):  # jax has closed the store
-            pass
 
     def _beat(self) -> None:
         self._count += 1
@@ -204,16 +201,6 @@ class PeerWatch:
             return {process: sign for process, sign in signs.items() if process != 0}
         return {0: Sign(*json.loads(self._client.key_value_try_get(f"{_SIGNS}0")))}
 
-    def _read_verdict(self) -> Loss | None:
-        found = self._client.key_value_dir_get(_VERDICT)
-        return Loss(*json.loads(found[0][1])) if found else None
-
-    def _announce(self, loss: Loss) -> None:
-        """Process 0 publishes the loss, and keeps the store until the others have read it."""
-        if self._me == 0:
-            self._client.key_value_set(f"{_VERDICT}/0", json.dumps(dataclasses.astuple(loss)), allow_overwrite=True)
-            time.sleep(4 * _INTERVAL)
-
     def _end(self, loss: Loss) -> None:
         """Print, record and exit. Not an exception: the main thread waits in a collective and would not see it."""
         self._ending.acquire()  # never released: one thread ends the process
@@ -222,16 +209,11 @@ class PeerWatch:
             "run the same command again to go on"
         )
         os.write(2, f"failed: {line}\n".encode())
-        facts = dataclasses.asdict(loss) | {"reported_by": self._me}
+        facts = loss._asdict() | {"reported_by": self._me}
         writing = threading.Thread(target=self._record, args=(self._step(), facts), daemon=True)
         writing.start()
         writing.join(_RECORD_SECONDS)  # the disk may be what died
         os._exit(EXIT_WATCHDOG)
-
-
-def _is_broken_collective(error: BaseException | None) -> bool:
-    """Whether the error is one that a collective with a dead peer raises (gloo's is a ValueError)."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
 
 
 def _refuses(address: str | None) -> bool:

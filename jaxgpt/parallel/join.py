@@ -5,6 +5,7 @@ the port that jax's coordinator will use, so no other port has to be open; the o
 Every process that came gets the same result.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -36,13 +37,11 @@ def roll_call(place: ProcessPlace, timeout_seconds: float, same: Mapping[str, st
     error: str | None
     if place.process_id == 0:
         error = _Roll(hello, place, timeout_seconds).call(host, port, deadline)
-    else:
-        error = _answer(hello, host, port, deadline)
-        if error is None:
-            error = (
-                f"process 0 did not answer at {place.coordinator} in {timeout_seconds:g} s; start the same command "
-                f"there too, and open port {port} between the hosts (JAX_COORDINATOR_PORT chooses another)"
-            )
+    elif (error := _answer(hello, host, port, deadline)) is None:
+        error = (
+            f"process 0 did not answer at {place.coordinator} in {timeout_seconds:g} s; start the same command "
+            f"there too, and open port {port} between the hosts (JAX_COORDINATOR_PORT chooses another)"
+        )
     if error:
         raise HostLost(f"the processes did not join: {error}")
 
@@ -66,7 +65,10 @@ class _Roll:
             while len(self._here) < self._own["processes"] and not self._error:
                 self._hear(listener, deadline)
         for connection in self._connections:
-            _send_result(connection, self._error)
+            with contextlib.suppress(OSError), connection:  # it left meanwhile; jax's own join will notice
+                connection.sendall(json.dumps({"error": self._error}).encode() + b"\n")
+                connection.settimeout(_HELLO_SECONDS)
+                connection.recv(1)  # until the other side has closed: then the port is free for jax at once
         return self._error
 
     @staticmethod
@@ -92,7 +94,7 @@ class _Roll:
                 self._error = self._missing("no sign of")
             else:
                 self._notice = None
-                _say(self._missing("waiting for"))
+                print(self._missing("waiting for"), file=sys.stderr, flush=True)
             return
         hello = _read(connection, _HELLO_SECONDS)
         if not isinstance(hello, dict) or hello.keys() != self._own.keys():
@@ -143,25 +145,12 @@ def _answer(hello: dict, host: str, port: int, deadline: float) -> str | None:
             outcome = None
             if time.monotonic() > notice:
                 notice = float("inf")
-                _say(f"process {hello['process']} waits for process 0 at {host}:{port}, which does not answer yet")
+                waits = f"process {hello['process']} waits for process 0 at {host}:{port}, which does not answer yet"
+                print(waits, file=sys.stderr, flush=True)
         if isinstance(outcome, dict) and "error" in outcome:
             return outcome["error"]
         time.sleep(_RETRY_SECONDS)
     return None
-
-
-def _send_result(connection: socket.socket, error: str) -> None:
-    try:
-        with connection:
-            connection.sendall(json.dumps({"error": error}).encode() + b"\n")
-            connection.settimeout(_HELLO_SECONDS)
-            connection.recv(1)  # until the other side has closed: then the port is free for jax at once
-    except OSError:  # it left meanwhile; jax's own join will notice
-        pass
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _read(connection: socket.socket, seconds: float) -> object:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 from jaxgpt.parallel.cluster_env import COORDINATOR, NUM_PROCESSES, PROCESS_ID
@@ -37,12 +37,28 @@ def run_together(command: Sequence[str], environments: Sequence[dict[str, str]],
 
     A death by signal s counts as 128 + s. Once one has failed, the others have `grace_seconds` to end.
     """
-    processes = [_start(command, environment) for environment in environments]
+    prctl = ctypes.CDLL(None).prctl  # found here, because little is safe between fork and exec
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches only the launcher, which passes it on once
+            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # also when the launcher itself is killed
+        )
+        for environment in environments
+    ]
     writing = threading.Lock()
     readers = [threading.Thread(target=_relay, args=(n, p, writing), daemon=True) for n, p in enumerate(processes)]
     for reader in readers:
         reader.start()
-    handlers = {number: signal.signal(number, _forward_to(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = _wait(processes, grace_seconds)
     finally:
@@ -57,19 +73,6 @@ def run_together(command: Sequence[str], environments: Sequence[dict[str, str]],
     return code
 
 
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    prctl = ctypes.CDLL(None).prctl  # found here, because little is safe between fork and exec
-
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches only the launcher, which passes it on once
-        preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # also when the launcher itself is killed
-    )
-
-
 def _relay(number: int, process: subprocess.Popen[bytes], writing: threading.Lock) -> None:
     """Print the output of a process, each line whole, so that lines of different processes never mix."""
     assert process.stdout
@@ -78,14 +81,6 @@ def _relay(number: int, process: subprocess.Popen[bytes], writing: threading.Loc
         with writing, contextlib.suppress(OSError):
             sys.stdout.buffer.write(f"[{number}] ".encode() + line.removesuffix(b"\n") + b"\n")
             sys.stdout.buffer.flush()
-
-
-def _forward_to(processes: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
-    def forward(number: int, _: FrameType | None) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    return forward
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:

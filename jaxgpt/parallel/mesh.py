@@ -1,6 +1,7 @@
 """The device mesh: `data` copies the model, `fsdp` splits parameters and batch, `tensor` splits heads and MLP."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import jax
 import numpy as np
@@ -39,9 +40,7 @@ def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 
 def build_mesh(
-    mesh: MeshConfig,
-    devices: Sequence[jax.Device] | None = None,
-    slice_of: Callable[[jax.Device], int] = slice_of,
+    mesh: MeshConfig, devices: Sequence[jax.Device] | None = None, slice_of: Callable[[jax.Device], int] = slice_of
 ) -> Mesh:
     """The mesh of all devices (or the given ones) in the shape that `mesh` asks for.
 
@@ -52,7 +51,11 @@ def build_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     data, fsdp, tensor = mesh_shape(mesh, len(devices))
-    slices = _by_slice(devices, slice_of)
+    by_slice = {number: list(found) for number, found in groupby(sorted(devices, key=slice_of), key=slice_of)}
+    sizes = {number: len(members) for number, members in by_slice.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"the slices have different numbers of devices: {sizes}; take slices of one size")
+    slices = list(by_slice.values())
     if data % len(slices):
         raise UserError(
             f"mesh.data = {data} cannot be split over {len(slices)} slices of {len(slices[0])} devices; mesh.fsdp x "
@@ -62,16 +65,6 @@ def build_mesh(
     auto, shape = (AxisType.Auto,) * 3, (data // len(slices), fsdp, tensor)
     meshes = [jax.make_mesh(shape, AXES, axis_types=auto, devices=members) for members in slices]
     return meshes[0] if len(meshes) == 1 else Mesh(np.concatenate([m.devices for m in meshes]), AXES, axis_types=auto)
-
-
-def _by_slice(devices: Sequence[jax.Device], slice_of: Callable[[jax.Device], int]) -> list[list[jax.Device]]:
-    slices: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        slices.setdefault(slice_of(device), []).append(device)
-    sizes = {number: len(members) for number, members in sorted(slices.items())}
-    if len(set(sizes.values())) > 1:
-        raise UserError(f"the slices have different numbers of devices: {sizes}; take slices of one size")
-    return [slices[number] for number in sizes]
 
 
 def batch_shards(mesh: Mesh) -> int:

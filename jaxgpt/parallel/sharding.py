@@ -144,7 +144,6 @@ def _manual_axes(mesh: Mesh) -> tuple[str, ...]:
 
 def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """`spec` without the mesh axes that are not in `axes`."""
-
     return PartitionSpec(*(tuple(axis for axis in _axes_of(entry) if axis in axes) or None for entry in spec))
 
 
@@ -162,12 +161,7 @@ def over_heads(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., ja
     heads = PartitionSpec(None, None, "tensor", None)
 
     def split(
-        q_BTNH: jax.Array,
-        k_BSNH: jax.Array,
-        v_BSNH: jax.Array,
-        *,
-        segments_BT: jax.Array | None = None,
-        **options: Any,
+        q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, segments_BT: jax.Array | None = None, **options: Any
     ) -> jax.Array:
         call = lambda q, k, v, segments: attend(q, k, v, segments_BT=segments, **options)
         mapped = jax.shard_map(
@@ -224,9 +218,6 @@ def sum_gradients(grads: Arrays, param_shardings: Shardings, result_shardings: S
 def specs(shardings: Shardings) -> Specs:
     """The PartitionSpecs of a tree of NamedShardings."""
     return jax.tree.map(lambda sharding: sharding.spec, shardings)
-
-
-# ---------------------------------------------------------------- arrays that every device holds, and batches
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -30,18 +30,13 @@ class CompiledStep:
     """The TPU compiler's answer about one train step. Bytes are of one device."""
 
     fits: bool
-    memory: dict[str, int]
-    """Bytes by kind, as `training.memory.step_memory` counts them."""
+    memory: dict[str, int]  # by kind, as `training.memory.step_memory` counts them
     total_bytes: int
-    limit_bytes: int
-    """Bytes that a program may use."""
-    donated_bytes: int
-    """Bytes of the state whose memory the new state reuses."""
+    limit_bytes: int  # that a program may use
+    donated_bytes: int  # of the state whose memory the new state reuses
     compile_seconds: float
-    hlo: str = ""
-    """The compiled program's text; empty if it does not fit."""
-    problem: str = ""
-    """The compiler's message, if it gave up for another reason than memory."""
+    hlo: str = ""  # the compiled program's text; empty if it does not fit
+    problem: str = ""  # the compiler's message, if it gave up for another reason than memory
 
 
 def compile_step(config: Config, vocab_size: int, where: Slice, cache: Path | None = None) -> CompiledStep:
@@ -56,7 +51,7 @@ def compile_step(config: Config, vocab_size: int, where: Slice, cache: Path | No
     options = compiler_options(list(mesh.devices.flat))
     entry = cache and cache / f"{_key(lowered, options, where)}.json.gz"
     if entry and entry.exists():
-        return _read(entry)
+        return CompiledStep(**json.loads(gzip.decompress(entry.read_bytes())))
     state = state_bytes(program)
     started = time.perf_counter()
     try:
@@ -68,9 +63,6 @@ def compile_step(config: Config, vocab_size: int, where: Slice, cache: Path | No
     if entry:
         _write(entry, step)
     return step
-
-
-# ---------------------------------------------------------------- the compiler's answer
 
 
 def _accepted(compiled: jax.stages.Compiled, state: dict[str, int], where: Slice, seconds: float) -> CompiledStep:
@@ -92,17 +84,10 @@ def _refused(message: str, state: dict[str, int], where: Slice, seconds: float) 
     return CompiledStep(False, memory, needed, limit, 0, seconds)
 
 
-# ---------------------------------------------------------------- the cache
-
-
 def _key(lowered: jax.stages.Lowered, options: dict, where: Slice) -> str:
     parts = [lowered.as_text(), json.dumps(options, sort_keys=True), where.topology]
     parts += [jax.__version__, tpu_compiler_version()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _read(entry: Path) -> CompiledStep:
-    return CompiledStep(**json.loads(gzip.decompress(entry.read_bytes())))
 
 
 def _write(entry: Path, step: CompiledStep) -> None:
@@ -110,8 +95,7 @@ def _write(entry: Path, step: CompiledStep) -> None:
     try:
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(entry, content)
-        old = sorted(entry.parent.glob("*.json.gz"), key=lambda file: file.stat().st_mtime)[:-_KEPT]
-        for file in old:
+        for file in sorted(entry.parent.glob("*.json.gz"), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
             file.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s: the compiled program is not kept (%s)", entry.parent, error)

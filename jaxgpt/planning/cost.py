@@ -6,6 +6,7 @@ No TPU is asked. `CALIBRATION` says how far such times have been from measured s
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,15 +22,12 @@ _RING_FROM = 16  # chips along an axis of a flat slice (v5e, v6e) that are joine
 class Calibration:
     """How measured steps compare with estimates."""
 
-    factor: float
-    """Measured over estimated seconds, the geometric mean of the runs."""
-    low: float
-    high: float
-    """The smallest and the largest ratio of the runs."""
+    factor: float  # measured over estimated seconds, the geometric mean of the runs
+    low: float  # the smallest ratio of the runs
+    high: float  # the largest
     date: str
     sources: tuple[str, ...]
-    limits: str
-    """The chips and sizes that the runs do not cover."""
+    limits: str  # the chips and sizes that the runs do not cover
 
     @property
     def absolute(self) -> bool:
@@ -51,17 +49,9 @@ CALIBRATION = Calibration(
 )
 
 
-# ---------------------------------------------------------------- attention kernels
-
 # Cycles of a cell of the kernels' grid, a row of 1024 positions with two heads of 64, forward and backward, by the
 # compiler's own schedules: benchmarks/attention_cycles.py, jax 0.12.0, libtpu 0.0.52. It simulates them, except on v4.
-_CELL_CYCLES = {
-    "v4": (3763, 5223),
-    "v5e": (5892, 9572),
-    "v5p": (2957, 4877),
-    "v6e": (4552, 6863),
-    "v7x": (4548, 6896),
-}
+_CELL_CYCLES = {"v4": (3763, 5223), "v5e": (5892, 9572), "v5p": (2957, 4877), "v6e": (4552, 6863), "v7x": (4548, 6896)}
 _PASSES = {"attention_forward": (0, FORWARD_BLOCK), "attention_backward": (1, BACKWARD_BLOCK)}
 _ONE_HEAD = 0.68  # of two: one of 128 has half as many scores (v5e; 124M with 6 heads)
 
@@ -82,9 +72,6 @@ def attention_cycles(kernel: Kernel, chip: str) -> float | None:
     return rows * groups * cell * (_ONE_HEAD if heads == 1 else heads / 2)
 
 
-# ---------------------------------------------------------------- the estimate
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Seconds of one run, before calibration."""
@@ -92,12 +79,9 @@ class Estimate:
     seconds: float
     compute_seconds: float
     kernel_seconds: float
-    collective_seconds: float
-    """All collectives, as if nothing ran beside them."""
-    collective_seconds_exposed: float
-    """Seconds that the program waits for them."""
-    kernels_without_cycles: tuple[str, ...]
-    """Kernels that are counted as nothing, because their cycles are not known."""
+    collective_seconds: float  # all of them, as if nothing ran beside them
+    collective_seconds_exposed: float  # that the program waits for them
+    kernels_without_cycles: tuple[str, ...]  # counted as nothing, because their cycles are not known
 
 
 def estimate(
@@ -126,9 +110,6 @@ def estimate(
     )
 
 
-# ---------------------------------------------------------------- collectives
-
-
 def wire_bandwidth(chip: Chip, shape: tuple[int, ...], group_size: int) -> float:
     """Bytes per second that a device of a group can send to the others, over all links that the group uses.
 
@@ -150,9 +131,8 @@ def _is_ring(size: int, chip: Chip) -> bool:
 def _axes_of(shape: tuple[int, ...], chips: int) -> tuple[int, ...]:
     """Sizes of the fewest axes of the slice that hold exactly `chips`; of one made-up axis if none do."""
     sizes = sorted((size for size in shape if size > 1), reverse=True)
-    subsets = [[s for i, s in enumerate(sizes) if mask >> i & 1] for mask in range(1, 2 ** len(sizes))]
-    fitting = [tuple(subset) for subset in subsets if math.prod(subset) == chips]
-    return min(fitting, key=len, default=(min(chips, max(sizes, default=chips)),))
+    subsets = (subset for count in range(1, len(sizes) + 1) for subset in itertools.combinations(sizes, count))
+    return next((axes for axes in subsets if math.prod(axes) == chips), (min(chips, max(sizes, default=chips)),))
 
 
 def _collective_seconds(collective: Collective, chip: Chip, shape: tuple[int, ...]) -> float:

@@ -8,6 +8,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -30,15 +31,11 @@ class Candidate:
     """Settings worth a look, with their memory and time by arithmetic."""
 
     where: Slice
-    config: Config
-    """Its batch is resolved."""
+    config: Config  # its batch is resolved
     shape: StepShape
-    guessed_bytes: float
-    """Bytes on one device."""
-    guessed_seconds: float
-    """Seconds of a step; good for the order of candidates, not for their times."""
-    own: bool = False
-    """The config's own settings."""
+    guessed_bytes: float  # on one device
+    guessed_seconds: float  # of a step; good for the order of candidates, not for their times
+    own: bool = False  # the config's own settings
 
     @property
     def label(self) -> str:
@@ -57,18 +54,12 @@ class Candidate:
         return shape.data, shape.fsdp, shape.tensor, model.remat, model.scan_layers
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The result of a search."""
 
-    tried: list[tuple[Candidate, CompiledStep]]
-    """In the order of trying; the config's own settings first, if the slice can run them."""
+    tried: list[tuple[Candidate, CompiledStep]]  # in that order; the config's own settings first, if they can run
     untried: list[Candidate]
-    refused: str
-    """Why the config's own settings cannot run on the slice at all; empty if they can."""
-
-
-# ---------------------------------------------------------------- candidates
+    refused: str  # why the config's own settings cannot run on the slice at all; empty if they can
 
 
 def own_candidate(config: Config, vocab_size: int, where: Slice) -> Candidate:
@@ -89,10 +80,8 @@ def own_candidate(config: Config, vocab_size: int, where: Slice) -> Candidate:
 def candidates(config: Config, vocab_size: int, where: Slice) -> list[Candidate]:
     """Mesh x remat x scan x batch size for `config`, whose global batch is known; the likely fastest first.
 
-    What is far too large by arithmetic is left out; what is a little too large comes last.
-
-    Raises:
-        UserError: no mesh of the slice's devices divides the global batch.
+    What is far too large by arithmetic is left out; what is a little too large comes last. Raises UserError where no
+    mesh of the slice's devices divides the global batch.
     """
     total = where.devices // config.mesh.tensor
     width, limit = config.model.n_embd, where.hbm_bytes
@@ -156,19 +145,12 @@ def arithmetic_seconds(config: Config, vocab_size: int, where: Slice, shape: Ste
     return seconds
 
 
-# ---------------------------------------------------------------- the search
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """How much a search may try on one slice."""
 
-    seconds: float = 300.0
-    """After these no further program is begun."""
-    candidates: int | None = None
-    """Programs, the config's own included."""
-    exact: bool = False
-    """Only the config's own settings."""
+    seconds: float = 300.0  # after these no further program is begun
+    candidates: int | None = None  # programs, the config's own included
+    exact: bool = False  # only the config's own settings
 
 
 def search(config: Config, vocab_size: int, where: Slice, limits: Limits, cache: Path | None) -> Found:

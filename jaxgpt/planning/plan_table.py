@@ -15,38 +15,27 @@ from jaxgpt.planning.topology import Slice
 from jaxgpt.planning.verdict import Price, Verdict, best
 
 _GIB, _MIB = 2**30, 2**20
-
-
-# ---------------------------------------------------------------- the table
+_SHORT = {"parameters": "params", "optimizer": "optim", "gradients": "grads", "activations": "activ"}
+ARITHMETIC = "What follows is ARITHMETIC, not the compiler: memory to about 30 %, times to a factor of 2."
 
 
 def table(rows: Sequence[Verdict], absolute: bool, with_slice: bool = False) -> str:
     """A line for each verdict, the fastest first. Without `absolute`, times and prices are ratios to the first."""
     ordered = sorted(rows, key=lambda row: (not row.fits, row.seconds or 0, row.total_bytes))
     first = best(ordered)
-    cells = [_header(ordered, absolute)]
+    kinds = [_SHORT.get(kind, kind) for kind in ordered[0].memory]
+    times = ["s/step", "MFU %", "Mtok/day", "$/Btok"] if absolute else ["time", "price"]
+    cells = [["settings", "fits", "GiB", *kinds, "Mcycles", *times, "collectives"]]
     for row in ordered:
         label = f"{row.where.name}: {row.candidate.label}" if with_slice else row.candidate.label
-        cells.append([label, *_memory_cells(row), *_time_cells(row, first, absolute)])
+        fits = "yes" if row.fits else "?" if row.problem else "no"
+        gib = [f"{size / _GIB:.2f}" for size in (row.total_bytes, *row.memory.values())]
+        cycles = f"{row.cycles / 1e6:.1f}" if row.cycles else "-"
+        cells.append([label, fits, *gib, cycles, *_time_cells(row, first, absolute)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     sides = ["<", *">" * (len(widths) - 2), "<"]  # the first and the last column are words
     pad = lambda line: "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths))
     return "\n".join(pad(line).rstrip() for line in cells)
-
-
-_SHORT = {"parameters": "params", "optimizer": "optim", "gradients": "grads", "activations": "activ"}
-
-
-def _header(rows: Sequence[Verdict], absolute: bool) -> list[str]:
-    kinds = [_SHORT.get(kind, kind) for kind in rows[0].memory]
-    times = ["s/step", "MFU %", "Mtok/day", "$/Btok"] if absolute else ["time", "price"]
-    return ["settings", "fits", "GiB", *kinds, "Mcycles", *times, "collectives"]
-
-
-def _memory_cells(row: Verdict) -> list[str]:
-    fits = "yes" if row.fits else "?" if row.problem else "no"
-    gib = [f"{size / _GIB:.2f}" for size in (row.total_bytes, *row.memory.values())]
-    return [fits, *gib, f"{row.cycles / 1e6:.1f}" if row.cycles else "-"]
 
 
 def _time_cells(row: Verdict, first: Verdict | None, absolute: bool) -> list[str]:
@@ -80,11 +69,6 @@ def _collectives(row: Verdict) -> str:
     return ", ".join(listed) + exposed or "none"
 
 
-# ---------------------------------------------------------------- around it
-
-ARITHMETIC = "What follows is ARITHMETIC, not the compiler: memory to about 30 %, times to a factor of 2."
-
-
 def slice_line(where: Slice, compiler: str) -> str:
     """The slice in a line, and the source of what follows: `compiler`, or arithmetic if that is empty."""
     count = lambda number, noun: f"{number} {noun}{'s' if number > 1 else ''}"
@@ -108,15 +92,20 @@ def slice_report(rows: Sequence[Verdict], untried: Sequence[Candidate], refused:
         parts.append(f"\nThe fastest that fits:\n\n{textwrap.indent(settings_toml(fastest), '    ')}")
     if fastest and fastest.cost and fastest.parts and top > 0:
         parts.append(f"\nIts costliest operations, of {fastest.cost.cycles / 1e6:.1f} M cycles without kernels:\n")
-        clock = CHIPS[fastest.where.family].clock_hz
-        parts += costliest(fastest.cost, top) + kernel_lines(fastest.cost, fastest.parts, clock)
+        for operation, cycles in fastest.cost.by_operation.most_common(top):
+            parts.append(f"{cycles / 1e6:9.2f} M  {100 * cycles / fastest.cost.cycles:4.1f} %  {operation[:120]}")
+        parts += _kernel_lines(fastest.cost, fastest.parts, CHIPS[fastest.where.family].clock_hz)
     return "\n".join(parts) + "\n"
 
 
 def closing(rows: Sequence[Verdict], prices: dict[str, Price], absolute: bool) -> str:
     """How far times can be trusted, where the prices come from, and several slices side by side."""
     lines = calibration_lines() if any(row.parts for row in rows) else []
-    lines += price_lines(rows, prices)
+    for family in dict.fromkeys(row.where.family for row in rows):
+        price, said = prices.get(family), "not known; give one with --prices FILE"
+        if price:
+            said = f"${price.usd_per_chip_hour:.2f} a chip-hour on demand, {price.date} ({price.source})"
+        lines.append(f"Price {family}: {said}")
     slices = dict.fromkeys(row.where for row in rows)
     winners = [fastest for where in slices if (fastest := best([row for row in rows if row.where == where]))]
     if len(winners) > 1:
@@ -136,17 +125,6 @@ def calibration_lines() -> list[str]:
     return [basis, "That spread is too wide to claim times: the table has their ratios to its first row, per token."]
 
 
-def price_lines(rows: Sequence[Verdict], prices: dict[str, Price]) -> list[str]:
-    """The source of each price in the table."""
-    families = dict.fromkeys(row.where.family for row in rows)
-    return [
-        f"Price {family}: ${price.usd_per_chip_hour:.2f} a chip-hour on demand, {price.date} ({price.source})"
-        if (price := prices.get(family))
-        else f"Price {family}: not known; give one with --prices FILE"
-        for family in families
-    ]
-
-
 def settings_toml(row: Verdict) -> str:
     """The settings of a verdict as a config file takes them."""
     config = row.candidate.config
@@ -159,15 +137,7 @@ def settings_toml(row: Verdict) -> str:
     )
 
 
-def costliest(cost: ProgramCost, count: int) -> list[str]:
-    """A line for each of the operations that take the most cycles, without the kernels."""
-    return [
-        f"{cycles / 1e6:9.2f} M  {100 * cycles / cost.cycles:4.1f} %  {operation[:120]}"
-        for operation, cycles in cost.by_operation.most_common(count)
-    ]
-
-
-def kernel_lines(cost: ProgramCost, parts: Estimate, clock_hz: float) -> list[str]:
+def _kernel_lines(cost: ProgramCost, parts: Estimate, clock_hz: float) -> list[str]:
     """The cycles that the kernels add, which the compiler leaves out of its sum."""
     calls = sum(kernel.calls for kernel in cost.kernels)
     if not calls:
@@ -188,7 +158,6 @@ _SETTINGS = (
 
 
 def _record(row: Verdict) -> dict[str, object]:
-    collectives = [dataclasses.asdict(c) for c in row.cost.collectives] if row.cost else None
     return {
         "slice": row.where.name,
         "topology": row.where.topology,
@@ -208,5 +177,5 @@ def _record(row: Verdict) -> dict[str, object]:
         "tokens_per_step": row.tokens,
         "tokens_per_day": row.tokens_per_day,
         "usd_per_billion_tokens": row.usd_per_billion_tokens,
-        "collectives": collectives,
+        "collectives": [dataclasses.asdict(c) for c in row.cost.collectives] if row.cost else None,
     }

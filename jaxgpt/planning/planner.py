@@ -11,9 +11,10 @@ from jaxgpt.config import Config
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model.sizes import GPT2_VOCAB
 from jaxgpt.planning import plan_table
+from jaxgpt.planning.cost import CALIBRATION
 from jaxgpt.planning.plan_search import Candidate, Limits, queue_of, search
 from jaxgpt.planning.topology import NoTpuCompiler, Slice, parse_slices, tpu_compiler_version
-from jaxgpt.planning.verdict import Price, Verdict, guess, judge, nothing_fits, read_prices, times_are_absolute
+from jaxgpt.planning.verdict import Price, Verdict, guess, judge, nothing_fits, read_prices
 from jaxgpt.preparation.make_dataset import given_tokenizer
 
 TOLERANCE = 0.02  # share of the recorded cycles by which a gate lets them grow: harmless changes move them a little
@@ -44,7 +45,8 @@ def plan(config: Config, arguments: argparse.Namespace) -> None:
     # 2. Each slice: the config's own settings, then others; its table is printed as soon as it is complete.
     exact = arguments.exact or bool(arguments.record or arguments.gate)
     limits = Limits(arguments.budget, arguments.candidates, exact)
-    absolute = times_are_absolute(compiled=bool(compiler))
+    # Whether times may be printed as seconds: if the calibration allows it, or for arithmetic, whose band is wide.
+    absolute = CALIBRATION.absolute or not compiler
     rows: list[Verdict] = []
     refusals: list[UserError] = []
     for where in slices:
@@ -86,11 +88,7 @@ def verdicts(
 
 
 def vocabulary(config: Config) -> int:
-    """Tokens of the config's vocabulary, found without training its tokenizer.
-
-    Raises:
-        UserError: the config does not say.
-    """
+    """Tokens of the config's vocabulary, found without training its tokenizer."""
     tokenizer = config.tokenizer
     added = len(tokenizer.special_tokens) + (2 if config.data.format == "chat" else 0)  # the two tokens of a turn
     if tokenizer.type == "bpe":
@@ -114,9 +112,6 @@ def write(file: Path, text: str) -> None:
     print(f"written: {file}")
 
 
-# ---------------------------------------------------------------- the gate
-
-
 def bound_of(row: Verdict) -> dict[str, object]:
     """The figures that a gate compares: bytes and cycles of one device, with the compiler's versions."""
     versions = {"jax": jax.__version__, "libtpu": tpu_compiler_version()}
@@ -124,11 +119,7 @@ def bound_of(row: Verdict) -> dict[str, object]:
 
 
 def read_bounds(file: Path) -> dict[str, dict]:
-    """{"v5e-8": bound, ...} as `--record` wrote them.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
+    """{"v5e-8": bound, ...} as `--record` wrote them."""
     try:
         bounds = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -142,11 +133,7 @@ def read_bounds(file: Path) -> dict[str, dict]:
 
 
 def check_bounds(file: Path, bounds: dict[str, dict], rows: Sequence[Verdict]) -> None:
-    """Compare each row with the bound of its slice.
-
-    Raises:
-        RunFailed: a row does not fit, or takes more cycles than its bound and the tolerance; names both numbers.
-    """
+    """Raise RunFailed where a row does not fit, or takes more cycles than its slice's bound and the tolerance."""
     broken = []
     for row in rows:
         bound = bounds.get(row.where.name)

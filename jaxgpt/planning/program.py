@@ -26,17 +26,12 @@ _GUARD_SHARE = 0.05  # of the costlier branch: a cheaper one below it does next 
 class Collective:
     """One collective operation of the program."""
 
-    kind: str
-    """all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute or collective-broadcast."""
-    bytes: float
-    """Bytes that each device of the group sends in one call."""
+    kind: str  # one of `_KINDS`
+    bytes: float  # that each device of the group sends in one call
     group_size: int
-    count: int
-    """Calls in one run of the program."""
-    asynchronous: bool
-    """The program goes on while it runs."""
-    overlapped_cycles: float
-    """Cycles between its start and the wait for its end, kernels not counted; 0 if it is not asynchronous."""
+    count: int  # calls in one run of the program
+    asynchronous: bool  # the program goes on while it runs
+    overlapped_cycles: float  # between its start and the wait for its end, kernels not counted; 0 if not asynchronous
     operation: str
 
 
@@ -47,8 +42,7 @@ class Kernel:
     name: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
     """(type, shape) of its results and operands: ("bf16", (16, 1024, 768))."""
-    calls: int
-    """Calls in one run of the program."""
+    calls: int  # in one run of the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +50,20 @@ class Event:
     """One thing that happens in a run."""
 
     kind: Literal["run", "kernel", "collective", "start", "done", "loop"]
-    amount: float = 0.0
-    """Cycles of a run, trips of a loop."""
-    index: int = 0
-    """Which kernel or collective of the program."""
-    body: tuple["Event", ...] = ()
-    """The events of each trip of a loop."""
+    amount: float = 0.0  # cycles of a run, trips of a loop
+    index: int = 0  # which kernel or collective of the program
+    body: tuple["Event", ...] = ()  # the events of each trip of a loop
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
     """Cost of one run of a program on each device."""
 
-    cycles: float
-    """The compiler's estimates summed; kernels and collectives not counted."""
-    by_operation: Counter[str]
-    """Cycles by source operation."""
+    cycles: float  # the compiler's estimates summed; kernels and collectives not counted
+    by_operation: Counter[str]  # cycles by source operation
     collectives: list[Collective]
     kernels: list[Kernel]
-    guarded_cycles: float
-    """Cycles of the branches that are not counted in `cycles`."""
+    guarded_cycles: float  # of the branches that are not counted in `cycles`
     timeline: tuple[Event, ...]
 
 
@@ -84,8 +72,7 @@ class _Instruction:
     name: str
     type: str
     opcode: str
-    rest: str
-    """Operands and attributes."""
+    rest: str  # operands and attributes
 
     @property
     def operation(self) -> str:
@@ -181,20 +168,16 @@ class _Reader:
             return self._conditional(instruction, times)
         if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
             return [Event("kernel", index=self._kernel(instruction, times))], 0.0
-        run, cycles = self._run(instruction, times)
+        match = _CYCLES.search(instruction.rest)
+        cycles = int(match[1]) if match and int(match[1]) != _UNKNOWN else 0
+        run = [Event("run", cycles)] if cycles else []
+        if cycles:
+            self.by_operation[instruction.operation] += times * cycles
         event = self._collective(instruction, times, started, now, now + cycles)
         if event is None:
             return run, cycles
         # A fusion that also carries a collective has cycles of its own, and starts it before it computes.
         return ([event, *run] if event.kind == "start" else [*run, event]), cycles
-
-    def _run(self, instruction: _Instruction, times: int) -> tuple[list[Event], float]:
-        match = _CYCLES.search(instruction.rest)
-        cycles = int(match[1]) if match else 0
-        if cycles in (0, _UNKNOWN):
-            return [], 0.0
-        self.by_operation[instruction.operation] += times * cycles
-        return [Event("run", cycles)], cycles
 
     def _conditional(self, instruction: _Instruction, times: int) -> tuple[list[Event], float]:
         if named := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):

@@ -29,16 +29,11 @@ _CUBIC: _Shapes = {
 class Family:
     """The slices of a generation of chips, as Google names them (Cloud TPU docs, "TPU versions"; MaxText's table)."""
 
-    rented: str
-    """The first part of a rented slice's name: v5p in v5p-16."""
-    shapes: _Shapes
-    """Chips of a slice -> chips along each axis."""
-    hbm_gib: float
-    """GiB that a program may use on one jax device, as libtpu 0.0.52 says when a program is too large."""
-    counted: int = 1
-    """By how much the number in a slice's name grows for each chip: 2 where it counts TensorCores."""
-    chip_config: str | None = None
-    """libtpu's name of the chip's configuration, where it has several."""
+    rented: str  # the first part of a rented slice's name: v5p in v5p-16
+    shapes: _Shapes  # chips of a slice -> chips along each axis
+    hbm_gib: float  # that a program may use on one jax device, as libtpu 0.0.52 says when a program is too large
+    counted: int = 1  # how much the number in a slice's name grows for each chip: 2 where it counts TensorCores
+    chip_config: str | None = None  # libtpu's name of the chip's configuration, where it has several
 
 
 # Keys are the names of parallel.chips.CHIPS; the rented name is also libtpu's.
@@ -65,8 +60,7 @@ class Slice:
         return math.prod(self.shape)
 
     @property
-    def devices(self) -> int:
-        """jax devices."""
+    def devices(self) -> int:  # of jax
         return self.chips * CHIPS[self.family].devices_per_chip
 
     @property
@@ -106,11 +100,7 @@ def parse_slices(text: str) -> list[Slice]:
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice of one name.
-
-    Raises:
-        UserError: there is none of that name; lists the known ones.
-    """
+    """The slice of one name, checked as by `parse_slices`."""
     match = re.fullmatch(r"([a-z0-9]+)([-:])(\d+(?:x\d+)*)", name.lower())
     by_name = _ALIASES | {family.rented: key for key, family in FAMILIES.items()}
     family = by_name.get(match[1]) if match else None
@@ -138,19 +128,13 @@ def known_slices(family: str) -> list[Slice]:
 
 def _known(families: Iterable[str]) -> str:
     listed = []
-    for family in families:
-        numbers = ",".join(name.split("-")[1] for name in (cut.name for cut in known_slices(family)))
-        listed.append(f"{FAMILIES[family].rented}-{{{numbers}}}")
+    for cut in (FAMILIES[family] for family in families):
+        numbers = ",".join(str(chips * cut.counted) for chips in cut.shapes)
+        listed.append(f"{cut.rented}-{{{numbers}}}")
     return (
         f"known: {' '.join(listed)}; or a shape in chips, as in v5p:2x2x4 "
         "(the numbers of v4, v5p and tpu7x count two cores a chip)"
     )
-
-
-# ---------------------------------------------------------------- the compiler
-
-
-INSTALL = "pip install 'jaxgpt[plan]' (x86-64 Linux only)"
 
 
 class NoTpuCompiler(Exception):
@@ -158,13 +142,10 @@ class NoTpuCompiler(Exception):
 
 
 def tpu_compiler_version() -> str:
-    """libtpu's version.
-
-    Raises:
-        NoTpuCompiler: it is not installed.
-    """
+    """libtpu's version; NoTpuCompiler where it is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        raise NoTpuCompiler(f"libtpu, the TPU compiler, is not installed: {INSTALL}")
+        install = "pip install 'jaxgpt[plan]' (x86-64 Linux only)"
+        raise NoTpuCompiler(f"libtpu, the TPU compiler, is not installed: {install}")
     return version("libtpu")
 
 

@@ -35,11 +35,7 @@ class Price:
 
 
 def read_prices(file: Path | None = None) -> dict[str, Price]:
-    """{"v5e": Price, ...} from the user's file or prices.toml.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
+    """{"v5e": Price, ...} from the user's file or prices.toml."""
     file = file or PRICES_FILE
     try:
         prices = TypeAdapter(dict[str, Price]).validate_python(tomllib.loads(file.read_text(encoding="utf-8")))
@@ -55,9 +51,6 @@ def read_prices(file: Path | None = None) -> dict[str, Price]:
     return prices
 
 
-# ---------------------------------------------------------------- verdicts
-
-
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """One row of the table. Bytes and cycles are of one device, times of one step."""
@@ -66,22 +59,17 @@ class Verdict:
     memory: dict[str, int]
     total_bytes: int
     limit_bytes: int
-    flops: float
-    """Model FLOPs of a step on all devices."""
+    flops: float  # model FLOPs of a step on all devices
     fits: bool
     problem: str = ""
-    compile_seconds: float | None = None
-    """None: no compiler was asked, and everything here is arithmetic."""
+    compile_seconds: float | None = None  # None: no compiler was asked, and everything here is arithmetic
     cost: ProgramCost | None = None
-    parts: Estimate | None = None
-    """The sum of the compiler's figures, before calibration."""
-    seconds: float | None = None
-    """None: it does not fit."""
+    parts: Estimate | None = None  # the sum of the compiler's figures, before calibration
+    seconds: float | None = None  # None: it does not fit
     low: float | None = None
     high: float | None = None
-    """The ends of the time's error band; None where no measured run says how far it is off (`is_calibrated`)."""
-    usd_per_hour: float | None = None
-    """Price of the whole slice."""
+    """The ends of the time's error band; None where no measured run says how far it is off."""
+    usd_per_hour: float | None = None  # of the whole slice
 
     @property
     def where(self) -> Slice:
@@ -131,14 +119,15 @@ def judge(candidate: Candidate, step: CompiledStep, vocab_size: int, prices: dic
         return row
     cost = read_program(step.hlo)
     parts = estimate(cost, CHIPS[where.family], where.shape)
-    low, high = (CALIBRATION.low, CALIBRATION.high) if is_calibrated(where) else (None, None)
+    # Measured so far: single chips of two generations, nothing about collectives or other chips (CALIBRATION.limits).
+    measured = where.chips == 1 and where.family in ("v5e", "v6e")
     return dataclasses.replace(
         row,
         cost=cost,
         parts=parts,
         seconds=parts.seconds * CALIBRATION.factor,
-        low=low and low * parts.seconds,
-        high=high and high * parts.seconds,
+        low=CALIBRATION.low * parts.seconds if measured else None,
+        high=CALIBRATION.high * parts.seconds if measured else None,
     )
 
 
@@ -146,7 +135,7 @@ def guess(candidate: Candidate, vocab_size: int, prices: dict[str, Price]) -> Ve
     """The verdict by arithmetic alone, where there is no compiler."""
     where, seconds = candidate.where, candidate.guessed_seconds
     memory = arithmetic_memory(candidate.config, vocab_size, candidate.shape)
-    total, fits = sum(memory.values()), sum(memory.values()) <= where.hbm_bytes
+    total = sum(memory.values())
     low, high = ARITHMETIC_BAND
     return Verdict(
         candidate,
@@ -154,7 +143,7 @@ def guess(candidate: Candidate, vocab_size: int, prices: dict[str, Price]) -> Ve
         total,
         where.hbm_bytes,
         flops=_flops(candidate, vocab_size),
-        fits=fits,
+        fits=total <= where.hbm_bytes,
         seconds=seconds,
         low=low * seconds,
         high=high * seconds,
@@ -176,19 +165,6 @@ def _flops(candidate: Candidate, vocab_size: int) -> float:
 def _usd_per_hour(where: Slice, prices: dict[str, Price]) -> float | None:
     price = prices.get(where.family)
     return where.chips * price.usd_per_chip_hour if price else None
-
-
-def is_calibrated(where: Slice) -> bool:
-    """Whether measured runs on slices like this are behind the calibration.
-
-    So far there are single chips of two generations: nothing about collectives or other chips (CALIBRATION.limits).
-    """
-    return where.chips == 1 and where.family in ("v5e", "v6e")
-
-
-def times_are_absolute(compiled: bool) -> bool:
-    """Whether times may be printed as seconds: if the calibration allows it, or for arithmetic, whose band is wide."""
-    return CALIBRATION.absolute or not compiled
 
 
 def nothing_fits(config: Config, vocab_size: int, slices: Sequence[Slice], exact: bool) -> str:
