@@ -39,11 +39,7 @@ class ComparedRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
-    """The runs in these folders, in this order.
-
-    Raises:
-        UserError: fewer than two, one given twice, or a folder that is no run; names it.
-    """
+    """The runs in these folders. Raises UserError for fewer than two, one given twice, or a folder that is no run."""
     if len(folders) < 2:
         raise UserError(f"compare needs two runs or more, got {len(folders)}; name their folders: compare RUN RUN ...")
     places = [folder.resolve() for folder in folders]

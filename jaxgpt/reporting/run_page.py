@@ -65,10 +65,7 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
 def write_report(workdir: Path) -> Path:
     """Write `workdir`/report.html from metrics.jsonl, and config.json, summary.json, evaluations.jsonl if there.
 
-    "status" and "versions" of summary.json have their place; all else in it is listed as it is.
-
-    Raises:
-        UserError: the folder has no metrics.jsonl.
+    Raises UserError where the folder has no metrics.jsonl.
     """
     records = read_metrics(workdir)
     columns, summary = run_files.columns(records), _read_json(workdir / "summary.json")

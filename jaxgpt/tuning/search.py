@@ -100,11 +100,7 @@ class Search:
 
 
 def requested_search(config: Config, request: SweepRequest) -> Search:
-    """The search that the command line asks for, every setting of it checked as far as it is known.
-
-    Raises:
-        UserError: a variable, a value or a combination of them is wrong.
-    """
+    """The search that the command line asks for. Raises UserError where a value or a combination of them is wrong."""
     variables = read_space(request.vary, config)
     space = Space(request.file, request.overrides, variables).fixed(config)
     default = "random" if request.trials or any(variable.is_range for variable in variables) else "grid"
@@ -133,11 +129,8 @@ def requested_search(config: Config, request: SweepRequest) -> Search:
 
 
 def with_rungs(search: Search, configs: Sequence[Config]) -> Search:
-    """The search with its rungs, which depend on the number of steps of the trials' resolved `configs`.
-
-    Raises:
-        UserError: halving cannot compare the trials at equal numbers of steps.
-    """
+    """The search with its rungs, which depend on the number of steps of the trials' resolved `configs`. Raises
+    UserError where halving cannot compare the trials at equal numbers of steps."""
     if search.method != "halving":
         return search
     lengths = sorted({config.max_steps for config in configs})
@@ -151,10 +144,7 @@ def with_rungs(search: Search, configs: Sequence[Config]) -> Search:
 
 def rungs_of(config: Config, trials: int) -> tuple[int, ...]:
     """The steps at which successive halving compares: max_steps, a third of it, a ninth, ..., where evaluations are.
-
-    Raises:
-        UserError: there is no evaluation early enough.
-    """
+    Raises UserError where no evaluation is early enough."""
     steps, every = config.max_steps, config.eval.eval_steps
     levels = int(math.log(trials, ETA) + 1e-9)
     early = {max(round(steps / ETA**level / every), 1) * every for level in range(1, levels + 1)}

@@ -177,9 +177,8 @@ def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:
     numbers = [number for value in values if (number := _number(value[0])) is not None]
     all_numbers = len(numbers) == len(values)
     is_integer = all_numbers and all(number.is_integer() for number in numbers)
-    return Variable(
-        keys, text, values, is_integer=is_integer, is_log=len(keys) == 1 and all_numbers and _is_wide(numbers)
-    )
+    is_log = len(keys) == 1 and all_numbers and _is_wide(numbers)
+    return Variable(keys, text, values, is_integer=is_integer, is_log=is_log)
 
 
 def _read_range(keys: tuple[str, ...], text: str, found: re.Match, word: str) -> Variable:
@@ -219,11 +218,7 @@ def _number(text: str) -> float | None:
 
 
 def grid(space: Sequence[Variable]) -> list[Point]:
-    """Every combination, the last variable changing fastest.
-
-    Raises:
-        UserError: a variable is a range, or there are too many.
-    """
+    """Every combination, the last variable changing fastest. Raises UserError for a range, or for too many."""
     if ranges := [variable for variable in space if variable.is_range]:
         raise UserError(
             f"--method grid needs a list or a number of points: --vary {ranges[0].name}={ranges[0].text}:7 (or "
@@ -270,11 +265,7 @@ class Space:
     variables: tuple[Variable, ...]
 
     def config(self, point: Point) -> Config:
-        """The config of a trial.
-
-        Raises:
-            UserError: these settings contradict each other or the others; names the point.
-        """
+        """The config of a trial. Raises UserError, which names the point, where settings contradict each other."""
         try:
             return load_config(self.file, self.overrides | point)
         except UserError as error:
@@ -282,11 +273,7 @@ class Space:
             raise UserError(f"{listed}: {error}") from None
 
     def check(self, points: Sequence[Point]) -> None:
-        """Refuse points that cannot be trials of one sweep.
-
-        Raises:
-            UserError: a point is no config, or its losses would not compare with the others'.
-        """
+        """Raise a UserError where a point is no config, or its losses would not compare with the others'."""
         if twice := [key for variable in self.variables for key in variable.keys if key in self.overrides]:
             raise UserError(f"{twice[0]} is both varied and given a value on the command line; leave one out")
         lengths: dict[int, Point] = {}

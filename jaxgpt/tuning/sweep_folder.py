@@ -56,11 +56,7 @@ class Records:
     """The lines of trials.jsonl, in memory and on disk."""
 
     def __init__(self, folder: Path):
-        """Read what is there. A last line that was being written when the process died is cut off.
-
-        Raises:
-            UserError: a line is not what `add` wrote.
-        """
+        """Read what is there; a torn last line is cut off. Raises UserError for a line that `add` did not write."""
         self._file = folder / TRIALS
         self._lines: list[TrialRecord] = []
         if not self._file.exists():
@@ -112,11 +108,7 @@ def start(folder: Path, asked: dict, config: Config) -> None:
 
 
 def earlier(folder: Path) -> dict:
-    """The request of the sweep in `folder`; {} for a new folder.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """The request of the sweep in `folder`; {} for a new folder. Raises UserError where it holds something else."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir {folder} is a file, not a folder")
     if not (folder / ASKED).exists():
@@ -130,11 +122,8 @@ def earlier(folder: Path) -> dict:
 
 
 def check_same(folder: Path, before: dict, asked: dict, config: Config) -> None:
-    """Refuse to go on with another sweep's trials; the number of trials may grow, see search.py.
-
-    Raises:
-        UserError: names all that differs, with both values.
-    """
+    """Raise a UserError that names all that differs, with both values, where `folder` holds another sweep. The number
+    of trials may grow, see search.py."""
     differ = {key: (before.get(key), asked[key]) for key in asked if key != "trials" and before.get(key) != asked[key]}
     if asked["method"] == "halving" and before.get("trials") != asked["trials"]:  # its rungs follow from the number
         differ["trials"] = (before.get("trials"), asked["trials"])

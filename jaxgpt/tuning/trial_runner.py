@@ -49,10 +49,7 @@ from jaxgpt.tuning.sweep_table import PageWriter, conclude, describe
 
 
 def program_key(config: Config) -> Config:
-    """`config` without the values of `Arguments`: trials with equal keys share a program.
-
-    Dropout counts as one where it is above 0: without dropout no masks are drawn.
-    """
+    """`config` without the values of `Arguments`, and dropout as above 0 or not (without it no masks are drawn)."""
     default = Config().optimizer
     values = {f"optimizer_{name}": getattr(default, name) for name in Arguments._fields if hasattr(default, name)}
     values["optimizer_warmup_steps"] = 0  # whatever else is set, a config without a warm-up is valid
@@ -105,11 +102,7 @@ class Bench:
 
 
 def prepare_bench(config: Config, trials: Sequence[Config]) -> Bench:
-    """Set up devices, data and weights, checked for every one of the `trials`.
-
-    Raises:
-        UserError: the input is wrong, as in `train`; several processes were started.
-    """
+    """Set up devices, data and weights. Raises UserError, as `train`, where they do not suit one of the `trials`."""
     if distributed.place_in(os.environ, config.mesh.distributed) is not None:
         raise UserError("sweep runs in one process; start it on one host, or set --mesh.distributed off")
     weights = [resume.weights_to_start_from(trial, None) for trial in _one_of_each(trials, "model")][0]
