@@ -38,15 +38,8 @@ class ComparedRun:
     """The columns of metrics.jsonl, with "time"."""
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
-    """The runs in these folders, in this order.
-
-    Raises:
-        UserError: fewer than two, one given twice, or a folder that is no run; names it.
-    """
+    """The runs in these folders. Raises UserError for fewer than two, one given twice, or a folder that is no run."""
     if len(folders) < 2:
         raise UserError(f"compare needs two runs or more, got {len(folders)}; name their folders: compare RUN RUN ...")
     places = [folder.resolve() for folder in folders]
@@ -63,9 +56,8 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
         raise UserError(f"{folder}: no such folder; name the --workdir of a run")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no run, as it holds no config.json; name the --workdir of a run")
-    config, summary = _read_object(folder / "config.json"), {}
-    if (folder / "summary.json").exists():
-        summary = _read_object(folder / "summary.json")
+    config = _read_object(folder / "config.json")
+    summary = _read_object(folder / "summary.json") if (folder / "summary.json").exists() else {}
     settings = {
         f"{section}.{key}": value
         for section, fields in config.items()
@@ -89,16 +81,11 @@ def distinguishing_names(paths: Sequence[Path]) -> list[str]:
     names = []
     for path in paths:
         alike = [other for other in paths if other.name == path.name]
-        depth = next(
-            depth
-            for depth in range(1, 1 + len(path.parts))
-            if len({other.parts[-depth:] for other in alike}) == len(alike)
-        )
+        depth = 1
+        while len({other.parts[-depth:] for other in alike}) < len(alike):
+            depth += 1
         names.append("/".join(path.parts[-depth:]))
     return names
-
-
-# ---------------------------------------------------------------- settings
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
@@ -115,9 +102,6 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     return found
 
 
-# ---------------------------------------------------------------- final numbers
-
-
 class FinalNumber(NamedTuple):
     """How a final number is shown."""
 
@@ -127,10 +111,6 @@ class FinalNumber(NamedTuple):
     """min or max, where one of them is better."""
     per: str = ""
     """ "token" or "byte": it compares only where these are the same."""
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 _NUMBERS = {
@@ -146,13 +126,12 @@ _NUMBERS = {
     "best_bits_per_byte": FinalNumber("bits per byte of the best", "{:.4f}".format, min, "byte"),
     "tokens_per_second": FinalNumber("tokens/s, median", big, max),
     "mfu": FinalNumber("MFU, median", "{:.1%}".format, max),
-    "seconds": FinalNumber("training time", _time),
+    "seconds": FinalNumber("training time", lambda seconds: str(timedelta(seconds=round(seconds)))),
     "device": FinalNumber("device", str),
 }
 
 
 def shown_as(key: str) -> FinalNumber:
-    """How the number of this name in `numbers` is shown."""
     return _NUMBERS.get(key) or FinalNumber(f"{key.removeprefix('accuracy ')}, last", "{:.1%}".format, max)
 
 
@@ -177,8 +156,7 @@ def numbers(run: ComparedRun) -> dict[str, Any]:
         "seconds": of("time", max),
         "device": f"{run.summary['devices']} x {run.summary['device']}" if "device" in run.summary else None,
     }
-    losses = run.columns["eval_loss"]
-    if not np.isnan(losses).all():
+    if not np.isnan(losses := run.columns["eval_loss"]).all():
         at = np.nanargmin(losses)
         found |= {"best_eval_loss": losses[at].item(), "best_step": run.columns["step"][at].item()}
         for key in ("perplexity", "bits_per_byte"):
@@ -204,9 +182,6 @@ def best_of(key: str, values: Sequence, comparable: set[str]) -> set[int]:
     return {place for place, value in enumerate(values) if value == number.best(there)}
 
 
-# ---------------------------------------------------------------- do they compare?
-
-
 def comparability(runs: Sequence[ComparedRun]) -> tuple[set[str], list[str]]:
     """("token" and "byte": units per which losses compare, a sentence for each reason why numbers do not compare)."""
     comparable, warnings = {"token", "byte"}, []
@@ -226,11 +201,11 @@ def comparability(runs: Sequence[ComparedRun]) -> tuple[set[str], list[str]]:
             f"{', '.join(unknown)}: not known before the first checkpoint which data it reads, so whether its losses "
             "compare has not been checked."
         )
-    for key, sentence in (
-        ("data.block_size", "The windows differ ({} tokens): longer ones give a token more context, so a lower loss."),
-        ("eval", "Validation losses are means of different numbers of rows ({})."),
+    for of, sentence in (
+        (_block_size, "The windows differ ({} tokens): longer ones give a token more context, so a lower loss."),
+        (_evaluated, "Validation losses are means of different numbers of rows ({})."),
     ):
-        values = [_evaluated(run) if key == "eval" else _block_size(run) for run in runs]
+        values = [of(run) for run in runs]
         if len({value for value in values if value}) > 1:
             warnings.append(sentence.format(_groups(runs, values, named=True)))
     warnings += [f"{run.name}: no step has been logged yet." for run in runs if not len(run.columns["step"])]
@@ -281,9 +256,6 @@ def _evaluated(run: ComparedRun) -> str | None:
     return f"{asked:,}"
 
 
-# ---------------------------------------------------------------- as text
-
-
 def formatted(key: str, value: object) -> str:
     """A final number as it is shown."""
     return ABSENT if value is None else shown_as(key).form(value)
@@ -302,10 +274,11 @@ def text_report(runs: Sequence[ComparedRun], width: int) -> str:
         cells = [formatted(key, value) + mark for value, mark in zip(values, marks, strict=True)]
         lines.append([shown_as(key).label, *cells])
     parts = [f"warning  {warning}" for warning in warnings] + ([""] if warnings else [])
-    same = "The settings are the same."
-    parts.append(_tables(["settings that differ", *names], settings, width) if settings else same)
-    parts += ["", _tables(["final numbers", *names], lines, width)]
-    return "\n".join([*parts, *(["* the best"] if starred else [])])
+    parts.append(
+        _tables(["settings that differ", *names], settings, width) if settings else "The settings are the same."
+    )
+    parts += ["", _tables(["final numbers", *names], lines, width), *(["* the best"] if starred else [])]
+    return "\n".join(parts)
 
 
 def _tables(head: list[str], rows: list[list[str]], width: int) -> str:
@@ -316,13 +289,9 @@ def _tables(head: list[str], rows: list[list[str]], width: int) -> str:
         if groups[-1] and widths[0] + sum(2 + widths[other] for other in [*groups[-1], place]) > width:
             groups.append([])
         groups[-1].append(place)
-    tables = []
-    for group in groups:
-        cells = [
-            [row[0].ljust(widths[0]), *(row[place].rjust(widths[place]) for place in group)] for row in [head, *rows]
-        ]
-        tables.append("\n".join("  ".join(line).rstrip() for line in cells))
-    return "\n\n".join(tables)
+    line = lambda row, group: [row[0].ljust(widths[0]), *(row[place].rjust(widths[place]) for place in group)]
+    tables = [["  ".join(line(row, group)).rstrip() for row in [head, *rows]] for group in groups]
+    return "\n\n".join(map("\n".join, tables))
 
 
 def as_json(runs: Sequence[ComparedRun]) -> str:

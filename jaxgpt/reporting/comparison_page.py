@@ -10,43 +10,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxgpt.errors import UserError
-from jaxgpt.reporting import figures, run_files
-from jaxgpt.reporting.comparison import (
-    ComparedRun,
-    as_json,
-    best_of,
-    comparability,
-    differing_settings,
-    formatted,
-    read_runs,
-    shown_as,
-    table,
-    text_report,
-)
+from jaxgpt.reporting import comparison, figures, run_files
+from jaxgpt.reporting.comparison import ComparedRun
 from jaxgpt.reporting.figures import SMOOTHED, Drawn, big, word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXES = {"step": "step", "tokens": "tokens", "time": "time"}
-"""The axes that a curve may be drawn over, and their columns."""
+AXES = ("step", "tokens", "time")  # columns that a curve may be drawn over
+_LOSSES = ("loss", "eval_loss", "eval_bits_per_byte")  # other measures are accuracies
 
 
 def compare(folders: Sequence[Path], json: Path | None, html: Path | None, by: str | None) -> None:
     """Print the comparison of the runs in `folders`, and write it to the files `json` and `html` that are asked for.
 
-    `by`: the only axis (a key of AXES) that the curves are drawn over.
+    `by`: the only axis (of AXES) that the curves are drawn over.
 
     Raises:
         UserError: a folder is no run, or a file cannot be written.
     """
-    runs = read_runs(folders)
-    print(text_report(runs, shutil.get_terminal_size((120, 24)).columns))
+    runs = comparison.read_runs(folders)
+    print(comparison.text_report(runs, shutil.get_terminal_size((120, 24)).columns))
     if json:
-        _write(json, "--json", lambda file: file.write_text(as_json(runs), encoding="utf-8"))
+        _write(json, "--json", lambda file: file.write_text(comparison.as_json(runs), encoding="utf-8"))
     if html:
-        _write(html, "--html", lambda file: write_page(file, runs, [by] if by else list(AXES)))
+        _write(html, "--html", lambda file: write_page(file, runs, [by] if by else AXES))
         print(f"\npage {html}")
 
 
@@ -57,14 +46,13 @@ def _write(file: Path, option: str, write: Callable[[Path], object]) -> None:
         raise UserError(f"{option} {file}: cannot be written ({error})") from None
 
 
-def write_page(path: Path, runs: Sequence[ComparedRun], axes: Sequence[str] = tuple(AXES)) -> Path:
+def write_page(path: Path, runs: Sequence[ComparedRun], axes: Sequence[str] = AXES) -> Path:
     """Write the comparison to `path`, its curves over each of `axes`."""
-    comparable, warnings = comparability(runs)
-    settings = {name: [word(value) for value in values] for name, values in differing_settings(runs).items()}
-    rows = [
-        (shown_as(key).label, [formatted(key, value) for value in values], best_of(key, values, comparable))
-        for key, values in table(runs).items()
-    ]
+    comparable, warnings = comparison.comparability(runs)
+    rows = []
+    for key, values in comparison.table(runs).items():
+        cells = [comparison.formatted(key, value) for value in values]
+        rows.append((comparison.shown_as(key).label, cells, comparison.best_of(key, values, comparable)))
     return figures.write_page(
         path,
         _BODY,
@@ -73,12 +61,9 @@ def write_page(path: Path, runs: Sequence[ComparedRun], axes: Sequence[str] = tu
         names=[run.name for run in runs],
         warnings=warnings,
         drawn=_figures(runs, axes, per_byte="token" not in comparable),
-        settings=settings,
+        settings={name: [*map(word, values)] for name, values in comparison.differing_settings(runs).items()},
         rows=rows,
     )
-
-
-# ---------------------------------------------------------------- figures
 
 
 def _figures(runs: Sequence[ComparedRun], axes: Sequence[str], per_byte: bool) -> list[Drawn]:
@@ -86,25 +71,15 @@ def _figures(runs: Sequence[ComparedRun], axes: Sequence[str], per_byte: bool) -
     if per_byte:
         evaluated = ("eval_bits_per_byte", "Validation loss in bits per byte", "validation loss (bits per byte)")
     measures = [evaluated, ("loss", "Training loss", "training loss (nats per token)")]
-    measures += [(key, name, f"{name} (% right)") for key, name in _accuracies(runs).items()]
+    accuracies = {key: name for run in runs for key, name in run_files.accuracies(run.columns).items()}
+    measures += [(key, name, f"{name} (% right)") for key, name in accuracies.items()]
     drawn = [_figure(runs, *measure, axis) for axis in axes for measure in measures]
     return [figure for figure in drawn if figure]
 
 
-def _accuracies(runs: Sequence[ComparedRun]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for run in runs:
-        found |= run_files.accuracies(run.columns)
-    return found
-
-
-def _is_accuracy(key: str) -> bool:
-    return key not in ("loss", "eval_loss", "eval_bits_per_byte")
-
-
 def _figure(runs: Sequence[ComparedRun], key: str, title: str, label: str, axis: str) -> Drawn | None:
     """One measure of all runs over one axis; None where no run knows it."""
-    lines = {number: run_files.known(run.columns, key, AXES[axis]) for number, run in enumerate(runs)}
+    lines = {number: run_files.known(run.columns, key, axis) for number, run in enumerate(runs)}
     lines = {number: line for number, line in lines.items() if len(line[0])}
     if not lines:
         return None
@@ -115,24 +90,20 @@ def _figure(runs: Sequence[ComparedRun], key: str, title: str, label: str, axis:
         ax.set_ylabel(label, parse_math=False)  # the name of a task may hold anything
         scale = _set_x(ax, axis, max(x.max() for x, _ in lines.values()))
         for number, (x, y) in lines.items():
-            y = 100 * y if _is_accuracy(key) else y
+            y = y if key in _LOSSES else 100 * y
             figures.series_line(ax, x / scale, y, number, mean_of=len(y) // 50 if key == "loss" else 0)
         notes.append(_set_y(ax, key, [y for _, y in lines.values()]))
 
     title = f"{title} by {axis}"
     svg = figures.svg(draw, title)
-    return Drawn(title, " ".join(filter(None, notes)), svg, [(number, runs[number].name) for number in lines])
+    return Drawn(title, notes[0], svg, [(number, runs[number].name) for number in lines])
 
 
 def _set_x(ax: Axes, axis: str, last: float) -> float:
     """Label the x axis; returns the number to divide values by."""
-    scale, label = 1.0, "optimizer step"
-    if axis == "time":
-        scale, unit = figures.time_unit(last)
-        label = f"training time ({unit})"
-    elif axis == "tokens":
-        label = "tokens seen"
-    ax.set_xlabel(label)
+    scale, unit = figures.time_unit(last) if axis == "time" else (1.0, "")
+    labels = {"step": "optimizer step", "tokens": "tokens seen", "time": f"training time ({unit})"}
+    ax.set_xlabel(labels[axis])
     if axis == "step":
         figures.whole_numbers(ax)
     else:
@@ -149,13 +120,11 @@ def _set_y(ax: Axes, key: str, lines: list[np.ndarray]) -> str:
         many = any(len(line) >= SMOOTHED for line in lines)
         mean = f"Runs of {SMOOTHED} lines and more: means of a fiftieth of the run." if many else ""
         return f"{mean} {figures.clip(ax, lines, [])}".strip()
-    if _is_accuracy(key):
+    if key not in _LOSSES:
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         return ""
     return figures.clip(ax, [], lines) if max(map(len, lines)) >= 6 else ""
 
-
-# ---------------------------------------------------------------- the page
 
 _BODY = """<h1>{{ runs | length }} runs compared</h1><p class="muted">jaxgpt comparison</p>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}

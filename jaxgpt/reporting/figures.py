@@ -2,8 +2,7 @@
 
 A figure is inline SVG as matplotlib writes it, on a transparent ground. One drawing serves light and dark pages: every
 colour of COLOURS stands out from both, and the style sheet gives the text of figures the colour of the page's text.
-Jinja2 fills the pages because it escapes its values by default, and a generated text may well hold
-`<script>`.
+Jinja2 fills the pages because it escapes values: a generated text may well hold `<script>`.
 """
 
 from __future__ import annotations
@@ -29,23 +28,12 @@ SMOOTHED = 100  # a noisy line is averaged from this many points on
 HALF_PAGE = (5.0, 3.7)  # inches of 72 units, with text 10.5 units high: half a desktop page, or a phone's
 
 
-# ---------------------------------------------------------------- colours
-
 # Okabe and Ito's palette ("Color Universal Design", 2008), which readers who see few hues can tell apart; two of its
 # colours are darkened so that each has a contrast of 3 or more to the light page and to the dark one.
 _BLUE, _VERMILION, _GREEN, _PURPLE, _OCHRE, _GREY = "#0072b2", "#d55e00", "#009e73", "#c2679b", "#a67c00", "#808080"
-SERIES = (_BLUE, _VERMILION, _GREEN, _PURPLE, _OCHRE, _GREY)
-"""Colours of lines in one figure; see `series`."""
-COLOURS = {
-    "axis": _GREY,
-    "train": _BLUE,
-    "validation": _VERMILION,
-    "step": _BLUE,
-    "data": _OCHRE,
-    "eval": _GREEN,
-    "save": _PURPLE,
-    "other": _GREY,
-}
+SERIES = (_BLUE, _VERMILION, _GREEN, _PURPLE, _OCHRE, _GREY)  # of the lines in one figure, see `series`
+COLOURS = {"axis": _GREY, "train": _BLUE, "validation": _VERMILION, "step": _BLUE, "data": _OCHRE, "eval": _GREEN}
+COLOURS |= {"save": _PURPLE, "other": _GREY}
 _MARKERS = "os^DvX"
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.6, 1, 1.6)))
 
@@ -55,15 +43,9 @@ def series(number: int) -> dict:
 
     Markers stand at few places, whatever the number of points.
     """
-    colour = number % len(SERIES)
-    return {
-        "color": SERIES[colour],
-        "linewidth": 1.6,
-        "linestyle": _DASHES[number // len(SERIES) % len(_DASHES)],
-        "marker": _MARKERS[colour],
-        "markersize": 4.5,
-        "markevery": (0.02 + 0.03 * (number % 5), 0.17),
-    }
+    kind, colour = divmod(number, len(SERIES))
+    look = {"color": SERIES[colour], "linewidth": 1.6, "linestyle": _DASHES[kind % len(_DASHES)]}
+    return look | {"marker": _MARKERS[colour], "markersize": 4.5, "markevery": (0.02 + 0.03 * (number % 5), 0.17)}
 
 
 def series_line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, mean_of: int = 0) -> None:
@@ -81,9 +63,6 @@ def ramp(share: float) -> tuple[float, float, float]:
     ends = [[int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)] for colour in (_BLUE, _GREY, _VERMILION)]
     red, green, blue = (float(np.interp(share, (0, 0.5, 1), channel)) for channel in zip(*ends))
     return red, green, blue
-
-
-# ---------------------------------------------------------------- drawing
 
 
 class Drawn(NamedTuple):
@@ -169,14 +148,10 @@ def clip(ax: Axes, noisy: Sequence[np.ndarray], also: Sequence[np.ndarray]) -> s
     tops = [np.quantile(line, 0.97) for line in settled] + [line[len(line) // 2 :].max() for line in also if len(line)]
     shown = np.concatenate([*noisy, *also, []])
     top, low, high = max(tops, default=math.inf), shown.min(initial=math.inf), shown.max(initial=-math.inf)
-    margin = 0.1 * (top - low)
-    if not 0 < margin < high - top:
+    if not 0 < (margin := 0.1 * (top - low)) < high - top:
         return ""
     ax.set_ylim(low - margin, top + margin)
     return f"y is cut above where the curves settle; the maximum is {high:.4g}."
-
-
-# ---------------------------------------------------------------- numbers on axes and in tables
 
 
 def word(value: object) -> str:
@@ -224,9 +199,6 @@ def time_unit(seconds: float) -> tuple[float, str]:
         if seconds >= 2 * size:
             return size, name
     return 1, "seconds"
-
-
-# ---------------------------------------------------------------- pages
 
 
 def write_page(path: Path, body: str, title: str, **values: object) -> Path:

@@ -1,5 +1,6 @@
 """The records of a run folder as tables: metrics.jsonl as columns, evaluations.jsonl as rows."""
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -67,13 +68,10 @@ def _filled(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     there = ~np.isnan(values)
     if not there.any():
         return values
-    last = steps[there][-1]
-    between = np.interp(steps, np.append(0, steps[there]), np.append(0, values[there]))
+    last, between = steps[there][-1], np.interp(steps, np.append(0, steps[there]), np.append(0, values[there]))
     beyond = values[there][-1] * steps / max(last, 1)
     return np.where(there, values, np.where(steps > last, beyond, between))
 
-
-# ---------------------------------------------------------------- evaluations.jsonl
 
 EVALUATIONS = "evaluations.jsonl"
 _TEXT_METRICS = ("loss", "perplexity", "bits_per_byte")
@@ -88,7 +86,7 @@ class EvaluationRow(NamedTuple):
     metric: str
     value: str
     error: str
-    """Standard error, "" where there is none."""
+    """The standard error, or ""."""
     step: str
     how: str
     beside: list[str]
@@ -111,10 +109,8 @@ def _lines(path: Path) -> list[dict]:
         return []
     found = []
     for line in path.read_bytes().split(b"\n"):
-        try:
+        with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return [each for each in found if isinstance(each, dict)]
 
 
@@ -131,7 +127,8 @@ def _parts(found: dict) -> list[tuple[tuple, list[EvaluationRow]]]:
         how = f"windows of {found.get('window')} tokens, stride {found.get('stride')}"
         add(text, text["name"], [key for key in _TEXT_METRICS if text.get(key) is not None], how)
     for task in found.get("tasks") or ():
-        metrics = [key for key, value in task.items() if _is_metric(key, value)]
+        metrics = [key for key, value in task.items() if isinstance(value, float)]
+        metrics = [key for key in metrics if "_stderr" not in key and key not in _NO_METRICS]
         examples = f", {task['few_shot']} examples" if task.get("few_shot") else ""
         source = f", {task['source']}" if task.get("source") else ""
         add(task, task["task"], metrics, f"{task['questions']:,} questions{examples}{source}")
@@ -142,10 +139,6 @@ def _parts(found: dict) -> list[tuple[tuple, list[EvaluationRow]]]:
         how = f"{writing['prompts']:,} prompts, temperature {writing['temperature']}"
         add({**figures, "published": published}, "what it writes", list(figures), how)
     return parts
-
-
-def _is_metric(key: str, value: object) -> bool:
-    return isinstance(value, float) and "_stderr" not in key and key not in _NO_METRICS
 
 
 def _row(result: dict, name: str, metric: str, step: str, how: str) -> EvaluationRow:

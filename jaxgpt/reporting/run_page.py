@@ -1,7 +1,4 @@
-"""report.html: what a run did, in one file to look at or send. `write_report(workdir)` makes it.
-
-The page needs no network and no script: see reporting/figures.py, which draws it.
-"""
+"""report.html: what a run did, in one file to look at or send. `write_report(workdir)` makes it."""
 
 from __future__ import annotations
 
@@ -41,6 +38,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 def write_summary(run: Run, status: str, seconds: float) -> None:
     """Write summary.json (what ran, on what, and how it ended) and report.html of a run that has ended."""
     config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
+    packages = {name: version(name) for name in PACKAGES}
     summary = {
         "status": status,
         "seconds": round(seconds, 1),
@@ -57,11 +55,7 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
             **dataset.train.facts(),
             "vocabulary": dataset.vocab_size,
         },
-        "versions": {
-            "jaxgpt": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": {"jaxgpt": __version__, "python": platform.python_version(), **packages},
     }
     write_file(run.workdir / "summary.json", json.dumps(summary, indent=2))
     if (run.workdir / METRICS_FILE).exists():  # a run that failed in its first step has none
@@ -71,15 +65,10 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
 def write_report(workdir: Path) -> Path:
     """Write `workdir`/report.html from metrics.jsonl, and config.json, summary.json, evaluations.jsonl if there.
 
-    "status" and "versions" of summary.json have their place; all else in it is listed as it is.
-
-    Raises:
-        UserError: the folder has no metrics.jsonl.
+    Raises UserError where the folder has no metrics.jsonl.
     """
-    workdir = Path(workdir)
     records = read_metrics(workdir)
-    columns = run_files.columns(records)
-    summary = _read_json(workdir / "summary.json")
+    columns, summary = run_files.columns(records), _read_json(workdir / "summary.json")
     changed, unchanged = _settings(_read_json(workdir / "config.json"))
     return figures.write_page(
         workdir / "report.html",
@@ -110,9 +99,6 @@ def add_evaluation(checkpoint: str, found: dict[str, object]) -> None:
             write_report(run)
     except OSError as error:  # another user's run, or a full disk: the figures are printed
         print(f"warning: {error.filename or run}: {error.strerror}; the run keeps no record of this", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- words and numbers
 
 
 def _read_json(path: Path) -> dict:
@@ -191,9 +177,6 @@ def _samples(records: list[dict]) -> list[tuple[int, str]]:
     return [(step, text[:MAX_SAMPLE_CHARACTERS]) for step, text in found[::-1][::every]]
 
 
-# ---------------------------------------------------------------- figures
-
-
 def _figures(columns: Columns) -> list[Drawn]:
     """Every figure that there are points for."""
     drawn, known = [], {key for key in columns if len(run_files.known(columns, key)[0])}
@@ -204,9 +187,8 @@ def _figures(columns: Columns) -> list[Drawn]:
     if "tokens_per_second" in known or run_files.seconds(columns).any():
         drawn.append(_draw(_draw_speed, columns, "Throughput and where the time goes"))
     if tasks := run_files.accuracies(columns):
-        drawn.append(
-            _draw(_draw_tasks, columns, "Tasks during training")._replace(legend=list(enumerate(tasks.values())))
-        )
+        legend = list(enumerate(tasks.values()))
+        drawn.append(_draw(_draw_tasks, columns, "Tasks during training")._replace(legend=legend))
     return drawn
 
 
@@ -239,9 +221,8 @@ def _line(ax: Axes, columns: Columns, key: str, colour: str = "train", label: st
 def _draw_loss(figure: Figure, columns: Columns) -> str:
     ax = figure.subplots()
     ax.set_ylabel("loss (nats per token)")
-    losses = run_files.known(columns, "loss")[1]
+    losses, notes = run_files.known(columns, "loss")[1], []
     eval_steps, eval_losses = run_files.known(columns, "eval_loss")
-    notes = []
     if len(losses):
         _line(ax, columns, "loss", label="training")
     if len(losses) >= SMOOTHED:
@@ -305,8 +286,6 @@ def _draw_speed(figure: Figure, columns: Columns) -> str:
     whole = zip(ACTIVITIES, seconds.sum(axis=1) / seconds.sum(), strict=True)
     return "Whole run: " + ", ".join(f"{name} {share:.1%}" for name, share in whole) + "."
 
-
-# ---------------------------------------------------------------- the page
 
 _BODY = """{% macro settings(rows) %}<table><tr><th>setting<th>value<th>default</tr>
 {% for name, value, default in rows %}

@@ -65,9 +65,6 @@ def write_page(folder: Path, found: Findings | None) -> Path:
     )
 
 
-# ---------------------------------------------------------------- words and numbers
-
-
 def _subtitle(found: Findings | None) -> str:
     if found is None:
         return "jaxgpt sweep · learning-rate range test"
@@ -83,7 +80,10 @@ def _headline(found: Findings) -> list[tuple[str, str, str]]:
     numbers = []
     if best:
         numbers.append(("best validation loss", f"{best.loss:.4f}", f"nats per token, trial {best.number}"))
-        numbers += [(f"best {_spaced(variable)}", variable.of(best.settings), "") for variable in found.variables]
+        numbers += [
+            (f"best {variable.label.replace('+', ' + ')}", variable.of(best.settings), "")
+            for variable in found.variables
+        ]
     seconds = sum(record.seconds for record in everything)
     unit, name = figures.time_unit(seconds)
     numbers.append(("trained", figures.big(sum(record.tokens for record in everything)), "tokens, all trials"))
@@ -99,9 +99,8 @@ def _facts(found: Findings) -> dict[str, str]:
         facts["a third goes on after step"] = ", ".join(f"{rung:,}" for rung in found.search.rungs[:-1])
     if found.scaling and found.scaling.law.factor:
         law, guess = found.scaling.law, found.scaling.next
-        facts["scaling law"] = (
-            f"loss = {law.floor:.4g} + {law.factor:.4g} × N^-{law.exponent:.3g}, N without embeddings"
-        )
+        formula = f"loss = {law.floor:.4g} + {law.factor:.4g} × N^-{law.exponent:.3g}"
+        facts["scaling law"] = f"{formula}, N without embeddings"
         facts[f"{guess.parameters:,} parameters"] = (
             f"{guess.loss:.4f} nats per token predicted, {LEVEL:.0%} interval {guess.low:.4f} to {guess.high:.4f}"
         )
@@ -119,11 +118,8 @@ def _table(found: Findings) -> list[list[str]]:
     return rows
 
 
-# ---------------------------------------------------------------- figures
-
-
-def _card(title: str, draw: Callable[[Figure], None], note: str, label: str) -> Drawn:
-    return Drawn(title, note, figures.svg(draw, label))
+def _card(title: str, note: str, label: str, draw: Callable[..., None], **given: object) -> Drawn:
+    return Drawn(title, note, figures.svg(functools.partial(draw, **given), label))
 
 
 def _sweep_figures(found: Findings) -> list[Drawn]:
@@ -132,19 +128,23 @@ def _sweep_figures(found: Findings) -> list[Drawn]:
     if any(math.isfinite(record.loss) for record in everything):
         drawn += [_against(everything, variable) for variable in variables]
         if len(variables) > 1:
-            draw = functools.partial(_draw_parallel, variables=variables, records=records)
             note = "A line is a trial: blue the lowest loss, orange the highest, the thick one the best."
-            drawn.append(_card("All variables", draw, note, "Trials by all variables"))
+            label = "Trials by all variables"
+            drawn.append(_card("All variables", note, label, _draw_parallel, variables=variables, records=records))
     if everything:
-        draw = functools.partial(_draw_curves, variables=variables, records=records)
-        drawn.append(_card("Learning curves", draw, _curves_note(everything), "Loss of all trials by step"))
+        notes = []
+        if len(everything) > MAX_NAMED:
+            notes.append("Blue: the lowest loss at the end, orange the highest; the thick one is the best.")
+        if any(record.status == DIVERGED for record in everything):
+            notes.append("Crosses: where a trial diverged.")
+        note, label = " ".join(notes), "Loss of all trials by step"
+        drawn.append(_card("Learning curves", note, label, _draw_curves, variables=variables, records=records))
     if found.scaling and found.scaling.law.factor:
-        draw = functools.partial(_draw_scaling, scaling=found.scaling)
         note = (
             f"Each point is the best trial of a size; the line is the fitted law, the band its {LEVEL:.0%} interval "
             "for one more model that learns from as many tokens."
         )
-        drawn.append(_card("Scaling", draw, note, "Loss by model size"))
+        drawn.append(_card("Scaling", note, "Loss by model size", _draw_scaling, scaling=found.scaling))
     return drawn
 
 
@@ -157,19 +157,8 @@ def _against(everything: Sequence[TrialRecord], variable: Variable) -> Drawn:
         notes.append("Triangles at the top edge lie above.")
     if any(record.status == DIVERGED for record in everything):
         notes.append("Crosses at the top edge diverged.")
-    draw = functools.partial(_draw_against, variable=variable, everything=everything)
-    return _card(f"Loss by {_spaced(variable)}", draw, " ".join(notes), f"Loss by {variable.name}")
-
-
-def _spaced(variable: Variable) -> str:
-    """The label, with places where a line may break."""
-    return variable.label.replace("+", " + ")
-
-
-def _curves_note(everything: Sequence[TrialRecord]) -> str:
-    named = len(everything) <= MAX_NAMED
-    note = "" if named else "Blue: the lowest loss at the end, orange the highest; the thick one is the best."
-    return f"{note} Crosses: where a trial diverged.".strip() if any(r.status == DIVERGED for r in everything) else note
+    title, label = f"Loss by {variable.label.replace('+', ' + ')}", f"Loss by {variable.name}"
+    return _card(title, " ".join(notes), label, _draw_against, variable=variable, everything=everything)
 
 
 def _range_figure(found: RangeFound) -> Drawn:
@@ -177,11 +166,7 @@ def _range_figure(found: RangeFound) -> Drawn:
         f"The learning rate rises at every step of one run. The loss falls fastest at {found.steepest:.2g}; a tenth "
         f"of the rate at which it was lowest is {found.highest_safe:.2g}."
     )
-    draw = functools.partial(_draw_range, found=found)
-    return _card("Learning-rate range test", draw, note, "Loss by learning rate")
-
-
-# ---------------------------------------------------------------- drawing
+    return _card("Learning-rate range test", note, "Loss by learning rate", _draw_range, found=found)
 
 
 def ceiling(losses: Sequence[float]) -> float:
@@ -209,9 +194,7 @@ def _draw_against(figure: Figure, variable: Variable, everything: Sequence[Trial
     for status, alpha in ((FINISHED, 1.0), (PAUSED, 0.4)):
         shown = [record for record in everything if record.status == status]
         for above in (False, True):
-            points = [
-                (positions(r), min(r.loss, edge) if not above else edge) for r in shown if (r.loss > top) == above
-            ]
+            points = [(positions(r), edge if above else r.loss) for r in shown if (r.loss > top) == above]
             if points:
                 style: dict = {"color": COLOURS["train"], "alpha": alpha, "linestyle": "", "markersize": 6}
                 ax.plot(*zip(*points), marker="^" if above else "o", **style)
@@ -220,13 +203,11 @@ def _draw_against(figure: Figure, variable: Variable, everything: Sequence[Trial
     finished = [record for record in everything if record.status == FINISHED and math.isfinite(record.loss)]
     if not finished:
         return
+    finished.sort(key=lambda record: (-record.loss, -record.number))
     if not variable.is_range:
-        lowest: dict[float, float] = {}
-        for record in finished:
-            where = positions(record)
-            lowest[where] = min(record.loss, lowest.get(where, math.inf))
+        lowest = {positions(record): record.loss for record in finished}
         ax.plot(*zip(*sorted(lowest.items())), color=COLOURS["train"], linewidth=1.4)
-    best = min(finished, key=lambda record: record.loss)
+    best = finished[-1]
     ring: dict = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "color": COLOURS["validation"]}
     ax.plot(positions(best), best.loss, "o", **ring)
 
@@ -276,12 +257,11 @@ def _draw_parallel(figure: Figure, variables: Sequence[Variable], records: Recor
 
 def _broken(name: str) -> str:
     """A long name in two lines, so that neighbours do not overlap."""
-    if len(name) < 12 or "\n" in name or "_" not in name:
+    places = [place for place, letter in enumerate(name, 1) if letter == "_"]
+    if len(name) < 12 or "\n" in name or not places:
         return name
-    half = min(
-        (place for place, letter in enumerate(name) if letter == "_"), key=lambda place: abs(place - len(name) / 2)
-    )
-    return f"{name[: half + 1]}\n{name[half + 1 :]}"
+    half = min(places, key=lambda place: abs(place - 1 - len(name) / 2))
+    return f"{name[:half]}\n{name[half:]}"
 
 
 def _draw_scale(ax: Axes, place: int, marks: Sequence[tuple[float, str]]) -> None:
@@ -341,9 +321,8 @@ def _draw_scaling(figure: Figure, scaling: Scaling) -> None:
     low, high = [p.low for p in band], [p.high for p in band]
     ax.fill_between(counts, low, high, color=COLOURS["train"], alpha=0.25, linewidth=0, label=f"{LEVEL:.0%} interval")
     ax.plot(counts, scaling.law(counts), color=COLOURS["train"], label="fitted law")
-    ax.plot(
-        *zip(*((size.parameters, size.loss) for size in scaling.sizes)), "o", color=COLOURS["eval"], label="best trials"
-    )
+    tried = [(size.parameters, size.loss) for size in scaling.sizes]
+    ax.plot(*zip(*tried), "o", color=COLOURS["eval"], label="best trials")
     reach = [[max(guess.loss - guess.low, 0)], [max(guess.high - guess.loss, 0)]]
     style: dict = {"color": COLOURS["validation"], "capsize": 4, "markersize": 7}
     ax.errorbar([guess.parameters], [guess.loss], reach, fmt="D", label="predicted", **style)
@@ -362,15 +341,12 @@ def _draw_range(figure: Figure, found: RangeFound) -> None:
     low, first = losses.min(), losses[: max(len(losses) // 10, 1)].mean()
     margin = 0.15 * (first - low) or 1.0
     ax.set_ylim(low - margin, first + 2 * margin)
-    marks = (("steepest", "steepest", "-"), ("highest_safe", "a tenth of the lowest's", (0, (4, 2))))
-    for name, words, style in marks:
-        label = f"{words}: {getattr(found, name):.2g}"
-        ax.axvline(getattr(found, name), color=COLOURS["validation"], linestyle=style, label=label)
+    marks = ((found.steepest, "steepest", "-"), (found.highest_safe, "a tenth of the lowest's", (0, (4, 2))))
+    for rate, words, style in marks:
+        ax.axvline(rate, color=COLOURS["validation"], linestyle=style, label=f"{words}: {rate:.2g}")
     figures.log_axis(ax, rates[0], rates[-1], figures.short)
     ax.legend(fontsize=9)
 
-
-# ---------------------------------------------------------------- the page
 
 _BODY = """<h1>{{ name }}</h1><p class="muted">{{ subtitle }}</p>
 {% for doubt in doubts %}<p class="warning">{{ doubt }}</p>{% endfor %}

@@ -48,8 +48,7 @@ def find_learning_rate(config: Config, request: SweepRequest, write_page: PageWr
     Raises:
         UserError: the input is wrong, or the folder holds a sweep.
     """
-    folder = request.workdir
-    if sweep_folder.earlier(folder):
+    if sweep_folder.earlier(folder := request.workdir):
         raise UserError(f"{folder} holds a sweep, whose report would be lost; choose another --workdir")
     if config.init.from_checkpoint or config.init.from_huggingface:
         raise UserError("--find-learning-rate trains from fresh weights; leave [init] out")

@@ -65,11 +65,7 @@ def without_embeddings(model: ModelConfig) -> int:
 
 
 def check_sizes(models: Sequence[ModelConfig]) -> None:
-    """Refuse a prediction from too few sizes.
-
-    Raises:
-        UserError: too few sizes for a prediction.
-    """
+    """Raise a UserError where the sizes are too few for a prediction."""
     count = len({without_embeddings(model) for model in models})
     if count < MIN_SIZES:
         raise UserError(
@@ -80,9 +76,8 @@ def check_sizes(models: Sequence[ModelConfig]) -> None:
 
 def fit(parameters: Sequence[float], losses: Sequence[float]) -> Law:
     """The law with the least squared relative residuals, floor and factor not below 0."""
-    sizes, values = np.asarray(parameters, float), np.asarray(losses, float)
-    law, _ = _fit(sizes, values, values)
-    return law
+    values = np.asarray(losses, float)
+    return _fit(np.asarray(parameters, float), values, values)[0]
 
 
 def predict(parameters: Sequence[float], losses: Sequence[float], wanted: Sequence[float]) -> list[Prediction]:
@@ -92,36 +87,22 @@ def predict(parameters: Sequence[float], losses: Sequence[float], wanted: Sequen
     residuals of the best fit by more than Fisher's F allows. For a straight line that is the textbook's prediction
     interval, exact for any number of points; it grows wide where the points leave the law open.
     """
-    sizes, values = np.asarray(parameters, float), np.asarray(losses, float)
-    law, residual = _fit(sizes, values, values)
-    allowed = residual / (len(sizes) - 3) * _fisher(len(sizes) - 3)
-    found = []
-    for size in wanted:
-        centre = float(law(size))
-        excess = _excess(sizes, values, size, centre, residual + allowed)
-        ends = [_crossing(excess, centre, direction * centre) for direction in (-1, 1)]
-        found.append(Prediction(int(size), centre, *ends))
-    return found
-
-
-def _fisher(freedom: int) -> float:
-    """The LEVEL quantile of F with 1 and `freedom` degrees of freedom."""
     from scipy.stats import f
 
-    return float(f.ppf(LEVEL, 1, freedom))
+    sizes, values, freedom = np.asarray(parameters, float), np.asarray(losses, float), len(parameters) - 3
+    law, residual = _fit(sizes, values, values)
+    allowed = residual + residual / freedom * float(f.ppf(LEVEL, 1, freedom))
 
+    def prediction(size: float) -> Prediction:
+        centre, more = float(law(size)), np.append(sizes, size)
 
-def _excess(
-    sizes: np.ndarray, values: np.ndarray, size: float, centre: float, allowed: float
-) -> Callable[[float], float]:
-    """A function: how far the residuals exceed `allowed` once a measurement of this value at `size` is added."""
-    more = np.append(sizes, size)
+        def excess(value: float) -> float:
+            # Weighed as a loss near the prediction: a weight by the value itself would favour high ones.
+            return _fit(more, np.append(values, value), np.append(values, centre), 1e-4)[1] - allowed
 
-    def excess(value: float) -> float:
-        # Weighed as a loss near the prediction: a weight by the value itself would favour high ones.
-        return _fit(more, np.append(values, value), np.append(values, centre), 1e-4)[1] - allowed
+        return Prediction(int(size), centre, _crossing(excess, centre, -centre), _crossing(excess, centre, centre))
 
-    return excess
+    return [prediction(size) for size in wanted]
 
 
 def _crossing(excess: Callable[[float], float], centre: float, furthest: float) -> float:
@@ -160,23 +141,14 @@ def _linear(
     weights = 1 / scales
     powers = sizes[None, :] ** -exponents[:, None] * weights[None, :]  # (exponents, sizes)
     ones, wanted = weights[None, :], (values * weights)[None, :]
-    residual = lambda floor, factor: (
-        (floor[:, None] * ones + factor[:, None] * powers - wanted) ** 2
-    ).sum(axis=1)  # fmt: skip
     a, b, c = (ones**2).sum(), (ones * powers).sum(axis=1), (powers**2).sum(axis=1)
     p, q = (ones * wanted).sum(), (powers * wanted).sum(axis=1)
     determinant = a * c - b * b
     floor, factor = (c * p - b * q) / determinant, (a * q - b * p) / determinant
     # Where one of them would be negative, the best is on the edge.
-    no_floor, no_factor = np.zeros_like(floor), np.zeros_like(factor)
-    factor = np.where(floor < 0, q / c, factor)
-    floor = np.where(floor < 0, no_floor, floor)
-    floor = np.where(factor < 0, p / a, floor)
-    factor = np.where(factor < 0, no_factor, factor)
-    return floor, factor, residual(floor, factor)
-
-
-# ---------------------------------------------------------------- of a sweep
+    factor, floor = np.where(floor < 0, q / c, factor), np.maximum(floor, 0)
+    floor, factor = np.where(factor < 0, p / a, floor), np.maximum(factor, 0)
+    return floor, factor, ((floor[:, None] * ones + factor[:, None] * powers - wanted) ** 2).sum(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +171,8 @@ def fit_sizes(sizes: Sequence[Size], wanted: int | None) -> Scaling | None:
     counts, losses = [size.parameters for size in ordered], [size.loss for size in ordered]
     wanted = wanted or 2 * counts[-1]
     ends = sorted([counts[0], counts[-1], wanted])
-    shown = np.geomspace(ends[0], ends[-1], 24)
-    return Scaling(
-        ordered, fit(counts, losses), predict(counts, losses, [wanted])[0], predict(counts, losses, list(shown))
-    )
+    guess, *band = predict(counts, losses, [wanted, *np.geomspace(ends[0], ends[-1], 24)])
+    return Scaling(ordered, fit(counts, losses), guess, band)
 
 
 def report(sizes: Sequence[Size], scaling: Scaling | None) -> str:
@@ -214,11 +184,9 @@ def report(sizes: Sequence[Size], scaling: Scaling | None) -> str:
     law, guess = scaling.law, scaling.next
     if law.factor == 0:
         return f"scaling  the loss does not fall with the size over these {len(sizes)} sizes: no law to predict by"
-    return "\n".join(
-        [
-            f"scaling  loss = {law.floor:.4g} + {law.factor:.4g} x N^-{law.exponent:.3g}, N parameters without "
-            f"embeddings, through the best trials of {len(sizes)} sizes",
-            f"         {guess.parameters:,} parameters: {guess.loss:.4f} nats per token, {LEVEL:.0%} interval "
-            f"{guess.low:.4f} to {guess.high:.4f}, for the same tokens and as careful a search",
-        ]
+    return (
+        f"scaling  loss = {law.floor:.4g} + {law.factor:.4g} x N^-{law.exponent:.3g}, N parameters without "
+        f"embeddings, through the best trials of {len(sizes)} sizes\n"
+        f"         {guess.parameters:,} parameters: {guess.loss:.4f} nats per token, {LEVEL:.0%} interval "
+        f"{guess.low:.4f} to {guess.high:.4f}, for the same tokens and as careful a search"
     )

@@ -4,23 +4,18 @@ What comes next is a function of the request and of the trials recorded so far, 
 killed and goes on therefore does what it would have done.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxgpt.config import Config
 from jaxgpt.errors import UserError
 from jaxgpt.tuning.scaling import check_sizes
 from jaxgpt.tuning.space import Point, Space, Variable, corners, draw, grid, read_space
 from jaxgpt.tuning.sweep_folder import Records, TrialRecord
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 ETA = 3  # halving keeps a third; the theory's best is e, and the loss around it is flat (Li et al. 2018, section 2.6)
 DEFAULT_TRIALS = {"random": 20, "halving": 27, "tpe": 30}
@@ -31,7 +26,6 @@ class SweepRequest:
     """A sweep as the command line asks for it."""
 
     file: str
-    """The config file."""
     overrides: dict[str, str]
     """Settings that hold for every trial."""
     vary: Sequence[str]
@@ -39,12 +33,10 @@ class SweepRequest:
     method: str | None
     trials: int | None
     seed: int
-    """The seed of random draws."""
     workdir: Path
     predict: int | None
     """Parameters without embeddings whose loss is to be predicted."""
     json: Path | None
-    """The file for the results as JSON."""
 
 
 class Round(NamedTuple):
@@ -87,11 +79,10 @@ class Search:
             return self._halving_round(dict(enumerate(self.known_points())), records)
         ended = records.ended()
         if self.method == "tpe":
-            number = next((number for number in range(self.trials) if number not in ended), None)
-            if number is None:
+            number = next((number for number in range(self.trials) if number not in ended), self.trials)
+            if number == self.trials:
                 return None
-            known = [ended[before] for before in range(number)]
-            left = {number: propose(self.space.variables, self.seed, known)}
+            left = {number: propose(self.space.variables, self.seed, [ended[before] for before in range(number)])}
         else:
             left = {number: point for number, point in enumerate(self.known_points()) if number not in ended}
         return Round(left, None, frozenset(left)) if left else None
@@ -108,15 +99,8 @@ class Search:
         return None
 
 
-# ---------------------------------------------------------------- from the command line
-
-
 def requested_search(config: Config, request: SweepRequest) -> Search:
-    """The search that the command line asks for, every setting of it checked as far as it is known.
-
-    Raises:
-        UserError: a variable, a value or a combination of them is wrong.
-    """
+    """The search that the command line asks for. Raises UserError where a value or a combination of them is wrong."""
     variables = read_space(request.vary, config)
     space = Space(request.file, request.overrides, variables).fixed(config)
     default = "random" if request.trials or any(variable.is_range for variable in variables) else "grid"
@@ -145,11 +129,8 @@ def requested_search(config: Config, request: SweepRequest) -> Search:
 
 
 def with_rungs(search: Search, configs: Sequence[Config]) -> Search:
-    """The search with its rungs, which depend on the number of steps of the trials' resolved `configs`.
-
-    Raises:
-        UserError: halving cannot compare the trials at equal numbers of steps.
-    """
+    """The search with its rungs, which depend on the number of steps of the trials' resolved `configs`. Raises
+    UserError where halving cannot compare the trials at equal numbers of steps."""
     if search.method != "halving":
         return search
     lengths = sorted({config.max_steps for config in configs})
@@ -161,15 +142,9 @@ def with_rungs(search: Search, configs: Sequence[Config]) -> Search:
     return dataclasses.replace(search, rungs=rungs_of(configs[0], search.trials))
 
 
-# ---------------------------------------------------------------- successive halving
-
-
 def rungs_of(config: Config, trials: int) -> tuple[int, ...]:
     """The steps at which successive halving compares: max_steps, a third of it, a ninth, ..., where evaluations are.
-
-    Raises:
-        UserError: there is no evaluation early enough.
-    """
+    Raises UserError where no evaluation is early enough."""
     steps, every = config.max_steps, config.eval.eval_steps
     levels = int(math.log(trials, ETA) + 1e-9)
     early = {max(round(steps / ETA**level / every), 1) * every for level in range(1, levels + 1)}
@@ -191,35 +166,33 @@ def best_third(reached: Sequence[TrialRecord]) -> list[int]:
     return sorted(record.number for record in ordered if math.isfinite(record.loss)) or [ordered[0].number]
 
 
-# ---------------------------------------------------------------- Optuna
-
-
 def propose(variables: Sequence[Variable], seed: int, known: Sequence[TrialRecord]) -> Point:
     """The next point of a tree-structured Parzen estimator (Bergstra et al. 2011) that has seen `known`.
 
     The study is built anew from the records each time: it costs milliseconds, and there is no database to keep.
     """
     import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+    distributions: dict[str, BaseDistribution] = {}
+    for variable in variables:
+        if not variable.is_range:
+            distributions[variable.name] = CategoricalDistribution(tuple(range(len(variable.values))))
+        elif variable.is_integer:
+            distributions[variable.name] = IntDistribution(int(variable.low), int(variable.high), log=variable.is_log)
+        else:
+            distributions[variable.name] = FloatDistribution(variable.low, variable.high, log=variable.is_log)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + len(known)) % 2**32)
     study = optuna.create_study(direction="minimize", sampler=sampler)
-    distributions = {variable.name: _distribution(variable) for variable in variables}
     for record in known:
         params = {variable.name: _param(variable, record.settings) for variable in variables}
         study.add_trial(optuna.trial.create_trial(value=record.loss, params=params, distributions=distributions))
-    proposed = study.ask(distributions).params
-    return {key: text for variable in variables for key, text in zip(variable.keys, _value(variable, proposed))}
-
-
-def _distribution(variable: Variable) -> BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if not variable.is_range:
-        return CategoricalDistribution(tuple(range(len(variable.values))))
-    if variable.is_integer:
-        return IntDistribution(int(variable.low), int(variable.high), log=variable.is_log)
-    return FloatDistribution(variable.low, variable.high, log=variable.is_log)
+    proposed, point = study.ask(distributions).params, Point()
+    for variable in variables:
+        value = proposed[variable.name]
+        point |= zip(variable.keys, (variable.write(value),) if variable.is_range else variable.values[value])
+    return point
 
 
 def _param(variable: Variable, point: Point) -> float | int:
@@ -228,9 +201,3 @@ def _param(variable: Variable, point: Point) -> float | int:
     if not variable.is_range:
         return variable.values.index(value)
     return int(value[0]) if variable.is_integer else float(value[0])
-
-
-def _value(variable: Variable, params: dict[str, float | int]) -> tuple[str, ...]:
-    """The texts of a proposed value, one for each key of the variable."""
-    proposed = params[variable.name]
-    return (variable.write(proposed),) if variable.is_range else variable.values[int(proposed)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt.config import Config, config_fields, describe_type, flatten, load_config
+from jaxgpt.config import Config, config_fields, describe_type, load_config
 from jaxgpt.errors import UserError
 
 SECTIONS = ("model", "optimizer", "train")
@@ -125,18 +125,13 @@ def read_space(words: Sequence[str], base: Config) -> tuple[Variable, ...]:
         return (Variable(("optimizer.learning_rate",), text, values, is_log=True),)
     variables = tuple(read_variable(word) for word in words)
     keys = [key for variable in variables for key in variable.keys]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise UserError(f"--vary names {key} twice; name it once, with all of its values")
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"--vary names {twice[0]} twice; name it once, with all of its values")
     return variables
 
 
 def read_variable(word: str) -> Variable:
-    """The variable of one KEY=VALUES.
-
-    Raises:
-        UserError: as `read_space`.
-    """
+    """The variable of one KEY=VALUES."""
     name, sign, text = word.partition("=")
     if not sign or not text.strip():
         raise UserError(
@@ -181,8 +176,8 @@ def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:
             raise UserError(f"--vary {word}: {'+'.join(value)} is given twice")
     numbers = [number for value in values if (number := _number(value[0])) is not None]
     all_numbers = len(numbers) == len(values)
-    is_log = len(keys) == 1 and all_numbers and _is_wide(numbers)
     is_integer = all_numbers and all(number.is_integer() for number in numbers)
+    is_log = len(keys) == 1 and all_numbers and _is_wide(numbers)
     return Variable(keys, text, values, is_integer=is_integer, is_log=is_log)
 
 
@@ -222,21 +217,13 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-# ---------------------------------------------------------------- points
-
-
 def grid(space: Sequence[Variable]) -> list[Point]:
-    """Every combination, the last variable changing fastest.
-
-    Raises:
-        UserError: a variable is a range, or there are too many.
-    """
-    for variable in space:
-        if variable.is_range:
-            raise UserError(
-                f"--method grid needs a list or a number of points: --vary {variable.name}={variable.text}:7 (or "
-                "--method random, halving or tpe, which draw from the range)"
-            )
+    """Every combination, the last variable changing fastest. Raises UserError for a range, or for too many."""
+    if ranges := [variable for variable in space if variable.is_range]:
+        raise UserError(
+            f"--method grid needs a list or a number of points: --vary {ranges[0].name}={ranges[0].text}:7 (or "
+            "--method random, halving or tpe, which draw from the range)"
+        )
     count = math.prod(len(variable.values) for variable in space)
     if count > MAX_GRID:
         raise UserError(f"the grid has {count:,} points; draw some of them with --method random --trials N")
@@ -267,9 +254,6 @@ def _point(space: Sequence[Variable], values: Sequence[tuple[str, ...]]) -> Poin
     return {key: text for variable, value in zip(space, values) for key, text in zip(variable.keys, value)}
 
 
-# ---------------------------------------------------------------- configs
-
-
 @dataclasses.dataclass(frozen=True)
 class Space:
     """The variables, and the config that they vary."""
@@ -281,26 +265,17 @@ class Space:
     variables: tuple[Variable, ...]
 
     def config(self, point: Point) -> Config:
-        """The config of a trial.
-
-        Raises:
-            UserError: these settings contradict each other or the others; names the point.
-        """
+        """The config of a trial. Raises UserError, which names the point, where settings contradict each other."""
         try:
             return load_config(self.file, self.overrides | point)
         except UserError as error:
-            raise UserError(f"{write_point(point)}: {error}") from None
+            listed = ", ".join(f"{key} {value}" for key, value in point.items())
+            raise UserError(f"{listed}: {error}") from None
 
     def check(self, points: Sequence[Point]) -> None:
-        """Refuse points that cannot be trials of one sweep.
-
-        Raises:
-            UserError: a point is no config, or its losses would not compare with the others'.
-        """
-        keys = [key for variable in self.variables for key in variable.keys]
-        for key in keys:
-            if key in self.overrides:
-                raise UserError(f"{key} is both varied and given a value on the command line; leave one out")
+        """Raise a UserError where a point is no config, or its losses would not compare with the others'."""
+        if twice := [key for variable in self.variables for key in variable.keys if key in self.overrides]:
+            raise UserError(f"{twice[0]} is both varied and given a value on the command line; leave one out")
         lengths: dict[int, Point] = {}
         for point in points:
             config = self.config(point)
@@ -324,14 +299,3 @@ class Space:
         if "train.per_device_train_batch_size" not in keys or base.eval.per_device_eval_batch_size or size == "auto":
             return self
         return dataclasses.replace(self, overrides=self.overrides | {key: str(size)})
-
-
-def write_point(point: Point) -> str:
-    """ "optimizer.learning_rate 0.001, model.n_layer 4" """
-    return ", ".join(f"{key} {value}" for key, value in point.items())
-
-
-def differences(config: Config, other: Config) -> dict[str, object]:
-    """The settings of `config` that `other` has another value of."""
-    before = flatten(other)
-    return {key: value for key, value in flatten(config).items() if before[key] != value}

@@ -4,6 +4,7 @@ A line is on disk before the next trial begins, so that a sweep which is killed 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from jaxgpt.config import Config, flatten, from_json, load_config, to_json
 from jaxgpt.errors import UserError
 from jaxgpt.storage.files import append_json, fsync, write_file
-from jaxgpt.tuning.space import Point, Space, differences
+from jaxgpt.tuning.space import Point, Space
 
 TRIALS, ASKED, CONFIG, BEST, REPORT = "trials.jsonl", "sweep.json", "config.json", "best.toml", "report.html"
 FINISHED, PAUSED, DIVERGED = "finished", "paused", "diverged"
@@ -30,7 +31,6 @@ class TrialRecord:
     number: int
     settings: Point
     step: int
-    """Steps done."""
     status: str
     """FINISHED, PAUSED (at a rung of successive halving) or DIVERGED (a bad step ended it, by faults.on_bad_step)."""
     eval_loss: float | None
@@ -56,11 +56,7 @@ class Records:
     """The lines of trials.jsonl, in memory and on disk."""
 
     def __init__(self, folder: Path):
-        """Read what is there. A last line that was being written when the process died is cut off.
-
-        Raises:
-            UserError: a line is not what `add` wrote.
-        """
+        """Read what is there; a torn last line is cut off. Raises UserError for a line that `add` did not write."""
         self._file = folder / TRIALS
         self._lines: list[TrialRecord] = []
         if not self._file.exists():
@@ -105,22 +101,14 @@ class Records:
         return sorted(self.latest(), key=lambda line: (order[line.status], -line.step, line.loss, line.number))
 
 
-# ---------------------------------------------------------------- what was asked
-
-
 def start(folder: Path, asked: dict, config: Config) -> None:
     """Make `folder` that of this sweep."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / CONFIG, to_json(config))
     write_file(folder / ASKED, json.dumps(asked, indent=2))
 
 
 def earlier(folder: Path) -> dict:
-    """The request of the sweep in `folder`; {} for a new folder.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """The request of the sweep in `folder`; {} for a new folder. Raises UserError where it holds something else."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir {folder} is a file, not a folder")
     if not (folder / ASKED).exists():
@@ -134,31 +122,19 @@ def earlier(folder: Path) -> dict:
 
 
 def check_same(folder: Path, before: dict, asked: dict, config: Config) -> None:
-    """Refuse to go on with another sweep's trials; the number of trials may grow, see search.py.
-
-    Raises:
-        UserError: names all that differs, with both values.
-    """
+    """Raise a UserError that names all that differs, with both values, where `folder` holds another sweep. The number
+    of trials may grow, see search.py."""
     differ = {key: (before.get(key), asked[key]) for key in asked if key != "trials" and before.get(key) != asked[key]}
     if asked["method"] == "halving" and before.get("trials") != asked["trials"]:  # its rungs follow from the number
         differ["trials"] = (before.get("trials"), asked["trials"])
     old = flatten(from_json((folder / CONFIG).read_text(encoding="utf-8")))
     for key, value in flatten(config).items():
-        free = key in _FREE or key.split(".")[0] in _FREE_SECTIONS
-        if old[key] != value and not free:
+        if old[key] != value and key not in _FREE and key.split(".")[0] not in _FREE_SECTIONS:
             differ[key] = (old[key], value)
     if differ:
-        listed = ", ".join(f"{key} was {_short(was)}, now {_short(now)}" for key, (was, now) in differ.items())
+        short = lambda value: " ".join(map("=".join, value.items())) if isinstance(value, Mapping) else value
+        listed = ", ".join(f"{key} was {short(was)}, now {short(now)}" for key, (was, now) in differ.items())
         raise UserError(f"{folder} holds another sweep: {listed}; set back what differs or choose another --workdir")
-
-
-def _short(value: object) -> str:
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={text}" for key, text in value.items())
-    return str(value)
-
-
-# ---------------------------------------------------------------- the winner
 
 
 def train_command(file: Path) -> str:
@@ -169,7 +145,8 @@ def train_command(file: Path) -> str:
 def write_best(folder: Path, space: Space, record: TrialRecord) -> Path:
     """Write best.toml: the settings of a trial as a config file on top of the sweep's own."""
     file = folder / BEST
-    changed = differences(space.config(record.settings), load_config(space.file))
+    before = flatten(load_config(space.file))
+    changed = {key: value for key, value in flatten(space.config(record.settings)).items() if before[key] != value}
     base = Path(os.path.relpath(Path(space.file).resolve(), folder.resolve())).as_posix()
     lines = [
         f"# The best of a sweep: trial {record.number}, validation loss {record.eval_loss:.4f} nats per token at step "
@@ -177,11 +154,8 @@ def write_best(folder: Path, space: Space, record: TrialRecord) -> Path:
         f"#   {train_command(file)}",
         f"base = {json.dumps(base, ensure_ascii=False)}",
     ]
-    for section in dict.fromkeys(key.split(".")[0] for key in changed):
-        lines += ["", f"[{section}]"]
-        lines += [
-            f"{key.split('.')[1]} = {_toml(value)}" for key, value in changed.items() if key.startswith(section + ".")
-        ]
+    for section, group in itertools.groupby(changed, lambda key: key.split(".")[0]):
+        lines += ["", f"[{section}]", *(f"{key.split('.')[1]} = {_toml(changed[key])}" for key in group)]
     write_file(file, "\n".join(lines) + "\n")
     return file
 
@@ -190,12 +164,8 @@ def _toml(value: object) -> str:
     """A setting's value in TOML; none is a word there, as on the command line."""
     if value is None:
         return '"none"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings are JSON's
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return repr(value)
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and truth values are JSON's

@@ -32,7 +32,7 @@ class Findings:
     search: Search
     records: Records
     scaling: Scaling | None
-    """The scaling law; None where too few sizes were tried."""
+    """None where too few sizes were tried."""
     effects: Sequence[tuple[Variable, float]]
     doubts: Sequence[str]
 
@@ -67,11 +67,7 @@ def describe(search: Search, config: Config, records: Records, folder: Path) -> 
 
 
 def conclude(search: Search, records: Records, request: SweepRequest, write_page: PageWriter) -> None:
-    """Print the results, and write best.toml, the page and --json; also of a sweep that was stopped.
-
-    Raises:
-        UserError: --json cannot be written.
-    """
+    """Print the results, and write best.toml, the page and --json; also of a sweep that was stopped."""
     space, folder = search.space, request.workdir
     by_size = sizes(space, records)
     law = scaling.fit_sizes(by_size, request.predict)
@@ -106,18 +102,11 @@ def conclude(search: Search, records: Records, request: SweepRequest, write_page
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Write what --json asks for.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write what --json asks for. Raises UserError where that fails."""
     try:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file} cannot be written ({error.strerror})") from None
-
-
-# ---------------------------------------------------------------- the table
 
 
 def best(records: Records) -> TrialRecord | None:
@@ -130,13 +119,13 @@ def table(space: Space, records: Records) -> str:
     """A line a trial, the best first."""
     ranking = records.ranking()
     steps = {record.step for record in ranking if record.status != DIVERGED}
-    head = ["trial", *(variable.label for variable in space.variables), "loss", "tokens", "seconds"]
-    head += ["step"] if len(steps) > 1 else []
-    rows = [head]
+    rows = [["trial", *(variable.label for variable in space.variables), "loss", "tokens", "seconds", "step"]]
     for record in ranking[:MAX_ROWS]:
-        cells = [str(record.number), *(variable.of(record.settings) for variable in space.variables), loss_of(record)]
-        cells += [f"{record.tokens:,}", f"{record.seconds:,.1f}"]
-        rows.append(cells + ([f"{record.step:,}"] if len(steps) > 1 else []))
+        values = [variable.of(record.settings) for variable in space.variables]
+        counts = [f"{record.tokens:,}", f"{record.seconds:,.1f}", f"{record.step:,}"]
+        rows.append([str(record.number), *values, loss_of(record), *counts])
+    if len(steps) < 2:
+        rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     if len(ranking) > MAX_ROWS:
@@ -157,9 +146,6 @@ def one_line(space: Space, record: TrialRecord) -> str:
     return f"trial {record.number}: {settings}: step {record.step:,}, loss {loss_of(record)}"
 
 
-# ---------------------------------------------------------------- what matters
-
-
 def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
     """(variable, nats), the largest first: how far apart the mean losses of the values of a variable lie.
 
@@ -170,7 +156,9 @@ def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
     finished = [record for record in records.latest() if record.status == FINISHED]
     variables, columns = [], [[1.0] * len(finished)]
     for variable in space.variables:
-        levels = [_level(variable, record) for record in finished]
+        levels: list = [variable.of(record.settings) for record in finished]
+        if variable.is_range:
+            levels = [min(int(3 * variable.place(value)), 2) for value in levels]
         others = sorted(set(levels), key=str)[1:]  # the first one is in the constant
         if others:
             variables.append((variable, len(others)))
@@ -184,21 +172,12 @@ def effects(space: Space, records: Records) -> list[tuple[Variable, float]]:
     return sorted(((variable, nats) for (variable, _), nats in zip(variables, spreads)), key=lambda pair: -pair[1])
 
 
-def _level(variable: Variable, record: TrialRecord) -> int | str:
-    value = variable.of(record.settings)
-    return min(int(3 * variable.place(value)), 2) if variable.is_range else value
-
-
-# ---------------------------------------------------------------- what to doubt
-
-
 def doubts(space: Space, records: Records) -> list[str]:
     """Reasons to doubt that the winner is the best."""
-    winner = best(records)
-    if winner is None:
+    if (winner := best(records)) is None:
         return []
-    found = [line for variable in space.variables if (line := _at_the_border(variable, winner))]
-    return found + _within_noise(space, records)
+    found = [_at_the_border(variable, winner) for variable in space.variables]
+    return [line for line in (*found, _within_noise(space, records)) if line]
 
 
 def _at_the_border(variable: Variable, winner: TrialRecord) -> str:
@@ -218,11 +197,11 @@ def _at_the_border(variable: Variable, winner: TrialRecord) -> str:
     return f"the best {variable.label}, {value}, is {near} the {side} tried; widen the range"
 
 
-def _within_noise(space: Space, records: Records) -> list[str]:
+def _within_noise(space: Space, records: Records) -> str:
     """A line if seeds were varied and change the loss more than the best two settings differ."""
     others = [variable for variable in space.variables if SEED not in variable.keys]
     if len(others) == len(space.variables) or not others:
-        return []
+        return ""
     groups: dict[str, list[float]] = {}
     for record in records.latest():
         if record.status == FINISHED:
@@ -230,27 +209,25 @@ def _within_noise(space: Space, records: Records) -> list[str]:
             groups.setdefault(name, []).append(record.loss)
     several = [losses for losses in groups.values() if len(losses) > 1]
     if not several or len(groups) < 2:
-        return []
+        return ""
     pooled = (sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
               / sum(len(losses) - 1 for losses in several)) ** 0.5  # fmt: skip
-    first, second = sorted(groups.items(), key=lambda item: statistics.fmean(item[1]))[:2]
-    apart = statistics.fmean(second[1]) - statistics.fmean(first[1])
+    means = {name: statistics.fmean(losses) for name, losses in groups.items()}
+    first, second = sorted(means, key=means.__getitem__)[:2]
+    apart = means[second] - means[first]
     if apart >= pooled:
-        return []
-    return [
-        f"the best two settings ({first[0]}; {second[0]}) differ by {apart:.4f} in their mean loss, and seeds alone by "
+        return ""
+    return (
+        f"the best two settings ({first}; {second}) differ by {apart:.4f} in their mean loss, and seeds alone by "
         f"{pooled:.4f} (one standard deviation): try more seeds before you choose between them"
-    ]
+    )
 
 
 def sizes(space: Space, records: Records) -> list[Size]:
     """The best finished trial of each size of model."""
     found: dict[int, Size] = {}
-    for record in records.latest():
-        if record.status != FINISHED:
-            continue
-        count = without_embeddings(space.config(record.settings).model)
-        size = Size(count, record.parameters, record.loss, record.number)
-        if count not in found or size.loss < found[count].loss:
-            found[count] = size
+    for record in sorted(records.latest(), key=lambda record: record.loss):
+        if record.status == FINISHED:
+            count = without_embeddings(space.config(record.settings).model)
+            found.setdefault(count, Size(count, record.parameters, record.loss, record.number))
     return sorted(found.values())

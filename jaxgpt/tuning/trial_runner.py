@@ -47,14 +47,9 @@ from jaxgpt.tuning.space import Point
 from jaxgpt.tuning.sweep_folder import DIVERGED, FINISHED, PAUSED, Records, TrialRecord
 from jaxgpt.tuning.sweep_table import PageWriter, conclude, describe
 
-# ---------------------------------------------------------------- the program that trials share
-
 
 def program_key(config: Config) -> Config:
-    """`config` without the values of `Arguments`: trials with equal keys share a program.
-
-    Dropout counts as one where it is above 0: without dropout no masks are drawn.
-    """
+    """`config` without the values of `Arguments`, and dropout as above 0 or not (without it no masks are drawn)."""
     default = Config().optimizer
     values = {f"optimizer_{name}": getattr(default, name) for name in Arguments._fields if hasattr(default, name)}
     values["optimizer_warmup_steps"] = 0  # whatever else is set, a config without a warm-up is valid
@@ -65,11 +60,7 @@ class SharedProgram:
     """The compiled functions of all trials that differ in `Arguments` alone."""
 
     def __init__(self, config: Config, vocab_size: int, mesh: Mesh):
-        """`config` is resolved. Compiles nothing yet.
-
-        Raises:
-            UserError: as `build_program`.
-        """
+        """`config` is resolved. Compiles nothing yet."""
         key, devices = program_key(config), list(mesh.devices.flat)
         functions = build_functions(key, vocab_size, mesh)
         states, self._everywhere = functions.state_shardings, sharding.replicated(mesh)
@@ -95,9 +86,6 @@ class SharedProgram:
         )
 
 
-# ---------------------------------------------------------------- what trials share besides
-
-
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """Devices, data and initial weights: the same for all trials."""
@@ -114,11 +102,7 @@ class Bench:
 
 
 def prepare_bench(config: Config, trials: Sequence[Config]) -> Bench:
-    """Set up devices, data and weights, checked for every one of the `trials`.
-
-    Raises:
-        UserError: the input is wrong, as in `train`; several processes were started.
-    """
+    """Set up devices, data and weights. Raises UserError, as `train`, where they do not suit one of the `trials`."""
     if distributed.place_in(os.environ, config.mesh.distributed) is not None:
         raise UserError("sweep runs in one process; start it on one host, or set --mesh.distributed off")
     weights = [resume.weights_to_start_from(trial, None) for trial in _one_of_each(trials, "model")][0]
@@ -141,9 +125,6 @@ def _one_of_each(trials: Sequence[Config], section: str) -> list[Config]:
     return list({getattr(trial, section): trial for trial in reversed(trials)}.values())
 
 
-# ---------------------------------------------------------------- trials
-
-
 class Trial(NamedTuple):
     number: int
     settings: Point
@@ -161,11 +142,8 @@ class TrialRunner:
     def run(self, trials: Sequence[Trial], until: int | None = None) -> Iterator[TrialRecord]:
         """Train each to `until` steps, or to its last, and yield how it stands then.
 
-        The folder of a trial that will not go on is deleted when the next record is asked for.
-
-        Raises:
-            Interrupted: SIGTERM or Ctrl-C arrived; the state of the trial in hand is saved.
-            StorageFailed: a checkpoint could not be written.
+        The folder of a trial that will not go on is deleted when the next record is asked for. SIGTERM or Ctrl-C saves
+        the state of the trial in hand and raises Interrupted.
         """
         activity = Activity()
         with StopSignal(activity) as stop:
@@ -179,7 +157,6 @@ class TrialRunner:
                     raise Interrupted(f"{stop.requested}; run the same command again to go on")
 
     def forget(self, number: int) -> None:
-        """Delete the folder of a trial that will not go on."""
         shutil.rmtree(self._folder / str(number), ignore_errors=True)
 
     def _train(self, trial: Trial, until: int | None, stop: StopSignal, activity: Activity) -> TrialRecord:
@@ -252,9 +229,6 @@ def _config_of_loop(config: Config, until: int | None) -> Config:
     )
 
 
-# ---------------------------------------------------------------- the sweep
-
-
 def sweep(config: Config, request: SweepRequest, write_page: PageWriter) -> None:
     """Run the trials that are not recorded yet, print what all of them show, and write best.toml and the page.
 
@@ -264,8 +238,7 @@ def sweep(config: Config, request: SweepRequest, write_page: PageWriter) -> None
     """
     # 1. What can be wrong with the input, and what an earlier start of this sweep has left.
     search, folder = requested_search(config, request), request.workdir
-    before = sweep_folder.earlier(folder)
-    if before:
+    if before := sweep_folder.earlier(folder):
         sweep_folder.check_same(folder, before, search.asked(), config)
         search = dataclasses.replace(search, rungs=tuple(before["rungs"]))
         if search.next_round(records := Records(folder)) is None:
@@ -300,9 +273,8 @@ def _run_rounds(search: Search, records: Records, bench: Bench, runner: TrialRun
             for record in records.latest():
                 if record.number not in now.alive:
                     runner.forget(record.number)
-            trials = [
-                Trial(number, point, bench.resolved(search.space.config(point))) for number, point in now.points.items()
-            ]
+            configs = {number: bench.resolved(search.space.config(point)) for number, point in now.points.items()}
+            trials = [Trial(number, now.points[number], config) for number, config in configs.items()]
             for record in runner.run(trials, now.until):
                 records.add(record)
                 bar.update(len(records.ended()) - bar.n)
