@@ -29,11 +29,7 @@ DRAWS = 1000  # bootstrap samples for the standard errors of metrics that are no
 
 
 def check_installed() -> None:
-    """Check that lm-evaluation-harness can be imported.
-
-    Raises:
-        UserError: the harness is not installed.
-    """
+    """Raise UserError if lm-evaluation-harness is not installed."""
     try:
         importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:

@@ -24,11 +24,7 @@ class NamedTask(NamedTuple):
 
 
 def read_tasks(words: Sequence[str]) -> list[NamedTask]:
-    """The tasks that eval.tasks names. If a format comes twice, the stem of the file is added to its name.
-
-    Raises:
-        UserError: no such format, file or question; names the line.
-    """
+    """The tasks that eval.tasks names. If a format comes twice, the stem of the file is added to its name."""
     parts = [word.partition("=") for word in words]
     times = Counter(form for form, _, _ in parts)
     found: dict[str, NamedTask] = {}
@@ -47,11 +43,8 @@ def read_tasks(words: Sequence[str]) -> list[NamedTask]:
 def task_scorer(words: Sequence[str]) -> Callable[[Config, int, Tokenizer, Mesh], "TaskScores | None"]:
     """Read the tasks of eval.tasks; returns a function that makes their `TaskScores` once the run is resolved.
 
-    The function returns None if there are no tasks. It raises UserError for a question that the tokenizer cannot write
-    or the model has no room for, and names the line.
-
-    Raises:
-        UserError: as `read_tasks`.
+    The function returns None if there are no tasks. Both raise UserError and name the line: the function for a question
+    that the tokenizer cannot write or the model has no room for.
     """
     tasks = read_tasks(words)
     return lambda config, vocab_size, tokenizer, mesh: (

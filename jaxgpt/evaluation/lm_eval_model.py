@@ -70,11 +70,7 @@ class CheckpointLM(TemplateLM):
         return TEMPLATE if chat_template and self._tokenizer.end_of_turn is not None else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, with the beginning of an answer; else the last message is an answer that goes on.
-
-        Raises:
-            UserError: the model is no chat model.
-        """
+        """The conversation as text, with the beginning of an answer; else the last message is one that goes on."""
         encode = ChatPrompts(self._tokenizer, self.max_length, "the chat template").encode
         if add_generation_prompt:
             return self._tokenizer.decode(encode(chat_history))
@@ -126,7 +122,7 @@ class CheckpointLM(TemplateLM):
         return ScoringRequest(tokens[:1], tokens[1:])
 
     def _score(self, requests: Sequence[ScoringRequest], disable_tqdm: bool) -> list[Score]:
-        hidden = True if disable_tqdm else None
+        hidden = disable_tqdm or None
         with tqdm(total=len(requests), desc="log-likelihoods", unit="request", disable=hidden, leave=False) as bar:
             return self._scorer(self._params, requests, bar.update)
 
@@ -138,14 +134,9 @@ class CheckpointLM(TemplateLM):
         return build_decoder(self._config.model, self._vocab_size, self._params, end, rows=self._rows)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text that the model writes after each context.
-
-        Raises:
-            UserError: a task asks for an unknown sampling rule, or for more tokens than the model reads.
-        """
+        """The text that the model writes after each context."""
         texts: dict[int, str] = {}
-        hidden = True if disable_tqdm else None
-        with tqdm(total=len(requests), desc="texts", unit="text", disable=hidden, leave=False) as bar:
+        with tqdm(total=len(requests), desc="texts", disable=disable_tqdm or None, unit="text", leave=False) as bar:
             for options, places in self._groups(requests).items():
                 prompts = {place: self._prompt(requests[place], options) for place in places}
                 places = sorted(places, key=lambda place: len(prompts[place]), reverse=True)  # less padding in a batch

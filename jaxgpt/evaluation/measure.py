@@ -12,15 +12,7 @@ from tqdm import tqdm
 from jaxgpt.config import Config, with_settings
 from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation import harness
-from jaxgpt.evaluation.perplexity import (
-    TextBatches,
-    default_stride,
-    encoded_text,
-    score_texts,
-    text_batches,
-    validation_batches,
-)
+from jaxgpt.evaluation import harness, perplexity
 from jaxgpt.evaluation.result_table import with_published
 from jaxgpt.evaluation.scoring import RequestScorer
 from jaxgpt.evaluation.tasks import Task, read_tasks
@@ -76,7 +68,7 @@ def measure(options: EvaluationOptions) -> dict[str, object]:
     written = _read_prompts(options.generate)
     model = load_model(options.checkpoint)
     config = with_settings(model.config, model_dtype=options.dtype or model.config.model.dtype)
-    stride = default_stride(config.block_size) if options.stride is None else options.stride
+    stride = perplexity.default_stride(config.block_size) if options.stride is None else options.stride
     if not 1 <= stride <= config.block_size:
         raise UserError(f"--stride {stride}: a window has {config.block_size} tokens, so 1 to {config.block_size}")
     use_compilation_cache(config.train.compilation_cache_dir)
@@ -86,7 +78,7 @@ def measure(options: EvaluationOptions) -> dict[str, object]:
     texts = []
     if contents or not (tasks or options.harness or prompts):
         texts = _texts(options, contents, model, config.block_size, options.batch_size * batch_shards(mesh))
-    losses = score_texts(texts, config, model, mesh) if texts else {}
+    losses = perplexity.score_texts(texts, config, model, mesh) if texts else {}
     results = _results(tasks, config, model, mesh, options.batch_size)
     if options.harness:
         include, rows = options.harness_include, options.batch_size
@@ -138,13 +130,13 @@ def _read_prompts(file: Path | None) -> list[str]:
 
 def _texts(
     options: EvaluationOptions, contents: list[tuple[str, str]], model: LoadedModel, block_size: int, rows: int
-) -> list[TextBatches]:
+) -> list[perplexity.TextBatches]:
     if not contents:
-        return [validation_batches(_dataset(options).validation, block_size, options.stride, rows)]
+        return [perplexity.validation_batches(_dataset(options).validation, block_size, options.stride, rows)]
     encode, end_of_text = model.tokenizer.encode, model.tokenizer.end_of_text
-    texts = [(name, encoded_text(encode(content), len(content.encode()), end_of_text)) for name, content in contents]
-    stride = options.stride or default_stride(block_size)
-    return [text_batches(name, text, block_size, stride, rows) for name, text in texts]
+    texts = [(name, perplexity.encoded_text(encode(text), len(text.encode()), end_of_text)) for name, text in contents]
+    stride = options.stride or perplexity.default_stride(block_size)
+    return [perplexity.text_batches(name, text, block_size, stride, rows) for name, text in texts]
 
 
 def _dataset(options: EvaluationOptions) -> TokenDataset:

@@ -37,9 +37,6 @@ def _texts(found: Mapping) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- tasks
-
-
 def metrics_of(task: Mapping) -> list[str]:
     """The names of a task's figures, without those of their errors."""
     numbers = [name for name, value in task.items() if isinstance(value, (int, float))]
@@ -84,9 +81,6 @@ def _number(value: float) -> str:
     return f"{value:,.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-# ---------------------------------------------------------------- generation
-
-
 def _generation(found: Mapping) -> str:
     columns = ("distinct_1", "distinct_2", "distinct_3", "rep_4", "stops", "tokens")
     lines = [
@@ -103,8 +97,6 @@ def _generation(found: Mapping) -> str:
         lines.append(f"  {found['cut']:,} prompts were too long and lost their beginning")
     return "\n".join(lines)
 
-
-# ---------------------------------------------------------------- published figures
 
 # Radford et al. 2019 call the first two sizes 117M and 345M; they have 124 and 355 million parameters.
 _SIZES = ("GPT-2 124M", "GPT-2 355M", "GPT-2 774M", "GPT-2 1.5B")

@@ -94,10 +94,7 @@ class RequestScorer:
         rows = self._rows_sharding.spec
         self._score = jax.jit(
             sharding.per_device(
-                device_scores,
-                mesh,
-                in_specs=(sharding.specs(layout.param_shardings), rows),
-                out_specs=(rows, rows),
+                device_scores, mesh, in_specs=(sharding.specs(layout.param_shardings), rows), out_specs=(rows, rows)
             ),
             in_shardings=(layout.param_shardings, self._rows_sharding),
             out_shardings=sharding.replicated(mesh),  # whole on each device, any process can read it
@@ -125,10 +122,7 @@ class RequestScorer:
 
 
 def _target_scores(
-    network: gpt2.GPT2,
-    hidden_BTD: jax.Array,
-    targets_BK: jax.Array,
-    outputs_BK: jax.Array,
+    network: gpt2.GPT2, hidden_BTD: jax.Array, targets_BK: jax.Array, outputs_BK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability of each target, whether it is the likeliest token), each (B, K)."""
     hidden_BKD = jnp.take_along_axis(hidden_BTD, outputs_BK[..., None], axis=1)
@@ -215,21 +209,18 @@ def _shared(context: list[int], targets: dict[int, list[int]], block_size: int) 
     while waiting:
         row = ScoringRow(list(context), list(range(len(context))), [0] * len(context), [], [], [])
         while waiting and len(row.tokens) + len(waiting[0][1]) - 1 <= block_size:
-            _add_branch(row, len(context), *waiting.popleft())
+            number, target = waiting.popleft()
+            begin, inputs = len(row.tokens), len(target) - 1
+            row.members.append(RowMember(number, len(row.targets), len(target), 0))
+            row.tokens.extend(target[:-1])
+            row.positions.extend(range(len(context), len(context) + inputs))
+            row.branches.extend([len(row.members)] * inputs)
+            row.targets.extend(target)
+            # The first target is predicted at the end of the context, each other one at the target before it.
+            row.outputs.extend([len(context) - 1, *range(begin, begin + inputs)])
         if not row.is_shared:
             row.branches[:] = [0] * len(row.branches)
         yield row
-
-
-def _add_branch(row: ScoringRow, context: int, number: int, target: list[int]) -> None:
-    """Predict the first target at the end of the context, each other one at the target before it."""
-    begin, inputs = len(row.tokens), len(target) - 1
-    row.members.append(RowMember(number, len(row.targets), len(target), 0))
-    row.tokens.extend(target[:-1])
-    row.positions.extend(range(context, context + inputs))
-    row.branches.extend([len(row.members)] * inputs)
-    row.targets.extend(target)
-    row.outputs.extend([context - 1, *range(begin, begin + inputs)])
 
 
 def _alone(number: int, context: list[int], target: list[int], block_size: int) -> ScoringRow:
@@ -237,15 +228,16 @@ def _alone(number: int, context: list[int], target: list[int], block_size: int) 
     whole = context + target
     inputs = whole[:-1][-block_size:]
     length = len(inputs)
-    kept = target[-length:] if len(target) > length else target
-    member = RowMember(number, 0, len(kept), len(whole) - 1 - length)
-    return ScoringRow(
-        inputs, list(range(length)), [0] * length, kept, list(range(length - len(kept), length)), [member]
-    )
+    kept = target[-length:]
+    member, places = RowMember(number, 0, len(kept), len(whole) - 1 - length), list(range(length))
+    return ScoringRow(inputs, places, [0] * length, kept, places[length - len(kept) :], [member])
 
 
 def _batch(part: list[ScoringRow], rows: int, block_size: int) -> RowBatch:
-    num_positions = _num_positions(max(len(row.tokens) for row in part), block_size)
+    longest = max(len(row.tokens) for row in part)
+    size = max(SMALLEST, 1 << (longest - 1).bit_length())
+    # The next of 16, 24, 32, 48, 64, 96, ...: above 16, less than a third of a row is padding.
+    num_positions = min(size * 3 // 4 if longest <= size * 3 // 4 and size > SMALLEST else size, block_size)
     num_targets = max(FEWEST, 1 << (max(len(row.targets) for row in part) - 1).bit_length())  # a power of two
 
     def filled(name: str, width: int) -> np.ndarray:
@@ -263,9 +255,3 @@ def _batch(part: list[ScoringRow], rows: int, block_size: int) -> RowBatch:
         filled("targets", num_targets),
         filled("outputs", num_targets),
     )
-
-
-def _num_positions(length: int, block_size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: above 16, less than a third of a row is padding."""
-    size = max(SMALLEST, 1 << (length - 1).bit_length())
-    return min(size * 3 // 4 if length <= size * 3 // 4 and size > SMALLEST else size, block_size)

@@ -51,11 +51,7 @@ class Task:
         return dataclasses.replace(self, questions=self.questions[:count])
 
     def requests(self, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
-        """A request for each pair. A context of more than `block_size` tokens is cut when it is scored.
-
-        Raises:
-            UserError: the tokenizer has no token for a character; names the question's place.
-        """
+        """A request for each pair. A context of more than `block_size` tokens is cut when it is scored."""
         requests = []
         for question in self.questions:
             try:
@@ -144,10 +140,6 @@ def _arc(record: Mapping) -> Question:
     return _choices(f"Question: {stem}\nAnswer:", texts, answer)
 
 
-def _openbookqa(record: Mapping) -> Question:
-    return _choices(*_stem_and_choices(record))
-
-
 def _blimp(record: Mapping) -> Question:
     sentences = [record["sentence_good"], record["sentence_bad"]]
     return Question([("", f" {sentence}") for sentence in sentences], sentences, 0)
@@ -159,9 +151,8 @@ def _cbt(record: Mapping) -> Question:
     if record["answer"] not in options:
         raise ValueError(f"the answer {record['answer']!r} is none of the options")
     filled = [record["question"].replace("XXXXX", option) for option in options]
-    return _choices("\n".join(record["sentences"]), filled, options.index(record["answer"]), "\n")._replace(
-        choices=options
-    )
+    context = "\n".join(record["sentences"])
+    return Question([(context, f"\n{question}") for question in filled], options, options.index(record["answer"]))
 
 
 def _own(record: Mapping) -> Question:
@@ -175,7 +166,7 @@ FORMATS: dict[str, tuple[Callable[[Mapping], Question], tuple[str, ...]]] = {
     "piqa": (_piqa, ("acc", "acc_norm")),
     "winogrande": (_winogrande, ("acc",)),
     "arc": (_arc, ("acc", "acc_norm")),
-    "openbookqa": (_openbookqa, ("acc", "acc_norm")),
+    "openbookqa": (lambda record: _choices(*_stem_and_choices(record)), ("acc", "acc_norm")),
     "blimp": (_blimp, ("acc",)),
     "cbt": (_cbt, ("acc",)),
     "choices": (_own, ("acc", "acc_norm")),
@@ -200,19 +191,15 @@ def _file_records(file: Path) -> Iterator[tuple[str, Mapping]]:
         with open(file, "rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
                 if line.strip():
-                    yield f"{file}:{number}", _record(line, f"{file}:{number}")
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        kind = type(record).__name__
+                        raise UserError(f"{file}:{number}: a JSON {kind}, but each line must be an object")
+                    yield f"{file}:{number}", record
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-
-
-def _record(line: bytes, where: str) -> Mapping:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # of UTF-8 as well
-        raise UserError(f"{where}: not a question of this task ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, but each line must be an object")
-    return record
+    except ValueError as error:  # of json, and of UTF-8
+        raise UserError(f"{file}:{number}: not a question of this task ({error})") from None
 
 
 def _question(to_question: Callable[[Mapping], Question], record: Mapping, where: str) -> Question:
@@ -299,10 +286,6 @@ def _letter(number: int) -> str:
     return "ABCDE"[number] if number >= 0 else "hidden"
 
 
-def _lambada_of_tfds(example: Mapping) -> Mapping:
-    return {"text": example["passage"].rstrip("\n")}
-
-
 def _hellaswag_of_tfds(example: Mapping) -> Mapping:
     """TFDS has joined ctx_a and ctx_b. In the part from ActivityNet ctx_b is what follows the last whole sentence."""
     before, after = example["context"], ""
@@ -310,10 +293,6 @@ def _hellaswag_of_tfds(example: Mapping) -> Mapping:
         found = re.fullmatch(r"(.*[.!?][\"')]*) (\S.*)", before, flags=re.DOTALL)
         before, after = found.groups() if found else (before, "")
     return {**example, "ctx_a": before, "ctx_b": after}
-
-
-def _winogrande_of_tfds(example: Mapping) -> Mapping:
-    return {**example, "answer": example["label"] + 1}
 
 
 def _arc_of_tfds(example: Mapping) -> Mapping:
@@ -327,16 +306,12 @@ def _openbookqa_of_tfds(example: Mapping) -> Mapping:
     return {"question": {"stem": question["stem"], "choices": choices}, "answerKey": _letter(example["answerKey"])}
 
 
-def _same(example: Mapping) -> Mapping:
-    return example
-
-
 _SETS = {
-    "lambada": _TfdsSet("lambada", "test", _lambada_of_tfds),
+    "lambada": _TfdsSet("lambada", "test", lambda example: {"text": example["passage"].rstrip("\n")}),
     "hellaswag": _TfdsSet("hellaswag", "validation", _hellaswag_of_tfds),
-    "piqa": _TfdsSet("piqa", "validation", _same),
-    "winogrande": _TfdsSet("winogrande", "validation", _winogrande_of_tfds),
+    "piqa": _TfdsSet("piqa", "validation", dict),
+    "winogrande": _TfdsSet("winogrande", "validation", lambda example: {**example, "answer": example["label"] + 1}),
     "arc": _TfdsSet("ai2_arc", "test", _arc_of_tfds, "ARC-Easy"),
     "openbookqa": _TfdsSet("openbookqa", "test", _openbookqa_of_tfds),
-    "blimp": _TfdsSet("blimp", "train", _same, "adjunct_island"),
+    "blimp": _TfdsSet("blimp", "train", dict, "adjunct_island"),
 }

@@ -49,18 +49,9 @@ class Prompts:
 
 
 def written_prompts(
-    texts: Sequence[str],
-    origin: str,
-    tokenizer: Tokenizer,
-    n_positions: int,
-    options: SamplingOptions,
-    system: str = "",
+    texts: list[str], origin: str, tokenizer: Tokenizer, n_positions: int, options: SamplingOptions, system: str = ""
 ) -> Prompts:
-    """The prompts that a user wrote; for a chat model each is a message after the system message.
-
-    Raises:
-        UserError: a message does not fit, or there is no room for a prompt.
-    """
+    """The prompts that a user wrote; for a chat model each is a message after the system message."""
     if tokenizer.end_of_turn is None:
         encoded = [tokenizer.encode(text) for text in texts]
         fitted = [fit_prompt(ids, options, n_positions, truncate=True) for ids in encoded]
@@ -72,11 +63,7 @@ def written_prompts(
 
 
 def validation_prompts(dataset: TokenDataset, tokenizer: Tokenizer, n_positions: int, new: int) -> Prompts:
-    """Beginnings of validation texts, or validation conversations up to an answer, each with its real continuation.
-
-    Raises:
-        UserError: none leaves room for `new` more tokens.
-    """
+    """Beginnings of validation texts, or validation conversations up to an answer, each with its real continuation."""
     longest = n_positions - new
     if longest < 1:
         raise UserError(f"--max-new-tokens {new}: the model reads and writes {n_positions} tokens at most")

@@ -18,23 +18,11 @@ from jaxgpt.evaluation.scoring import Score, ScoringRequest
 
 NAME = "wikitext"
 
-_PLAIN = (
-    ("s '", "s'"),
-    *((f" @{sign}@ ", sign) for sign in "-,."),
-    *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"),
-)
+_PLAIN = (("s '", "s'"), *((f" @{sign}@ ", sign) for sign in "-,."), *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"))
 """(in the file, as it is written), in the order of replacement: possessives, numbers, punctuation."""
 _ENCLOSED = [("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'")]
-_LAST = [
-    ("= = = =", "===="),
-    ("= = =", "==="),
-    ("= =", "=="),
-    (" ° ", "°"),
-    (" \n", "\n"),
-    ("\n ", "\n"),
-    (" N ", " 1 "),
-    (" 's", "'s"),
-]
+_HEADINGS = [("= = = =", "===="), ("= = =", "==="), ("= =", "==")]
+_LAST = [*_HEADINGS, (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
 
 
 def detokenize(page: str) -> str:
@@ -62,11 +50,7 @@ class Pages:
         return dataclasses.replace(self, pages=self.pages[:count])
 
     def requests(self, tokenizer: Tokenizer, block_size: int) -> list[ScoringRequest]:
-        """Requests that score every token of every page once.
-
-        Raises:
-            UserError: the tokenizer has no token for a character.
-        """
+        """Requests that score every token of every page once."""
         try:
             encoded = [tokenizer.encode(detokenize(page)) for page in self.pages]
         except UserError as error:
@@ -103,11 +87,7 @@ def rolling(tokens: Sequence[int], end_of_text: int, block_size: int) -> Iterato
 
 
 def read_pages(file: Path) -> Pages:
-    """The pages of the original file (wiki.test.raw), cut at its top headings, or of a JSONL file of {"page": "..."}.
-
-    Raises:
-        UserError: no such file, not text, no page in it; names the line.
-    """
+    """The pages of the original file (wiki.test.raw), cut at its top headings, or of a JSONL file of {"page": ...}."""
     text = read_text(file, str(file))
     cut = _jsonl_pages if file.suffix in (".jsonl", ".json") else _raw_pages
     pages = [page for page in cut(text, file) if page.strip()]
@@ -117,11 +97,7 @@ def read_pages(file: Path) -> Pages:
 
 
 def read_text(file: Path, where: str) -> str:
-    """The content of a UTF-8 file.
-
-    Raises:
-        UserError: there is no such file, or it is not UTF-8; begins with `where`.
-    """
+    """The content of a UTF-8 file; UserError begins with `where`."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
@@ -133,17 +109,12 @@ def read_text(file: Path, where: str) -> str:
 def _raw_pages(text: str, file: Path) -> Iterator[str]:
     page: list[str] = []
     for line in text.split("\n"):
-        if _is_title(line):
+        heading = line.replace("= = =", "===").replace("= =", "==").strip()
+        if heading.startswith("= ") and heading.endswith(" ="):  # " = Robert Boulter = ", but not " = = Career = = "
             yield "\n".join(page)
             page = []
         page.append(line)
     yield "\n".join(page)
-
-
-def _is_title(line: str) -> bool:
-    """Whether a line is a top heading: " = Robert Boulter = ", but not " = = Career = = "."""
-    line = line.replace("= = =", "===").replace("= =", "==").strip()
-    return line.startswith("= ") and line.endswith(" =")
 
 
 def _jsonl_pages(text: str, file: Path) -> Iterator[str]:

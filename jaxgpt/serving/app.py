@@ -1,7 +1,8 @@
 """The routes: OpenAI's /v1, `/generate`, tokens, health, metrics, and the page.
 
 Each route reads its body (schemas.py), turns it into engine requests (requests.py), has the engine make the texts
-(generated_texts.py) and answers (responses.py, sse.py); every request passes middleware.py first.
+(generated_texts.py) and answers (responses.py), at once or as server-sent events; every request passes middleware.py
+first. An answer whose client has left is cancelled.
 """
 
 import asyncio
@@ -10,16 +11,18 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from jaxgpt import __version__
 from jaxgpt.errors import UserError
@@ -27,21 +30,20 @@ from jaxgpt.inference.engine import Engine
 from jaxgpt.serving import schemas
 from jaxgpt.serving.generated_texts import Generation, retry_seconds
 from jaxgpt.serving.middleware import RequestMiddleware, ServerMetrics, answer_error, body_of
-from jaxgpt.serving.requests import (
-    GenerationRequest,
-    chat_request,
-    chat_tokens,
-    completion_request,
-    generate_request,
-)
+from jaxgpt.serving.requests import GenerationRequest, chat_request, chat_tokens, completion_request, generate_request
 from jaxgpt.serving.responses import Chats, Completions, Generated
 from jaxgpt.serving.schemas import ApiError, bad_request, too_busy
 from jaxgpt.serving.served_model import ServedModel
-from jaxgpt.serving.sse import EventStream, events, while_connected
 
 T = TypeVar("T")
 OPENABLE = {"page": "/", "metrics": "/metrics", "models": "/v1/models"}
 LONG_BODY = 8192  # bytes; tokenizing more takes milliseconds, too long for the event loop
+PING_SECONDS = 15.0  # proxies cut a silent connection; most wait for 60 s
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx hands on each event at once
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,6 @@ class Options:
 
 
 class Routes:
-    """The functions behind the paths."""
-
     def __init__(self, model: ServedModel, options: Options, metrics: ServerMetrics):
         self._model, self._options, self._metrics = model, options, metrics
         self._page, self._page_headers = _read_page()
@@ -91,12 +91,8 @@ class Routes:
         body = await self._read(request, schemas.TokenizeBody)
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("give either prompt or messages", "prompt")
-
-        def encode() -> list[int]:
-            if body.messages is not None:
-                return chat_tokens(body.messages, self._model)
-            return self._model.tokenizer.encode(body.prompt or "")
-
+        messages, prompt = body.messages, body.prompt or ""
+        encode = lambda: chat_tokens(messages, self._model) if messages else self._model.tokenizer.encode(prompt)
         tokens = await _off_the_loop(encode, request)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._model.n_positions})
 
@@ -154,9 +150,9 @@ class Routes:
         counted = contextlib.ExitStack()
         counted.enter_context(self._counted(generation))
         if not isinstance(response, Generated) and asked.stream:
-            return EventStream(events(generation, response), counted)
+            return _EventStream(_events(generation, response), counted)
         with counted:
-            parts = await while_connected(request.receive, generation.collect())
+            parts = await _while_connected(request.receive, generation.collect())
             return JSONResponse(response.whole(parts, generation.usage))
 
     @contextlib.contextmanager
@@ -174,11 +170,7 @@ class Routes:
 
 
 async def _off_the_loop(function: Callable[[], T], request: Request) -> T:
-    """The result of `function`; for a long body it runs on a thread, so that the loop can answer others.
-
-    Raises:
-        ApiError: 400; the tokenizer cannot read the text.
-    """
+    """The result of `function`; for a long body it runs on a thread, so that the loop can answer others."""
     try:
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) < LONG_BODY:
@@ -253,24 +245,73 @@ async def _answer_exception(request: Request, error: Exception) -> Response:
     return answer_error(error)
 
 
+# ---------------------------------------------------------------- server-sent events
+
+
+async def _events(generation: Generation, shape: Completions | Chats) -> AsyncGenerator[bytes]:
+    """The events of an answer (https://html.spec.whatwg.org/multipage/server-sent-events.html); an error is one."""
+    event = lambda content: b"data: " + to_json(content) + b"\n\n"
+    try:
+        async for part in generation.parts(PING_SECONDS):
+            yield b": ping\n\n" if part is None else b"".join(map(event, shape.chunks(part)))
+    except ApiError as error:
+        yield event(error.body)
+    else:
+        usage = event(shape.last_chunk(generation.usage)) if generation.asked.include_usage else b""
+        yield usage + b"data: [DONE]\n\n"
+
+
+class _EventStream(Response):
+    """A response that sends events until they end or the client leaves; then `counted` is left, too."""
+
+    background = None
+
+    def __init__(self, source: AsyncGenerator[bytes], counted: contextlib.AbstractContextManager[object]):
+        self._source, self._counted = source, counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientDisconnect), self._counted:
+            await _while_connected(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS]})
+        async with contextlib.aclosing(self._source):
+            async for content in self._source:
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
+    """The result of `answer`; if the client leaves, that is cancelled, and ClientDisconnect raised."""
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_wait_until_gone(receive))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise ClientDisconnect
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 # ---------------------------------------------------------------- the page
 
 
 def _read_page() -> tuple[str, dict[str, str]]:
     """(the page, its headers). The headers allow a browser to run the page's own program and nothing else."""
     text = resources.files("jaxgpt.serving").joinpath("page.html").read_text(encoding="utf-8")
-    rules = [
-        "default-src 'none'",
-        "connect-src 'self'",
-        "img-src 'self' data:",
-        f"script-src {_hash_of('script', text)}",
-        f"style-src {_hash_of('style', text)}",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
-    headers = {"Content-Security-Policy": "; ".join(rules), "Referrer-Policy": "no-referrer"}
-    return text, headers | {"Cache-Control": "no-cache"}
+    fetched = "default-src 'none'; connect-src 'self'; img-src 'self' data:"
+    own = f"script-src {_hash_of('script', text)}; style-src {_hash_of('style', text)}"
+    policy = f"{fetched}; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    return text, headers
 
 
 def _hash_of(tag: str, text: str) -> str:

@@ -7,7 +7,7 @@ a whole answer consist of the same parts.
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import cast
 
 from jaxgpt.inference.decode import Continuation
@@ -40,11 +40,7 @@ class Generation:
     def __init__(
         self, asked: GenerationRequest, model: ServedModel, engine: Engine, metrics: ServerMetrics, seconds: float
     ):
-        """`seconds` is its time limit.
-
-        Raises:
-            ApiError: 429, the queue is full; 503, the engine is closed.
-        """
+        """`seconds` is its time limit; ApiError 429 if the queue is full, 503 if the engine is closed."""
         self.asked = asked
         self.completion_tokens = 0
         self._engine, self._metrics, self._seconds = engine, metrics, seconds
@@ -53,10 +49,7 @@ class Generation:
         self._open = len(self._texts)
         self._began = time.perf_counter()
         self._first_at: float | None = None
-
-        def deliver_to(index: int) -> Callable[[Piece], None]:
-            return lambda piece: self._came.put_nowait((index, piece))
-
+        deliver_to = lambda index: lambda piece: self._came.put_nowait((index, piece))
         try:
             self._tickets: list[Ticket] = engine.submit(
                 [(request, deliver_to(index)) for index, request in enumerate(asked.requests)],

@@ -9,13 +9,12 @@ import hmac
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxgpt.errors import UserError
@@ -66,11 +65,7 @@ class ServerMetrics:
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """The API keys of a file or of the environment. (On the command line every user of the machine would see them.)
-
-    Raises:
-        UserError: the file cannot be read, or holds no key.
-    """
+    """The API keys of a file or of the environment. (On the command line every user of the machine would see them.)"""
     if file is None:
         return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     try:
@@ -87,16 +82,11 @@ class RequestMiddleware:
     """ASGI middleware that checks the key of each request, counts it and logs it."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        keys: Sequence[str],
-        opened: Collection[str],
-        metrics: ServerMetrics,
-        routes: Collection[str],
+        self, app: ASGIApp, keys: Sequence[str], opened: Sequence[str], metrics: ServerMetrics, routes: Sequence[str]
     ):
         """Without `keys` anyone may ask. `opened` are the paths that need no key, `routes` all paths."""
         self._app, self._metrics, self._routes = app, metrics, frozenset(routes)
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._opened = {*ALWAYS_OPEN, *opened}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,12 +123,9 @@ class RequestMiddleware:
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
         # Each key is compared, in constant time: the time tells nothing about any key.
-        matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]
+        own = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(own, digest) for digest in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
-
-
-def _digest(key: str | bytes) -> bytes:
-    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
 
 
 def answer_error(error: ApiError) -> JSONResponse:
@@ -146,12 +133,7 @@ def answer_error(error: ApiError) -> JSONResponse:
 
 
 async def body_of(request: Request) -> bytes:
-    """The whole body.
-
-    Raises:
-        ApiError: 413, it is larger than MAX_BODY_BYTES; 408, it did not come in BODY_SECONDS.
-        ClientDisconnect: the client left.
-    """
+    """The whole body; ApiError 413 if it is larger than MAX_BODY_BYTES, 408 if it did not come in BODY_SECONDS."""
     too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:

@@ -1,6 +1,7 @@
 """From the body of a request to engine requests: token ids, sampling options, and the number of texts of each.
 
-Every limit is checked here, before anything waits in the queue: nothing is cut silently.
+Every limit is checked here, before anything waits in the queue: nothing is cut silently. What is over a limit is an
+ApiError 400.
 """
 
 import dataclasses
@@ -12,17 +13,8 @@ from jaxgpt.data.chat import with_system
 from jaxgpt.errors import UserError
 from jaxgpt.inference.engine import Engine, Request
 from jaxgpt.inference.sampling import SamplingOptions
-from jaxgpt.serving.schemas import (
-    MAX_SEED,
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    GenerateBody,
-    Message,
-    SamplingBody,
-    StreamingBody,
-    bad_request,
-)
+from jaxgpt.serving import schemas
+from jaxgpt.serving.schemas import ApiError, bad_request
 from jaxgpt.serving.served_model import ServedModel
 
 DEFAULT_NEW_TOKENS = 16  # as OpenAI's /v1/completions
@@ -46,49 +38,33 @@ class GenerationRequest:
     include_usage: bool = False
 
 
-def completion_request(body: CompletionBody, model: ServedModel, engine: Engine) -> GenerationRequest:
-    """The engine requests of a body of /v1/completions.
-
-    Raises:
-        ApiError: 400; the prompt does not fit the context, or too many texts are asked for.
-    """
+def completion_request(body: schemas.CompletionBody, model: ServedModel, engine: Engine) -> GenerationRequest:
+    """The engine requests of a body of /v1/completions."""
     prompts = _prompts(body.prompt, model)
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens = 0 makes no text; it is for scoring a prompt, with echo", "max_tokens")
-    n = body.n or 1
+    n, has_logprobs = body.n or 1, body.logprobs is not None
     _check_count(len(prompts) * n, engine, "n" if n > 1 else "prompt")
     requests = []
     for prompt in prompts:
-        new = body.max_tokens
-        if new is None:
-            new = min(DEFAULT_NEW_TOKENS, _room(model, prompt))
+        new = min(DEFAULT_NEW_TOKENS, _room(model, prompt)) if body.max_tokens is None else body.max_tokens
         requests += [
             Request(
                 prompt,
                 _options(body, OPENAI_RULES, max(new, 1)),
                 row,
                 alternatives=body.logprobs or 0,
-                scores_prompt=bool(body.echo) and (body.logprobs is not None or new == 0),
+                scores_prompt=bool(body.echo) and (has_logprobs or new == 0),
                 continues=new > 0,
             )
             for row in range(n)
         ]
-    return GenerationRequest(
-        _checked(requests, engine, "max_tokens"),
-        sum(map(len, prompts)),
-        _stop(body),
-        wants_logprobs=body.logprobs is not None,
-        echo=bool(body.echo),
-        **_streaming(body),
-    )
+    checked, count = _checked(requests, engine, "max_tokens"), sum(map(len, prompts))
+    return GenerationRequest(checked, count, _stop(body), has_logprobs, bool(body.echo), **_streaming(body))
 
 
-def chat_request(body: ChatBody, model: ServedModel, engine: Engine) -> GenerationRequest:
-    """The engine requests of a body of /v1/chat/completions.
-
-    Raises:
-        ApiError: 400; there is no chat template, the conversation does not fit, or it does not end in a user's turn.
-    """
+def chat_request(body: schemas.ChatBody, model: ServedModel, engine: Engine) -> GenerationRequest:
+    """The engine requests of a body of /v1/chat/completions."""
     prompt = chat_tokens(body.messages, model)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
@@ -101,33 +77,20 @@ def chat_request(body: ChatBody, model: ServedModel, engine: Engine) -> Generati
     end_of_turn = model.chat_prompts().end_of_turn
     options = dataclasses.replace(options, stop_token_ids=(*options.stop_token_ids, end_of_turn))
     requests = [Request(prompt, options, row, alternatives=body.top_logprobs or 0) for row in range(n)]
-    return GenerationRequest(
-        _checked(requests, engine, "messages"),
-        len(prompt),
-        _stop(body),
-        wants_logprobs=bool(body.logprobs),
-        **_streaming(body),
-    )
+    checked = _checked(requests, engine, "messages")
+    return GenerationRequest(checked, len(prompt), _stop(body), bool(body.logprobs), **_streaming(body))
 
 
-def chat_tokens(messages: Sequence[Message], model: ServedModel) -> list[int]:
-    """The prompt of a conversation, with the server's system message if it has none.
-
-    Raises:
-        ApiError: 400; the model has no chat template, or the last message is not the user's.
-    """
+def chat_tokens(messages: Sequence[schemas.Message], model: ServedModel) -> list[int]:
+    """The prompt of a conversation, with the server's system message if it has none."""
     prompts = model.chat_prompts()
     if messages[-1].role != "user":
         raise bad_request("the last message must be the user's: the model writes what comes after it", "messages")
     return prompts.encode(with_system([message.plain for message in messages], model.system))
 
 
-def generate_request(body: GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
-    """The engine requests of a body of /generate.
-
-    Raises:
-        ApiError: 400; both limits are given, or the text does not fit.
-    """
+def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
+    """The engine requests of a body of /generate."""
     prompt = model.tokenizer.encode(body.prompt)
     if body.max_length is not None and body.max_new_tokens is not None:
         raise bad_request("max_length counts the prompt's tokens, max_new_tokens does not; give one", "max_length")
@@ -153,20 +116,18 @@ def _room(model: ServedModel, prompt: list[int]) -> int:
     return max(model.n_positions - max(len(prompt), 1), 1)
 
 
-def _options(body: SamplingBody, defaults: dict[str, float], new_tokens: int) -> SamplingOptions:
-    rules: dict[str, Any] = {
-        name: usual if (value := getattr(body, name)) is None else value for name, usual in defaults.items()
-    }
-    seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+def _options(body: schemas.SamplingBody, defaults: dict[str, Any], new_tokens: int) -> SamplingOptions:
+    rules = defaults | body.model_dump(include={*defaults}, exclude_none=True)
+    seed = secrets.randbelow(schemas.MAX_SEED + 1) if body.seed is None else body.seed
     stop_token_ids = tuple(body.stop_token_ids or ())
     return SamplingOptions(max_new_tokens=new_tokens, stop_token_ids=stop_token_ids, seed=seed, **rules)
 
 
-def _stop(body: SamplingBody) -> tuple[str, ...]:
+def _stop(body: schemas.SamplingBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def _streaming(body: StreamingBody) -> dict[str, bool]:
+def _streaming(body: schemas.StreamingBody) -> dict[str, bool]:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream = true", "stream_options")
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

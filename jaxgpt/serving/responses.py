@@ -3,6 +3,7 @@
 A whole answer consists of its chunks, so the two cannot differ.
 """
 
+import itertools
 import secrets
 import time
 from collections.abc import Sequence
@@ -65,7 +66,9 @@ class Completions(_Answer):
         if self._asked.wants_logprobs:
             logprobs = self._logprobs(part.new, [len(before) + offset for offset in part.offsets])
             if part.prompt is not None:
-                own = self._logprobs(part.prompt, _offsets(self._model, part.prompt.tokens))
+                stream = TextStream(self._model.tokenizer)
+                lengths = (len(stream.add([token])) for token in part.prompt.tokens)
+                own = self._logprobs(part.prompt, [*itertools.accumulate(lengths, initial=0)][:-1])
                 logprobs = {name: own[name] + logprobs[name] for name in own}
         if begins:
             text = before + text
@@ -155,12 +158,3 @@ class Generated:
 
 def _finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
-
-
-def _offsets(model: ServedModel, tokens: Sequence[int]) -> list[int]:
-    """The place in the whole text where each token's text begins."""
-    stream, length, offsets = TextStream(model.tokenizer), 0, []
-    for token in tokens:
-        offsets.append(length)
-        length += len(stream.add([token]))
-    return offsets

@@ -55,12 +55,8 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def too_busy(waiting: int, seconds: int) -> ApiError:
-    return ApiError(
-        429,
-        f"{waiting} requests are waiting, which is as many as may; try again in {seconds} s",
-        code="queue_full",
-        headers={"Retry-After": str(seconds)},
-    )
+    message = f"{waiting} requests are waiting, which is as many as may; try again in {seconds} s"
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
 
 def not_ready(state: str) -> ApiError:
@@ -172,22 +168,14 @@ class DetokenizeBody(_Body):
 _UNSUPPORTED: dict[str, tuple] = {
     "best_of": (1,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    **dict.fromkeys(["presence_penalty", "frequency_penalty"], (0,)),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    **dict.fromkeys(["tools", "functions"], ([],)),
+    **dict.fromkeys(["tool_choice", "function_call"], ("none", "auto")),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
+    **dict.fromkeys(["audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "do_sample"], ()),
     "use_beam_search": (False,),
-    "do_sample": (),
 }
 # These change nothing about the answer.
 _IGNORED = (
@@ -205,17 +193,14 @@ Body = TypeVar("Body", bound=_Body)
 
 
 def read_body(content: bytes, kind: type[Body]) -> Body:
-    """The body of a request as one of the classes above.
-
-    Raises:
-        ApiError: 400; it is not JSON, or a field is unknown, unsupported or has a wrong value.
-    """
+    """The body of a request as one of the classes above; ApiError 400 says what is wrong with it."""
     try:
         fields = from_json(content, allow_inf_nan=False, allow_partial=False)
     except ValueError as error:
         raise bad_request(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise bad_request(f"the body must be a JSON object, not {_json_type(fields)}")
+        kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        raise bad_request(f"the body must be a JSON object, not {kinds.get(type(fields), 'a number')}")
     for name in set(_UNSUPPORTED) & set(fields):
         if not _changes_nothing(name, fields.pop(name)):
             raise bad_request(f"{name} is not supported by this server; leave it out", name, "unsupported")
@@ -239,8 +224,3 @@ def _explained(error: ValidationError, kind: type[_Body]) -> ApiError:
         known = ", ".join(kind.model_fields)
         return bad_request(f"there is no field {where}; known: {known}"[:600], name, "unknown_field")
     return bad_request(f"{name}: {first['msg']}"[:600], name, "invalid_value")
-
-
-def _json_type(value: object) -> str:
-    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")

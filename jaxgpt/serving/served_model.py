@@ -74,32 +74,20 @@ class ServedModel:
         return self.engine.failure is None and not is_stuck
 
     def ready_engine(self) -> Engine:
-        """The engine.
-
-        Raises:
-            ApiError: 503 in any state but "ready".
-        """
+        """The engine; ApiError 503 in any state but "ready"."""
         if self.engine is None or self.state != "ready":
             raise not_ready(self.state)
         return self.engine
 
     def chat_prompts(self) -> ChatPrompts:
-        """The function from conversations to prompts.
-
-        Raises:
-            ApiError: 400, the model has no chat template.
-        """
+        """The function from conversations to prompts; ApiError 400 if the model has no chat template."""
         try:
             return ChatPrompts(self.tokenizer, self.n_positions, self.name)
         except UserError as error:
             raise bad_request(str(error), "messages", "no_chat_template") from None
 
     def check_name(self, name: str | None) -> None:
-        """Refuse a request for another model.
-
-        Raises:
-            ApiError: 404, this server does not have the model.
-        """
+        """Refuse a request for another model with ApiError 404."""
         if name is not None and name != self.name:
             message = f"there is no model {name[:100]!r}; this server has {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -131,11 +119,7 @@ class ServedModel:
 
 
 def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
-    """(the model of a checkpoint, a function that compiles its engine; to be called once).
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """(the model of a checkpoint, a function that compiles its engine; to be called once)."""
     loaded = load_model(options.checkpoint)
     use_compilation_cache(loaded.config.train.compilation_cache_dir)
     config, vocab_size, tokenizer = loaded.config.model, loaded.vocab_size, loaded.tokenizer

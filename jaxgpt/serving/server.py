@@ -1,7 +1,6 @@
 """A server from start to end: listen at once, compile, answer, and on SIGTERM finish what is under way.
 
 A server listens before its model is compiled, so that whoever watches it sees "loading" and not a refused connection.
-On SIGTERM it reports at once that it is not ready, refuses new work, lets the answers under way end, and exits.
 """
 
 import asyncio
@@ -82,11 +81,7 @@ def _check(options: ServeOptions) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, made before a model is loaded.
-
-    Raises:
-        UserError: the address is not this machine's, or another program has the port.
-    """
+    """A socket that listens, made before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -201,11 +196,7 @@ class _Lifetime:
         self._signals = 0
 
     async def run(self) -> None:
-        """Serve until a signal comes, then finish what is under way.
-
-        Raises:
-            RunFailed: the engine has failed; whatever `build` raises.
-        """
+        """Serve until a signal comes, then finish what is under way; RunFailed if the engine fails."""
         answering = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         try:
             await self._until_signal()
