@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Drill:
     """One drill: `run` does it."""
 
     def __init__(self, plan: DrillPlan):
-        self._plan = plan
+        self._asked = plan
         self._workdir = plan.workdir
         self._run, self._log = plan.workdir / "disturbed", plan.workdir / "log.txt"
         self._random = random.Random(plan.seed)
@@ -87,24 +87,28 @@ class Drill:
         if (code := process.wait()) != 0:
             raise RunFailed(f"the undisturbed run ended with exit code {code}; see {self._log}")
         self._report.undisturbed_seconds = time.monotonic() - began
-        kills = [""] * self._plan.kills + [point for point in POINTS for _ in range(self._plan.points)]
-        self._random.shuffle(kills)
-        for kill in kills:
+        for kill in self._plan():
             print(f"{self._report.kills + self._report.terms + 1}: {kill or 'random instant'}", flush=True)
             self._disturb(kill)
         self._finish()
         return self._report
 
+    def _plan(self) -> Iterator[str]:
+        """Failpoints, and "" for a random instant, in a mixed order."""
+        kills = [""] * self._asked.kills + [point for point in POINTS for _ in range(self._asked.points)]
+        self._random.shuffle(kills)
+        yield from kills
+
     def _start(self, name: str, failpoint: str = "") -> subprocess.Popen:
         environment = {**os.environ, "JAXGPT_FAILPOINT": failpoint}
-        settings = {"log.logging_steps": "1", "log.tensorboard": "false", **self._plan.overrides}
-        if all_devices := self._plan.devices:
+        settings = {"log.logging_steps": "1", "log.tensorboard": "false", **self._asked.overrides}
+        if all_devices := self._asked.devices:
             devices = all_devices[self._starts % len(all_devices)] if name == "disturbed" else all_devices[0]
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-            settings["train.per_device_train_batch_size"] = str(self._plan.config.global_batch_size // devices)
+            settings["train.per_device_train_batch_size"] = str(self._asked.config.global_batch_size // devices)
         self._starts += 1
-        command = [sys.executable, "-m", "jaxgpt.train", "--config", self._plan.config_file]
+        command = [sys.executable, "-m", "jaxgpt.train", "--config", self._asked.config_file]
         command += ["--workdir", str(self._workdir / name)]
         for setting, value in settings.items():
             command += [f"--{setting}", value]
@@ -200,7 +204,7 @@ class Drill:
     def _compare(self) -> None:
         """Hold a finished run beside the undisturbed one; then it is removed, to be killed from its beginning again."""
         ours, whole = self._run, self._workdir / "undisturbed"
-        exact = len(set(self._plan.devices)) <= 1
+        exact = len(set(self._asked.devices)) <= 1
         for difference in compare_records(ours, whole, exact) + (compare_states(ours, whole) if exact else []):
             self._fail(difference)
         left = [*ours.glob("checkpoints/.*"), *ours.glob("*.tmp")]
@@ -208,7 +212,7 @@ class Drill:
             left += ours.glob("quarantine/*")
         if left:
             self._fail(f"left behind: {', '.join(str(path) for path in left)}")
-        interval = self._plan.config.checkpoint.save_steps
+        interval = self._asked.config.checkpoint.save_steps
         worst = max(self._report.steps_lost, default=0)
         if worst > 2 * interval:  # one interval, and the save that was still being written
             self._fail(f"{worst} steps lost at once, more than one interval of {interval} and an unfinished save")
