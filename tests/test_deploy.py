@@ -27,6 +27,8 @@ from jaxgpt.errors import EXIT_FAILED, EXIT_RESUME, EXIT_STORAGE, EXIT_USER, EXI
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
 from jaxgpt.serving.middleware import ALWAYS_OPEN, ServerMetrics
+from jaxgpt.serving.served_model import ServeOptions
+from jaxgpt.serving.server import check_options
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -125,7 +127,7 @@ def command_problems(words: list[str]) -> list[str]:
     module = importlib.import_module(f"jaxgpt.{verb}")
     try:
         if verb == "serve":
-            module._check(module.parser().parse_args(arguments))
+            check_options(ServeOptions(**vars(module.parser().parse_args(arguments))))
             return []
         with mock.patch.object(cli, "config_from", side_effect=Parsed) as reading:
             code = module.main(arguments)  # as far as its parser goes

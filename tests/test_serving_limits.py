@@ -391,7 +391,8 @@ def test_a_server_listens_while_it_compiles_and_ends_with_what_is_under_way(smal
                 answers = [
                     pool.submit(server.post, COMPLETIONS, prompt="Hi", stream=stream) for stream in (True, False)
                 ]
-                wait_for(lambda: (own.engine.running, own.engine.waiting) == (1, 1))
+                # Both are there; how many have a slot depends on when the held engine took its last look.
+                wait_for(lambda: own.engine.running + own.engine.waiting == 2)
                 os.kill(os.getpid(), signal.SIGTERM)
                 wait_for(lambda: server.get("/ready").json == {"status": "stopping"})
                 assert server.post(COMPLETIONS, prompt="Hi").error["code"] == "stopping"

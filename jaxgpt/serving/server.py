@@ -44,7 +44,7 @@ def run(options: ServeOptions) -> int:
     Raises:
         UserError: an option is wrong, or there is no such model.
     """
-    _check(options)
+    check_options(options)
     keys = read_keys(options.api_key_file)
     listener = listen(options.host, options.port)
     model, build = load(options)
@@ -66,8 +66,12 @@ def run(options: ServeOptions) -> int:
     return EXIT_DONE
 
 
-def _check(options: ServeOptions) -> None:
-    """Refuse what is wrong before anything is read."""
+def check_options(options: ServeOptions) -> None:
+    """Refuse wrong options before anything is read.
+
+    Raises:
+        UserError: names the option and its limits.
+    """
     if not 0 <= options.port < 65536:
         raise UserError(f"--port {options.port}: it must be between 0 and 65535")
     for name in ("slots", "queue", "chunk", "request_seconds"):
