@@ -2,26 +2,13 @@
 
 import dataclasses
 
-import jax
-from jax import Array
-
 from jaxgpt.errors import UserError
 from jaxgpt.model import attention, flash
-from jaxgpt.model.backend import PLAIN, Backend, without_dropout
+from jaxgpt.model.backend import PLAIN, Backend
 from jaxgpt.model.cpu import CPU
+from jaxgpt.model.gpu import GPU
 from jaxgpt.model.tpu import TPU
 from jaxgpt.settings import ModelConfig
-
-
-def cudnn_attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, segments_BT: Array | None = None) -> Array:
-    """Causal attention on an NVIDIA GPU by cuDNN, (B, T, N, H); with `segments_BT`, within a segment only."""
-    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask, is_causal=True, implementation="cudnn")
-
-
-# Beside attention XLA compiles the network well for a GPU. Logits of all tokens at once are faster there (a published
-# trainer lost 7 % by splitting them), up to what memory bears: 16,384 x 50,304 x 2 bytes = 1.6 GB.
-GPU = Backend(attend=without_dropout(cudnn_attention), loss_rows=16_384)
 
 # The attention kernel of a device: its name in `model.attention`, and in the log.
 _KERNELS = {"tpu": ("flash", "TPU kernel"), "gpu": ("cudnn", "cuDNN")}
