@@ -15,6 +15,7 @@ from jaxgpt.config import Config, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
 from jaxgpt.data.pipeline import read_skip_list
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
 from jaxgpt.inference.answers import Sampler, sampler
 from jaxgpt.model import huggingface
 from jaxgpt.parallel import distributed
@@ -102,10 +103,17 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Hold the run folder's lock, in a new folder if there is none. A folder that stays empty is removed again."""
+    """Hold the run folder's lock, in a new folder if there is none. A folder that stays empty is removed again.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be made.
+    """
     is_new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, NotADirectoryError) as error:
+        raise UserError(f"--workdir {workdir}: the folder cannot be made ({error.strerror})") from None
+    try:
         with lease.Lease(workdir):
             yield
     finally:
