@@ -76,7 +76,7 @@ class Peers:
         self._failed: dict[int, float] = {}
 
     def judge(self, signs: dict[int, Sign], seconds: float) -> Loss | None:
-        """Who is lost, given the `signs` by process after `seconds` more.
+        """The lost process, given the `signs` by process after `seconds` more.
 
         A process that gave no sign yet, or has left, is not judged.
         """

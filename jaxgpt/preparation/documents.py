@@ -1,4 +1,4 @@
-"""What readers of sources yield: documents, and counts of the records that cannot be used, by reason."""
+"""The results of reading a source: documents, and counts of the records that cannot be used, by reason."""
 
 import collections
 import re

@@ -25,7 +25,7 @@ MUON_MATRICES: dict[tuple[str, ...], MuonDimensionNumbers] = {
 
 
 class Arguments(NamedTuple):
-    """What a compiled step can take as arguments, so that trials share it: numbers, or traced scalars."""
+    """The settings that a compiled step can take as arguments, so that trials share it: numbers, or traced scalars."""
 
     learning_rate: float | jax.Array
     muon_learning_rate: float | jax.Array

@@ -87,7 +87,7 @@ class Change(NamedTuple):
 
 
 def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
-    """Where `new` differs from the resolved `old`: {name: Change}. What `new` leaves open is no difference yet."""
+    """Settings in which `new` differs from the resolved `old`; what `new` leaves open is no difference yet."""
     before, after = flatten(old), flatten(new)
     kinds = {entry: kind for kind, entries in ON_RESUME.items() for entry in entries}
     if {old.optimizer.lr_scheduler_type, new.optimizer.lr_scheduler_type} <= set(ENDLESS):
