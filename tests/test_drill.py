@@ -68,7 +68,7 @@ def test_a_folder_that_holds_something_is_left_alone(folder, capsys):
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("")
     assert drill.main(["--config", str(folder / "config.toml"), "--workdir", str(folder / "mine")]) == 2
-    assert "holds something" in capsys.readouterr().err
+    assert "exists already; choose another name" in capsys.readouterr().err
 
 
 def test_every_named_point_is_in_the_list_of_those_who_pass_it():
