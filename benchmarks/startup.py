@@ -53,12 +53,12 @@ def child(started: float, config: str, workdir: str, overrides: list[str]) -> No
 
     marks["jax"] = time.time() - started
     from jaxgpt import train
-    from jaxgpt.training import loop, resume, step
+    from jaxgpt.training import loop, resume, run, start
 
     mark(resume, "check_workdir")
-    mark(step, "build_program")
+    mark(start, "build_program")
     mark(resume, "initial_state")
-    mark(loop, "fit")
+    mark(run, "fit")
     mark(loop.Meter, "skip_compilation", after=True)
     sys.exit(train.main(["--config", config, "--workdir", workdir, *overrides]))
 
