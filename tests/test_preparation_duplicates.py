@@ -122,7 +122,7 @@ def test_the_signature_of_a_long_text_is_that_of_its_shingles_wherever_it_is_has
 @pytest.mark.system
 def test_signatures_are_the_same_in_every_process():
     code = (
-        "from jaxgpt.config import CleaningConfig; from jaxgpt.preparation.duplicates import signature\n"
+        "from jaxgpt.settings import CleaningConfig; from jaxgpt.preparation.duplicates import signature\n"
         f"print(signature({ENGLISH + CHINESE!r}, CleaningConfig(near_duplicates=0.5)).hex())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -339,7 +339,7 @@ def test_tensorboard_files_are_written_without_importing_torch_where_it_is_insta
     (tmp_path / "torch" / "__init__.py").write_text("print('torch was imported')")
     code = (
         "import sys; from pathlib import Path\n"
-        "from jaxgpt.config import LogConfig; from jaxgpt.training.metrics import MetricLog\n"
+        "from jaxgpt.settings import LogConfig; from jaxgpt.training.metrics import MetricLog\n"
         "with MetricLog(Path(sys.argv[1]), LogConfig(), 10, 0, is_writer=True) as log:\n"
         "    log.write(1, {'loss': 1.0, 'sample': 'text'})\n"
         "print('now'); import torch\n"  # the user's own import still works
