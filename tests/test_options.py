@@ -106,7 +106,7 @@ def optimized(config: Config) -> list:
     @jax.jit
     def update(params, state, step):
         grads = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size) + step).reshape(x.shape), params)
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params, bad=jnp.zeros((), bool))
         return jax.tree.map(jnp.add, params, updates), state
 
     for step in range(3):

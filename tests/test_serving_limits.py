@@ -365,7 +365,7 @@ def test_the_flags_of_the_command_reach_the_server(base_checkpoint, tmp_path):
             assert [card["id"] for card in answer.json["data"]] == ["x"]
         server.key = serving.KEYS[0]
         assert server.post(COMPLETIONS, prompt="canary4711", max_tokens=100).status == 504
-        assert "POST /v1/completions 504" in server.output()
+        wait_for(lambda: "POST /v1/completions 504" in server.output())  # a line is written after its answer
         assert not re.search("|".join(["canary4711", *serving.KEYS]), server.output())
 
 

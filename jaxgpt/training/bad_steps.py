@@ -2,8 +2,8 @@
 
 On the device (`judge`, `unless`): a bad step changes neither parameters nor optimizer state, whatever
 `faults.on_bad_step` says. So one program serves all three settings, a good step gives the same bits under each, and
-the state in memory is the one after the last good step. The price is a select over the new state: on a CPU up to 1.4
-times the parameters' bytes (124M: 1.17 to 1.86 GB of temporary values); TPUs need no more memory for it.
+the state in memory is the one after the last good step. The optimizer keeps its own state (`unless_bad` and
+`adam_unless_bad` in optimizer.py), the step its parameters.
 
 On the host (`BadSteps`, which reads the metrics of every step one step late):
 

@@ -278,8 +278,7 @@ def make_train_step(
                 recent = bad_steps.unless(count == 0.0, recent, state.recent)
             # Under ZeRO-1 each device updates its part of the parameters, and then all get the whole.
             old = constrain(state.params, moment_shardings)
-            updates, opt_state = optimizer.update(grads, state.opt_state, old)
-            opt_state = bad_steps.unless(bad, opt_state, state.opt_state)
+            updates, opt_state = optimizer.update(grads, state.opt_state, old, bad=bad)
             params = bad_steps.unless(bad, optax.apply_updates(old, updates), old)
             params = constrain(constrain(params, moment_shardings), param_shardings)  # select first, then gather
         updates_before = updates_done(state.opt_state)
