@@ -1,12 +1,17 @@
 """The results of reading a source: documents, and counts of the records that cannot be used, by reason."""
 
+import codecs
 import collections
+import contextlib
+import io
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxgpt.errors import BadRecord, UserError
 
+NUL = "not text: it holds the character NUL"
+_SAMPLE = 4096  # bytes from which an encoding is guessed
 _EXAMPLES = 5
 _REASONS = 50  # kinds kept apart: a reason that quotes the data could be a new one in each record
 SplitName = Literal["train", "validation"]
@@ -40,6 +45,8 @@ class BadRecords:
         """Reason (up to its first colon, semicolon, comma or bracket) -> records left out."""
         self.examples: dict[str, list[str]] = {}
         """Reason -> the first few, each as "where: reason"."""
+        self.files_not_read: dict[str, dict] = {}
+        """Suffix, or what they are -> {"count", "where": the first few}, ready for JSON."""
 
     def add(self, error: BadRecord) -> None:
         """Count a record, or raise a UserError if the policy is to refuse."""
@@ -48,6 +55,23 @@ class BadRecords:
         kind = re.sub(r"(?<![\w-])\d+", "N", re.split(r"[:;,(]", error.reason, maxsplit=1)[0]).strip()
         known = kind in self.counts or len(self.counts) < _REASONS
         self._count(kind if known else "other reasons", str(error))
+
+    def is_shown(self, kind: str) -> bool:
+        """Whether the next bad record of this kind is told with its place."""
+        return self._policy == "refuse" or self.counts[kind] < _EXAMPLES
+
+    def unread(self, kind: str, files: list[str]) -> None:
+        """Count files of a folder that the source does not read."""
+        if kind not in self.files_not_read and len(self.files_not_read) >= _REASONS:
+            kind = "other suffixes"
+        there = self.files_not_read.setdefault(kind, {"count": 0, "where": []})
+        there["count"] += len(files)
+        there["where"] = (there["where"] + files)[:_EXAMPLES]
+
+    def described(self) -> str:
+        """What was left out, for a message; empty if nothing was."""
+        counts = [f"{n:,}: {reason} ({self.examples[reason][0]})" for reason, n in self.counts.most_common(3)]
+        return f"; left out {', '.join(counts)}" if counts else ""
 
     def empty(self, where: str) -> None:
         """Count an empty file or record."""
@@ -61,3 +85,73 @@ class BadRecords:
         self.counts[reason] += 1
         if self.counts[reason] <= _EXAMPLES:
             self.examples.setdefault(reason, []).append(example)
+
+
+# ---------------------------------------------------------------- bytes that are no UTF-8
+
+
+class AsUtf8(io.RawIOBase):
+    """The text of a stream in another encoding as bytes of UTF-8."""
+
+    def __init__(self, stream: BinaryIO, encoding: str):
+        self._text = io.TextIOWrapper(stream, encoding, newline="")
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or self._text.read(1 << 16).encode(errors="replace")
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def is_utf8(encoding: str) -> bool:
+    """Whether data.encoding is the default; a UserError says that Python knows no such encoding of text."""
+    with contextlib.suppress(LookupError, ValueError):  # ValueError: a NUL in the name
+        if (found := codecs.lookup(encoding))._is_text_encoding:
+            return found.name == "utf-8"
+    raise UserError(f"data.encoding = {encoding}: Python knows no such encoding; for example gb18030, utf-16, cp1252")
+
+
+def decoded(content: bytes, where: str, bad: BadRecords) -> str:
+    """The text of the UTF-8; a BadRecord says that it is something else."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, content, error.start, error.start, bad) from None
+    if "\0" in text:
+        raise holds_nul(where, content, bad)
+    return text
+
+
+def not_utf8(where: str, content: bytes, at: int, position: int, bad: BadRecords) -> BadRecord:
+    """Byte `at` of the content, which is byte `position` of the file or line, is not UTF-8."""
+    begin = content.rfind(b"\n", 0, at) + 1 if at > _SAMPLE else 0
+    advice = _advice(content[begin:], "a binary file? Else convert it to UTF-8", "not UTF-8 at byte N", bad)
+    return BadRecord(where, f"not UTF-8 at byte {position} (0x{content[at]:02x}){advice}")
+
+
+def holds_nul(where: str, content: bytes, bad: BadRecords) -> BadRecord:
+    """The content, read as UTF-8, holds NUL, as UTF-16 and binary files do."""
+    return BadRecord(where, NUL + _advice(content, "a binary file, or an archive to unpack?", NUL, bad))
+
+
+def _advice(content: bytes, otherwise: str, kind: str, bad: BadRecords) -> str:
+    found = _guessed(content) if bad.is_shown(kind) else None  # guessing takes some milliseconds
+    return f'; it looks like {found}: set data.encoding = "{found}"' if found else f"; {otherwise}"
+
+
+def _guessed(content: bytes) -> str | None:
+    """The encoding, other than UTF-8, that the content is probably in, by Python's name for it."""
+    import charset_normalizer
+
+    boms = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    if marked := next((name for bom, name in boms.items() if content.startswith(bom)), None):
+        return marked
+    for end in range(_SAMPLE, _SAMPLE - 4, -1):  # not in the middle of a character
+        if best := charset_normalizer.from_bytes(content[:end]).best():
+            name = best.encoding.replace("_", "-")
+            return None if name in ("ascii", "utf-8") or "\0" in str(best) else name
+    return None

@@ -12,7 +12,7 @@ from jinja2 import Environment
 
 from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
-from jaxgpt.data.dataset import Split, TokenDataset
+from jaxgpt.data.dataset import SPLITS, Split, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
@@ -26,6 +26,7 @@ FILES = ("report.html", "report.json")
 _PAGE = Path(__file__).with_suffix(".html")
 _SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared
 _GPT2_END_OF_TEXT = 50_256
+_OFF = 0.01  # a share that differs by more from what was asked is worth a line
 _MEASURED_SECONDS = 1.0
 _MEASURED_ROWS = 64  # a batch
 
@@ -48,9 +49,12 @@ def collect(
         "read": {"documents": facts["documents"], "rows": sum(facts["rows"]), "bytes": sum(facts["bytes"])},
         "mixture": facts["mixture"],
         "bad_records": _bad_records([facts, *tokens]),
+        "files_not_read": facts["files_not_read"],
         "steps": _steps(config, work, facts, plan),
         "overlap": plan["overlap"],
         "splits": counts,
+        "divided": plan["divided"],
+        "warnings": [],
         "sources": _sources(config, tokens),
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": round(num_bytes / max(num_tokens, 1), 4),
@@ -58,7 +62,27 @@ def collect(
     }
     if config.data.format == "chat":
         report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
+    report["warnings"] = _warnings(config, report, plan)
     return report
+
+
+def _warnings(config: Config, report: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """Lines about shares that are off by more than a point."""
+    train, held = (report["splits"][split]["num_tokens"] for split in SPLITS)
+    share, asked, found = held / (train + held), config.data.validation_fraction, []
+    if not plan["is_given"] and not config.augmentation.copies and abs(share - asked) > _OFF:
+        found.append(
+            f"{share:.1%} of the tokens are held out, not data.validation_fraction = {asked:.1%}: the documents are "
+            "too few or too different in length to be divided closer"
+        )
+    sizes = report["mixture"]["num_bytes"]
+    for source, size in zip(report["sources"], sizes):
+        if abs(size / sum(sizes) - source["weight"]) > _OFF:
+            found.append(
+                f"{size / sum(sizes):.1%} of the text comes from {source['source']}, whose weight is "
+                f"{source['weight']:.1%}: what it or the other sources hold is too short for that"
+            )
+    return found
 
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
@@ -232,6 +256,12 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
     for reason, bad in report["bad_records"].items():
         lines.append(f"  left out   {bad['count']:,}: {reason} ({bad['where'][0] if bad['where'] else 'somewhere'})")
+    if unread := report["files_not_read"]:
+        counts = ", ".join(f"{kind} {files['count']:,}" for kind, files in unread.items())
+        total = sum(files["count"] for files in unread.values())
+        lines.append(
+            f"  not read   {total:,} in the folder: {counts} (such as {next(iter(unread.values()))['where'][0]})"
+        )
     for step in report["steps"]:
         lines.append(
             f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
@@ -249,6 +279,8 @@ def as_text(final: Path, report: dict) -> str:
         else:
             each = f"{size / max(tokens, 1):.2f} bytes per token"
         lines.append(f"  {split:<10} documents {documents:,}, bytes {size:,}, tokens {tokens:,}, {each}")
+    if report["divided"]:
+        lines.append(f"  divided    {report['divided']:,} long documents, each with its end in validation")
     if len(report["sources"]) > 1:
         ended_by = report["mixture"]["ended_by"]
         if ended_by is not None:
@@ -263,6 +295,7 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  epochs     {_epochs_line(report['epochs'])}")
     if feed := report.get("host"):
         lines.append(f"  host       {feed['line']}")
+    lines += [f"  warning    {line}" for line in report["warnings"]]
     return "\n".join([*lines, f"  report     {final / FILES[0]}"])
 
 
@@ -287,6 +320,9 @@ def write(folder: Path, report: dict) -> None:
         "GPT-2's own tokenizer on the same text": gpt2.get("unknown") or f"{gpt2['gpt2_bytes_per_token']:.3f}",
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
+    facts |= {f"warning {number}": line for number, line in enumerate(report["warnings"], 1)}
+    facts |= {f"files not read, {kind}": f"{files['count']:,}" for kind, files in report["files_not_read"].items()}
+    facts |= {"documents that are divided": f"{report['divided']:,}"} if report["divided"] else {}
     html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
     text = json.dumps(report, indent=2, ensure_ascii=False)
