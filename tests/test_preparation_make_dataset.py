@@ -229,7 +229,7 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
 
 def test_a_second_preparation_of_the_same_waits_and_finds_the_first_ones_work(tmp_path, capsys):
     config = config_of(tmp_path)
-    final = make_dataset.place_of(config, None)
+    final = make_dataset.place_of(config, None).path
     found = []
     second = threading.Thread(target=lambda: found.append(prepare(config)))
     with chunks.held_work_folder(final, {}):
@@ -327,7 +327,7 @@ CHAT = {"data": {"format": "chat"}}
     ],
 )
 def test_each_of_these_settings_makes_another_dataset(base, more, tmp_path):
-    places = {make_dataset.place_of(config_of(tmp_path, **sections), None) for sections in (base, more)}
+    places = {make_dataset.place_of(config_of(tmp_path, **sections), None).path for sections in (base, more)}
     assert len(places) == 2
 
 
@@ -336,10 +336,10 @@ def test_other_synonyms_make_another_dataset_and_num_proc_does_not(tmp_path):
     table.write_text("hello, hi\n")
     augmentation = {"copies": 1, "synonyms": str(table), "synonym_rate": 0.5}
     config = chat_config(tmp_path, augmentation=augmentation)
-    before = make_dataset.place_of(config, None)
-    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None) == before
+    before = make_dataset.place_of(config, None).path
+    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None).path == before
     table.write_text("hello, hi, good day\n")
-    assert make_dataset.place_of(config, None) != before
+    assert make_dataset.place_of(config, None).path != before
 
 
 # ---------------------------------------------------------------- the report
@@ -369,7 +369,7 @@ def test_a_training_document_that_repeats_the_sources_own_validation_split_is_dr
         rows.append(text, SPLIT_CODES[split], 0, number, False)
         rows.signatures.append(duplicates.signature(text, cleaning))
     write_rows(work.rows("clean", 0), rows)
-    plan = splitting.decide(work, "clean", 1, 0.1, cleaning)
+    plan = splitting.decide(work, "clean", 1, 0.1, cleaning, whole=False)
     assert plan.codes.tolist() == [DROPPED, TRAIN + STARTS, VALIDATION + STARTS]
     assert plan.overlap == 1
 

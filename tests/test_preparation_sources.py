@@ -19,7 +19,7 @@ import pytest
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.documents import BadRecords
 from jaxgpt.preparation.source_files import source_files
-from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key
+from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key, source_state
 from jaxgpt.settings import DataConfig, SourceConfig
 
 
@@ -57,7 +57,7 @@ def test_a_missing_or_empty_source_is_a_user_error(tmp_path):
     for use in (texts, lambda **settings: source_key(DataConfig(**settings))):
         with pytest.raises(UserError, match="gone.txt: no such file or folder"):
             use(source="text", path=gone)
-        with pytest.raises(UserError, match="no .jsonl file in this folder"):
+        with pytest.raises(UserError, match="no .jsonl, .ndjson, .json file in this folder$"):
             use(source="jsonl", path=str(tmp_path))
     (tmp_path / "blank.txt").write_text("\n \n")
     with pytest.raises(UserError, match=f"{tmp_path}: no text in it; the corpus is empty"):
@@ -79,7 +79,7 @@ def test_jsonl_gives_the_text_field_of_each_line(tmp_path):
         (b'{"body": "x", "id": 1}', r'a\.jsonl:2: no field "text"; it has body, id: set data.text_field'),
         (b'{"text": 3}', r'a\.jsonl:2: field "text" is not text but int'),
         (b'["text"]', r"a\.jsonl:2: a JSON list"),
-        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 at byte 10 of the line"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 at byte 10 \(0xff\)"),
         (b'{"text": "\\ud800"}', r"a\.jsonl:2: .*U\+D800"),
     ],
 )
@@ -123,9 +123,11 @@ def test_source_key_changes_with_the_files_and_only_then(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
     data = DataConfig(source="text", path=str(tmp_path))
-    before = source_key(data)
-    assert source_key(data) == before
+    before, state = source_key(data), source_state(data)
     os.utime(file, (1, 1))
+    file.rename(tmp_path / "moved.md")
+    assert source_key(data) == before and source_state(data) != state
+    (tmp_path / "moved.md").write_text("One")
     assert source_key(data) != before
     before = source_key(data)
     (tmp_path / "b.txt").write_text("two")
@@ -412,22 +414,39 @@ def test_max_bytes_ends_a_mixture_without_a_part_being_used_up(tmp_path):
     assert reading.ended_by is None and reading.num_bytes == [200, 600]
 
 
-def test_parts_of_a_long_text_stay_together_in_a_mixture(tmp_path):
-    (tmp_path / "long.txt").write_text("word " * 100)
-    (tmp_path / "short").mkdir()
-    for number in range(9):
-        (tmp_path / "short" / f"{number}.txt").write_text("short")
-    parts = tuple(SourceConfig(source="text", path=str(tmp_path / name)) for name in ("long.txt", "short"))
-    found = list(documents(DataConfig(source=parts, max_record_bytes=100)))
-    long = [number for number, document in enumerate(found) if document.part == 0]
-    assert len(long) > 4 and long == list(range(long[0], long[-1] + 1))
+@pytest.mark.parametrize("max_bytes", [None, 2000, 12])
+@pytest.mark.parametrize("sizes", [(5000, 400), (400, 5000), (10, 9), (3000, 3000)])
+def test_the_weights_of_a_mixture_hold_whatever_the_sizes_of_its_files(sizes, max_bytes, tmp_path):
+    parts, weights = [], (1.0, 3.0)
+    for number, (size, weight) in enumerate(zip(sizes, weights)):
+        (tmp_path / f"{number}.txt").write_text("word " * (size // 5) + "x" * (size % 5))
+        parts.append(SourceConfig(source="text", path=str(tmp_path / f"{number}.txt"), weight=weight))
+    reading = Reading()
+    data = DataConfig(source=tuple(parts), max_record_bytes=100, max_bytes=max_bytes)
+    found = list(documents(data, reading=reading))
+    most = min(size / weight for size, weight in zip(sizes, weights))
+    most = min(most, max_bytes / 4) if max_bytes else most
+    assert reading.num_bytes == pytest.approx([most, 3 * most], abs=1)
+    assert reading.num_documents == [1, 1] and len(found) > most / 40
+    turns = [document.part for document in found]
+    assert most < 200 or max(len(list(same)) for _, same in itertools.groupby(turns)) <= 4  # all along
+
+
+def test_conversations_of_a_mixture_stay_whole_and_none_of_its_sources_is_left_out(tmp_path):
+    for name, size, count in (("long", 900, 1), ("short", 5, 9)):
+        lines = [json.dumps({"prompt": f"{name} {n}", "response": "x" * size}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    parts = tuple(SourceConfig(source="jsonl", path=str(tmp_path / f"{name}.jsonl")) for name in ("long", "short"))
+    found = list(documents(DataConfig(source=parts, format="chat")))
+    assert sorted(document.part for document in found) == [0] + [1] * 9
+    assert all(json.loads(document.text) for document in found)
 
 
 def test_a_mixture_is_described_named_and_keyed_by_all_its_parts(tmp_path):
     data = mixture(tmp_path)
     assert describe(data).count(".jsonl") == 2 and short_name(data) == "a-b"
     before = source_key(data)
-    os.utime(tmp_path / "b.jsonl", (1, 1))
+    (tmp_path / "b.jsonl").write_text('{"b": "other"}')
     assert source_key(data) != before
 
 
@@ -452,6 +471,8 @@ def test_huggingface_keeps_its_splits_and_names_a_wrong_column(tmp_path, monkeyp
     before = source_key(data)
     assert source_key(data) == before and short_name(data) == "huggingface-parquet"
     os.utime(tmp_path / "train.parquet", (1, 1))
+    assert source_key(data) == before
+    write_parquet(tmp_path / "train.parquet", text=["one", "other"], id=[1, 2])
     assert source_key(data) != before
     with pytest.raises(UserError, match='huggingface:parquet: no feature "body"; it has text, id: set data.text_field'):
         texts(source="huggingface:parquet", path=str(tmp_path), text_field="body")

@@ -72,8 +72,8 @@ def _warnings(config: Config, report: dict[str, Any], plan: dict[str, Any]) -> l
     share, asked, found = held / (train + held), config.data.validation_fraction, []
     if not plan["is_given"] and not config.augmentation.copies and abs(share - asked) > _OFF:
         found.append(
-            f"{share:.1%} of the tokens are held out, not data.validation_fraction = {asked:.1%}: the documents are "
-            "too few or too different in length to be divided closer"
+            f"{share:.1%} of the tokens are held out, not data.validation_fraction = {asked:.1%}: the text is too "
+            "short, or the lengths of its documents too different, to be divided closer"
         )
     sizes = report["mixture"]["num_bytes"]
     for source, size in zip(report["sources"], sizes):
@@ -280,7 +280,7 @@ def as_text(final: Path, report: dict) -> str:
             each = f"{size / max(tokens, 1):.2f} bytes per token"
         lines.append(f"  {split:<10} documents {documents:,}, bytes {size:,}, tokens {tokens:,}, {each}")
     if report["divided"]:
-        lines.append(f"  divided    {report['divided']:,} long documents, each with its end in validation")
+        lines.append(f"  divided    documents {report['divided']:,}: their ends are in validation")
     if len(report["sources"]) > 1:
         ended_by = report["mixture"]["ended_by"]
         if ended_by is not None:

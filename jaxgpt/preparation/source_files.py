@@ -33,6 +33,7 @@ from jaxgpt.preparation.documents import (
     not_utf8,
 )
 from jaxgpt.settings import DataConfig, SourceConfig
+from jaxgpt.storage import manifest
 
 T = TypeVar("T")
 SUFFIXES = {
@@ -45,6 +46,7 @@ SUFFIXES = {
 }
 COMPRESSED = ("text", "html", "jsonl")
 ENCODED = ("text", "html", "jsonl")  # sources that data.encoding is for
+_OWN = ({manifest.NAME}, {"config.json", "metrics.jsonl"})  # what prepared datasets and checkpoints hold, and runs
 # JSON beside data that is no data: what the datasets library and model folders write there.
 _SIDE_FILES = ("dataset_info", "dataset_infos", "dataset_dict", "state", "config", "metadata", "schema", "package")
 PART_BYTES = 8_000_000  # a longer text comes in parts, so that each stage needs at most some hundred MB of memory
@@ -109,7 +111,10 @@ def _walk(root: Path, stdlib: bool, unread: dict[str, list[Path]]) -> Iterator[P
                 subfolders.clear()
                 continue
             seen.add(key)
-            unread["hidden"] += [Path(folder, name) for name in subfolders if name.startswith(".")]
+            if any(own <= {*names} for own in _OWN):
+                unread["folders of jaxgpt's own"].append(Path(folder))
+                subfolders.clear()
+                continue
             subfolders[:] = sorted(name for name in subfolders if not _left_out(name, stdlib))
             links = [Path(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
             pending += [] if stdlib else links

@@ -5,6 +5,8 @@ Only a few numbers of each document are in memory here, about a hundred bytes, p
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,7 +22,8 @@ RESUMES = 8  # added to that of one that goes on with a document after rows of a
 
 SHORT = 1024  # bytes: a document up to this is not cut for the sake of its end
 _LONG = 0.02  # a document with a larger share of the text is long
-_CLOSE = 0.005  # the held-out share may be off by this much for the sake of whole documents
+_CLOSE = 0.005  # the held-out share may be off by this much for the sake of a corpus that grows,
+_SLACK = 0.009  # and by this much rather than that a short document is cut
 _BREAKS = ("\n\n", "\n", "。", ". ", " ")  # where a text is cut, the best first
 
 
@@ -67,12 +70,17 @@ def decide(
     overlap = int((~kept & ~given & given[repeats.of]).sum())
     codes = np.where(kept, np.where(given, VALIDATION, TRAIN), DROPPED).astype(np.uint8)
     borders: dict[int, int] = {}
-    divided = 0
+    divided, is_plain = 0, True
     for part in np.unique(table.parts[drawn & kept]):
         rows = np.flatnonzero(kept & (table.parts == part))
         _, begins, document = np.unique(table.documents[rows], return_index=True, return_inverse=True)
         sizes = np.bincount(document, table.sizes[rows]).astype(np.int64)
-        held = held_out(sizes, table.draws[rows][begins], fraction, whole)
+        if len(sizes) == 1 and len(rows) == kept.sum() and not whole:
+            borders, divided = _cut_only_one(work, stage, table, rows, fraction, codes), 1
+            break
+        draws = table.draws[rows][begins]
+        held = held_out(sizes, draws, fraction, whole)
+        is_plain &= bool((held == _drawn(sizes, draws, fraction)).all())
         codes[rows[(held == sizes)[document]]] = VALIDATION
         (cut,) = np.nonzero((held > 0) & (held < sizes))
         divided += len(cut)
@@ -82,7 +90,7 @@ def decide(
             own = ordered[ends[number - 1] if number else 0 : ends[number]]
             borders |= _cut(work, stage, table, own, int(held[number]), codes)
     fingerprint = _fingerprint(work, stage, table, kept)
-    if borders or (codes[drawn & kept] != np.where(_below(table, drawn & kept, fraction), VALIDATION, TRAIN)).any():
+    if not is_plain:  # else it is that of version 0.1
         division = hashlib.sha256(codes[kept].tobytes() + repr(sorted(borders.items())).encode())
         fingerprint = hashlib.sha256(fingerprint.encode() + division.digest()).hexdigest()
     _mark_starts(table, codes)
@@ -99,19 +107,18 @@ def held_out(sizes: np.ndarray, draws: np.ndarray, fraction: float, whole: bool 
     total, close = int(sizes.sum()), min(_CLOSE, fraction / 10, (1 - fraction) / 10)
     long = sizes > max(SHORT, min(_LONG, fraction / 2, (1 - fraction) / 2) * total)
     long = (long | (len(sizes) == 1)) & (not whole)
-    held = np.where(~long & (draws < np.uint64(int(fraction * 2**64))), sizes, 0)
+    held = np.where(long, 0, _drawn(sizes, draws, fraction))
     order = np.argsort(draws, kind="stable")
     left = fraction * float(sizes[~long].sum())
     if abs(held.sum() - left) > close * total or (whole and not held.any()):
         held[:] = 0
+        slack = math.inf if whole else min(_SLACK, fraction / 4, (1 - fraction) / 4) * total
         for number in order[~long[order]].tolist():
-            if left <= (0 if whole else close * total):
-                break
             size = int(sizes[number])
-            if size <= (2 * left if whole else left + close * total):
+            if size <= 2 * left and size <= left + slack:
                 held[number], left = size, left - size
             elif not whole:
-                held[number] = left = int(left)
+                held[number] = int(left) if left > slack else 0
                 break
     left = fraction * total - held.sum()
     for number in order[long[order]].tolist():
@@ -119,6 +126,10 @@ def held_out(sizes: np.ndarray, draws: np.ndarray, fraction: float, whole: bool 
         held[number] = max(0, min(max(fraction * size, SHORT), max(fraction, 0.5) * size, left))
         left -= held[number]
     return _both_sides(held, sizes, order, whole)
+
+
+def _drawn(sizes: np.ndarray, draws: np.ndarray, fraction: float) -> np.ndarray:
+    return np.where(draws < np.uint64(int(fraction * 2**64)), sizes, 0)
 
 
 def _both_sides(held: np.ndarray, sizes: np.ndarray, order: np.ndarray, whole: bool) -> np.ndarray:
@@ -148,17 +159,6 @@ def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
     return _Table(first, *(np.concatenate(parts).astype(kind) for parts, kind in kinds))
 
 
-def _below(table: _Table, drawn: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [rows drawn]: held out by the draw alone; the lowest always, the highest never.
-
-    All that version 0.1 looked at: where nothing else is held out now, the fingerprint is as it was.
-    """
-    draws = table.draws[drawn]
-    if not len(draws):
-        return np.zeros(0, bool)
-    return draws < np.uint64(min(max(int(fraction * 2**64), int(draws.min()) + 1), int(draws.max())))
-
-
 def _cut(work: WorkFolder, stage: str, table: _Table, rows: np.ndarray, held: int, codes: np.ndarray) -> dict[int, int]:
     """Set the codes of the rows of one document, of which about the last `held` bytes are for validation.
 
@@ -166,17 +166,39 @@ def _cut(work: WorkFolder, stage: str, table: _Table, rows: np.ndarray, held: in
     """
     after = np.cumsum(table.sizes[rows][::-1])[::-1]  # bytes from each row on
     place = int(np.flatnonzero(after >= held)[-1])
-    row, is_first = int(rows[place]), place == 0
-    codes[rows[place + 1 :]] = VALIDATION
-    chunk = int(np.searchsorted(table.first, row, "right")) - 1
-    text = read_rows(work.rows(stage, chunk), ("texts",)).texts[row - table.first[chunk]]
+    (text,) = _texts(work, stage, table, rows[place : place + 1])
     before = len(text.encode()[: int(after[place]) - held].decode(errors="ignore"))
-    reach = min(held / 8, _CLOSE * int(after[0])) * len(text) / int(table.sizes[row])
-    border = max(_nearest_break(text, before, int(reach)), int(is_first))
-    if border >= len(text):
-        border = len(text) - 1 if place == len(rows) - 1 else len(text)
-    codes[row] = CUT if 0 < border < len(text) else TRAIN if border else VALIDATION
+    reach = min(held / 8, _CLOSE * int(after[0])) * len(text) / int(table.sizes[rows[place]])
+    border = max(_nearest_break(text, before, int(reach)), int(place == 0))
+    if place == len(rows) - 1:
+        border = min(border, len(text) - 1)
+    return _mark_cut(rows, place, border, len(text), codes)
+
+
+def _cut_only_one(
+    work: WorkFolder, stage: str, table: _Table, rows: np.ndarray, fraction: float, codes: np.ndarray
+) -> dict[int, int]:
+    """As `_cut` for the only document there is: at the character at which version 0.1 cut it."""
+    lengths = np.array([len(text) for text in _texts(work, stage, table, rows)])
+    ends = np.cumsum(lengths)
+    border = int(int(ends[-1]) * (1 - fraction))
+    place = int(np.searchsorted(ends, border, "right"))
+    return _mark_cut(rows, place, border - int(ends[place] - lengths[place]), int(lengths[place]), codes)
+
+
+def _mark_cut(rows: np.ndarray, place: int, border: int, length: int, codes: np.ndarray) -> dict[int, int]:
+    row = int(rows[place])
+    codes[rows[place + 1 :]] = VALIDATION
+    codes[row] = CUT if 0 < border < length else TRAIN if border else VALIDATION
     return {row: border} if codes[row] == CUT else {}
+
+
+def _texts(work: WorkFolder, stage: str, table: _Table, rows: np.ndarray) -> Iterator[str]:
+    """The texts of the rows, which are in order."""
+    chunks = np.searchsorted(table.first, rows, "right") - 1
+    for chunk in np.unique(chunks).tolist():
+        texts = read_rows(work.rows(stage, chunk), ("texts",)).texts
+        yield from (texts[row - table.first[chunk]] for row in rows[chunks == chunk].tolist())
 
 
 def _nearest_break(text: str, place: int, reach: int) -> int:
