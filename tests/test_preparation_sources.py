@@ -1,6 +1,7 @@
 """Documents come in one fixed order, and what is wrong with a source is named by file and place."""
 
 import bz2
+import codecs
 import gzip
 import itertools
 import json
@@ -10,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -236,6 +238,162 @@ def test_parquet_gives_the_column_of_each_row(tmp_path):
         texts(**data, text_field="body")
 
 
+# ---------------------------------------------------------------- folders as people have them
+
+
+def test_suffixes_are_read_whatever_their_case_and_the_other_files_are_counted(tmp_path):
+    for name in ("a.TXT", "b.text", "c.rst", "d.Md", "f", "g.pdf", "h.PDF", "i.tar.gz", ".hidden.txt", "sub/j.Txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "e.txt.GZ").write_bytes(gzip.compress(b"e.txt.GZ"))
+    bad = BadRecords()
+    found = [document.text for document in documents(DataConfig(source="text", path=str(tmp_path)), bad)]
+    assert found == ["a.TXT", "b.text", "c.rst", "d.Md", "e.txt.GZ", "sub/j.Txt"]
+    counts = {kind: there["count"] for kind, there in bad.files_not_read.items()}
+    assert counts == {".pdf": 2, ".tar": 1, "hidden": 1, "without a suffix": 1}
+    assert bad.files_not_read["without a suffix"]["where"] == [str(tmp_path / "f")]
+
+
+def test_json_files_of_any_form_are_records_and_those_beside_the_data_are_not(tmp_path):
+    line = lambda name: json.dumps({"text": name})
+    (tmp_path / "a.jsonl").write_text(line("a"))
+    (tmp_path / "b.ndjson").write_text(line("b"))
+    (tmp_path / "c.JSONL").write_text(line("c"))
+    (tmp_path / "d.json").write_text(f"{line('d0')}\n\n{line('d1')}\n")
+    (tmp_path / "e.json").write_text(json.dumps([{"text": "e0"}, {"text": "e1"}], indent=2))
+    (tmp_path / "f.json").write_text(json.dumps({"text": "f"}, indent=2))
+    (tmp_path / "g.json").write_bytes(codecs.BOM_UTF8 + b'[{"text": "g"}]')
+    (tmp_path / "dataset_info.json").write_text('{"features": []}')
+    data = {"source": "jsonl", "path": str(tmp_path)}
+    assert texts(**data) == ["a", "b", "c", "d0", "d1", "e0", "e1", "f", "g"]
+    bad = BadRecords("skip")
+    (tmp_path / "h.json").write_text('[{"text": "h"}, 3, {"body": 1}]')
+    (tmp_path / "i.json").write_text('{"text": "cut\n' + line("i"))
+    found = [document.text for document in documents(DataConfig(**data, on_bad_record="skip"), bad)]
+    assert found[9:] == ["h", "i"] and sum(bad.counts.values()) == 3
+    assert "h.json, item 1: a JSON int" in bad.examples["a JSON int"][0]
+    assert bad.files_not_read[".json"]["count"] == 1
+
+
+def test_links_to_folders_are_followed_once_and_what_leads_nowhere_is_counted(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    for folder in (root / "real", other):
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.txt").write_text(folder.name)
+    (root / "books").symlink_to(other)
+    (root / "again").symlink_to(other)
+    (root / "loop").symlink_to(root)
+    (root / "real" / "up").symlink_to("..")
+    (root / "gone.txt").symlink_to(tmp_path / "gone")
+    (root / "file.txt").symlink_to(other / "other.txt")
+    os.mkfifo(root / "pipe.txt")
+    bad = BadRecords()
+    found = [document.text for document in documents(DataConfig(source="text", path=str(root)), bad)]
+    assert sorted(found) == ["other", "other", "real"]
+    counts = {kind: there["count"] for kind, there in bad.files_not_read.items()}
+    assert counts == {"dangling links": 1, "not files": 1, "links to folders that are read anyway": 3}
+    for path in (root / "pipe.txt", Path("/dev/null")):
+        with pytest.raises(UserError, match="neither a file nor a folder, but a pipe or a device"):
+            texts(source="text", path=str(path))
+
+
+def test_prepared_data_and_runs_inside_the_folder_are_not_read(tmp_path):
+    for name, files in (("prepared/a", ["manifest.sha256", "b.json"]), ("run", ["config.json", "metrics.jsonl"])):
+        (tmp_path / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / name / file).write_text("[]")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    assert texts(source="jsonl", path=str(tmp_path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "message"),
+    [
+        ("sgd", ["a.json", "b.json"], r"no dialogues\*.json file in this folder; it holds 2 .json: .*= \"jsonl\""),
+        ("text", ["a.csv", "b.pdf", "c.csv"], r"no .txt, .*; it holds 2 .csv, 1 .pdf$"),
+        ("jsonl", ["a.parquet"], r"no .jsonl, .*; it holds 1 .parquet: set data.source = \"parquet\""),
+    ],
+)
+def test_a_folder_without_such_files_says_what_it_holds(source, files, message, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=message):
+        source_key(DataConfig(source=source, path=str(tmp_path), format="chat" if source == "sgd" else "text"))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.txt").write_text("at home")
+    assert texts(source="text", path="~/x.txt") == ["at home"]
+    assert texts(source=(SourceConfig(source="text", path="~/x.txt"),)) == ["at home"]
+
+
+# ---------------------------------------------------------------- other encodings
+
+CHINESE = "今天天气很好，我们一起去公园散步。人工智能正在改变世界，机器学习的模型需要大量的数据。\n" * 3
+FRENCH = "Le café était fermé à l'époque où j'étais élève; très drôle, n'est-ce pas? Où êtes-vous?\n" * 3
+LATIN = r"cp12\d\d|latin-1|iso8859"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "named"),
+    [
+        (CHINESE, "gb18030", "gb18030"),
+        (CHINESE.translate(str.maketrans("气们园", "氣們園")).replace("华", ""), "utf-16", "utf-16"),
+        (FRENCH, "utf-16-le", "utf-16-le"),
+        (FRENCH, "utf-16-be", "utf-16-be"),
+        (FRENCH, "cp1252", LATIN),
+        ("今天天氣很好，我們去公園散步。" * 9, "big5", "big5"),
+        ("今日は天気がいいので、公園を散歩しましょう。" * 9, "shift_jis", "cp932|shift"),
+    ],
+)
+def test_another_encoding_is_named_and_read_if_it_is_set(text, encoding, named, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(text.encode(encoding))
+    data = {"source": "text", "path": str(file)}
+    with pytest.raises(UserError, match=rf'a\.txt: not .*it looks like ({named}).*: set data.encoding = "({named})'):
+        texts(**data)
+    assert texts(**data, encoding=encoding) == [text]
+    assert "".join(texts(**data, encoding=encoding, max_record_bytes=200)) == text  # in parts
+    (tmp_path / "b.jsonl").write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode(encoding) * 2)
+    lines = {"source": "jsonl", "path": str(tmp_path / "b.jsonl")}
+    assert texts(**lines, encoding=encoding) == [text, text]
+    with pytest.raises(UserError, match="b.jsonl.*: not "):
+        texts(**lines)
+    if encoding == "utf-16":
+        with pytest.raises(UserError, match=r"a\.txt: not gb18030, which data.encoding says"):
+            texts(**data, encoding="gb18030")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [({"encoding": "latin17"}, "no such encoding"), ({}, "is for text, html")]
+)
+def test_an_encoding_that_is_not_there_or_not_for_the_source_is_refused(data, message):
+    with pytest.raises(UserError, match=f"data.encoding = .*{message}"):
+        source_key(DataConfig(**{"encoding": "gb18030", **data}))
+
+
+def test_text_with_nul_is_a_bad_record_wherever_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"head\0\0\0\0" * 9)  # an archive
+    with gzip.open(tmp_path / "b.tar.gz", "wb") as file:
+        file.write(b"name" + b"\0" * 500)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "a\0b"}))
+    write_parquet(tmp_path / "d.parquet", text=["a\0b"])
+    (tmp_path / "e.txt").write_bytes(b"word " * 100 + b"\0")
+    cases = {"a.txt": "text", "b.tar.gz": "text", "c.jsonl": "jsonl", "d.parquet": "parquet", "e.txt": "text"}
+    for name, source in cases.items():
+        with pytest.raises(UserError, match=f"{name}.*: not text: it holds the character NUL"):
+            next(documents(DataConfig(source=source, path=str(tmp_path / name), max_record_bytes=300)))
+
+
+def test_a_row_over_the_limit_is_a_bad_record_of_every_source(tmp_path):
+    write_parquet(tmp_path / "a.parquet", text=["x" * 99, "y" * 100, "中" * 34, "z" * 101, "short"])
+    bad = BadRecords("skip")
+    data = DataConfig(source="parquet", path=str(tmp_path), max_record_bytes=100, on_bad_record="skip")
+    assert [len(document.text) for document in documents(data, bad)] == [99, 100, 5]
+    assert bad.counts == {"longer than data.max_record_bytes = N": 2}
+
+
 # ---------------------------------------------------------------- bad records
 
 
@@ -332,6 +490,27 @@ def test_a_wrong_field_is_a_wrong_setting_even_where_bad_records_are_skipped(tmp
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 3)
     with pytest.raises(UserError, match=r'a\.jsonl:1: no field "text"; it has body: set data.text_field'):
         texts(source="jsonl", path=str(tmp_path), on_bad_record="skip")
+
+
+def test_a_first_record_without_the_field_is_skipped_like_any_other(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"meta": "version 1"}\n' + '{"text": "x"}\n' * 3 + '{"body": 1}\n' * 200)
+    bad = BadRecords("skip")
+    data = {"source": "jsonl", "path": str(tmp_path)}
+    assert len(list(documents(DataConfig(**data, on_bad_record="skip"), bad))) == 3
+    assert sum(bad.counts.values()) == 201
+    with pytest.raises(UserError, match=r'a\.jsonl:1: no field "text"; it has meta: set data.text_field$'):
+        texts(**data)
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 1000)  # the setting is wrong: told before all is read
+    with pytest.raises(UserError, match=r'a\.jsonl:100: no field "text"; it has body: set data.text_field$'):
+        texts(**data, on_bad_record="skip")
+
+
+def test_a_source_without_text_says_what_was_left_out_and_why(tmp_path):
+    lines = [{"messages": [{"role": "assistant"}]}] * 7
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "[\n")
+    data = {"source": "jsonl", "path": str(tmp_path), "format": "chat", "on_bad_record": "skip"}
+    with pytest.raises(UserError, match=r"no text in it; the corpus is empty; left out 7: .*a\.jsonl:1.*1: not JSON"):
+        texts(**data)
 
 
 def test_text_files_that_cannot_be_read_are_skipped_and_empty_ones_counted(tmp_path):
