@@ -249,9 +249,9 @@ def test_suffixes_are_read_whatever_their_case_and_the_other_files_are_counted(t
     bad = BadRecords()
     found = [document.text for document in documents(DataConfig(source="text", path=str(tmp_path)), bad)]
     assert found == ["a.TXT", "b.text", "c.rst", "d.Md", "e.txt.GZ", "sub/j.Txt"]
-    counts = {kind: there["count"] for kind, there in bad.files_not_read.items()}
-    assert counts == {".pdf": 2, ".tar": 1, "hidden": 1, "without a suffix": 1}
-    assert bad.files_not_read["without a suffix"]["where"] == [str(tmp_path / "f")]
+    counts = {".pdf": 2, ".tar": 1, "hidden": 1, "without a suffix": 1}
+    assert bad.counts == {f"not read, {kind}": count for kind, count in counts.items()}
+    assert bad.examples["not read, without a suffix"] == [str(tmp_path / "f")]
 
 
 def test_json_files_of_any_form_are_records_and_those_beside_the_data_are_not(tmp_path):
@@ -270,9 +270,9 @@ def test_json_files_of_any_form_are_records_and_those_beside_the_data_are_not(tm
     (tmp_path / "h.json").write_text('[{"text": "h"}, 3, {"body": 1}]')
     (tmp_path / "i.json").write_text('{"text": "cut\n' + line("i"))
     found = [document.text for document in documents(DataConfig(**data, on_bad_record="skip"), bad)]
-    assert found[9:] == ["h", "i"] and sum(bad.counts.values()) == 3
+    assert found[9:] == ["h", "i"] and sum(bad.counts.values()) == 4
     assert "h.json, item 1: a JSON int" in bad.examples["a JSON int"][0]
-    assert bad.files_not_read[".json"]["count"] == 1
+    assert bad.counts["not read, .json"] == 1
 
 
 def test_links_to_folders_are_followed_once_and_what_leads_nowhere_is_counted(tmp_path):
@@ -290,8 +290,8 @@ def test_links_to_folders_are_followed_once_and_what_leads_nowhere_is_counted(tm
     bad = BadRecords()
     found = [document.text for document in documents(DataConfig(source="text", path=str(root)), bad)]
     assert sorted(found) == ["other", "other", "real"]
-    counts = {kind: there["count"] for kind, there in bad.files_not_read.items()}
-    assert counts == {"dangling links": 1, "not files": 1, "links to folders that are read anyway": 3}
+    counts = {"dangling links": 1, "not files": 1, "links to folders that are read anyway": 3}
+    assert bad.counts == {f"not read, {kind}": count for kind, count in counts.items()}
     for path in (root / "pipe.txt", Path("/dev/null")):
         with pytest.raises(UserError, match="neither a file nor a folder, but a pipe or a device"):
             texts(source="text", path=str(path))

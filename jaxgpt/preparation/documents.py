@@ -45,28 +45,21 @@ class BadRecords:
         """Reason (up to its first colon, semicolon, comma or bracket) -> records left out."""
         self.examples: dict[str, list[str]] = {}
         """Reason -> the first few, each as "where: reason"."""
-        self.files_not_read: dict[str, dict] = {}
-        """Suffix, or what they are -> {"count", "where": the first few}, ready for JSON."""
 
     def add(self, error: BadRecord) -> None:
         """Count a record, or raise a UserError if the policy is to refuse."""
         if self._policy == "refuse":
             raise UserError(f'{error} (data.on_bad_record = "skip" leaves such records out)') from None
         kind = re.sub(r"(?<![\w-])\d+", "N", re.split(r"[:;,(]", error.reason, maxsplit=1)[0]).strip()
-        known = kind in self.counts or len(self.counts) < _REASONS
-        self._count(kind if known else "other reasons", str(error))
+        self._count(kind, str(error))
 
     def is_shown(self, kind: str) -> bool:
         """Whether the next bad record of this kind is told with its place."""
         return self._policy == "refuse" or self.counts[kind] < _EXAMPLES
 
-    def unread(self, kind: str, files: list[str]) -> None:
-        """Count files of a folder that the source does not read."""
-        if kind not in self.files_not_read and len(self.files_not_read) >= _REASONS:
-            kind = "other suffixes"
-        there = self.files_not_read.setdefault(kind, {"count": 0, "where": []})
-        there["count"] += len(files)
-        there["where"] = (there["where"] + files)[:_EXAMPLES]
+    def unread(self, kind: str, file: str) -> None:
+        """Count a file of a folder that the source does not read, by its suffix."""
+        self._count(f"not read, {kind}", file)
 
     def described(self) -> str:
         """What was left out, for a message; empty if nothing was."""
@@ -82,6 +75,7 @@ class BadRecords:
         return {reason: {"count": count, "where": self.examples[reason]} for reason, count in self.counts.items()}
 
     def _count(self, reason: str, example: str) -> None:
+        reason = reason if reason in self.counts or len(self.counts) < _REASONS else "other reasons"
         self.counts[reason] += 1
         if self.counts[reason] <= _EXAMPLES:
             self.examples.setdefault(reason, []).append(example)
@@ -90,9 +84,12 @@ class BadRecords:
 # ---------------------------------------------------------------- bytes that are no UTF-8
 
 
-class AsUtf8(io.RawIOBase):
-    """The text of a stream in another encoding as bytes of UTF-8."""
+def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
+    """The stream, which holds text in that encoding, as one of UTF-8."""
+    return stream if is_utf8(encoding) else io.BufferedReader(_AsUtf8(stream, encoding))
 
+
+class _AsUtf8(io.RawIOBase):
     def __init__(self, stream: BinaryIO, encoding: str):
         self._text = io.TextIOWrapper(stream, encoding, newline="")
         self._left = b""

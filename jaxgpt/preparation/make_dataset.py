@@ -301,16 +301,19 @@ def place_of(config: Config, tokenizer: Tokenizer | None) -> Place:
     try:
         if not sources.is_at_hand(data) and (found := _without_source(folder, name, settings)):
             return Place(found, "", "it is to be downloaded")
-        state = sources.source_state(data)
-        key = sources.source_key(data, folder / ".sources.json")
+        found_here = _named(folder, settings, state := sources.source_state(data))  # as version 0.1 named it
+        key = "" if found_here else sources.source_key(data, folder / ".sources.json")
     except UserError as error:
         if found := _without_source(folder, name, settings):
             return Place(found, "", str(error))
         raise
-    endings = [f"-{_digest([FORMAT_VERSION, settings, of])[:12]}" for of in (key, state)]  # the second by version 0.1
-    new = folder / f"{name}{endings[0]}"
-    found_here = [new, *(place for ending in endings for place in sorted(folder.glob(f"*{ending}")))]
-    return Place(next((place for place in found_here if place.exists()), new), state)
+    new = folder / f"{name}-{_digest([FORMAT_VERSION, settings, key])[:12]}"
+    return Place(next(iter(found_here or _named(folder, settings, key)), new), state)
+
+
+def _named(folder: Path, settings: dict[str, object], key: str) -> list[Path]:
+    """The datasets whose name ends in the digest of the settings and the key, whatever it begins with."""
+    return sorted(folder.glob(f"*-{_digest([FORMAT_VERSION, settings, key])[:12]}"))
 
 
 def _without_source(folder: Path, name: str, settings: dict[str, object]) -> Path | None:

@@ -49,12 +49,10 @@ def collect(
         "read": {"documents": facts["documents"], "rows": sum(facts["rows"]), "bytes": sum(facts["bytes"])},
         "mixture": facts["mixture"],
         "bad_records": _bad_records([facts, *tokens]),
-        "files_not_read": facts["files_not_read"],
         "steps": _steps(config, work, facts, plan),
         "overlap": plan["overlap"],
         "splits": counts,
         "divided": plan["divided"],
-        "warnings": [],
         "sources": _sources(config, tokens),
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": round(num_bytes / max(num_tokens, 1), 4),
@@ -76,13 +74,9 @@ def _warnings(config: Config, report: dict[str, Any], plan: dict[str, Any]) -> l
             "short, or the lengths of its documents too different, to be divided closer"
         )
     sizes = report["mixture"]["num_bytes"]
-    for source, size in zip(report["sources"], sizes):
-        if abs(size / sum(sizes) - source["weight"]) > _OFF:
-            found.append(
-                f"{size / sum(sizes):.1%} of the text comes from {source['source']}, whose weight is "
-                f"{source['weight']:.1%}: what it or the other sources hold is too short for that"
-            )
-    return found
+    shares = [(source["source"], size / sum(sizes), source["weight"]) for source, size in zip(report["sources"], sizes)]
+    told = "{:.1%} of the text comes from {}, whose weight is {:.1%}: its documents, or others', are too few for that"
+    return found + [told.format(part, name, wanted) for name, part, wanted in shares if abs(part - wanted) > _OFF]
 
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
@@ -256,12 +250,6 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
     for reason, bad in report["bad_records"].items():
         lines.append(f"  left out   {bad['count']:,}: {reason} ({bad['where'][0] if bad['where'] else 'somewhere'})")
-    if unread := report["files_not_read"]:
-        counts = ", ".join(f"{kind} {files['count']:,}" for kind, files in unread.items())
-        total = sum(files["count"] for files in unread.values())
-        lines.append(
-            f"  not read   {total:,} in the folder: {counts} (such as {next(iter(unread.values()))['where'][0]})"
-        )
     for step in report["steps"]:
         lines.append(
             f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
@@ -321,8 +309,6 @@ def write(folder: Path, report: dict) -> None:
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
     facts |= {f"warning {number}": line for number, line in enumerate(report["warnings"], 1)}
-    facts |= {f"files not read, {kind}": f"{files['count']:,}" for kind, files in report["files_not_read"].items()}
-    facts |= {"documents that are divided": f"{report['divided']:,}"} if report["divided"] else {}
     html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
     text = json.dumps(report, indent=2, ensure_ascii=False)

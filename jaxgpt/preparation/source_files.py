@@ -21,17 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.dialogues import sgd_records
-from jaxgpt.preparation.documents import (
-    NUL,
-    AsUtf8,
-    BadRecords,
-    Document,
-    SourceRecord,
-    decoded,
-    holds_nul,
-    is_utf8,
-    not_utf8,
-)
+from jaxgpt.preparation.documents import NUL, BadRecords, Document, SourceRecord, as_utf8, decoded, holds_nul, not_utf8
 from jaxgpt.settings import DataConfig, SourceConfig
 from jaxgpt.storage import manifest
 
@@ -89,8 +79,8 @@ def source_files(part: SourceConfig, bad: BadRecords | None = None) -> list[tupl
     if not found:
         raise UserError(f"data.path = {root}: {_no_file(part.source, unread)}")
     if bad is not None and not stdlib:
-        for kind in sorted(unread):
-            bad.unread(kind, sorted(map(str, unread[kind])))
+        for kind, place in sorted((kind, str(file)) for kind, files in unread.items() for file in files):
+            bad.unread(kind, place)
     return sorted(found)
 
 
@@ -106,15 +96,13 @@ def _walk(root: Path, stdlib: bool, unread: dict[str, list[Path]]) -> Iterator[P
         begin = pending.pop(0)
         for folder, subfolders, names in os.walk(begin, onerror=refuse):
             there = os.stat(folder)
-            if (key := (there.st_dev, there.st_ino)) in seen:
-                unread["links to folders that are read anyway"].append(begin)
+            is_own, key = any(own <= {*names} for own in _OWN), (there.st_dev, there.st_ino)
+            if is_own or key in seen:
+                kind = "folders of jaxgpt's own" if is_own else "links to folders that are read anyway"
+                unread[kind].append(Path(folder))
                 subfolders.clear()
                 continue
             seen.add(key)
-            if any(own <= {*names} for own in _OWN):
-                unread["folders of jaxgpt's own"].append(Path(folder))
-                subfolders.clear()
-                continue
             subfolders[:] = sorted(name for name in subfolders if not _left_out(name, stdlib))
             links = [Path(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
             pending += [] if stdlib else links
@@ -175,7 +163,7 @@ def _opened(file: Path, encoding: str) -> Iterator[BinaryIO]:
     opener = _OPENERS.get(file.suffix.lower())
     try:
         with opener(file) if opener else open(file, "rb", buffering=1 << 20) as stream:
-            yield stream if is_utf8(encoding) else io.BufferedReader(AsUtf8(stream, encoding))
+            yield as_utf8(stream, encoding)
     except UnicodeError as error:
         raise BadRecord(str(file), f"not {encoding}, which data.encoding says: {error}".partition("\n")[0]) from None
     except PermissionError:
@@ -345,9 +333,8 @@ def _lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
 def _json_object(item: Any, where: str, bad: BadRecords) -> dict:
     """The object that a line holds, or that an item of a list is."""
     try:
-        record = (
-            json.loads(decoded(item.removeprefix(codecs.BOM_UTF8), where, bad)) if isinstance(item, bytes) else item
-        )
+        text = decoded(item.removeprefix(codecs.BOM_UTF8), where, bad) if isinstance(item, bytes) else None
+        record = item if text is None else json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRecord(where, f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists

@@ -254,18 +254,15 @@ def _mixed(
     the others have; where a part is used up, the documents that the others are at are cut there.
     """
     heads: list[Document | None] = [next(reader) for reader in readers]
-    levels = [0.0] * len(readers)
+    levels, turns = [0.0] * len(readers), range(len(readers))
+    end_of = lambda n: levels[n] + len(head.text.encode()) / weights[n] if (head := heads[n]) else math.inf
+    ends = [end_of(turn) for turn in turns]
     last = data.max_bytes / sum(weights) if data.max_bytes else math.inf
-    while True:
-        ends = [
-            level + len(head.text.encode()) / weight if head else math.inf
-            for level, head, weight in zip(levels, heads, weights)
-        ]
-        if (end := min(ends)) > last:
-            break
+    while (end := min(ends)) <= last:
         turn = ends.index(end)
         yield cast(Document, heads[turn])
         heads[turn], levels[turn] = next(readers[turn], None), end
+        ends[turn] = end_of(turn)
         if heads[turn] is None and end < last:
             reading.ended_by, last = turn, end
     if data.format == "text":

@@ -46,8 +46,8 @@ def read(data: DataConfig, work: WorkFolder, state: str) -> dict[str, Any]:
     """Write the chunks "read" and return facts about them; the same facts after a kill.
 
     They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number,
-    "bad": `BadRecords.summary` of what was left out, "files_not_read": which of the folder, "mixture": the fields of
-    sources.Reading}. `state` is the `sources.source_state` before the source was first looked at.
+    "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}. `state` is the
+    `sources.source_state` before the source was first looked at.
     """
     file = work.path / "read.json"
     if file.exists():
@@ -81,7 +81,7 @@ def read(data: DataConfig, work: WorkFolder, state: str) -> dict[str, Any]:
             end_chunk()
     if sources.source_state(data) != state:
         raise UserError(f"{sources.describe(data)}: changed while it was read; prepare again")
-    facts = {"rows": rows_of, "bytes": bytes_of, "documents": max(numbers) + 1, "files_not_read": bad.files_not_read}
+    facts = {"rows": rows_of, "bytes": bytes_of, "documents": max(numbers) + 1}
     facts |= {"bad": bad.summary(), "mixture": dataclasses.asdict(reading)}
     write_json(file, facts)
     return facts
