@@ -147,8 +147,8 @@ def _guessed(content: bytes) -> str | None:
     boms = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
     if marked := next((name for bom, name in boms.items() if content.startswith(bom)), None):
         return marked
-    for end in range(_SAMPLE, _SAMPLE - 4, -1):  # not in the middle of a character
-        if best := charset_normalizer.from_bytes(content[:end]).best():
-            name = best.encoding.replace("_", "-")
-            return None if name in ("ascii", "utf-8") or "\0" in str(best) else name
-    return None
+    ends = {min(len(content), _SAMPLE - cut) for cut in range(4)}  # one is not in the middle of a character
+    found = [best for end in sorted(ends) if (best := charset_normalizer.from_bytes(content[:end]).best())]
+    likely = lambda one: one.coherence - one.chaos + one.multi_byte_usage
+    best = max((one for one in found if "\0" not in str(one)), key=likely, default=None)
+    return None if best is None or best.encoding in ("ascii", "utf_8") else best.encoding.replace("_", "-")
