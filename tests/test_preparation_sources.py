@@ -332,7 +332,6 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 CHINESE = "今天天气很好，我们一起去公园散步。人工智能正在改变世界，机器学习的模型需要大量的数据。\n" * 3
 FRENCH = "Le café était fermé à l'époque où j'étais élève; très drôle, n'est-ce pas? Où êtes-vous?\n" * 3
-LATIN = r"cp12\d\d|latin-1|iso8859"
 
 
 @pytest.mark.parametrize(
@@ -340,9 +339,12 @@ LATIN = r"cp12\d\d|latin-1|iso8859"
     [
         (CHINESE, "gb18030", "gb18030"),
         (CHINESE.translate(str.maketrans("气们园", "氣們園")).replace("华", ""), "utf-16", "utf-16"),
+        (CHINESE.replace("\n", "") * 40, "gbk", "gb18030"),  # longer than what is looked at
+        ("床前明月光，疑是地上霜。举头望明月，低头思故乡。" * 200, "gb18030", "gb18030"),
+        ("Die Größe der Übung fällt schwer; schön.\n" * 9, "latin-1", "cp1252"),
         (FRENCH, "utf-16-le", "utf-16-le"),
         (FRENCH, "utf-16-be", "utf-16-be"),
-        (FRENCH, "cp1252", LATIN),
+        (FRENCH, "cp1252", "cp1252"),
         ("今天天氣很好，我們去公園散步。" * 9, "big5", "big5"),
         ("今日は天気がいいので、公園を散歩しましょう。" * 9, "shift_jis", "cp932|shift"),
     ],

@@ -137,7 +137,10 @@ def holds_nul(where: str, content: bytes, bad: BadRecords) -> BadRecord:
 
 def _advice(content: bytes, otherwise: str, kind: str, bad: BadRecords) -> str:
     found = _guessed(content) if bad.is_shown(kind) else None  # guessing takes some milliseconds
-    return f'; it looks like {found}: set data.encoding = "{found}"' if found else f"; {otherwise}"
+    if found is None:
+        return f"; {otherwise}"
+    shown = " ".join(content[:_SAMPLE].decode(found, errors="ignore").split())[:20]
+    return f'; it looks like {found} ("{shown}…"): set data.encoding = "{found}"'
 
 
 def _guessed(content: bytes) -> str | None:
@@ -148,7 +151,10 @@ def _guessed(content: bytes) -> str | None:
     if marked := next((name for bom, name in boms.items() if content.startswith(bom)), None):
         return marked
     ends = {min(len(content), _SAMPLE - cut) for cut in range(4)}  # one is not in the middle of a character
-    found = [best for end in sorted(ends) if (best := charset_normalizer.from_bytes(content[:end]).best())]
-    likely = lambda one: one.coherence - one.chaos + one.multi_byte_usage
+    found = [one for end in sorted(ends) for one in charset_normalizer.from_bytes(content[:end])]
+    western = lambda one: "cp1252" in one.could_be_from_charset  # there is more of it than of its likes
+    likely = lambda one: one.coherence - one.chaos + one.multi_byte_usage + 0.1 * western(one)
     best = max((one for one in found if "\0" not in str(one)), key=likely, default=None)
-    return None if best is None or best.encoding in ("ascii", "utf_8") else best.encoding.replace("_", "-")
+    if best is None or best.encoding in ("ascii", "utf_8"):
+        return None
+    return "cp1252" if western(best) else best.encoding.replace("_", "-")
