@@ -36,11 +36,11 @@ def test_three_formats_of_the_same_conversation_are_one_canonical_text():
     turns = messages("Hi 🙂", "Good day", "你好", "Bye", system="Be kind.")
     sharegpt = [{"from": names[turn["role"]], "value": f" {turn['content']}\n"} for turn in turns]
     expected = json.dumps(turns, ensure_ascii=False)
-    assert chat.conversation({"messages": turns, "id": 3}, "x") == expected
-    assert chat.conversation({"conversations": sharegpt}, "x") == expected
-    assert chat.conversation({"conversations": sharegpt[1:], "system": "Be kind."}, "x") == expected
+    assert conversation({"messages": turns, "id": 3}, "x") == expected
+    assert conversation({"conversations": sharegpt}, "x") == expected
+    assert conversation({"conversations": sharegpt[1:], "system": "Be kind."}, "x") == expected
     for keys in (("prompt", "response"), ("prompt", "completion"), ("question", "answer")):
-        pair = chat.conversation(dict(zip(keys, ("Hi 🙂", "Good day"))), "x")
+        pair = conversation(dict(zip(keys, ("Hi 🙂", "Good day"))), "x")
         assert json.loads(pair) == turns[1:3]
 
 
@@ -81,7 +81,7 @@ BAD = [
 @pytest.mark.parametrize("record, told", BAD)
 def test_what_is_no_conversation_is_told_with_its_place_and_turn_in_one_line(record, told):
     with pytest.raises(BadRecord) as error:
-        chat.conversation(record, "a.jsonl:3")
+        conversation(record, "a.jsonl:3")
     assert told in str(error.value) and "\n" not in str(error.value)
 
 

@@ -251,7 +251,7 @@ def copies(config: Config) -> list[str]:
     return Augmenter(config.augmentation).copies(CONVERSATION, 7)
 
 
-CONVERSATION = chat.conversation(
+CONVERSATION = conversation(
     {"messages": [{"role": role, "content": "One two. Three four."} for role in ("user", "assistant") * 2]}, "here"
 )
 MIXED = {"data.source": "jsonl", "data.path": "{folder}/mixed.jsonl", "data.on_bad_record": "skip"}

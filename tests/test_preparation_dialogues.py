@@ -18,11 +18,11 @@ def records() -> list[dict]:
 
 
 def test_thousands_of_different_conversations_that_are_always_the_same(records):
-    texts = [chat.conversation(record, "support") for record in records]  # each can be learned from
+    texts = [conversation(record, "support") for record in records]  # each can be learned from
     assert len(set(texts)) == len(texts) == COUNT >= 5000
     digest = hashlib.sha256("\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode())
     assert digest.hexdigest().startswith("38e1c3fb74e9d2ae"), "other records: RECORDS_VERSION has to change, too"
-    again = [chat.conversation(record, "support") for record in itertools.islice(support_records(), 50)]
+    again = [conversation(record, "support") for record in itertools.islice(support_records(), 50)]
     assert again == texts[:50]
     assert not any(mark in turn["content"] for record in records for turn in record["messages"] for mark in "{}#|")
 
@@ -68,7 +68,7 @@ def test_turns_of_one_speaker_are_joined(tmp_path):
     ]
     [(where, record)] = read(tmp_path, [{"dialogue_id": "1_00000", "turns": said}])
     assert where == f"{tmp_path / 'dialogues_001.json'}, dialogue 1_00000"
-    contents = [message["content"] for message in json.loads(chat.conversation(record, where))]
+    contents = [message["content"] for message in json.loads(conversation(record, where))]
     assert contents == ["Hi.\nA table?", "Where?", "Here", "Ok"]
 
 
@@ -93,7 +93,7 @@ def test_turns_of_one_speaker_are_joined(tmp_path):
 def test_a_dialogue_that_cannot_be_used_is_told_with_its_id(tmp_path, dialogue, told):
     [(where, record)] = read(tmp_path, [dialogue])
     with pytest.raises(BadRecord, match=told):
-        chat.conversation(record, where)
+        conversation(record, where)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
-"""Two sources of conversations: a made-up customer service, and the files of the Schema-Guided Dialogue dataset.
+"""Conversations in the forms that records have them in, and two sources of them.
 
-The made-up conversations need no file and no network. A model that learned some of them answers the others, so every
-step from data to `sample --chat` can be tried. They are the same on every machine, and no two are equal.
+The sources are a made-up customer service, and the files of the Schema-Guided Dialogue dataset. The made-up ones need
+no file and no network. A model that learned some of them answers the others, so every step from data to `sample --chat`
+can be tried. They are the same on every machine, and no two are equal.
 """
 
 import functools
 import json
+import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.data.chat import check_messages, to_text
 from jaxgpt.errors import BadRecord
 from jaxgpt.preparation.augmentation import Draw
 
@@ -22,7 +26,29 @@ RECORDS_VERSION = (
 )
 """Identifies the records of `support_records`: part of the names of datasets made from them. Change it with them."""
 _CHINESE_SHARE = 0.15
-_SPEAKERS = {"USER": "user", "SYSTEM": "assistant"}
+_SGD_ROLES = {"USER": "user", "SYSTEM": "assistant"}
+
+_ROLES = {
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "用户", "人类"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "助手", "机器人"), "assistant"),
+}
+_LISTS = ("messages", "conversations", "conversation")
+_SPEAKERS, _WORDS = ("role", "from", "speaker"), ("content", "value", "text")
+_QUESTIONS, _ANSWERS = ("prompt", "instruction", "query", "question"), ("response", "completion", "output", "answer")
+_PAIRED = _ROLES | dict.fromkeys(_QUESTIONS, "user") | dict.fromkeys(_ANSWERS, "assistant")
+_FORMS = '"messages", "conversations", or a question and its answer ("prompt" and "response")'
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_WEIGHTS = ("weight", "train", "training", "loss")
+_NOT_TEXT = (
+    *("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls", "refusal"),
+    *("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files"),
+    *("train_detail", "chosen", "rejected"),
+)
+"""Keys without which a conversation means something else, and which have no place in its tokens."""
+_NAMES = 50  # keys that are counted apart
+Tally = dict[str, dict[str, int]]
+"""{"forms": {form: records}, "turns": {what became of some: how many}, "not read": {key: how many}}"""
 
 
 def support_records() -> Iterator[dict]:
@@ -83,10 +109,214 @@ def _pairs(topic: dict[str, list], draw: Draw) -> list[list[str]]:
     return [*topic["steps"], *([draw.one(extras)] if extras and draw.chance(0.4) else [])]
 
 
+def conversation(record: object, where: str, tally: Tally | None = None) -> str:
+    """The canonical JSON of one record (see chat.py); adds what was found in it, and was not read, to `tally`.
+
+    The fields that are filled decide the form: a list of turns (_LISTS), each with a speaker and a text, or a question
+    and its answer (_QUESTIONS, _ANSWERS), each a text or a list of turns. "system" and "history" may stand beside both,
+    "input" and "context" beside a question. Turns of one speaker in a row become one, with blank lines between.
+    Beside a question only its answer is learned. No answer of weight 0 is, and none before the first question.
+
+    Raises:
+        BadRecord: no form or two, a field that changes the meaning and is no text, or `check_messages` refuses it.
+    """
+    if not isinstance(record, Mapping):
+        raise BadRecord(where, f"not an object with {_FORMS}")
+    fields, found = _Fields(record, where), Counter[tuple[str, str]]()
+    system = fields.take("system", "system_prompt")
+    head = [] if system is None else [_message("system", system, where, found)]
+    past = _history(fields.take("history"), where, found)
+    messages = _form(fields, found)
+    first = messages[:1] if messages[0]["role"] == "system" else []
+    head += [message for message in first if message not in head]
+    messages = [*head, *past, *messages[len(first) :]]
+    check_messages(messages, where)
+    if not fields.is_learned() or fields.left.get("label") is False:
+        raise BadRecord(where, "nothing to learn: the record has weight 0, or its label is false")
+    messages = _joined(messages, where, found)
+    if messages[len(head)]["role"] == "assistant":
+        messages[len(head)]["weight"] = 0
+    answers = [message["weight"] for message in messages if message["role"] == "assistant"]
+    if not any(answers):
+        raise BadRecord(where, "nothing to learn: each answer has weight 0, or answers no question")
+    found["turns", "answers not learned (weight 0, history, before a question)"] += answers.count(0)
+    for (kind, name), count in (found + fields.rest("")).items():
+        counts = {} if tally is None else tally.setdefault(kind, {})
+        name = name if name in counts or len(counts) < _NAMES else "others"
+        counts[name] = counts.get(name, 0) + count
+    return to_text(messages)
+
+
+class _Fields:
+    """The fields of an object that hold something: they are taken by name, and `rest` counts the others."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str):
+        self.left = {name: value for name, value in fields.items() if not _is_empty(value)}
+        self.all, self.taken, self.where = fields, list[str](), where
+
+    def has(self, *names: str) -> bool:
+        return any(name in self.left for name in names)
+
+    def take(self, *names: str) -> Any:
+        """The value of the one field of these names that holds something; None if none does."""
+        found = [name for name in names if name in self.left]
+        if len(found) > 1:
+            raise BadRecord(self.where, f"two forms at once: {' and '.join(found)} are filled; leave one of them")
+        self.taken += found
+        return self.left.pop(found[0]) if found else None
+
+    def is_learned(self) -> bool:
+        """Whether no weight of 0 (train = false) turns learning off."""
+        weights = {name: self.left.pop(name) for name in _WEIGHTS if name in self.left}
+        for name, weight in weights.items():
+            if weight not in (0, 1):
+                raise BadRecord(self.where, f'a weight other than 0 and 1: "{name}" is {_shown(weight)}')
+        return all(weights.values())
+
+    def rest(self, of: str) -> Counter[tuple[str, str]]:
+        """How often each field was not read; a BadRecord names one without which the others mean something else."""
+        for name, value in self.left.items():
+            if name in _NOT_TEXT and value not in ("[]", "{}", "null"):
+                raise BadRecord(self.where, f'"{name}" cannot be learned; drop the record, or the field')
+        return Counter(("not read", of + _shown(name)) for name in self.left)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {}) or (isinstance(value, float) and math.isnan(value))
+
+
+def _shown(value: object) -> str:
+    """A value of the data for a message: short, without what a terminal would obey or could not print."""
+    text = value if isinstance(value, str) else ascii(value) if isinstance(value, int | float) else type(value).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:40])
+
+
+def _form(fields: _Fields, found: Counter) -> list[dict[str, Any]]:
+    """The messages of the form that the record has, at least one."""
+    where, is_list = fields.where, fields.has(*_LISTS)
+    if fields.has(*_ANSWERS) and fields.has(*_QUESTIONS, "input"):
+        if is_list:
+            raise BadRecord(where, "two forms at once: a list of turns, and a question with an answer; leave one")
+        asked = [fields.take(*_QUESTIONS), fields.take("input"), fields.take("context")]
+        messages = _said("user", _one_text([text for text in asked if text is not None], where), where, found)
+        messages = _as_context(messages)
+        messages += _said("assistant", fields.take(*_ANSWERS), where, found)
+    elif is_list:
+        messages = _said("", fields.take(*_LISTS), where, found)
+    else:
+        keys = ", ".join(_shown(name) + ("" if name in fields.left else " (empty)") for name in fields.all)
+        raise BadRecord(where, f"unknown format: it has {keys[:80] or 'nothing'}, but a conversation has {_FORMS}")
+    found["forms", "/".join(name for name in fields.taken if not name.startswith("system"))] += 1
+    return messages
+
+
+def _one_text(texts: list, where: str) -> Any:
+    """The question with what stands beside it; a question that stands alone may be a list of turns."""
+    if len(texts) == 1:
+        return texts[0]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRecord(where, 'a question that is no text, beside "input" or "context"')
+    return "\n\n".join(texts)
+
+
+def _said(role: str, value: Any, where: str, found: Counter) -> list[dict[str, Any]]:
+    """The messages of a list of turns; else the value is the content of one message, if it may be (it has a `role`)."""
+    if role and not isinstance(value, list | Mapping):
+        return [_message(role, value, where, found)]
+    turns = _rows(value, where)
+    return [message for n, turn in enumerate(turns, 1) for message in _turn(turn, f"{where}, turn {n}", found)]
+
+
+def _rows(value: Any, where: str) -> list:
+    """A list of objects, also from its JSON or from a table of columns, as Parquet and TFDS may have it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRecord(where, "no turns: a text that is not JSON stands for the list of them") from None
+    if isinstance(value, Mapping):
+        columns = {name: column for name, column in value.items() if column is not None}
+        if all(isinstance(column, list) for column in columns.values()) and len(set(map(len, columns.values()))) == 1:
+            value = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    if not isinstance(value, list) or not value:
+        raise BadRecord(where, "no turns: there is no list of them, or an empty one")
+    return value
+
+
+def _turn(turn: Any, where: str, found: Counter) -> list[dict[str, Any]]:
+    """The message of a turn; several of {"human": ..., "assistant": ...}, which has texts under the roles."""
+    if not isinstance(turn, Mapping):
+        raise BadRecord(where, "not an object")
+    fields = _Fields(turn, where)
+    role = fields.take(*_SPEAKERS)
+    if role is None and fields.left and fields.left.keys() <= _PAIRED.keys():
+        names = sorted(fields.left, key=lambda name: ("system", "user", "assistant").index(_PAIRED[name]))
+        return [_message(_PAIRED[name], fields.left[name], where, found) for name in names]
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        what = 'no role: "role" is missing' if role is None else f"unknown role: {_shown(role)!r}"
+        raise BadRecord(where, f"{what}; it is one of {', '.join(_ROLES)}")
+    content, weight = fields.take(*_WORDS), known != "assistant" or fields.is_learned()
+    found.update(fields.rest(f"{known}'s "))
+    return [_message(known, content, where, found, weight)]
+
+
+def _message(role: str, content: Any, where: str, found: Counter, weight: int = 1) -> dict[str, Any]:
+    """A message; its content is a text or a list of text parts, which are joined as the server joins them."""
+    if isinstance(content, list | Mapping):
+        texts, content = (
+            [],
+            [content] if isinstance(content, Mapping) and isinstance(content.get("text"), str) else content,
+        )
+        for part in _rows(content, where):
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                raise BadRecord(where, "its content is no text: a part of it has none")
+            fields = _Fields(part, where)
+            if (kind := fields.take("type")) not in _TEXT_PARTS:
+                raise BadRecord(where, f"its content is no text: a part of it is of type {_shown(kind)}")
+            fields.take("text")
+            found.update(fields.rest("part's "))
+            texts.append(part["text"])
+        content = "".join(texts)
+    return {"role": role, "content": content, "weight": int(weight)}
+
+
+def _history(value: Any, where: str, found: Counter) -> list[dict[str, Any]]:
+    """The messages of a history, none of them learned: pairs of question and answer, or turns."""
+    if value is None or value in ("[]", "null"):
+        return []
+    messages = []
+    for number, item in enumerate(_rows(value, where), 1):
+        at = f"{where}, history {number}"
+        if isinstance(item, list) and len(item) == 2:  # [None, text] is a greeting
+            item = {"user": item[0], "assistant": item[1]}
+        messages += _turn(item, at, found)
+    return _as_context(messages)
+
+
+def _as_context(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in messages]
+
+
+def _joined(messages: list[dict[str, Any]], where: str, found: Counter) -> list[dict[str, Any]]:
+    """The messages, those of one speaker in a row as one."""
+    joined = messages[:1]
+    for number, message in enumerate(messages[1:], 2):
+        last = joined[-1]
+        if message["role"] != last["role"]:
+            joined.append(message)
+            continue
+        if message["role"] == "assistant" and message["weight"] != last["weight"]:
+            raise BadRecord(where, f"two answers in a row, one of them with weight 0: turns {number - 1} and {number}")
+        last["content"] = f"{last['content'].strip()}\n\n{message['content'].strip()}"
+        found["turns", "turns joined to the one before, of the same speaker"] += 1
+    return joined
+
+
 def sgd_records(file: Path) -> Iterator[tuple[str, Any]]:
     """(where, {"messages": [...]}) of each dialogue in a dialogues_*.json file.
 
-    Consecutive turns of one speaker are joined. A dialogue in another form is passed on for `chat.conversation` to
+    Consecutive turns of one speaker are joined. A dialogue in another form is passed on for `conversation` to
     refuse; a file that is no JSON list in UTF-8 is a BadRecord.
     """
     try:
@@ -111,7 +341,7 @@ def _sgd_record(dialogue: Any) -> Any:
     messages: list[dict] = []
     for turn in turns:
         speaker, said = turn.get("speaker"), turn.get("utterance")
-        role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        role = _SGD_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
         if messages and messages[-1]["role"] == role and isinstance(said, str) and messages[-1]["content"]:
             messages[-1]["content"] += f"\n{said}"
         else:
