@@ -32,17 +32,10 @@ COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 def to_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """The canonical JSON of messages."""
-    plain = [
-        {"role": message["role"], "content": message["content"].strip()}
-        | ({} if is_learned(message) else {"weight": 0})
-        for message in messages
-    ]
+    context = [message["role"] == "assistant" and not message.get("weight", 1) for message in messages]
+    plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    plain = [message | {"weight": 0} if unlearned else message for message, unlearned in zip(plain, context)]
     return json.dumps(plain, ensure_ascii=False)
-
-
-def is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether the content is learned, if it is an assistant's."""
-    return bool(message.get("weight", 1))
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -149,7 +142,7 @@ class ChatEncoder:
         ids, first = self._tokenizer.encode_from(f"{role}\n{content}", len(role) + 1)
         tokens = np.array([self._start, *ids, self._end, *self._line_break], np.int32)
         supervised = np.zeros(len(tokens), bool)
-        if role != "assistant" or not is_learned(message):
+        if role != "assistant" or not message.get("weight", 1):
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))

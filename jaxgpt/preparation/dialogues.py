@@ -43,7 +43,7 @@ _WEIGHTS = ("weight", "train", "training", "loss")
 _NOT_TEXT = (
     *("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls", "refusal"),
     *("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files"),
-    *("train_detail", "chosen", "rejected"),
+    "train_detail",
 )
 """Keys without which a conversation means something else, and which have no place in its tokens."""
 _NAMES = 50  # keys that are counted apart
@@ -198,8 +198,11 @@ def _form(fields: _Fields, found: Counter) -> list[dict[str, Any]]:
         if is_list:
             raise BadRecord(where, "two forms at once: a list of turns, and a question with an answer; leave one")
         asked = [fields.take(*_QUESTIONS), fields.take("input"), fields.take("context")]
-        messages = _said("user", _one_text([text for text in asked if text is not None], where), where, found)
-        messages = _as_context(messages)
+        asked = [value for value in asked if value is not None]
+        if len(asked) > 1 and not all(isinstance(value, str) for value in asked):
+            raise BadRecord(where, 'a question that is no text, beside "input" or "context"')
+        question = "\n\n".join(asked) if len(asked) > 1 else asked[0]
+        messages = [message | {"weight": 0} for message in _said("user", question, where, found)]
         messages += _said("assistant", fields.take(*_ANSWERS), where, found)
     elif is_list:
         messages = _said("", fields.take(*_LISTS), where, found)
@@ -210,17 +213,8 @@ def _form(fields: _Fields, found: Counter) -> list[dict[str, Any]]:
     return messages
 
 
-def _one_text(texts: list, where: str) -> Any:
-    """The question with what stands beside it; a question that stands alone may be a list of turns."""
-    if len(texts) == 1:
-        return texts[0]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRecord(where, 'a question that is no text, beside "input" or "context"')
-    return "\n\n".join(texts)
-
-
 def _said(role: str, value: Any, where: str, found: Counter) -> list[dict[str, Any]]:
-    """The messages of a list of turns; else the value is the content of one message, if it may be (it has a `role`)."""
+    """The messages of a list of turns; with a `role`, also of a text that is its content."""
     if role and not isinstance(value, list | Mapping):
         return [_message(role, value, where, found)]
     turns = _rows(value, where)
@@ -263,22 +257,19 @@ def _turn(turn: Any, where: str, found: Counter) -> list[dict[str, Any]]:
 
 def _message(role: str, content: Any, where: str, found: Counter, weight: int = 1) -> dict[str, Any]:
     """A message; its content is a text or a list of text parts, which are joined as the server joins them."""
+    if isinstance(content, Mapping) and isinstance(content.get("text"), str):
+        content = [content]
     if isinstance(content, list | Mapping):
-        texts, content = (
-            [],
-            [content] if isinstance(content, Mapping) and isinstance(content.get("text"), str) else content,
-        )
-        for part in _rows(content, where):
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                raise BadRecord(where, "its content is no text: a part of it has none")
-            fields = _Fields(part, where)
-            if (kind := fields.take("type")) not in _TEXT_PARTS:
-                raise BadRecord(where, f"its content is no text: a part of it is of type {_shown(kind)}")
-            fields.take("text")
-            found.update(fields.rest("part's "))
-            texts.append(part["text"])
-        content = "".join(texts)
+        content = "".join(_part(part, where, found) for part in _rows(content, where))
     return {"role": role, "content": content, "weight": int(weight)}
+
+
+def _part(part: Any, where: str, found: Counter) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or kind not in _TEXT_PARTS:
+        raise BadRecord(where, f"its content is no text: a part of it is {_shown(kind)}")
+    found.update(_Fields({**part, "text": None, "type": None}, where).rest("part's "))
+    return part["text"]
 
 
 def _history(value: Any, where: str, found: Counter) -> list[dict[str, Any]]:
@@ -291,11 +282,7 @@ def _history(value: Any, where: str, found: Counter) -> list[dict[str, Any]]:
         if isinstance(item, list) and len(item) == 2:  # [None, text] is a greeting
             item = {"user": item[0], "assistant": item[1]}
         messages += _turn(item, at, found)
-    return _as_context(messages)
-
-
-def _as_context(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in messages]
+    return [message | {"weight": 0} for message in messages]
 
 
 def _joined(messages: list[dict[str, Any]], where: str, found: Counter) -> list[dict[str, Any]]:
@@ -325,13 +312,13 @@ def sgd_records(file: Path) -> Iterator[tuple[str, Any]]:
         raise BadRecord(str(file), f"not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
     except json.JSONDecodeError as error:
         raise BadRecord(f"{file}:{error.lineno}", f"not JSON ({error.msg})") from None
-    except RecursionError:
-        raise BadRecord(str(file), "not JSON (nested too deeply)") from None
+    except (ValueError, RecursionError):
+        raise BadRecord(str(file), "not JSON (nested too deeply, or a number of thousands of digits)") from None
     if not isinstance(dialogues, list):
         raise BadRecord(str(file), "not a list of dialogues")
     for number, dialogue in enumerate(dialogues, 1):
         name = dialogue.get("dialogue_id", f"number {number}") if isinstance(dialogue, dict) else f"number {number}"
-        yield f"{file}, dialogue {name}", _sgd_record(dialogue)
+        yield f"{file}, dialogue {_shown(name)}", _sgd_record(dialogue)
 
 
 def _sgd_record(dialogue: Any) -> Any:
@@ -342,8 +329,9 @@ def _sgd_record(dialogue: Any) -> Any:
     for turn in turns:
         speaker, said = turn.get("speaker"), turn.get("utterance")
         role = _SGD_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
-        if messages and messages[-1]["role"] == role and isinstance(said, str) and messages[-1]["content"]:
-            messages[-1]["content"] += f"\n{said}"
+        before = messages[-1]["content"] if messages and messages[-1]["role"] == role else None
+        if isinstance(said, str) and isinstance(before, str) and before:
+            messages[-1]["content"] = f"{before}\n{said}"
         else:
             messages.append({"role": role, "content": said})
     return {"messages": messages}

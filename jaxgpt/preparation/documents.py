@@ -13,7 +13,7 @@ SplitName = Literal["train", "validation"]
 
 
 class Document(NamedTuple):
-    text: str  # or the canonical JSON of a conversation (`chat.conversation`)
+    text: str  # or the canonical JSON of a conversation (dialogues.py)
     split: SplitName | None = None  # that the source assigns; None if the source has no splits
     part: int = 0  # number of the mixture's source that it comes from
     continues: bool = False  # the document before it: the next part of one long text file
