@@ -170,6 +170,23 @@ def test_supervised_are_exactly_the_answers_and_their_stop_tokens():
     assert TOKENIZER.decode(made.tokens) == whole
 
 
+def test_an_answer_of_weight_0_and_a_greeting_are_read_and_not_learned():
+    turns = [{"role": "assistant", "content": "Hello"}, *messages("Hi", "no", "Hi", "yes", system="S")[1:]]
+    turns[2]["weight"] = 0
+    text = conversation({"system": "S", "messages": turns}, "x")
+    [made] = encoder().encode(text)
+    assert TOKENIZER.decode(made.tokens[made.supervised]) == "yes<|im_end|>" and made.num_bytes == 3
+    assert TOKENIZER.decode(made.tokens).count("<|im_start|>") == 6
+    first, second = encoder(len(made.tokens) - 1).encode(text)  # cut before the second question
+    assert TOKENIZER.decode(first.tokens).split("<|im_start|>")[1:3] == [
+        "system\nS<|im_end|>\n",
+        "assistant\nHello<|im_end|>\n",
+    ]
+    assert not first.supervised.any() and TOKENIZER.decode(second.tokens[second.supervised]) == "yes<|im_end|>"
+    with pytest.raises(BadRecord, match="turns 2 and 4: longer than a block"):
+        encoder(len(second.tokens)).encode(text)
+
+
 @pytest.mark.system
 def test_letters_of_a_special_token_are_text_here_and_a_token_in_transformers_unless_it_is_told(tmp_path):
     from transformers import AutoTokenizer

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.data.chat import to_text
+from jaxgpt.data.chat import END_OF_TURN, ChatEncoder, to_text, with_chat_tokens
+from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.dialogues import COUNT, conversation, sgd_records, support_records
 from jaxgpt.preparation.documents import BadRecords
 from jaxgpt.preparation.sources import Reading, documents
-from jaxgpt.settings import DataConfig
+from jaxgpt.settings import ChatConfig, DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +300,10 @@ def mutated(draw) -> object:
     return record
 
 
+TOKENIZER = with_chat_tokens(train_bpe(["some words"] * 3, 257))
+ENCODER = ChatEncoder(TOKENIZER, ChatConfig(), 100_000)
+
+
 def check_lines(file, records: list) -> None:
     """The real reader of JSONL: what is not a document is counted, and its text is whole."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -314,6 +319,9 @@ def check_lines(file, records: list) -> None:
         assert turns[-1]["role"] == "assistant" and all(turn["content"].strip() for turn in turns)
         before = [turn["role"] for turn in turns if turn["role"] != "system"]
         assert all(one != other for one, other in itertools.pairwise(before))
+        learned = [turn["content"] for turn in turns if turn["role"] == "assistant" and turn.get("weight", 1)]
+        [made] = ENCODER.encode(document.text)
+        assert TOKENIZER.decode(made.tokens[made.supervised]) == "".join(text + END_OF_TURN for text in learned) != ""
     if bad.counts:
         with pytest.raises(UserError):
             list(documents(DataConfig(**settings)))
