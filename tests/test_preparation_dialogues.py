@@ -15,7 +15,7 @@ from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.dialogues import COUNT, conversation, sgd_records, support_records
 from jaxgpt.preparation.documents import BadRecords
-from jaxgpt.preparation.sources import Reading, documents
+from jaxgpt.preparation.sources import documents
 from jaxgpt.settings import ChatConfig, DataConfig
 
 
@@ -308,11 +308,11 @@ def check_lines(file, records: list) -> None:
     """The real reader of JSONL: what is not a document is counted, and its text is whole."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     settings = {"source": "jsonl", "path": str(file), "format": "chat"}
-    bad, reading, found = BadRecords("skip"), Reading(), []
+    bad, found = BadRecords("skip"), []
     with contextlib.suppress(UserError):  # none of them is one
-        found += documents(DataConfig(**settings, on_bad_record="skip"), bad, reading)
+        found += documents(DataConfig(**settings, on_bad_record="skip"), bad)
     assert len(found) + sum(bad.counts.values()) == len(records)
-    assert sum(reading.conversations.get("forms", {}).values()) == len(found)
+    assert sum(bad.conversations.get("forms", {}).values()) == len(found)
     for document in found:
         turns = json.loads(document.text)
         assert to_text(turns) == document.text

@@ -7,7 +7,6 @@ can be tried. They are the same on every machine, and no two are equal.
 
 import functools
 import json
-import math
 import re
 import tomllib
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 from jaxgpt.data.chat import check_messages, to_text
 from jaxgpt.errors import BadRecord
 from jaxgpt.preparation.augmentation import Draw
+from jaxgpt.preparation.documents import Tally
 
 COUNT = 6000
 RECORDS_VERSION = (
@@ -38,7 +38,6 @@ _SPEAKERS, _WORDS = ("role", "from", "speaker"), ("content", "value", "text")
 _QUESTIONS, _ANSWERS = ("prompt", "instruction", "query", "question"), ("response", "completion", "output", "answer")
 _PAIRED = _ROLES | dict.fromkeys(_QUESTIONS, "user") | dict.fromkeys(_ANSWERS, "assistant")
 _FORMS = '"messages", "conversations", or a question and its answer ("prompt" and "response")'
-_TEXT_PARTS = (None, "text", "input_text", "output_text")
 _WEIGHTS = ("weight", "train", "training", "loss")
 _NOT_TEXT = (
     *("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls", "refusal"),
@@ -47,8 +46,6 @@ _NOT_TEXT = (
 )
 """Keys without which a conversation means something else, and which have no place in its tokens."""
 _NAMES = 50  # keys that are counted apart
-Tally = dict[str, dict[str, int]]
-"""{"forms": {form: records}, "turns": {what became of some: how many}, "not read": {key: how many}}"""
 
 
 def support_records() -> Iterator[dict]:
@@ -148,14 +145,14 @@ def conversation(record: object, where: str, tally: Tally | None = None) -> str:
 
 
 class _Fields:
-    """The fields of an object that hold something: they are taken by name, and `rest` counts the others."""
+    """The fields of an object that hold something (null and NaN do not), taken by name; `rest` counts the others."""
 
     def __init__(self, fields: Mapping[str, Any], where: str):
-        self.left = {name: value for name, value in fields.items() if not _is_empty(value)}
+        # Not NaN either, which pandas writes for nothing.
+        self.left = {
+            name: value for name, value in fields.items() if value not in (None, "", [], {}) and value == value
+        }
         self.all, self.taken, self.where = fields, list[str](), where
-
-    def has(self, *names: str) -> bool:
-        return any(name in self.left for name in names)
 
     def take(self, *names: str) -> Any:
         """The value of the one field of these names that holds something; None if none does."""
@@ -181,10 +178,6 @@ class _Fields:
         return Counter(("not read", of + _shown(name)) for name in self.left)
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or value in ("", [], {}) or (isinstance(value, float) and math.isnan(value))
-
-
 def _shown(value: object) -> str:
     """A value of the data for a message: short, without what a terminal would obey or could not print."""
     text = value if isinstance(value, str) else ascii(value) if isinstance(value, int | float) else type(value).__name__
@@ -193,18 +186,17 @@ def _shown(value: object) -> str:
 
 def _form(fields: _Fields, found: Counter) -> list[dict[str, Any]]:
     """The messages of the form that the record has, at least one."""
-    where, is_list = fields.where, fields.has(*_LISTS)
-    if fields.has(*_ANSWERS) and fields.has(*_QUESTIONS, "input"):
-        if is_list:
+    where, filled = fields.where, fields.left.keys()
+    if filled & _ANSWERS and filled & (*_QUESTIONS, "input"):
+        if filled & _LISTS:
             raise BadRecord(where, "two forms at once: a list of turns, and a question with an answer; leave one")
-        asked = [fields.take(*_QUESTIONS), fields.take("input"), fields.take("context")]
-        asked = [value for value in asked if value is not None]
+        asked = [fields.take(*names) for names in (_QUESTIONS, ("input",), ("context",)) if filled & names]
         if len(asked) > 1 and not all(isinstance(value, str) for value in asked):
             raise BadRecord(where, 'a question that is no text, beside "input" or "context"')
-        question = "\n\n".join(asked) if len(asked) > 1 else asked[0]
-        messages = [message | {"weight": 0} for message in _said("user", question, where, found)]
+        asked = _said("user", "\n\n".join(asked) if len(asked) > 1 else asked[0], where, found)
+        messages = [message | {"weight": 0} for message in asked]
         messages += _said("assistant", fields.take(*_ANSWERS), where, found)
-    elif is_list:
+    elif filled & _LISTS:
         messages = _said("", fields.take(*_LISTS), where, found)
     else:
         keys = ", ".join(_shown(name) + ("" if name in fields.left else " (empty)") for name in fields.all)
@@ -217,8 +209,8 @@ def _said(role: str, value: Any, where: str, found: Counter) -> list[dict[str, A
     """The messages of a list of turns; with a `role`, also of a text that is its content."""
     if role and not isinstance(value, list | Mapping):
         return [_message(role, value, where, found)]
-    turns = _rows(value, where)
-    return [message for n, turn in enumerate(turns, 1) for message in _turn(turn, f"{where}, turn {n}", found)]
+    turns = enumerate(_rows(value, where), 1)
+    return [message for number, turn in turns for message in _turn(turn, f"{where}, turn {number}", found)]
 
 
 def _rows(value: Any, where: str) -> list:
@@ -266,7 +258,7 @@ def _message(role: str, content: Any, where: str, found: Counter, weight: int = 
 
 def _part(part: Any, where: str, found: Counter) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else part
-    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or kind not in _TEXT_PARTS:
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or kind not in (None, "text"):
         raise BadRecord(where, f"its content is no text: a part of it is {_shown(kind)}")
     found.update(_Fields({**part, "text": None, "type": None}, where).rest("part's "))
     return part["text"]

@@ -60,7 +60,7 @@ def collect(
         report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
         report["forms"] = {
             kind: ", ".join(f"{name} ({count:,})" for name, count in counts.items())
-            for kind, counts in facts["mixture"].pop("conversations").items()
+            for kind, counts in facts.get("conversations", {}).items()
         }
     return report
 

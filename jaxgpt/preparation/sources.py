@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation import source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_facts, catalog_splits
-from jaxgpt.preparation.dialogues import RECORDS_VERSION, Tally, conversation, support_records
+from jaxgpt.preparation.dialogues import RECORDS_VERSION, conversation, support_records
 from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord
 from jaxgpt.settings import DataConfig, SourceConfig, sources_of
 
@@ -29,7 +29,6 @@ class Reading:
     num_bytes: list[int] = dataclasses.field(default_factory=list)  # UTF-8 bytes of the documents
     ended_by: int | None = None
     """The part that was exhausted and so ended the mixture; None if data.max_bytes did, or there is only one part."""
-    conversations: Tally = dataclasses.field(default_factory=dict)
 
 
 def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading | None = None) -> Iterator[Document]:
@@ -50,11 +49,8 @@ def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading 
     parts = sources_of(data)
     _check_format(data)
     reading.num_documents, reading.num_bytes, reading.ended_by = [0] * len(parts), [0] * len(parts), None
-    reading.conversations = {}
     total = sum(part.weight for part in parts)
-    readers = [
-        _nonempty(data, number, bad, part.weight / total, reading.conversations) for number, part in enumerate(parts)
-    ]
+    readers = [_nonempty(data, number, bad, part.weight / total) for number, part in enumerate(parts)]
     source = readers[0] if len(parts) == 1 else _mixed(readers, [part.weight for part in parts], reading)
     for document in _limited(source, data.max_bytes, data.format == "chat"):
         reading.num_documents[document.part] += not document.continues
@@ -115,20 +111,18 @@ def _check_format(data: DataConfig) -> None:
             raise UserError(f'data.source = "{part.source}" holds conversations: set data.format = "chat"')
 
 
-def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float, tally: Tally) -> Iterator[Document]:
+def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
     """The documents of one part of the mixture, which gives `share` of the text; an error if there is none."""
     part = sources_of(data)[number]
     found = False
-    for document in _documents(data, part, bad, data.max_bytes and max(1, int(data.max_bytes * share)), tally):
+    for document in _documents(data, part, bad, data.max_bytes and max(1, int(data.max_bytes * share))):
         found = True
         yield document if number == 0 else document._replace(part=number)
     if not found:
         raise UserError(f"{_described(part, 'data.source')}: no text in it; the corpus is empty")
 
 
-def _documents(
-    data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes: int | None, tally: Tally
-) -> Iterator[Document]:
+def _documents(data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes: int | None) -> Iterator[Document]:
     limit = data.max_record_bytes
     if part.source in ("stdlib", "text"):
         yield from source_files.text_documents(part, bad, limit)
@@ -137,9 +131,9 @@ def _documents(
     elif part.source.startswith((TFDS, HUGGINGFACE)):
         for split, records in catalog_splits(part, bad, part.text_field if data.format == "text" else None):
             share = max_bytes and max(1, int(max_bytes * data.validation_fraction)) if split == "validation" else None
-            yield from _limited(_texts(records, data, part, bad, tally), share, data.format == "chat")
+            yield from _limited(_texts(records, data, part, bad), share, data.format == "chat")
     else:
-        yield from _texts(_records(data, part, bad), data, part, bad, tally)
+        yield from _texts(_records(data, part, bad), data, part, bad)
 
 
 def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[SourceRecord]:
@@ -153,13 +147,14 @@ def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[
 
 
 def _texts(
-    records: Iterable[SourceRecord], data: DataConfig, part: SourceConfig, bad: BadRecords, tally: Tally
+    records: Iterable[SourceRecord], data: DataConfig, part: SourceConfig, bad: BadRecords
 ) -> Iterator[Document]:
     """The documents of the records; records without text go to `bad`."""
     for number, record in enumerate(records):
         try:
             if data.format == "chat":
-                yield Document(conversation(record.value, record.where, tally), record.split, where=record.where)
+                text = conversation(record.value, record.where, bad.conversations)
+                yield Document(text, record.split, where=record.where)
                 continue
             text = source_files.text_of(record, part.text_field)
         except BadRecord as error:
