@@ -66,7 +66,7 @@ BAD = [
     ),
     ({"messages": [*messages("Hi", "Ho"), *messages(system="a")]}, "a.jsonl:3: a system turn after the first: turn 3"),
     ({"messages": messages("Hi", system="a")}, "a.jsonl:3: no assistant turn"),
-    ({"messages": messages("Hi", "Ho")[1:]}, "a.jsonl:3: nothing to learn: each answer has weight 0, or answers no"),
+    ({"messages": messages("Hi", "Ho")[1:]}, "a.jsonl:3: nothing to learn: each answer has weight 0, answers no"),
     ({"messages": messages("Hi", "Ho", "Hu")}, "a.jsonl:3: ends in a user turn"),
     ({"prompt": "x"}, "a.jsonl:3: unknown format: it has prompt, but"),
     ({"prompt": "x", "response": 3}, "a.jsonl:3, turn 2: its content is no text"),

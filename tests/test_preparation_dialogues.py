@@ -230,6 +230,7 @@ LEARNED = {"role": "assistant", "content": "a"}
         ({"messages": [*said("q"), {**LEARNED, "train_detail": [{}]}]}, 'turn 2: "train_detail" cannot be learned'),
         ({"messages": said("q", "a", unlearned=(0,))}, "x: nothing to learn"),
         ({"messages": said("q", "a"), "weight": 0}, "x: nothing to learn"),
+        ({"messages": said("q", "a"), "weight": 2}, 'x: a weight other than 0 and 1: "weight" is 2'),
         ({"prompt": "q", "completion": "a", "label": False}, "x: nothing to learn"),
         (
             {"messages": [*said("q", "a", unlearned=(0,)), LEARNED]},

@@ -33,19 +33,17 @@ _ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "用户", "人类"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "助手", "机器人"), "assistant"),
 }
-_LISTS = ("messages", "conversations", "conversation")
 _SPEAKERS, _WORDS = ("role", "from", "speaker"), ("content", "value", "text")
 _QUESTIONS, _ANSWERS = ("prompt", "instruction", "query", "question"), ("response", "completion", "output", "answer")
 _PAIRED = _ROLES | dict.fromkeys(_QUESTIONS, "user") | dict.fromkeys(_ANSWERS, "assistant")
 _FORMS = '"messages", "conversations", or a question and its answer ("prompt" and "response")'
-_WEIGHTS = ("weight", "train", "training", "loss")
+_LISTS, _WEIGHTS = ("messages", "conversations", "conversation"), ("weight", "train", "training", "loss")
 _NOT_TEXT = (
     *("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls", "refusal"),
     *("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files"),
     "train_detail",
 )
 """Keys without which a conversation means something else, and which have no place in its tokens."""
-_NAMES = 50  # keys that are counted apart
 
 
 def support_records() -> Iterator[dict]:
@@ -128,18 +126,19 @@ def conversation(record: object, where: str, tally: Tally | None = None) -> str:
     head += [message for message in first if message not in head]
     messages = [*head, *past, *messages[len(first) :]]
     check_messages(messages, where)
-    if not fields.is_learned() or fields.left.get("label") is False:
-        raise BadRecord(where, "nothing to learn: the record has weight 0, or its label is false")
     messages = _joined(messages, where, found)
     if messages[len(head)]["role"] == "assistant":
         messages[len(head)]["weight"] = 0
     answers = [message["weight"] for message in messages if message["role"] == "assistant"]
-    if not any(answers):
-        raise BadRecord(where, "nothing to learn: each answer has weight 0, or answers no question")
+    if not (fields.is_learned() and any(answers)) or fields.left.get("label") is False:
+        raise BadRecord(
+            where, "nothing to learn: each answer has weight 0, answers no question, or has the label false"
+        )
     found["turns", "answers not learned (weight 0, history, before a question)"] += answers.count(0)
-    for (kind, name), count in (found + fields.rest("")).items():
+    fields.rest("", found)
+    for (kind, name), count in (+found).items():
         counts = {} if tally is None else tally.setdefault(kind, {})
-        name = name if name in counts or len(counts) < _NAMES else "others"
+        name = name if name in counts or len(counts) < 50 else "others"
         counts[name] = counts.get(name, 0) + count
     return to_text(messages)
 
@@ -170,12 +169,12 @@ class _Fields:
                 raise BadRecord(self.where, f'a weight other than 0 and 1: "{name}" is {_shown(weight)}')
         return all(weights.values())
 
-    def rest(self, of: str) -> Counter[tuple[str, str]]:
-        """How often each field was not read; a BadRecord names one without which the others mean something else."""
+    def rest(self, of: str, found: Counter) -> None:
+        """Count each field that was not read; a BadRecord names one without which the others mean something else."""
         for name, value in self.left.items():
             if name in _NOT_TEXT and value not in ("[]", "{}", "null"):
                 raise BadRecord(self.where, f'"{name}" cannot be learned; drop the record, or the field')
-        return Counter(("not read", of + _shown(name)) for name in self.left)
+            found["not read", of + _shown(name)] += 1
 
 
 def _shown(value: object) -> str:
@@ -243,7 +242,7 @@ def _turn(turn: Any, where: str, found: Counter) -> list[dict[str, Any]]:
         what = 'no role: "role" is missing' if role is None else f"unknown role: {_shown(role)!r}"
         raise BadRecord(where, f"{what}; it is one of {', '.join(_ROLES)}")
     content, weight = fields.take(*_WORDS), known != "assistant" or fields.is_learned()
-    found.update(fields.rest(f"{known}'s "))
+    fields.rest(f"{known}'s ", found)
     return [_message(known, content, where, found, weight)]
 
 
@@ -260,7 +259,7 @@ def _part(part: Any, where: str, found: Counter) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else part
     if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or kind not in (None, "text"):
         raise BadRecord(where, f"its content is no text: a part of it is {_shown(kind)}")
-    found.update(_Fields({**part, "text": None, "type": None}, where).rest("part's "))
+    _Fields({**part, "text": None, "type": None}, where).rest("part's ", found)
     return part["text"]
 
 
@@ -302,10 +301,8 @@ def sgd_records(file: Path) -> Iterator[tuple[str, Any]]:
         dialogues = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRecord(str(file), f"not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"{file}:{error.lineno}", f"not JSON ({error.msg})") from None
-    except (ValueError, RecursionError):
-        raise BadRecord(str(file), "not JSON (nested too deeply, or a number of thousands of digits)") from None
+    except (ValueError, RecursionError) as error:  # as in source_files: wrong, or a number of thousands of digits
+        raise BadRecord(f"{file}:{getattr(error, 'lineno', 1)}", f"not JSON that can be read ({error})") from None
     if not isinstance(dialogues, list):
         raise BadRecord(str(file), "not a list of dialogues")
     for number, dialogue in enumerate(dialogues, 1):
