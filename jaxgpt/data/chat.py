@@ -32,9 +32,9 @@ COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 def to_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """The canonical JSON of messages."""
-    context = [message["role"] == "assistant" and not message.get("weight", 1) for message in messages]
     plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
-    plain = [message | {"weight": 0} if unlearned else message for message, unlearned in zip(plain, context)]
+    for message, short in zip(messages, plain):
+        short |= {"weight": 0} if message["role"] == "assistant" and not _is_learned(message) else {}
     return json.dumps(plain, ensure_ascii=False)
 
 
@@ -112,22 +112,21 @@ class ChatEncoder:
         messages = with_system(json.loads(text), self._system)
         check_messages(messages, where)
         turns = [self._turn(message) for message in messages]
-        begin = int(messages[0]["role"] == "system")
+        begin, ends = _exchanges(messages)
         head, room = turns[:begin], self._block_size - sum(len(turn.tokens) for turn in turns[:begin])
-        after = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number > begin]
         parts, size = [], room + 1
-        for end in after:
-            pair = turns[begin : end + 1]
+        for end in ends:
+            pair = turns[begin:end]
             length = sum(len(turn.tokens) for turn in pair)
             if length > room:
                 beside = f" beside a system message of {self._block_size - room}" if head else ""
                 reason = f"a question and its answer are {length} tokens{beside}, data.block_size = {self._block_size}"
-                raise BadRecord(f"{where}, turns {begin + 1} and {end + 1}", f"longer than a block: {reason}")
+                raise BadRecord(f"{where}, turns {begin + 1} and {end}", f"longer than a block: {reason}")
             if size + length > room:
                 parts.append(list(head))
                 size = 0
             parts[-1] += pair
-            size, begin = size + length, end + 1
+            size, begin = size + length, end
         columns = (zip(*part) for part in parts)
         return [Encoded(np.concatenate(ids), np.concatenate(learned), sum(sizes)) for ids, learned, sizes in columns]
 
@@ -142,10 +141,20 @@ class ChatEncoder:
         ids, first = self._tokenizer.encode_from(f"{role}\n{content}", len(role) + 1)
         tokens = np.array([self._start, *ids, self._end, *self._line_break], np.int32)
         supervised = np.zeros(len(tokens), bool)
-        if role != "assistant" or not message.get("weight", 1):
+        if not _is_learned(message):
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and bool(message.get("weight", 1))
+
+
+def _exchanges(messages: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
+    """The number of system messages, and where each question with its answer ends; the first takes a greeting along."""
+    begin = int(messages[0]["role"] == "system")
+    return begin, [n for n, message in enumerate(messages, 1) if message["role"] == "assistant" and n > begin + 1]
 
 
 def marks(colour: bool | None = None) -> tuple[str, str]:

@@ -193,8 +193,8 @@ def _form(fields: _Fields, found: Counter) -> list[dict[str, Any]]:
         if len(asked) > 1 and not all(isinstance(value, str) for value in asked):
             raise BadRecord(where, 'a question that is no text, beside "input" or "context"')
         asked = _said("user", "\n\n".join(asked) if len(asked) > 1 else asked[0], where, found)
-        messages = [message | {"weight": 0} for message in asked]
-        messages += _said("assistant", fields.take(*_ANSWERS), where, found)
+        answered = _said("assistant", fields.take(*_ANSWERS), where, found)
+        messages = [*(message | {"weight": 0} for message in asked), *answered]
     elif filled & _LISTS:
         messages = _said("", fields.take(*_LISTS), where, found)
     else:
