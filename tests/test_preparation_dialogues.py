@@ -161,7 +161,7 @@ FORMS = {  # record, its messages, its form, what is counted besides
         {"instruction": "q", "context": "c", "response": "a", "category": "x"},
         said("q\n\nc", "a"),
         "instruction/context/response",
-        {"not read": {"category": 1}},
+        {"fields not read": {"category": 1}},
     ),
     "chatglm": (
         {"prompt": "q", "response": "a", "history": [["p", "h"], ["r", "i"]]},
@@ -179,9 +179,9 @@ FORMS = {  # record, its messages, its form, what is counted besides
         {"id": 3, "system_prompt": "S", "question": "q", "response": "a"},
         said("q", "a", system="S"),
         "question/response",
-        {"not read": {"id": 1}},
+        {"fields not read": {"id": 1}},
     ),
-    "not read": (
+    "fields not read": (
         {
             "messages": [{**said("q")[0], "name": "Ann"}, {**said("q", "a")[1], "thinking": "hm"}],
             "source": "x",
@@ -189,7 +189,7 @@ FORMS = {  # record, its messages, its form, what is counted besides
         },
         said("q", "a"),
         "messages",
-        {"not read": {"source": 1, "tools": 1, "user's name": 1, "assistant's thinking": 1}},
+        {"fields not read": {"source": 1, "tools": 1, "user's name": 1, "assistant's thinking": 1}},
     ),
 }
 
@@ -255,7 +255,7 @@ def test_a_field_that_was_not_read_is_counted_apart_up_to_a_limit():
     tally: dict = {}
     for number in range(200):
         conversation({"messages": said("q", "a"), f"key {number}": 1}, "x", tally)
-    assert len(tally["not read"]) == 51 and sum(tally["not read"].values()) == 200
+    assert len(tally["fields not read"]) == 51 and sum(tally["fields not read"].values()) == 200
 
 
 # ---------------------------------------------------------------- mutated records

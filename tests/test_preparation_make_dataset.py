@@ -330,9 +330,9 @@ def test_forty_dialogues_in_any_form_need_no_setting_but_the_path_and_the_report
     dataset, report = open_dataset(found[1]), preparation_report.read(found[1])
     assert dataset.train.num_documents + dataset.validation.num_documents == 40
     forms_line = "messages (10), conversations (10), prompt/completion (10), instruction/output (10)"
-    assert report["forms"] == {"forms": forms_line, "not read": "id (10), source (10)"}
+    assert report["forms"] == {"forms": forms_line, "fields not read": "id (10), source (10)"}
     out, page = capsys.readouterr().out, (found[1] / "report.html").read_text()
-    assert f"  forms      {forms_line}\n  not read   id (10), source (10)\n" in out
+    assert f"  forms      {forms_line}\n  fields not read id (10), source (10)\n" in out
     assert "instruction/output (10)" in page and "id (10), source (10)" in page
 
 

@@ -174,7 +174,7 @@ class _Fields:
         for name, value in self.left.items():
             if name in _NOT_TEXT and value not in ("[]", "{}", "null"):
                 raise BadRecord(self.where, f'"{name}" cannot be learned; drop the record, or the field')
-            found["not read", of + _shown(name)] += 1
+            found["fields not read", of + _shown(name)] += 1
 
 
 def _shown(value: object) -> str:
