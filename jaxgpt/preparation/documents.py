@@ -11,7 +11,7 @@ _EXAMPLES = 5
 _REASONS = 50  # kinds kept apart: a reason that quotes the data could be a new one in each record
 SplitName = Literal["train", "validation"]
 Tally = dict[str, dict[str, int]]
-"""Of conversations: {"forms": {form: how many}, "turns": {what became of some: ...}, "fields not read": {field: ...}}."""
+"""Of conversations: {"forms": {form: how many}, "turns": {what became of some: ...}, "fields not read": {name: ...}}"""
 
 
 class Document(NamedTuple):
