@@ -28,6 +28,7 @@ from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
 from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.preparation.cleaning import Cleaner
+from jaxgpt.preparation.dialogues import conversation
 from jaxgpt.preparation.duplicates import find_repeats, signature
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.sources import documents
@@ -251,7 +252,7 @@ def copies(config: Config) -> list[str]:
     return Augmenter(config.augmentation).copies(CONVERSATION, 7)
 
 
-CONVERSATION = chat.conversation(
+CONVERSATION = conversation(
     {"messages": [{"role": role, "content": "One two. Three four."} for role in ("user", "assistant") * 2]}, "here"
 )
 MIXED = {"data.source": "jsonl", "data.path": "{folder}/mixed.jsonl", "data.on_bad_record": "skip"}

@@ -20,6 +20,7 @@ from jaxgpt import train
 from jaxgpt.config import Config
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
+from jaxgpt.training import loop
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import check_logits, load_model
@@ -183,6 +184,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert max(saved) <= max(line["step"] for line in lines)
+
+
+def test_a_run_whose_folder_another_process_took_stops_and_writes_nothing_more(trained, tmp_path, monkeypatch, capsys):
+    workdir, other = tmp_path / "run", json.dumps({"id": "another's", "pid": 12, "host": "tpu-7"})
+    monkeypatch.setattr(loop, "failpoint", lambda name: (workdir / "lease.json").write_text(other))
+    assert train.main(["--config", str(trained.config), "--workdir", str(workdir)]) == 1
+    assert "taken over by process 12 on tpu-7; this process stops and writes nothing more" in capsys.readouterr().err
+    assert [*steps(workdir)] == [1, 2, 3]  # it was taken in the evaluation after step 3
+    assert (workdir / "lease.json").read_text() == other
+    assert {"checkpoints", "report.html", "hf", "faults.jsonl"}.isdisjoint(path.name for path in workdir.iterdir())
 
 
 @pytest.mark.system

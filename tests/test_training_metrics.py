@@ -107,6 +107,18 @@ def test_time_split_adds_up_each_activity_and_take_starts_anew(monkeypatch):
     }
 
 
+def test_time_split_counts_an_activity_up_to_the_moment_of_asking_and_its_rest_the_next_time(monkeypatch):
+    """The loop reads the metrics of a step, and asks, while it waits in "step": the wait belongs to the steps read."""
+    clock = iter([0.0, 1.0, 6.0, 8.0, 9.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    split = TimeSplit()
+    with split("step"):  # 1 to 8
+        first = split.take()  # at 6
+    second = split.take()  # at 9
+    assert (first["seconds_step"], first["seconds_total"]) == (5.0, 6.0)
+    assert (second["seconds_step"], second["seconds_total"]) == (2.0, 3.0)
+
+
 def test_time_split_counts_an_activity_that_raises_and_lets_the_exception_pass():
     split = TimeSplit()
     with pytest.raises(StopIteration), split("data"):

@@ -60,6 +60,10 @@ def collect(
     }
     if config.data.format == "chat":
         report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
+        report["forms"] = {
+            kind: ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+            for kind, counts in facts.get("conversations", {}).items()
+        }
     report["warnings"] = _warnings(config, report, plan)
     return report
 
@@ -250,6 +254,7 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
     for reason, bad in report["bad_records"].items():
         lines.append(f"  left out   {bad['count']:,}: {reason} ({bad['where'][0] if bad['where'] else 'somewhere'})")
+    lines += [f"  {kind:<10} {found}" for kind, found in report.get("forms", {}).items()]
     for step in report["steps"]:
         lines.append(
             f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
@@ -309,6 +314,7 @@ def write(folder: Path, report: dict) -> None:
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
     facts |= {f"warning {number}": line for number, line in enumerate(report["warnings"], 1)}
+    facts |= report.get("forms", {})
     html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
     text = json.dumps(report, indent=2, ensure_ascii=False)

@@ -17,11 +17,10 @@ from typing import cast
 
 from tqdm import tqdm
 
-from jaxgpt.data.chat import conversation
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation import source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_content, catalog_facts, catalog_splits, tfds_on_disk
-from jaxgpt.preparation.dialogues import RECORDS_VERSION, support_records
+from jaxgpt.preparation.dialogues import RECORDS_VERSION, conversation, support_records
 from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord, is_utf8
 from jaxgpt.settings import DataConfig, SourceConfig, sources_of
 from jaxgpt.storage.files import write_file
@@ -228,7 +227,7 @@ def _texts(
     for number, record in enumerate(records, 1):
         try:
             if is_chat:
-                text = conversation(record.value, record.where)
+                text = conversation(record.value, record.where, bad.conversations)
             else:
                 has_field |= part.text_field in record.value
                 text = source_files.text_of(record, part.text_field)

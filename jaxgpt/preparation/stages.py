@@ -45,7 +45,7 @@ _BEFORE = 40  # characters shown before the first difference
 def read(data: DataConfig, work: WorkFolder, state: str) -> dict[str, Any]:
     """Write the chunks "read" and return facts about them; the same facts after a kill.
 
-    They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number,
+    They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number, "conversations": a Tally,
     "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}. `state` is the
     `sources.source_state` before the source was first looked at.
     """
@@ -82,7 +82,7 @@ def read(data: DataConfig, work: WorkFolder, state: str) -> dict[str, Any]:
     if sources.source_state(data) != state:
         raise UserError(f"{sources.describe(data)}: changed while it was read; prepare again")
     facts = {"rows": rows_of, "bytes": bytes_of, "documents": max(numbers) + 1}
-    facts |= {"bad": bad.summary(), "mixture": dataclasses.asdict(reading)}
+    facts |= {"bad": bad.summary(), "conversations": bad.conversations, "mixture": dataclasses.asdict(reading)}
     write_json(file, facts)
     return facts
 

@@ -42,6 +42,7 @@ def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
         BadStep: a loss or gradient that ends the run by faults.on_bad_step; nothing after it was saved.
         Interrupted: SIGTERM or Ctrl-C arrived; the state after the current step was saved.
         StorageFailed: a checkpoint could not be written.
+        FolderLost: another process has taken the run folder.
     """
     bad_steps = BadSteps(run.config.faults, start.bad_steps)
     while True:
@@ -130,6 +131,8 @@ class _Loop:
 
     def _dispatch(self, step: int, batch: Batch, trace: StepTrace) -> bool:
         """Start `step` and read the one before it. Returns whether all processes are to stop."""
+        if self._run.lease:
+            self._run.lease.check()
         if trace.starts(step):
             self._read_pending()
             trace.start()
@@ -197,6 +200,8 @@ class _Loop:
                 f"step {step}: the state holds numbers that are not finite, though loss and gradient were; "
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
+        if run.lease:
+            run.lease.check(look=True)
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
         sums = (self._meter.loss_sum, self._meter.count)
         here = Position(step, offset, bad_steps, evaluated, *sums, **self._early.counts())

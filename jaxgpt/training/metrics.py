@@ -30,16 +30,26 @@ METRICS_FILE = "metrics.jsonl"
 class _Span:
     """One activity's stopwatch, made once, so that using it allocates nothing."""
 
-    __slots__ = ("_start", "seconds")
+    __slots__ = ("_since", "_seconds")
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._seconds = 0.0
+        self._since: float | None = None  # while it runs
 
     def __enter__(self) -> None:
-        self._start = time.perf_counter()
+        self._since = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+        assert self._since is not None
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def take(self, now: float) -> float:
+        """The seconds since the last call. A span that runs is cut at `now`, and its rest counts next time."""
+        seconds, self._seconds = self._seconds, 0.0
+        if self._since is not None:
+            seconds, self._since = seconds + now - self._since, now
+        return seconds
 
 
 class TimeSplit:
@@ -53,12 +63,10 @@ class TimeSplit:
         return self._spans[activity]
 
     def take(self) -> dict[str, float]:
-        """Each activity's seconds since the last call, and "seconds_total", all that passed."""
+        """Each activity's seconds since the last call, to this moment, and "seconds_total", all that passed."""
         now = time.perf_counter()
-        seconds = {f"seconds_{name}": span.seconds for name, span in self._spans.items()}
+        seconds = {f"seconds_{name}": span.take(now) for name, span in self._spans.items()}
         seconds["seconds_total"] = now - self._since
-        for span in self._spans.values():
-            span.seconds = 0.0
         self._since = now
         return seconds
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import Config, to_json
-from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
+from jaxgpt.errors import STORAGE_ERRNOS, FolderLost, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.host_watch import PeerWatch
@@ -77,7 +77,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
         with MetricLog(workdir, config.log, config.max_steps, place.step, is_writer) as log:
             whole_run = Run(
                 config, workdir, begun.mesh, begun.dataset, begun.program, checkpoints, log, begun.sample, stop,
-                activity, begun.skip, begun.score,
+                activity, begun.skip, begun.score, begun.lease,
             )  # fmt: skip
             try:
                 state, early = fit(whole_run, state, place)
@@ -85,10 +85,13 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
             except Interrupted:
                 status = "interrupted"
                 raise
+            except FolderLost:
+                status = "lost"
+                raise
             finally:
                 stop.is_heard()
                 checkpoints.close()
-                if is_writer:
+                if is_writer and status != "lost":
                     _report(write_report, whole_run, status, time.time() - started)
         params = state.params
         del state
@@ -114,7 +117,7 @@ def crashes_recorded(config: Config, workdir: Path, activity: Activity) -> Itera
     """Record an exception that nobody raised on purpose: after three at one step the run goes one checkpoint back."""
     try:
         yield
-    except (UserError, StorageFailed, HostLost):
+    except (UserError, StorageFailed, HostLost, FolderLost):
         raise
     except Exception as error:
         if not (isinstance(error, OSError) and error.errno in STORAGE_ERRNOS):
@@ -126,6 +129,8 @@ def crashes_recorded(config: Config, workdir: Path, activity: Activity) -> Itera
 def _export(whole_run: Run, params: dict, is_writer: bool) -> None:
     """Write hf/: the weights and the tokenizer as Hugging Face has them. The run itself is on disk by now."""
     folder, dataset = whole_run.workdir / "hf", whole_run.dataset
+    if whole_run.lease:
+        whole_run.lease.check(look=True)
     model = (whole_run.config.model, dataset.vocab_size, params, dataset.tokenizer)
     try:
         export_model(folder, *model, replace=True, whole=whole, is_writer=is_writer)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.data.dataset import TokenDataset
+from jaxgpt.storage.lease import Lease
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import MetricLog
 from jaxgpt.training.signals import Activity, StopSignal
@@ -45,6 +46,7 @@ class Run:
     activity: Activity
     skip: frozenset[int] = frozenset()  # training rows that weigh nothing (data.skip_list)
     score: Scorer | None = None  # scores eval.tasks; None where there are none
+    lease: Lease | None = None  # the hold on `workdir`, in the process that writes
 
 
 @dataclasses.dataclass(frozen=True)

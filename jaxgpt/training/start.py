@@ -55,6 +55,7 @@ class Start:
     score: Scorer | None  # scores eval.tasks; None where there are none
     notes: tuple[str, ...]  # lines about the data and the tasks, to print before the first step
     program: Program
+    lease: lease.Lease | None  # the hold on the run folder, in the process that writes
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
     # 1. The run folder belongs to this experiment or to none, and to this process alone.
     skip = read_skip_list(config.data.skip_list)
     resume.check_workdir(config, workdir, force)
-    with locked(workdir) if distributed.is_writer() else contextlib.nullcontext():
+    with locked(workdir) if distributed.is_writer() else contextlib.nullcontext() as held:
         step = resume.take_up(workdir, config)
 
         # 2. The weights to start from exist and fit the model and the tokenizer.
@@ -98,11 +99,11 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         score = build_scorer(config, dataset.vocab_size, dataset.tokenizer, mesh)
         notes = _notes(score, dataset if step is None else None)
         program = build_program(config, dataset.vocab_size, mesh)
-        yield Start(config, workdir, step, changes, weights, mesh, dataset, skip, sample, score, notes, program)
+        yield Start(config, workdir, step, changes, weights, mesh, dataset, skip, sample, score, notes, program, held)
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[lease.Lease]:
     """Hold the run folder's lock, in a new folder if there is none. A folder that stays empty is removed again.
 
     Raises:
@@ -114,8 +115,8 @@ def locked(workdir: Path) -> Iterator[None]:
     except (PermissionError, NotADirectoryError) as error:
         raise UserError(f"--workdir {workdir}: the folder cannot be made ({error.strerror})") from None
     try:
-        with lease.Lease(workdir):
-            yield
+        with lease.Lease(workdir) as held:
+            yield held
     finally:
         if is_new and workdir.is_dir() and [path.name for path in workdir.iterdir()] == [lease.FILE]:
             (workdir / lease.FILE).unlink()
