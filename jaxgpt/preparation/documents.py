@@ -139,7 +139,7 @@ def holds_nul(where: str, content: bytes, bad: BadRecords) -> BadRecord:
 
 
 def _advice(content: bytes, otherwise: str, kind: str, bad: BadRecords) -> str:
-    found = _guessed(content) if bad.is_shown(kind) else None  # guessing takes some milliseconds
+    found = _guessed(content[:_SAMPLE]) if bad.is_shown(kind) else None  # guessing takes some milliseconds
     if found is None:
         return f"; {otherwise}"
     shown = " ".join(content[:_SAMPLE].decode(found, errors="ignore").split())[:20]
@@ -150,14 +150,14 @@ def _guessed(content: bytes) -> str | None:
     """The encoding, other than UTF-8, that the content is probably in, by Python's name for it."""
     import charset_normalizer
 
-    boms = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-    if marked := next((name for bom, name in boms.items() if content.startswith(bom)), None):
-        return marked
-    ends = {min(len(content), _SAMPLE - cut) for cut in range(4)}  # one is not in the middle of a character
-    found = [one for end in sorted(ends) for one in charset_normalizer.from_bytes(content[:end])]
-    western = lambda one: "cp1252" in one.could_be_from_charset  # there is more of it than of its likes
+    for bom, name in ((codecs.BOM_UTF32_LE, "32"), (codecs.BOM_UTF16_LE, "16"), (codecs.BOM_UTF16_BE, "16")):
+        if content.startswith(bom):
+            return f"utf-{name}"
+    ends = range(len(content), max(0, len(content) - 4), -1)  # one of them is not in the middle of a character
+    found = [one for end in ends for one in charset_normalizer.from_bytes(content[:end]) if "\0" not in str(one)]
+    # Of the western encodings, which are all alike, there is most of cp1252.
+    western = lambda one: "cp1252" in one.could_be_from_charset
     likely = lambda one: one.coherence - one.chaos + one.multi_byte_usage + 0.1 * western(one)
-    best = max((one for one in found if "\0" not in str(one)), key=likely, default=None)
-    if best is None or best.encoding in ("ascii", "utf_8"):
-        return None
-    return "cp1252" if western(best) else best.encoding.replace("_", "-")
+    best = max(found, key=likely, default=None)
+    name = "cp1252" if best and western(best) else best.encoding.replace("_", "-") if best else "ascii"
+    return None if name in ("ascii", "utf-8") else name

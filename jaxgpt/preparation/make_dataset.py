@@ -323,10 +323,9 @@ def _named(folder: Path, settings: dict[str, object], key: str) -> list[Path]:
 
 def _without_source(folder: Path, name: str, settings: dict[str, object]) -> Path | None:
     """The dataset of that name and with these settings; a UserError if several fit."""
-    found, settings = [], json.loads(json.dumps(settings))
-    for file in sorted(folder.glob(f"{glob.escape(name)}-????????????/metadata.json")):
-        if json.loads(file.read_text(encoding="utf-8")).get("settings") == settings:
-            found.append(file.parent)
+    named = sorted(folder.glob(f"{glob.escape(name)}-????????????/metadata.json"))
+    wanted = json.loads(json.dumps(settings))  # as they are read back
+    found = [file.parent for file in named if json.loads(file.read_bytes()).get("settings") == wanted]
     if found[1:]:
         raise UserError(f"{' and '.join(map(str, found))} fit these settings, and the source is not here; keep one")
     return found[0] if found else None

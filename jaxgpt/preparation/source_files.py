@@ -90,32 +90,26 @@ def _walk(root: Path, stdlib: bool, unread: dict[str, list[Path]]) -> Iterator[P
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    seen: set[tuple[int, int]] = set()
-    pending = [root]
-    while pending:
-        begin = pending.pop(0)
+    pending, seen = [root], set()
+    for begin in pending:
         for folder, subfolders, names in os.walk(begin, onerror=refuse):
-            there = os.stat(folder)
-            is_own, key = any(own <= {*names} for own in _OWN), (there.st_dev, there.st_ino)
+            is_own, key = any(own <= {*names} for own in _OWN), (os.stat(folder).st_dev, os.stat(folder).st_ino)
             if is_own or key in seen:
-                kind = "folders of jaxgpt's own" if is_own else "links to folders that are read anyway"
-                unread[kind].append(Path(folder))
+                unread["jaxgpt's own" if is_own else "links to folders that are read anyway"].append(Path(folder))
                 subfolders.clear()
                 continue
             seen.add(key)
             subfolders[:] = sorted(name for name in subfolders if not _left_out(name, stdlib))
-            links = [Path(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
-            pending += [] if stdlib else links
+            pending += [link for name in subfolders if not stdlib and (link := Path(folder, name)).is_symlink()]
             yield from (Path(folder, name) for name in names)
 
 
 def _no_file(source: str, unread: dict[str, list[Path]]) -> str:
     """Why a folder without a file of the source is refused: what it holds, and the source that reads such files."""
-    counts = {kind: len(files) for kind, files in unread.items() if files}
-    holds = f"; it holds {', '.join(f'{counts[kind]:,} {kind}' for kind in sorted(counts))}" if counts else ""
-    fits = [name for name, suffixes in SUFFIXES.items() if {*suffixes} & {*counts} and name not in (source, "stdlib")]
+    holds = ", ".join(f"{len(unread[kind]):,} {kind}" for kind in sorted(unread))
+    fits = [f': set data.source = "{name}"' for name, suffixes in SUFFIXES.items() if {*suffixes} & {*unread}]
     wanted = "dialogues*.json" if source == "sgd" else ", ".join(SUFFIXES[source])
-    return f"no {wanted} file in this folder" + holds + (f': set data.source = "{fits[0]}"' if fits else "")
+    return f"no {wanted} file in this folder" + (f"; it holds {holds}" if holds else "") + "".join(fits[:1])
 
 
 def source_root(part: SourceConfig) -> Path:
@@ -280,9 +274,14 @@ def jsonl_records(part: SourceConfig, bad: BadRecords, data: DataConfig) -> Iter
     limit = data.max_record_bytes
 
     def read(file: Path) -> Iterator[tuple[str, Any]]:
-        with _opened(file, data.encoding) as stream:
-            lines = ((f"{file}:{number}", line) for number, line in _lines(stream, limit))
-            yield from _json_items(file, lines, stream, limit) if _plain_name(file.name).endswith(".json") else lines
+        if _plain_name(file.name).endswith(".json"):
+            with _opened(file, data.encoding) as stream, contextlib.suppress(ValueError, RecursionError):
+                whole = json.loads(stream.read(limit + 1))
+                items = whole if isinstance(whole, list) else [whole]
+                yield from ((f"{file}, item {number}", item) for number, item in enumerate(items))
+                return
+        with _opened(file, data.encoding) as stream:  # not one JSON value: JSON lines
+            yield from ((f"{file}:{number}", line) for number, line in _lines(stream, limit))
 
     for where, item in _each_file(part, bad, read):
         try:
@@ -291,30 +290,6 @@ def jsonl_records(part: SourceConfig, bad: BadRecords, data: DataConfig) -> Iter
             yield SourceRecord(where, _json_object(item, where, bad))
         except BadRecord as error:
             bad.add(error)
-
-
-def _json_items(
-    file: Path, lines: Iterator[tuple[str, Any]], stream: BinaryIO, limit: int
-) -> Iterator[tuple[str, Any]]:
-    """The lines, if the first is an object by itself; else the items of the list, or the object, that the file is."""
-    where, first = next(lines, (str(file), b""))
-    if first is None or _parsed(first) is not None:
-        yield where, first
-        yield from lines
-    elif first:
-        content = first + stream.read(limit + 1)
-        if len(content) > limit or (whole := _parsed(content, list | dict)) is None:
-            yield from ((f"{file}:{number}", line) for number, line in _lines(io.BytesIO(content), limit))
-            yield from lines
-        else:
-            items = whole if isinstance(whole, list) else [whole]
-            yield from ((f"{file}, item {number}", item) for number, item in enumerate(items))
-
-
-def _parsed(content: bytes, kind: Any = dict) -> Any:
-    """What the JSON holds, if it is of that kind; else None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return found if isinstance(found := json.loads(content), kind) else None
 
 
 def _lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:

@@ -125,21 +125,16 @@ def held_out(sizes: np.ndarray, draws: np.ndarray, fraction: float, whole: bool 
         size = int(sizes[number])
         held[number] = max(0, min(max(fraction * size, SHORT), max(fraction, 0.5) * size, left))
         left -= held[number]
-    return _both_sides(held, sizes, order, whole)
+    if not held.any():  # each side has some, if documents allow it
+        smallest = int(sizes.argmin())
+        held[smallest if whole else order[0]] = sizes[smallest] if whole else 1
+    if (held == sizes).all():
+        held[order[-1]] = 0
+    return held
 
 
 def _drawn(sizes: np.ndarray, draws: np.ndarray, fraction: float) -> np.ndarray:
     return np.where(draws < np.uint64(int(fraction * 2**64)), sizes, 0)
-
-
-def _both_sides(held: np.ndarray, sizes: np.ndarray, order: np.ndarray, whole: bool) -> np.ndarray:
-    """`held`, changed if all or nothing is held out: if documents allow it, each side has some."""
-    if not held.any():
-        smallest = int(sizes.argmin())
-        held[smallest if whole else order[0]] = sizes[smallest] if whole else 1
-    if (held == sizes).all():
-        held[order[-1]] = 0 if whole or len(sizes) > 1 else sizes[0] - 1
-    return held
 
 
 def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
@@ -213,16 +208,14 @@ def _nearest_break(text: str, place: int, reach: int) -> int:
 
 def _mark_starts(table: _Table, codes: np.ndarray) -> None:
     """Add STARTS and RESUMES: in each split, what precedes a row may be of another document."""
-    for split, kinds in ((TRAIN, (TRAIN, CUT)), (VALIDATION, (VALIDATION,))):
-        rows = np.flatnonzero(np.isin(codes & CUT, kinds))
-        there = np.flatnonzero(np.isin(codes & CUT, (split, CUT)))  # a row that is cut begins its document here
+    where = codes.copy()
+    for split in (VALIDATION, TRAIN):  # what a row that is CUT has of validation always starts there
+        there = np.flatnonzero((where == split) | (where == CUT))
         documents = table.documents[there]
-        follows = np.zeros(len(there), bool)
-        follows[1:] = documents[1:] == documents[:-1]
-        is_first = np.zeros(len(there), bool)
-        is_first[np.unique(documents, return_index=True)[1]] = True
-        marks = np.where(is_first, STARTS, np.where(follows, 0, RESUMES))
-        codes[rows] += marks[np.isin(there, rows)].astype(np.uint8)
+        marks = np.full(len(there), RESUMES, np.uint8)
+        marks[1:][documents[1:] == documents[:-1]] = 0
+        marks[np.unique(documents, return_index=True)[1]] = STARTS
+        codes[there] = where[there] + marks
 
 
 def _fingerprint(work: WorkFolder, stage: str, table: _Table, kept: np.ndarray) -> str:
