@@ -7,6 +7,7 @@ text gives the same text. The exception is `html`, which runs once: a page about
 
 import functools
 import importlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -212,11 +213,8 @@ def html_to_text(text: str) -> str:
 
 def _depth(text: str) -> int:
     """How deep the tags of a page are nested at most, counting those that are never closed."""
-    depth = deepest = 0
-    for tag in _patterns()["tag"].finditer(text):
-        depth = max(0, depth - 1) if tag[1] else depth + 1
-        deepest = max(deepest, depth)
-    return deepest
+    steps = (-1 if tag[1] else 1 for tag in _patterns()["tag"].finditer(text))
+    return max(itertools.accumulate(steps, lambda depth, step: max(0, depth + step)), default=0)
 
 
 def fix_encoding(text: str) -> str:

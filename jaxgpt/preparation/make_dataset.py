@@ -301,7 +301,6 @@ def place_of(config: Config, tokenizer: Tokenizer | None) -> Place:
     Where the source is not at hand, it is the folder that has the name and the settings, if there is one.
     """
     data, settings = config.data, _settings(config, tokenizer)
-    sources.check_format(data)
     folder, name = Path(data.prepared_dir).expanduser(), sources.short_name(data)
     try:
         if not sources.is_at_hand(data) and (found := _without_source(folder, name, settings)):

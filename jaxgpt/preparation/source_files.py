@@ -107,9 +107,10 @@ def _walk(root: Path, stdlib: bool, unread: dict[str, list[Path]]) -> Iterator[P
 def _no_file(source: str, unread: dict[str, list[Path]]) -> str:
     """Why a folder without a file of the source is refused: what it holds, and the source that reads such files."""
     holds = ", ".join(f"{len(unread[kind]):,} {kind}" for kind in sorted(unread))
-    fits = [f': set data.source = "{name}"' for name, suffixes in SUFFIXES.items() if {*suffixes} & {*unread}]
+    sources = [name for name, suffixes in SUFFIXES.items() if name != "stdlib" and {*suffixes} & {*unread}]
+    fix = f': set data.source = "{sources[0]}"' if sources else ""
     wanted = "dialogues*.json" if source == "sgd" else ", ".join(SUFFIXES[source])
-    return f"no {wanted} file in this folder" + (f"; it holds {holds}" if holds else "") + "".join(fits[:1])
+    return f"no {wanted} file in this folder" + (f"; it holds {holds}{fix}" if holds else "")
 
 
 def source_root(part: SourceConfig) -> Path:

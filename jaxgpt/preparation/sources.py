@@ -127,19 +127,17 @@ def _digests(files: list[Path], memory: Path | None) -> list[str]:
         known = json.loads(memory.read_bytes()) if memory else {}
     found: list[str] = []
     total = 0
-    with tqdm(desc="looking at the source", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for file in files:
-            name, stat = str(file.resolve()), file.stat()
-            state = [stat.st_size, stat.st_mtime_ns]
-            if known.get(name, [])[:2] != state:
-                try:
-                    with open(file, "rb", buffering=0) as stream:
-                        known[name] = [*state, hashlib.file_digest(stream, "sha256").hexdigest()]
-                except OSError as error:
-                    raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-                total += stat.st_size
-                bar.update(stat.st_size)
-            found.append(known[name][2])
+    for file in tqdm(files, desc="looking at the source", unit="file", disable=None, leave=False):
+        name, stat = str(file.resolve()), file.stat()
+        state = [stat.st_size, stat.st_mtime_ns]
+        if known.get(name, [])[:2] != state:
+            try:
+                with open(file, "rb", buffering=0) as stream:
+                    known[name] = [*state, hashlib.file_digest(stream, "sha256").hexdigest()]
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+            total += stat.st_size
+        found.append(known[name][2])
     if memory and total >= _REMEMBERED:
         with contextlib.suppress(OSError):  # a folder that cannot be written: they are computed each time
             memory.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def decide(
         _, begins, document = np.unique(table.documents[rows], return_index=True, return_inverse=True)
         sizes = np.bincount(document, table.sizes[rows]).astype(np.int64)
         if len(sizes) == 1 and len(rows) == kept.sum() and not whole:
-            borders, divided = _cut_only_one(work, stage, table, rows, fraction, codes), 1
+            borders, divided = _cut(work, stage, table, rows, fraction, codes), 1
             break
         draws = table.draws[rows][begins]
         held = held_out(sizes, draws, fraction, whole)
@@ -154,34 +154,28 @@ def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
     return _Table(first, *(np.concatenate(parts).astype(kind) for parts, kind in kinds))
 
 
-def _cut(work: WorkFolder, stage: str, table: _Table, rows: np.ndarray, held: int, codes: np.ndarray) -> dict[int, int]:
-    """Set the codes of the rows of one document, of which about the last `held` bytes are for validation.
-
-    Returns the row that is cut and its border, if one is.
-    """
-    after = np.cumsum(table.sizes[rows][::-1])[::-1]  # bytes from each row on
-    place = int(np.flatnonzero(after >= held)[-1])
-    (text,) = _texts(work, stage, table, rows[place : place + 1])
-    before = len(text.encode()[: int(after[place]) - held].decode(errors="ignore"))
-    reach = min(held / 8, _CLOSE * int(after[0])) * len(text) / int(table.sizes[rows[place]])
-    border = max(_nearest_break(text, before, int(reach)), int(place == 0))
-    if place == len(rows) - 1:
-        border = min(border, len(text) - 1)
-    return _mark_cut(rows, place, border, len(text), codes)
-
-
-def _cut_only_one(
-    work: WorkFolder, stage: str, table: _Table, rows: np.ndarray, fraction: float, codes: np.ndarray
+def _cut(
+    work: WorkFolder, stage: str, table: _Table, rows: np.ndarray, held: int | float, codes: np.ndarray
 ) -> dict[int, int]:
-    """As `_cut` for the only document there is: at the character at which version 0.1 cut it."""
-    lengths = np.array([len(text) for text in _texts(work, stage, table, rows)])
-    ends = np.cumsum(lengths)
-    border = int(int(ends[-1]) * (1 - fraction))
-    place = int(np.searchsorted(ends, border, "right"))
-    return _mark_cut(rows, place, border - int(ends[place] - lengths[place]), int(lengths[place]), codes)
+    """Set the codes of the rows of one document; returns the row that is cut and its border, if one is.
 
-
-def _mark_cut(rows: np.ndarray, place: int, border: int, length: int, codes: np.ndarray) -> dict[int, int]:
+    About the last `held` bytes are for validation. Of a document that is the only one, `held` is a share of its
+    characters, and it is cut exactly there, as version 0.1 did.
+    """
+    if held < 1:
+        lengths = np.array([len(text) for text in _texts(work, stage, table, rows)])
+        border = int(int(lengths.sum()) * (1 - held))
+        place = int(np.searchsorted(np.cumsum(lengths), border, "right"))
+        border, length = border - int(lengths[:place].sum()), int(lengths[place])
+    else:
+        after = np.cumsum(table.sizes[rows][::-1])[::-1]  # bytes from each row on
+        place = int(np.flatnonzero(after >= held)[-1])
+        (text,) = _texts(work, stage, table, rows[place : place + 1])
+        before = len(text.encode()[: int(after[place] - held)].decode(errors="ignore"))
+        reach = min(held / 8, _CLOSE * int(after[0])) * len(text) / int(table.sizes[rows[place]])
+        length = len(text)
+        border = max(_nearest_break(text, before, int(reach)), int(place == 0))
+        border = min(border, length - 1) if place == len(rows) - 1 else border
     row = int(rows[place])
     codes[rows[place + 1 :]] = VALIDATION
     codes[row] = CUT if 0 < border < length else TRAIN if border else VALIDATION
