@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.documents import BadRecords
@@ -761,3 +763,29 @@ def test_importing_sources_imports_nothing_heavy():
         "print(sorted({'jax', 'tensorflow_datasets', 'transformers', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+GOOD = json.dumps({"text": "a good line"}).encode()
+PIECES = st.sampled_from(
+    [b"{", b'"text"', b":", b'"x"', b"}", b"[", b"]", b",", b"\0", b"\xff", b"\\ud800", b"null", b" ", b"9" * 5000]
+)
+LINES = st.lists(PIECES, max_size=9).map(b"".join) | st.binary(max_size=20) | st.just(GOOD)
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(lines=st.lists(LINES, max_size=6), suffix=st.sampled_from(["jsonl", "json", "txt", "html"]))
+def test_what_is_read_and_what_is_counted_is_all_that_there_is(lines, suffix, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    lines = [line.replace(b"\n", b"").replace(b"\r", b"") for line in lines]
+    (folder / f"a.{suffix}").write_bytes(b"\n".join(lines))
+    (folder / f"b.{suffix}").write_bytes(GOOD if "json" in suffix else b"good")
+    source, bad = {"json": "jsonl", "txt": "text"}.get(suffix, suffix), BadRecords("skip")
+    data = DataConfig(source=source, path=str(folder), on_bad_record="skip", max_record_bytes=3000)
+    found = list(documents(data, bad))
+    assert all("\0" not in document.text and document.text.encode() for document in found)
+    counted = sum(not document.continues for document in found) + sum(bad.counts.values())
+    if suffix == "jsonl":
+        filled = sum(bool(line.strip()) for line in lines)
+        assert counted == 1 + max(1, filled)  # a file without a line is counted, too
+    else:
+        assert counted >= 2
