@@ -205,13 +205,14 @@ def test_a_second_run_does_nothing(special_tokens, one_file, capsys):
 
 def test_other_settings_or_another_source_make_another_dataset(one_file):
     path = Path(one_file.data.path)
-    paths = [prepare(one_file)]
+    place = lambda config: make_dataset.place_of(config, None).path
+    paths = [place(one_file)]
     for change in ({"max_bytes": 9000}, {"validation_fraction": 0.3}):
-        paths.append(prepare(dataclasses.replace(one_file, data=dataclasses.replace(one_file.data, **change))))
+        paths.append(place(dataclasses.replace(one_file, data=dataclasses.replace(one_file.data, **change))))
     for tokenizer in (TokenizerConfig(vocab_size=290), TokenizerConfig(type="char")):
-        paths.append(prepare(dataclasses.replace(one_file, tokenizer=tokenizer)))
+        paths.append(place(dataclasses.replace(one_file, tokenizer=tokenizer)))
     path.write_text("other " * 50)
-    paths.append(prepare(one_file))
+    paths.append(place(one_file))
     assert len(set(paths)) == len(paths)
 
 
