@@ -204,7 +204,9 @@ def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.SplitPlan, con
     else:
         sample = spread(texts, settings.train_bytes, stages.PIECE)
         bar = tqdm(sample, desc="training BPE", unit="part", disable=None, leave=False)
-        tokenizer = train_bpe(bar, settings.vocab_size, sys.stderr.isatty())
+        tokenizer = train_bpe(bar, settings.entries, sys.stderr.isatty())
+        if (found := tokenizer.vocab_size) < (settings.vocab_size or 0):
+            print(f"tokenizer  tokenizer.vocab_size = {settings.vocab_size:,}, but the text gives only {found:,}")
     return _with_tokens(tokenizer, config)
 
 
@@ -289,7 +291,7 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
         "tokenizer": chosen.type,
     }
     if chosen.type == "bpe":
-        settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
+        settings |= {"vocab_size": chosen.entries, "train_bytes": chosen.train_bytes}
     if chosen.type == "folder":
         assert tokenizer is not None
         settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens

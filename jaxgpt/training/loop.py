@@ -20,7 +20,7 @@ from jaxgpt.training.bad_steps import BadStep, BadSteps, all_finite
 from jaxgpt.training.metrics import TimeSplit, peak_flops
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
-from jaxgpt.training.run_state import EarlyStopping, GoOn, Position, Run, position
+from jaxgpt.training.run_state import EvaluationHistory, GoOn, Position, Run, position
 from jaxgpt.training.signals import DATA, EVAL, SAVE, START, STEP
 from jaxgpt.training.step import TrainState
 from jaxgpt.training.trackers import StepTrace
@@ -73,7 +73,7 @@ class _Loop:
         self._split = TimeSplit()
         self._vote = StopVote()
         self._meter = Meter(run, self._split, bad_steps, start)
-        self._early = EarlyStopping(run.config, start)
+        self._history = EvaluationHistory(run.config, start)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
         self._saved = start.step
 
@@ -81,7 +81,7 @@ class _Loop:
         run, config, last_step = self._run, self._run.config, self._run.config.max_steps
         if not self._start.evaluated:
             self._evaluate_late()
-        if early := self._early.reason(self._start.step):
+        if early := self._history.reason(self._start.step):
             return self._state, early
         with (
             contextlib.closing(training_batches(run, self._start)) as batches,
@@ -90,8 +90,8 @@ class _Loop:
             for step in range(self._start.step + 1, last_step + 1):
                 batch = self._wait_for_data(batches, step)
                 stop = self._dispatch(step, batch, trace)
-                evaluate_now = step % config.eval.eval_steps == 0 or step == last_step
-                save_now = step % config.checkpoint.save_steps == 0 or step == last_step or run.checkpoints.poll()
+                evaluate_now = step % config.eval_steps == 0 or step == last_step
+                save_now = step % config.save_steps == 0 or step == last_step or run.checkpoints.poll()
                 if not (evaluate_now or save_now or stop):
                     continue
                 self._read_pending()  # before anything is saved, so that no damaged state ever is
@@ -99,7 +99,7 @@ class _Loop:
                 if evaluate_now and not stop:
                     eval_loss, stop = self._evaluate(step)
                 evaluated = not evaluate_now or eval_loss is not None
-                early = self._early.reason(step)
+                early = self._history.reason(step)
                 ended = bool(early) or (step == last_step and evaluated)
                 if save_now or stop or ended:
                     self._save(step, eval_loss, evaluated=evaluated, surely=stop or ended)
@@ -175,7 +175,10 @@ class _Loop:
                 values |= run.sample(self._state.params)
         run.log.write(step, values)
         eval_loss = float(values["eval_loss"])
-        self._early.note(step, eval_loss)
+        overfitted = self._history.overfits
+        self._history.note(step, eval_loss, self._meter.take_mean())
+        if self._history.overfits and not overfitted:
+            run.log.say(f"overfit  {self._history.overfits}; more text, fewer steps or model.dropout would help")
         return eval_loss, False
 
     def _evaluate_late(self) -> None:
@@ -184,7 +187,7 @@ class _Loop:
         eval_loss, stop = self._evaluate(step)
         if stop:
             raise self._interrupted(step)
-        ended = step == self._run.config.max_steps or bool(self._early.reason(step))
+        ended = step == self._run.config.max_steps or bool(self._history.reason(step))
         self._save(step, eval_loss, evaluated=True, surely=ended)
 
     def _save(self, step: int, eval_loss: float | None, *, evaluated: bool, surely: bool) -> None:
@@ -198,10 +201,10 @@ class _Loop:
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
-        sums = (self._meter.loss_sum, self._meter.count)
-        here = Position(step, offset, bad_steps, evaluated, *sums, **self._early.counts())
+        here = Position(step, offset, bad_steps, evaluated, **self._meter.sums(), **self._history.counts())
         with self._split("save"):
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
+            metadata["why_best"] = self._history.overfits or self._history.reason(step)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
         self._bad_steps.saved(step)
         self._saved = step
@@ -227,8 +230,6 @@ def training_batches(run: Run, start: Position) -> Generator[Batch]:
         accumulation=config.gradient_accumulation_steps,
         block_size=config.block_size,
         sharding=sharding.micro_batches_sharding(run.mesh),
-        num_threads=config.data.num_threads,
-        prefetch_batches=config.data.prefetch_batches,
         skip=run.skip,
     )
 
@@ -284,7 +285,8 @@ class Meter:
         peak = peak_flops(devices[0].device_kind)
         flops = flops_per_token(config.model, run.dataset.vocab_size, config.block_size)
         self._mfu_of_token_rate = flops / (peak * devices.size) if peak else None
-        self.loss_sum, self.count = start.loss_sum, start.count  # of the steps that no line tells of yet
+        self._loss_sum, self._count = start.loss_sum, start.count  # of the steps that no line tells of yet
+        self._train_loss, self._train_count = start.train_loss, start.train_count  # since the last evaluation
         self._timed_steps = 0
         self._first_line: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -299,13 +301,26 @@ class Meter:
             self._run.log.say(self._bad_steps.message)
             record_fault(self._run.workdir, step=step, what="bad step", message=self._bad_steps.message)
         else:
-            self.loss_sum += values["loss_sum"]
-            self.count += values["count"]
+            self._loss_sum += values["loss_sum"]
+            self._count += values["count"]
+            self._train_loss += values["loss_sum"]
+            self._train_count += values["count"]
         if outcome == "rollback":
             raise RolledBack(step)
         self._timed_steps += 1
         if step % self._run.config.log.logging_steps == 0 or step == self._run.config.max_steps:
             self._write(step, values)
+
+    def sums(self) -> dict[str, float]:
+        """The sums that a `Position` keeps."""
+        line = {"loss_sum": self._loss_sum, "count": self._count}
+        return line | {"train_loss": self._train_loss, "train_count": self._train_count}
+
+    def take_mean(self) -> float:
+        """The mean training loss since this was asked last; NaN where there was no step."""
+        mean = self._train_loss / self._train_count if self._train_count else math.nan
+        self._train_loss = self._train_count = 0.0
+        return mean
 
     def skip_compilation(self, metrics: dict) -> None:
         """Leave the first step, which compiled the program, out of the times and rates that follow."""
@@ -320,7 +335,7 @@ class Meter:
         rate = self._timed_steps * self._tokens_per_step / training if training and self._timed_steps > 0 else None
         line = {
             "epoch": step * self._run.config.global_batch_size / self._rows_per_epoch,
-            "loss": self.loss_sum / self.count if self.count else None,
+            "loss": self._loss_sum / self._count if self._count else None,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens": step * self._tokens_per_step,
@@ -331,5 +346,5 @@ class Meter:
         }
         self._run.log.write(step, line | seconds | self._first_line)
         self._first_line = {}
-        self.loss_sum = self.count = 0.0
+        self._loss_sum = self._count = 0.0
         self._timed_steps = 0

@@ -77,7 +77,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     """
     if is_huggingface(path):
         return _load_huggingface(huggingface.locate(str(path)), read)
-    run, step = find_step(Path(path))
+    run, step = find_step(Path(path), tell=True)
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")

@@ -15,6 +15,7 @@ from jaxgpt.training.metrics import MetricLog
 from jaxgpt.training.signals import Activity, StopSignal
 from jaxgpt.training.step import Program
 
+RISE = 0.01
 GoOn = Callable[[], None]  # called again and again during long work; raises where the work is to stop
 
 
@@ -62,6 +63,11 @@ class Position:
     best_loss: float | None = None  # the lowest validation loss so far; None before the first evaluation
     best_step: int = 0  # the step of that loss
     not_better: int = 0  # evaluations in a row, up to this step, that were not better than the best before them
+    best_train_loss: float = math.nan  # the mean training loss of the steps before the evaluation at best_step
+    train_loss: float = 0.0
+    train_count: float = 0.0
+    """Loss sum and weight sum since the last evaluation."""
+    overfits: str = ""  # what the last evaluation has shown, if the validation loss rose while the training loss fell
 
 
 def position(checkpoints: Checkpoints, step: int | None) -> Position:
@@ -75,11 +81,14 @@ def position(checkpoints: Checkpoints, step: int | None) -> Position:
     return Position(**{field.name: saved[field.name] for field in dataclasses.fields(Position) if field.name in saved})
 
 
-class EarlyStopping:
+class EvaluationHistory:
     """Counts evaluations as Hugging Face's EarlyStoppingCallback does, whether or not a patience is set.
 
     An evaluation is better than the best before it if its loss is lower by more than eval.early_stopping_threshold;
     eval.early_stopping_patience in a row that are not end the run. The lowest loss is the best, by however little.
+
+    A run overfits if two evaluations or more in a row were not better, the last one is above the best by more than
+    RISE of it, and the training loss has fallen since the best.
     """
 
     def __init__(self, config: Config, start: Position):
@@ -87,17 +96,26 @@ class EarlyStopping:
         self._threshold = config.eval.early_stopping_threshold
         self._last_step = config.max_steps
         self._best_loss, self._best_step, self._not_better = start.best_loss, start.best_step, start.not_better
+        self._best_train_loss, self.overfits = start.best_train_loss, start.overfits
 
-    def note(self, step: int, eval_loss: float) -> None:
-        """Count the evaluation at `step`."""
+    def note(self, step: int, eval_loss: float, train_loss: float) -> None:
+        """Count the evaluation at `step`; `train_loss` is the mean since the one before."""
         best = math.inf if self._best_loss is None else self._best_loss
         self._not_better = 0 if best - eval_loss > self._threshold else self._not_better + 1
         if eval_loss < best:
-            self._best_loss, self._best_step = eval_loss, step
+            self._best_loss, self._best_step, self._best_train_loss = eval_loss, step, train_loss
+        rises = self._not_better > 1 and not eval_loss <= best * (1 + RISE)
+        self.overfits = ""
+        if rises and train_loss < self._best_train_loss:
+            self.overfits = (
+                f"validation loss rises while training loss falls: {eval_loss:.4f} at step {step:,}, lowest {best:.4f} "
+                f"at step {self._best_step:,}"
+            )
 
     def counts(self) -> dict[str, Any]:
         """{"best_loss": ..., "best_step": ..., "not_better": ...}, as a `Position` keeps them."""
-        return {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
+        found = {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
+        return found | {"best_train_loss": self._best_train_loss, "overfits": self.overfits}
 
     def reason(self, step: int) -> str:
         """The reason why the run ends at `step`, before its last one; "" if it goes on."""
@@ -107,5 +125,6 @@ class EarlyStopping:
         best = f"{self._best_loss:.4f} at step {self._best_step:,}" if self._best_loss is not None else "none"
         return (
             f"stopped early at step {step:,} of {self._last_step:,}: {self._not_better} evaluations in a row were "
-            f"not better{by} than the best before them (lowest validation loss {best})"
+            f"not better{by} than the best before them (lowest validation loss {best}); a larger "
+            "eval.early_stopping_patience goes on"
         )
