@@ -94,18 +94,16 @@ class Config:
 
     @property
     def eval_steps(self) -> int:
-        every, save = self.eval.eval_steps, self.checkpoint.save_steps
-        if every or not (save and self.checkpoint.keep_best):
-            return every or self._tenth
+        save = self.checkpoint.save_steps if self.checkpoint.keep_best else None
+        if self.eval.eval_steps or not save:
+            return self.eval.eval_steps or self._tenth
         divisors = [n for n in range(1, min(save, 2 * self._tenth) + 1) if save % n == 0]
         return min([*divisors, save], key=lambda n: abs(math.log(n / self._tenth)))
 
     @property
     def save_steps(self) -> int:
-        every, save = self.eval.eval_steps, self.checkpoint.save_steps
-        if save or not (every and self.checkpoint.keep_best):
-            return save or self._tenth
-        return every * max(self._tenth // every, 1)
+        every = self.eval.eval_steps if self.checkpoint.keep_best else None
+        return self.checkpoint.save_steps or (every or 1) * max(self._tenth // (every or 1), 1)
 
     @property
     def _tenth(self) -> int:

@@ -8,7 +8,6 @@ together, reads them from files, and says what must hold between them.
 import dataclasses
 import functools
 import os
-import re
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -82,7 +81,8 @@ class TokenizerConfig:
         return self.vocab_size or 8192
 
 
-Source = Annotated[str, Field(pattern=r"^(stdlib|text|html|jsonl|parquet|support|sgd|tfds:.+|huggingface:.+)$")]
+SOURCES = ("stdlib", "text", "html", "jsonl", "parquet", "support", "sgd", "tfds:NAME", "huggingface:NAME")
+Source = Annotated[str, Field(pattern=f"^({'|'.join(SOURCES)})$".replace("NAME", ".+"))]
 
 
 @section(frozen=True, kw_only=True)
@@ -337,22 +337,18 @@ _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
 def choices(annotation: Any) -> list[str]:
-    """The words that a setting may be: of a `Literal`, or of a pattern that lists them."""
+    """The words that a setting may be; [] where it is no choice among words."""
+    if annotation == Source:
+        return list(SOURCES)
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return list(args)
-    if origin in (Union, UnionType):
-        return [word for arg in args for word in choices(arg)]
-    patterns = [m.pattern for m in args[1].metadata if hasattr(m, "pattern")] if origin is Annotated else []
-    listed = [re.fullmatch(r"\^\(([\w|:.+]+)\)\$", pattern) for pattern in patterns]
-    return [word.replace(".+", "NAME") for found in listed if found for word in found[1].split("|")]
+    return [*args] if origin is Literal else [word for arg in args if origin is UnionType for word in choices(arg)]
 
 
 def describe_type(annotation: Any) -> str:
     """A field's type in a user's words: "int > 0 or none", "one of adamw, muon"."""
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Literal, Annotated) and (words := choices(annotation)):
-        return "one of " + ", ".join(words)
+    if origin is Literal or annotation == Source:
+        return "one of " + ", ".join(choices(annotation))
     if origin is tuple:
         return f"a list of {describe_type(args[0])}"
     if origin in (Union, UnionType):

@@ -23,7 +23,7 @@ from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import EvalConfig, MeshConfig, TrainConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import load_model
-from jaxgpt.training.run_state import EarlyStopping, Position, position
+from jaxgpt.training.run_state import EvaluationHistory, Position, position
 from jaxgpt.training.step import lay_out
 
 CONFIG = (
@@ -239,19 +239,19 @@ def test_a_loss_that_is_lower_by_no_more_than_the_threshold_is_not_better_but_is
         train=TrainConfig(max_steps=100),
         eval=EvalConfig(eval_steps=1, early_stopping_patience=2, early_stopping_threshold=0.25),
     )
-    early = EarlyStopping(config, Position())
+    early = EvaluationHistory(config, Position())
     told = []
     for step, loss in enumerate([3.0, 2.5, 2.25, 1.75, 1.5, math.nan, 0.0], 1):
         early.note(step, loss)
         told.append(bool(early.reason(step)))
     assert told == [False, False, False, False, False, True, False]
-    assert early.counts() == {"best_loss": 0.0, "best_step": 7, "not_better": 0}
+    assert (early.now.best_loss, early.now.best_step, early.now.not_better) == (0.0, 7, 0)
 
 
 def test_a_run_that_has_stopped_early_goes_on_with_a_larger_patience_or_none():
     def reason(patience: int | None, step: int = 40) -> str:
         config = Config(train=TrainConfig(max_steps=100), eval=EvalConfig(early_stopping_patience=patience))
-        return EarlyStopping(config, Position(step, best_loss=2.0, best_step=10, not_better=3)).reason(step)
+        return EvaluationHistory(config, Position(step, best_loss=2.0, best_step=10, not_better=3)).reason(step)
 
     assert reason(2) == reason(3) != ""
     assert reason(4) == reason(None) == ""

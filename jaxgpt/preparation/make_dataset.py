@@ -90,7 +90,7 @@ def prepare(
 def _found(final: Path, config: Config, tokenizer: Tokenizer | None) -> Path:
     dataset = open_dataset(final, verify="sizes")  # the reader of the tokens verifies them
     _check_settings(dataset, _settings(config, tokenizer))
-    dataset.train.check(config.block_size)
+    dataset.train.check(dataset.fit(config).block_size)
     print(f"prepared data: {final} (found, nothing to do)")
     return final
 
@@ -252,7 +252,7 @@ def _write(
                 stream.add(split, tokens, counts[split]["num_bytes"], starts_document=False)
                 stream.counts[split]["num_documents"] += counts[split]["num_documents"]
             stream.flush()
-        check_window(writer.counts["train"]["num_tokens"], config.block_size)
+        check_window(writer.counts["train"]["num_tokens"], config.data.block_size or 1)
     if not writer.counts["validation"]["num_tokens"]:
         raise UserError(
             "nothing is left for validation; give more documents, a larger data.validation_fraction or less [cleaning]"

@@ -72,8 +72,8 @@ class _Loop:
         self._bad_steps = bad_steps
         self._split = TimeSplit()
         self._vote = StopVote()
-        self._meter = Meter(run, self._split, bad_steps, start)
         self._history = EvaluationHistory(run.config, start)
+        self._meter = Meter(run, self._split, bad_steps, self._history)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
         self._saved = start.step
 
@@ -175,10 +175,10 @@ class _Loop:
                 values |= run.sample(self._state.params)
         run.log.write(step, values)
         eval_loss = float(values["eval_loss"])
-        overfitted = self._history.overfits
-        self._history.note(step, eval_loss, self._meter.take_mean())
-        if self._history.overfits and not overfitted:
-            run.log.say(f"overfit  {self._history.overfits}; more text, fewer steps or model.dropout would help")
+        overfitted = self._history.now.overfits
+        self._history.note(step, eval_loss)
+        if self._history.now.overfits and not overfitted:
+            run.log.say(f"overfit  {self._history.now.overfits}; more text, fewer steps or model.dropout would help")
         return eval_loss, False
 
     def _evaluate_late(self) -> None:
@@ -201,10 +201,13 @@ class _Loop:
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
-        here = Position(step, offset, bad_steps, evaluated, **self._meter.sums(), **self._history.counts())
+        here = dataclasses.replace(
+            self._history.now, step=step, data_offset=offset, bad_steps=bad_steps, evaluated=evaluated,
+            loss_sum=self._meter.loss_sum, count=self._meter.count,
+        )  # fmt: skip
         with self._split("save"):
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
-            metadata["why_best"] = self._history.overfits or self._history.reason(step)
+            metadata["why_best"] = here.overfits or self._history.reason(step)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
         self._bad_steps.saved(step)
         self._saved = step
@@ -274,19 +277,19 @@ def checkpoint_metadata(dataset: TokenDataset) -> dict:
 class Meter:
     """Reads the metrics of finished steps and writes a line of them every `logging_steps`."""
 
-    def __init__(self, run: Run, split: TimeSplit, bad_steps: BadSteps, start: Position):
+    def __init__(self, run: Run, split: TimeSplit, bad_steps: BadSteps, history: EvaluationHistory):
         config = run.config
         self._run = run
         self._split = split
         self._bad_steps = bad_steps
+        self._history = history
         self._tokens_per_step = config.global_batch_size * config.block_size
         self._rows_per_epoch = run.dataset.train.rows_per_epoch(config.block_size)
         devices = run.mesh.devices.flatten()
         peak = peak_flops(devices[0].device_kind)
         flops = flops_per_token(config.model, run.dataset.vocab_size, config.block_size)
         self._mfu_of_token_rate = flops / (peak * devices.size) if peak else None
-        self._loss_sum, self._count = start.loss_sum, start.count  # of the steps that no line tells of yet
-        self._train_loss, self._train_count = start.train_loss, start.train_count  # since the last evaluation
+        self.loss_sum, self.count = history.now.loss_sum, history.now.count  # of the steps that no line tells of yet
         self._timed_steps = 0
         self._first_line: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -301,26 +304,14 @@ class Meter:
             self._run.log.say(self._bad_steps.message)
             record_fault(self._run.workdir, step=step, what="bad step", message=self._bad_steps.message)
         else:
-            self._loss_sum += values["loss_sum"]
-            self._count += values["count"]
-            self._train_loss += values["loss_sum"]
-            self._train_count += values["count"]
+            self.loss_sum += values["loss_sum"]
+            self.count += values["count"]
+            self._history.add(values["loss_sum"], values["count"])
         if outcome == "rollback":
             raise RolledBack(step)
         self._timed_steps += 1
         if step % self._run.config.log.logging_steps == 0 or step == self._run.config.max_steps:
             self._write(step, values)
-
-    def sums(self) -> dict[str, float]:
-        """The sums that a `Position` keeps."""
-        line = {"loss_sum": self._loss_sum, "count": self._count}
-        return line | {"train_loss": self._train_loss, "train_count": self._train_count}
-
-    def take_mean(self) -> float:
-        """The mean training loss since this was asked last; NaN where there was no step."""
-        mean = self._train_loss / self._train_count if self._train_count else math.nan
-        self._train_loss = self._train_count = 0.0
-        return mean
 
     def skip_compilation(self, metrics: dict) -> None:
         """Leave the first step, which compiled the program, out of the times and rates that follow."""
@@ -335,7 +326,7 @@ class Meter:
         rate = self._timed_steps * self._tokens_per_step / training if training and self._timed_steps > 0 else None
         line = {
             "epoch": step * self._run.config.global_batch_size / self._rows_per_epoch,
-            "loss": self._loss_sum / self._count if self._count else None,
+            "loss": self.loss_sum / self.count if self.count else None,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens": step * self._tokens_per_step,
@@ -346,5 +337,5 @@ class Meter:
         }
         self._run.log.write(step, line | seconds | self._first_line)
         self._first_line = {}
-        self._loss_sum = self._count = 0.0
+        self.loss_sum = self.count = 0.0
         self._timed_steps = 0

@@ -92,8 +92,9 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
                     _report(write_report, whole_run, status, time.time() - started)
         params = state.params
         del state
-        step = distributed.broadcast_from_writer(step_to_use(workdir)[0] if is_writer else 0)
-        if step != checkpoints.latest_step():  # the parameters of the best one, laid out as the last ones are
+        steps = (step_to_use(workdir)[0], checkpoints.latest_step() or 0) if is_writer else (0, 0)
+        step, latest = map(distributed.broadcast_from_writer, steps)
+        if step != latest:  # the parameters of the best one, laid out as the last ones are
             check_weights(workdir, step)
             params = restore_params(workdir, step, params, jax.tree.map(lambda leaf: leaf.sharding, params))
         _export(whole_run, params, is_writer)
@@ -173,6 +174,8 @@ def print_header(start: Start) -> None:
         new = dataset.vocab_size - weights.vocab_size
         rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
         print(f"weights  {weights.setting}{rows}", flush=True)
+    if config.block_size == dataset.train.num_tokens - 1:
+        print(f"window   data.block_size = {config.block_size}, as the text has no more tokens for one", flush=True)
     _warn_of_little_room(config, dataset.vocab_size, start.workdir)
     for note in start.notes:
         print(note, flush=True)

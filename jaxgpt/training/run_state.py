@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -92,39 +92,38 @@ class EvaluationHistory:
     """
 
     def __init__(self, config: Config, start: Position):
-        self._patience = config.eval.early_stopping_patience
-        self._threshold = config.eval.early_stopping_threshold
+        self._patience, self._threshold = config.eval.early_stopping_patience, config.eval.early_stopping_threshold
         self._last_step = config.max_steps
-        self._best_loss, self._best_step, self._not_better = start.best_loss, start.best_step, start.not_better
-        self._best_train_loss, self.overfits = start.best_train_loss, start.overfits
+        self.now = start
+        """The counts, in the fields that a `Position` has for them."""
 
-    def note(self, step: int, eval_loss: float, train_loss: float) -> None:
-        """Count the evaluation at `step`; `train_loss` is the mean since the one before."""
-        best = math.inf if self._best_loss is None else self._best_loss
-        self._not_better = 0 if best - eval_loss > self._threshold else self._not_better + 1
+    def add(self, loss_sum: float, count: float) -> None:
+        """Count a training step."""
+        now = self.now
+        self.now = dataclasses.replace(now, train_loss=now.train_loss + loss_sum, train_count=now.train_count + count)
+
+    def note(self, step: int, eval_loss: float) -> None:
+        """Count the evaluation at `step`."""
+        now, told = self.now, ""
+        train_loss = now.train_loss / now.train_count if now.train_count else math.nan
+        best = math.inf if now.best_loss is None else now.best_loss
+        not_better = 0 if best - eval_loss > self._threshold else now.not_better + 1
+        if not_better > 1 and not eval_loss <= best * (1 + RISE) and train_loss < now.best_train_loss:
+            told = f"{eval_loss:.4f} at step {step:,}, lowest {best:.4f} at step {now.best_step:,}"
+            told = f"validation loss rises while training loss falls: {told}"
+        now = dataclasses.replace(now, not_better=not_better, overfits=told, train_loss=0.0, train_count=0.0)
         if eval_loss < best:
-            self._best_loss, self._best_step, self._best_train_loss = eval_loss, step, train_loss
-        rises = self._not_better > 1 and not eval_loss <= best * (1 + RISE)
-        self.overfits = ""
-        if rises and train_loss < self._best_train_loss:
-            self.overfits = (
-                f"validation loss rises while training loss falls: {eval_loss:.4f} at step {step:,}, lowest {best:.4f} "
-                f"at step {self._best_step:,}"
-            )
-
-    def counts(self) -> dict[str, Any]:
-        """{"best_loss": ..., "best_step": ..., "not_better": ...}, as a `Position` keeps them."""
-        found = {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
-        return found | {"best_train_loss": self._best_train_loss, "overfits": self.overfits}
+            now = dataclasses.replace(now, best_loss=eval_loss, best_step=step, best_train_loss=train_loss)
+        self.now = now
 
     def reason(self, step: int) -> str:
         """The reason why the run ends at `step`, before its last one; "" if it goes on."""
-        if self._patience is None or self._not_better < self._patience or step >= self._last_step:
+        if self._patience is None or self.now.not_better < self._patience or step >= self._last_step:
             return ""
         by = f" by more than {self._threshold:g}" if self._threshold else ""
-        best = f"{self._best_loss:.4f} at step {self._best_step:,}" if self._best_loss is not None else "none"
+        best = f"{self.now.best_loss:.4f} at step {self.now.best_step:,}" if self.now.best_loss is not None else "none"
         return (
-            f"stopped early at step {step:,} of {self._last_step:,}: {self._not_better} evaluations in a row were "
+            f"stopped early at step {step:,} of {self._last_step:,}: {self.now.not_better} evaluations in a row were "
             f"not better{by} than the best before them (lowest validation loss {best}); a larger "
             "eval.early_stopping_patience goes on"
         )

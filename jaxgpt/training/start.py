@@ -92,7 +92,7 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         dataset = resume.check_data(workdir, step, weights, open_dataset(_prepared(config, tokenizer), verify=verify))
 
         # 5. Batch and steps become numbers, and with them the settings can be compared with the run's so far.
-        config = _with_automatic_batch(config, dataset.vocab_size, mesh)
+        config = _with_automatic_batch(dataset.fit(config), dataset.vocab_size, mesh)
         config = resolve_steps(config, dataset.train.rows_per_epoch(config.block_size))
         changes = resume.check_workdir(config, workdir, force)
 
