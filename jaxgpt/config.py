@@ -26,7 +26,7 @@ from jaxgpt.settings import choices, describe_type, section, sources_of
 
 logger = logging.getLogger(__name__)
 REMOVED = ("data.num_threads", "data.prefetch_batches")  # settings of earlier versions, whose files are still read
-LARGEST_FILE = 200_000  # bytes of a config file; a hundred settings take ten
+LARGEST_FILE = 100_000  # bytes of a config file; a hundred settings take ten
 
 
 @section(frozen=True, kw_only=True)
@@ -238,10 +238,8 @@ def read_json(file: Path) -> Config:
     """The Config in a config.json. Raises UserError, which names the file."""
     try:
         return from_json(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    except (OSError, UserError) as error:
+        raise UserError(f"{file}: {getattr(error, 'strerror', error)}") from None
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -282,7 +280,7 @@ def _with_bases(path: Path) -> list[tuple[Path, dict]]:
     chain = [(path, _read_toml(path))]
     while "base" in (content := chain[-1][1]):
         base = content["base"]
-        if not isinstance(base, str) or not base:
+        if not isinstance(base, str) or not base.strip() or not base.isprintable():
             raise UserError(f"{chain[-1][0]}: base = {_shown(base)}, but it must be the name of another config file")
         file = chain[-1][0].parent / os.path.expanduser(base)
         if any(os.path.realpath(file) == os.path.realpath(seen) for seen, _ in chain):
@@ -296,8 +294,8 @@ def _read_toml(path: Path) -> dict:
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise UserError(f"{path}: more than {LARGEST_FILE:,} bytes, so it is no config file")
+        if len(content) > LARGEST_FILE or content.count(b".") > LARGEST_FILE / 50:  # keys of many parts take long
+            raise UserError(f"{path}: more than {LARGEST_FILE:,} bytes, or all dots, so it is no config file")
         return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
@@ -305,14 +303,14 @@ def _read_toml(path: Path) -> dict:
         raise UserError(f"{path}: no such config file{hint}") from None
     except OSError as error:
         raise UserError(f"{path}: not a readable TOML file ({error.strerror})") from None
-    except RecursionError:
-        raise UserError(f"{path}: TOML nested too deeply; a config has sections and settings") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         if b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"{path}: the file is UTF-16; save it as UTF-8") from None
         if isinstance(error, UnicodeDecodeError):
             line = content.count(b"\n", 0, error.start) + 1
             raise UserError(f"{path}:{line}: not UTF-8, but TOML must be; save the file as UTF-8") from None
+        if isinstance(error, RecursionError):
+            raise UserError(f"{path}: nested too deeply; a config has sections and settings") from None
         hint = "; write a Windows path in single quotes, or with /" if re.search(r"'\\'|hex", str(error)) else ""
         raise UserError(f"{path}: TOML syntax error: {error}{hint}") from None
 
@@ -320,9 +318,7 @@ def _read_toml(path: Path) -> dict:
 def _settings_in(path: Path, content: dict) -> dict[str, object]:
     """{"model.n_layer": 4, ...} of the content of a file, `base` left out."""
     found: dict[str, object] = {}
-    for name, fields in content.items():
-        if name == "base":
-            continue
+    for name, fields in ((name, fields) for name, fields in content.items() if name != "base"):
         if not isinstance(fields, dict):
             raise UserError(f"{path}: {unknown_setting(name)}")
         if name not in sections():
@@ -371,11 +367,9 @@ def _complaint(section: str, error: ValidationError) -> str:
             if step not in names:
                 return f"there is no setting {key}.{step}{_suggest(step, names)}"
             key, wanted = f"{key}.{step}", names[step]
-    if first["type"] == "missing":
-        return f"{key} is missing; it must be {describe_type(wanted)}"
-    if first["type"] == "value_error":
-        return f"{key} = {_shown(first['input'])} {first['ctx']['error']}"
-    near = difflib.get_close_matches(str(first["input"]), choices(wanted), n=1)
+    if first["type"] in ("missing", "value_error"):
+        return f"{key} = {_shown(first['input'])} {first['ctx']['error']}" if "ctx" in first else f"{key} is missing"
+    near = difflib.get_close_matches(first["input"], choices(wanted), n=1) if isinstance(first["input"], str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
     if key == "data.path" and isinstance(first["input"], list):
         hint = "; name their folder, or give data.source a table for each"
@@ -385,9 +379,9 @@ def _complaint(section: str, error: ValidationError) -> str:
 def _shown(value: object) -> str:
     """A value as a complaint shows it: as TOML and Python write it, and short."""
     short = reprlib.Repr()
-    short.maxstring, short.maxother = 100, 40
+    short.maxstring = 100
     try:
-        return {True: "true", False: "false"}[value] if isinstance(value, bool) else short.repr(value)
+        return str(value).lower() if isinstance(value, bool) else short.repr(value)
     except ValueError:  # Python does not write integers of more than 4,300 digits
         return "a number of thousands of digits"
 
@@ -413,7 +407,7 @@ def unknown_setting(key: str) -> str:
     """The complaint about a setting that does not exist, with the nearest one that does."""
     if key in REMOVED:
         return f"{key} is no longer a setting; leave it out"
-    return f"there is no setting {key}{_suggest(key, config_fields())}"
+    return f"there is no setting {key if key.isprintable() else repr(key)}{_suggest(key, config_fields())}"
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

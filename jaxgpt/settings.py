@@ -243,7 +243,7 @@ class TrainConfig:
 
 @section(frozen=True, kw_only=True)
 class MeshConfig:
-    data: Annotated[int, Field(ge=-1)] = -1
+    data: Annotated[int, Field(ge=-1, lt=LARGEST)] = -1
     """Devices that hold copies of the model and split the batch; -1 takes all that are left."""
     fsdp: PositiveInt = 1
     """Devices that split the batch and the parameters."""
@@ -312,7 +312,7 @@ class LogConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     wandb_project: str | None = None
     """Also send the metrics to this Weights & Biases project (pip install wandb)."""
-    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]*:[1-9][0-9]*)$")] = ""
+    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]{0,9}:[1-9][0-9]{0,9})$")] = ""
     """Steps to trace for XProf, first:last (10:13); empty for none."""
 
 

@@ -62,7 +62,7 @@ def is_huggingface(path: str | Path) -> bool:
         return False
     try:
         return "model_type" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):  # no JSON object: no Hugging Face folder either
+    except (ValueError, TypeError, RecursionError):  # no JSON object: no Hugging Face folder either
         return False
 
 
