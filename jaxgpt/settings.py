@@ -341,7 +341,11 @@ def choices(annotation: Any) -> list[str]:
     if annotation == Source:
         return list(SOURCES)
     origin, args = get_origin(annotation), get_args(annotation)
-    return [*args] if origin is Literal else [word for arg in args if origin is UnionType for word in choices(arg)]
+    return (
+        [*args]
+        if origin is Literal
+        else [word for arg in args if origin in (Union, UnionType) for word in choices(arg)]
+    )
 
 
 def describe_type(annotation: Any) -> str:
