@@ -266,7 +266,8 @@ def best_step(run: Path) -> int | None:
     for step in finished_steps(run):
         # A file that was damaged meanwhile is for the next start to deal with.
         with contextlib.suppress(UserError):
-            if math.isfinite(loss := read_metadata(run, step).get("eval_loss") or math.nan):
+            loss = read_metadata(run, step).get("eval_loss")
+            if loss is not None and math.isfinite(loss):
                 scored[step] = loss
     return min(scored, key=lambda step: scored[step]) if scored else None
 
