@@ -120,7 +120,7 @@ class DataConfig:
     prepared_dir: Place = "prepared"
     """Folder that holds prepared datasets, one subfolder for each combination of data and tokenizer settings."""
     block_size: PositiveInt | None = None
-    """Tokens in a training window; none means model.n_positions."""
+    """Tokens in a training window; none means model.n_positions, or what a shorter text has."""
     verify: Literal["digests", "sizes"] = "digests"
     """Check of the prepared data at each start: every byte (about a second a GB), or the sizes of the shards."""
     num_proc: PositiveInt | None = None
