@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import reprlib
 import tomllib
 import typing
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt import settings
 from jaxgpt.errors import UserError
-from jaxgpt.settings import choices, describe_type, section, sources_of
+from jaxgpt.settings import describe_type, section, sources_of
 
 logger = logging.getLogger(__name__)
 REMOVED = ("data.num_threads", "data.prefetch_batches")  # settings of earlier versions, whose files are still read
@@ -369,21 +368,21 @@ def _complaint(section: str, error: ValidationError) -> str:
             key, wanted = f"{key}.{step}", names[step]
     if first["type"] in ("missing", "value_error"):
         return f"{key} = {_shown(first['input'])} {first['ctx']['error']}" if "ctx" in first else f"{key} is missing"
-    near = difflib.get_close_matches(first["input"], choices(wanted), n=1) if isinstance(first["input"], str) else []
+    must, shown = describe_type(wanted), _shown(first["input"])
+    near = difflib.get_close_matches(shown.strip("'"), re.findall(r"[\w:]+", must.partition("one of ")[2]), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if key == "data.path" and isinstance(first["input"], list):
         hint = "; name their folder, or give data.source a table for each"
-    return f"{key} = {_shown(first['input'])}, but it must be {describe_type(wanted)}{hint}"
+    return f"{key} = {shown}, but it must be {must}{hint}"
 
 
 def _shown(value: object) -> str:
     """A value as a complaint shows it: as TOML and Python write it, and short."""
-    short = reprlib.Repr()
-    short.maxstring = 100
     try:
-        return str(value).lower() if isinstance(value, bool) else short.repr(value)
-    except ValueError:  # Python does not write integers of more than 4,300 digits
-        return "a number of thousands of digits"
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # Python does not write integers of more than 4,300 digits
+        return "a value that fills pages"
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _takes_list(annotation: typing.Any, text: str) -> bool:

@@ -336,23 +336,11 @@ def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
-def choices(annotation: Any) -> list[str]:
-    """The words that a setting may be; [] where it is no choice among words."""
-    if annotation == Source:
-        return list(SOURCES)
-    origin, args = get_origin(annotation), get_args(annotation)
-    return (
-        [*args]
-        if origin is Literal
-        else [word for arg in args if origin in (Union, UnionType) for word in choices(arg)]
-    )
-
-
 def describe_type(annotation: Any) -> str:
     """A field's type in a user's words: "int > 0 or none", "one of adamw, muon"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal or annotation == Source:
-        return "one of " + ", ".join(choices(annotation))
+        return "one of " + ", ".join(SOURCES if annotation == Source else args)
     if origin is tuple:
         return f"a list of {describe_type(args[0])}"
     if origin in (Union, UnionType):

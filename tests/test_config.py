@@ -106,7 +106,7 @@ def test_command_line_goes_before_file_and_file_before_base(write):
         ('[data]\npath = "C:\\data"\n', {}, ["TOML syntax error", "write a Windows path in single quotes"]),
         ("[model]\nn_layer = true\n", {}, ["model.n_layer = true", "int > 0"]),
         ("[optimizer]\nlearning_rate = false\n", {}, ["optimizer.learning_rate = false", "float > 0"]),
-        (f"[model]\nn_layer = 0x{'f' * 5000}\n", {}, ["a number of thousands of digits", "int > 0"]),
+        (f"[model]\nn_layer = 0x{'f' * 5000}\n", {}, ["a value that fills pages", "int > 0"]),
         (f"[model]\nn_layer = {'9' * 5000}\n", {}, ["digits"]),
         (f"[model]\nn_layer = {'[' * 5000}\n", {}, ["nested too deeply"]),
         (f"[model]\n{'a.' * 5000}b = 1\n", {}, ["no config file"]),
