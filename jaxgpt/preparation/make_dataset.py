@@ -90,7 +90,7 @@ def prepare(
 def _found(final: Path, config: Config, tokenizer: Tokenizer | None) -> Path:
     dataset = open_dataset(final, verify="sizes")  # the reader of the tokens verifies them
     _check_settings(dataset, _settings(config, tokenizer))
-    dataset.train.check(config.block_size)
+    dataset.train.check(dataset.fit(config).block_size)
     print(f"prepared data: {final} (found, nothing to do)")
     return final
 
@@ -209,7 +209,9 @@ def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.SplitPlan, con
     else:
         sample = spread(texts, settings.train_bytes, stages.PIECE)
         bar = tqdm(sample, desc="training BPE", unit="part", disable=None, leave=False)
-        tokenizer = train_bpe(bar, settings.vocab_size, sys.stderr.isatty())
+        tokenizer = train_bpe(bar, settings.entries, sys.stderr.isatty())
+        if (found := tokenizer.vocab_size) < (settings.vocab_size or 0):
+            print(f"tokenizer  tokenizer.vocab_size = {settings.vocab_size:,}, but the text gives only {found:,}")
     return _with_tokens(tokenizer, config)
 
 
@@ -255,7 +257,7 @@ def _write(
                 stream.add(split, tokens, counts[split]["num_bytes"], starts_document=False)
                 stream.counts[split]["num_documents"] += counts[split]["num_documents"]
             stream.flush()
-        check_window(writer.counts["train"]["num_tokens"], config.block_size)
+        check_window(writer.counts["train"]["num_tokens"], config.data.block_size or 1)
     if not writer.counts["validation"]["num_tokens"]:
         raise UserError(
             "nothing is left for validation; give more documents, a larger data.validation_fraction or less [cleaning]"
@@ -294,7 +296,7 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
         "tokenizer": chosen.type,
     }
     if chosen.type == "bpe":
-        settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
+        settings |= {"vocab_size": chosen.entries, "train_bytes": chosen.train_bytes}
     if chosen.type == "folder":
         assert tokenizer is not None
         settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens

@@ -67,8 +67,9 @@ def collect(
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
     """{"epochs": {...}}: passes over the training split that the config asks for, as far as it decides them."""
-    train, rows = config.train, dataset.train.rows_per_epoch(config.block_size)
-    found: dict[str, object] = {"rows": rows, "block_size": config.block_size}
+    train, size = config.train, dataset.fit(config).block_size
+    rows = dataset.train.rows_per_epoch(size)
+    found: dict[str, object] = {"rows": rows, "block_size": size}
     if train.max_steps is None:
         return {"epochs": found | {"epochs": train.num_train_epochs}}
     if train.global_batch_size:
@@ -82,8 +83,9 @@ def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
 
 def host(config: Config, dataset: TokenDataset, needed: dict[str, int]) -> dict[str, object]:
     """Tokens a second that one process of this host reads, beside those that each TPU slice in `needed` trains."""
-    found = read_speed(dataset.train, config.block_size)
-    parts = [f"one process reads {_big(found)} tokens/s at T = {config.block_size:,}"]
+    size = dataset.fit(config).block_size
+    found = read_speed(dataset.train, size)
+    parts = [f"one process reads {_big(found)} tokens/s at T = {size:,}"]
     for name, tokens in needed.items():
         ratio = found / tokens
         verdict = f"this machine feeds it {ratio:.1f} times over" if ratio >= 1 else "this machine is too slow for it"
