@@ -23,7 +23,7 @@ from jaxgpt.data.tokenizer import TEMPLATE
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import RequestScorer, Score, ScoringRequest
 from jaxgpt.evaluation.wikitext import rolling
-from jaxgpt.inference.decode import Decoder, build_decoder
+from jaxgpt.inference.decoder import Decoder, build_decoder
 from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import complete, fit_prompt

@@ -18,7 +18,7 @@ from jaxgpt.evaluation.scoring import RequestScorer
 from jaxgpt.evaluation.tasks import Task, read_tasks
 from jaxgpt.evaluation.text_statistics import TOGETHER, Prompts, check, validation_prompts, written_prompts
 from jaxgpt.evaluation.wikitext import Pages, read_text
-from jaxgpt.inference.decode import build_decoder
+from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.prompts import read_prompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model.sizes import parameter_count

@@ -12,7 +12,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.dataset import PackedRows, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 
 Sampler = Callable[[dict], dict[str, str | float]]  # parameters -> metrics

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import Decoder, build_decoder
+from jaxgpt.inference.decoder import Decoder, build_decoder
 from jaxgpt.inference.prompts import ChatPrompts, ChatSession, Prompt, check_unicode, read_prompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import Completion, TextGeneration, complete, fit_prompt

@@ -17,7 +17,7 @@ import tokenizers
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import Continuation, Decoder, stream
+from jaxgpt.inference.decoder import Continuation, Decoder, stream
 from jaxgpt.inference.sampling import SamplingOptions
 
 REPLACEMENT = "\ufffd"

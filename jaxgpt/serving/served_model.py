@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import build_decoder
+from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.text import token_bytes
