@@ -88,7 +88,7 @@ def test_tpu_operations_are_the_plain_ones(name, dtype):
     as_float = lambda function: value_and_gradients(
         function, [x.astype(jnp.float32), *weights], dout.astype(jnp.float32)
     )
-    ours = value_and_gradients(getattr(tpu, name), [x, *weights], dout)
+    ours = value_and_gradients(getattr(backend_choice, name), [x, *weights], dout)
     expected = as_float(plain)
     limit = 1e-6 if dtype == jnp.float32 else 2.0**-8  # bfloat16 rounds to 2^-9 once or twice on the way
     assert relative(ours[0], expected[0]) < limit
