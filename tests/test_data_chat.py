@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import chat
-from jaxgpt.data.tokenizer import TEMPLATE, char_tokenizer, load_tokenizer, train_bpe
+from jaxgpt.data.tokenizer import TEMPLATE, char_tokenizer, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import BadRecord
 from jaxgpt.settings import ChatConfig
 

@@ -70,7 +70,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000, 1])
 def test_reading_what_was_written_gives_the_same_bits(tmp_path, max_shard_bytes):
     params = random_params()
-    params["wpe"][0, :3] = [-0.0, 1e-42, np.inf]
+    params["wpe"][0, :3] = [-0.0, 1e-42, 3e38]
     write_model(tmp_path, MODEL, VOCAB, params, end_of_text=5, max_shard_bytes=max_shard_bytes)
     model = open_model(tmp_path)
     assert (model.config, model.vocab_size) == (MODEL, VOCAB)

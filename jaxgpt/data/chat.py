@@ -10,11 +10,15 @@ An assistant's CONTENT and the <|im_end|> after it are learned (supervised), whi
 With `tokenizer.TEMPLATE`, Hugging Face's `apply_chat_template` gives the same ids and the same mask, except that the
 letters "<|im_end|>" in a user's text become the token there (unless sanitize_control_tokens = True). Here they stay
 text: a user must not be able to end their own turn and begin an assistant's.
+
+A tokenizer from a Hugging Face folder may bring a template of its own, which is then used: an answer is what the
+template adds to the prompt for it, up to the token that ends it. Where that cannot be told, it is refused.
 """
 
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
-from jaxgpt.errors import BadRecord
+from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.settings import ChatConfig
 
 ROLES = ("system", "user", "assistant")
@@ -127,8 +131,24 @@ def _check_content(content: object, where: str) -> None:
 
 
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the two tokens of a turn added; the same tokenizer if it has them already."""
-    return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+    """The tokenizer with the two tokens of a turn, or one whose own template can be learned; the same if it is that.
+
+    Raises:
+        UserError: a template of its own does not show what to learn; says why.
+    """
+    if tokenizer.own_template is None:
+        return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+    probe = [{"role": role, "content": f"word {n}"} for n in range(2) for role in ("user", "assistant")]
+    try:
+        ChatEncoder(tokenizer, ChatConfig(), sys.maxsize).encode(to_text(probe))
+    except BadRecord as error:
+        reason = tokenizer.why_no_chat or error.reason
+        raise UserError(
+            f"the tokenizer's own chat template cannot be learned: {reason}; use a folder without chat_template.jinja "
+            "and chat_template in tokenizer_config.json, which gets jaxgpt's template"
+        ) from None
+    assert tokenizer.end_of_turn is not None
+    return tokenizer.with_end(tokenizer.end_of_turn)
 
 
 def with_system(messages: Sequence[Mapping[str, str]], system: str) -> list[Mapping[str, str]]:
@@ -157,6 +177,8 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, settings: ChatConfig, block_size: int):
         """`tokenizer` has the chat tokens; a conversation is cut into parts of at most `block_size` tokens."""
         self._tokenizer, self._system, self._block_size = tokenizer, settings.system, block_size
+        if tokenizer.own_template is not None:
+            return
         start, end = tokenizer.backend.token_to_id(START_OF_TURN), tokenizer.backend.token_to_id(END_OF_TURN)
         assert start is not None and end is not None, "call with_chat_tokens first"
         self._start, self._end = start, end
@@ -173,6 +195,8 @@ class ChatEncoder:
         """
         messages = with_system(json.loads(text), self._system)
         check_messages(messages, where)
+        if self._tokenizer.own_template is not None:
+            return self._parts(messages, where)
         turns = [self._turn(message) for message in messages]
         head, pairs = turns[: len(turns) % 2], turns[len(turns) % 2 :]
         room = self._block_size - sum(len(turn.tokens) for turn in head)
@@ -195,7 +219,12 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
-        turns = [self._turn(message) for message in with_system(messages, self._system)]
+        messages = with_system(messages, self._system)
+        if self._tokenizer.own_template is not None:
+            quoted, mark = self._quoted(messages)
+            rendered = self._tokenizer.render(quoted, for_answer=True)
+            return [token for token, _, _ in self._tokenizer.encode_rendered(rendered, mark)]
+        turns = [self._turn(message) for message in messages]
         tokens = [int(token) for turn in turns for token in turn.tokens]
         return [*tokens, self._start, *self._tokenizer.encode("assistant\n")]
 
@@ -208,6 +237,66 @@ class ChatEncoder:
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
+
+    def _parts(self, messages: Sequence[Mapping[str, str]], where: str) -> list[Encoded]:
+        """The same parts as `encode`, by the tokenizer's own template."""
+        head, first = messages[: len(messages) % 2], len(messages) % 2
+        parts = []
+        while first < len(messages):
+            made, end = None, len(messages)
+            if len((whole := self._rendered([*head, *messages[first:]], where)).tokens) <= self._block_size:
+                made = whole
+            else:
+                end = first
+                while (
+                    len((part := self._rendered([*head, *messages[first : end + 2]], where)).tokens) <= self._block_size
+                ):
+                    made, end = part, end + 2
+            if made is None:
+                reason = (
+                    f"a question and its answer are {len(part.tokens)} tokens, data.block_size = {self._block_size}"
+                )
+                raise BadRecord(f"{where}, turns {first + 1} and {first + 2}", f"longer than a block: {reason}")
+            parts.append(made)
+            first = end
+        return parts
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], where: str) -> Encoded:
+        """A whole conversation by the tokenizer's own template. Each answer must be there what follows its prompt."""
+        render, spans = self._tokenizer.render, []
+        try:
+            quoted, mark = self._quoted(messages)
+            whole = render(quoted)
+            for number in [number for number, message in enumerate(messages) if message["role"] == "assistant"]:
+                prompt, answered = render(quoted[:number], for_answer=True), render(quoted[: number + 1])
+                if not (answered.startswith(prompt) and whole.startswith(answered)):
+                    raise UserError(f"its chat template writes turn {number + 1} otherwise before other turns")
+                spans.append((len(prompt), len(answered)))
+            found = self._tokenizer.encode_rendered(whole, mark)
+        except UserError as error:
+            raise BadRecord(where, str(error)) from None
+        tokens, starts, stops = np.array(found, np.int32).reshape(-1, 3).T
+        supervised = np.zeros(len(tokens), bool)
+        for begin, end in spans:
+            inside = np.flatnonzero((starts >= begin) & (stops <= end))
+            ends = inside[tokens[inside] == self._tokenizer.end_of_turn]
+            if not len(ends):
+                raise BadRecord(where, "its chat template ends an answer with no token of its own, so none would stop")
+            if ((starts < begin) & (stops > begin)).any():
+                raise BadRecord(where, "its chat template begins an answer within a token")
+            supervised[inside[0] : ends[0] + 1] = True
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        return Encoded(tokens, supervised, sum(len(answer.encode()) for answer in answers))
+
+    def _quoted(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[str, str]], str | None]:
+        """The messages with names of special tokens in them between two marks, and the mark; None if there are none."""
+        contents, names = "".join(message["content"] for message in messages), self._tokenizer.control_names
+        if not any(name in contents for name in names):
+            return list(messages), None
+        mark = next(mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if mark not in contents)  # no characters
+        pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        quote = lambda found: f"{mark}{found[0]}{mark}"
+        return [{**message, "content": pattern.sub(quote, message["content"])} for message in messages], mark
 
 
 def marks(colour: bool | None = None) -> tuple[str, str]:

@@ -180,6 +180,7 @@ def _prompts(options: EvaluationOptions, texts: list[str], model: LoadedModel) -
 
 def _generation(prompts: Prompts, sampling: SamplingOptions, config: Config, model: LoadedModel) -> dict[str, object]:
     rows = min(len(prompts.tokens), TOGETHER)
-    decoder = build_decoder(config.model, model.vocab_size, model.params, model.tokenizer.end_of_text, rows=rows)
+    end, ends = model.tokenizer.end_of_text, model.tokenizer.ends
+    decoder = build_decoder(config.model, model.vocab_size, model.params, end, rows=rows, ends=ends)
     with tqdm(total=len(prompts.tokens), desc="writing", unit="text", disable=None, leave=False) as bar:
         return check(decoder, prompts, model.tokenizer.end_of_turn, sampling, bar.update)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxgpt.data.chat import END_OF_TURN, ChatEncoder
+from jaxgpt.data.chat import ChatEncoder
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.settings import ChatConfig
@@ -81,10 +81,9 @@ class ChatPrompts:
     def __init__(self, tokenizer: Tokenizer, n_positions: int, where: str):
         """A UserError says when the tokenizer has no chat tokens; `where` is the model's name in the message."""
         if tokenizer.end_of_turn is None:
-            raise UserError(
-                f"{where}: no chat model, as its tokenizer has no {END_OF_TURN}; fine-tune it with "
-                'data.format = "chat" (configs/support_chat.toml), or continue plain texts'
-            )
+            fix = 'fine-tune it with data.format = "chat" (configs/support_chat.toml), or '
+            fix = "" if tokenizer.own_template else fix
+            raise UserError(f"{where}: no chat model, as {tokenizer.why_no_chat}; {fix}continue plain texts")
         self.end_of_turn: int = tokenizer.end_of_turn
         self._encoder = ChatEncoder(tokenizer, ChatConfig(), n_positions)
         self._n_positions = n_positions

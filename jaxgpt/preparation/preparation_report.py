@@ -13,7 +13,8 @@ from jinja2 import Environment
 from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
 from jaxgpt.data.dataset import Split, TokenDataset
-from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
 from jaxgpt.preparation.cleaning import STEPS as CLEANING_STEPS

@@ -136,7 +136,8 @@ def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     def build() -> Engine:
         # The parameters are not kept: the decoder has them in a layout of its own.
         weights, slots = options.weights, options.slots
-        decoder = build_decoder(config, vocab_size, params.pop(), tokenizer.end_of_text, weights, slots)
+        end, ends = tokenizer.end_of_text, tokenizer.ends
+        decoder = build_decoder(config, vocab_size, params.pop(), end, weights, slots, ends)
         return Engine(decoder, slots, options.chunk, options.queue)
 
     return model, build
