@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import os
 import sys
 import typing
@@ -87,6 +88,37 @@ def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
     command_parser.add_argument("--checkpoint", metavar="WHERE", required=True, help=folders)
     weights = "number format of the weights: smaller is faster, and less exact [the model's compute type]"
     command_parser.add_argument("--weights", choices=["float32", "bfloat16", "int8"], help=weights)
+
+
+def add_tokenizer_arguments(command_parser: argparse.ArgumentParser) -> None:
+    """--tokenizer, --file and --json, of `encode` and `decode`."""
+    folders = "a tokenizer's folder or tokenizer.json, a run, a checkpoint, a Hugging Face folder, or hf:NAME"
+    command_parser.add_argument("--tokenizer", metavar="WHERE", required=True, help=folders)
+    command_parser.add_argument("--file", metavar="FILE", help="read from this UTF-8 file instead")
+    command_parser.add_argument("--json", metavar="FILE", help="also write the result there")
+
+
+def given_text(words: str | None, file: str | None, name: str) -> str:
+    """The text of an argument, of a file, or of standard input; a UserError if there is none or it is not UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8")
+    if words is not None and file is not None:
+        raise UserError(f"{name} and --file: give one of them")
+    if words is not None:
+        return words
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UserError(f"give {name}, --file FILE, or something on standard input")
+    try:
+        if file is not None:
+            with open(file, "rb") as stream:
+                return stream.read().decode("utf-8-sig")
+        raw = getattr(sys.stdin, "buffer", None)  # a line break that `echo` adds is no part of the text
+        return (raw.read().decode("utf-8-sig") if raw else sys.stdin.read()).removesuffix("\n")
+    except OSError as error:
+        raise UserError(f"--file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = f"--file {file}" if file is not None else "standard input"
+        raise UserError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start + 1})") from None
 
 
 def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ use of a tokenizer had, such as truncation, is cleared with a warning. Nothing i
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,19 +271,21 @@ def _templates(folder: Path, settings: dict) -> dict[str, str]:
     return {} if not stored else dict(stored) if isinstance(stored, dict) else {"default": str(stored)}
 
 
-def find_tokenizer(where: str, locate: Any) -> Path:
-    """The folder of the tokenizer that a user names: its file or folder, a run, a checkpoint, or hf:NAME.
+def find_tokenizer(where: str, locate: Callable[[str], Path]) -> Tokenizer:
+    """The tokenizer that a user names: its file or folder, a run, a checkpoint, a prepared dataset, or hf:NAME.
 
     `locate` finds the folder of a name on the hub.
     """
-    path = Path(where.partition("@")[0] if "@" in where and not Path(where).exists() else where).expanduser()
     if where.startswith("hf:"):
-        return locate(where)
-    candidates: Sequence[Path] = [path, path / "tokenizer", path.parent.parent / "tokenizer"]
-    if path.name == FILE and path.is_file():
-        candidates = [path.parent]
-    for folder in candidates:
+        return load_tokenizer(locate(where))
+    path = Path(where).expanduser()
+    if not path.exists() and "@" in path.name:  # RUN@best: all checkpoints of a run have the same
+        path = path.with_name(path.name.partition("@")[0])
+    near = [path, path / "tokenizer", *([path.parent.parent / "tokenizer"] if path.is_dir() else [])]
+    for folder in [path.parent] if path.name == FILE else near:
         if has_tokenizer(folder):
-            return folder
-    what = "it holds neither tokenizer files nor a folder tokenizer/" if path.exists() else "there is no such folder"
-    raise UserError(f"--tokenizer {where}: {what}; give a tokenizer's folder, a run, a Hugging Face folder or hf:NAME")
+            return load_tokenizer(folder)
+    what = "holds neither a tokenizer nor a folder tokenizer/" if path.exists() else "is not there"
+    raise UserError(
+        f"--tokenizer {where}: it {what}; give a tokenizer's folder, a run, a Hugging Face folder or hf:NAME"
+    )

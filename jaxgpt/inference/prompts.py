@@ -1,14 +1,20 @@
-"""Prompts: as users write them on the command line and in files, and as made of conversations. No jax import.
+"""Prompts, as users write them and as made of conversations, and tokens, as users read them. No jax import.
 
 The prompt of a conversation is whole turns or nothing. Where the context is full, the oldest question and answer are
 left out together, and the system message stays; so the model never reads half a turn, as it never did in training.
 """
 
+import codecs
 import dataclasses
+import functools
 import json
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import tokenizers
 
 from jaxgpt.data.chat import ChatEncoder
 from jaxgpt.data.tokenizer import Tokenizer
@@ -142,3 +148,63 @@ class ChatSession:
     def reset(self) -> None:
         """Forget all but the system message."""
         self._turns = []
+
+
+# ---------------------------------------------------------------- tokens to read
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of a token; they may be part of a character."""
+    backend = tokenizer.backend
+    written = backend.id_to_token(token) or ""
+    if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+        is_byte = BYTE_TOKEN.fullmatch(written)
+        return bytes.fromhex(written[3:5]) if is_byte else tokenizer.decode([token]).encode()
+    byte_of = byte_of_character()
+    is_bytes = all(character in byte_of for character in written)
+    return bytes(byte_of[character] for character in written) if is_bytes else written.encode()
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a visible Latin-1 character is its own byte, the 68 other bytes are U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def token_table(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, str, str]]:
+    """[(id, piece, characters that it completes), ...]; a piece is quoted text, or bytes if it is part of a character.
+
+    The third is "" unless earlier tokens began a character that this one ends.
+    """
+    is_bytes = isinstance(tokenizer.backend.decoder, tokenizers.decoders.ByteLevel)
+    decoder, rows, is_open = codecs.getincrementaldecoder("utf-8")("replace"), [], False
+    for token in ids:
+        written = tokenizer.backend.id_to_token(token) or ""
+        if not is_bytes and not BYTE_TOKEN.fullmatch(written):  # the piece as it is in the vocabulary, such as "##ing"
+            decoder.reset()
+            rows.append((token, repr(written), ""))
+            is_open = False
+            continue
+        part = token_bytes(tokenizer, token)
+        text, was_open = decoder.decode(part), is_open
+        is_open = bool(decoder.getstate()[0])
+        is_whole = not was_open and not is_open and "\ufffd" not in text
+        rows.append((token, repr(text if is_whole else part), "" if is_whole or not was_open else text))
+    return rows
+
+
+def table_lines(rows: Sequence[tuple[int, str, str]]) -> list[str]:
+    """A line a token, in columns; a Chinese character is two columns wide."""
+    wide = lambda text: sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text
+    )
+    ids, pieces = max(2, *(len(str(token)) for token, _, _ in rows)), max(wide(piece) for _, piece, _ in rows)
+    lines = [f"{'id':>{ids}}  piece"]
+    for token, piece, completed in rows:
+        ending = f"{' ' * (pieces - wide(piece))}  completes {completed}" if completed else ""
+        lines.append(f"{token:>{ids}}  {piece}{ending}")
+    return lines

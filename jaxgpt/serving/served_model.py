@@ -10,8 +10,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.engine import Engine
-from jaxgpt.inference.prompts import ChatPrompts
-from jaxgpt.inference.text import token_bytes
+from jaxgpt.inference.prompts import ChatPrompts, token_bytes
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.serving.schemas import ApiError, bad_request, not_ready
