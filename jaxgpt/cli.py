@@ -10,6 +10,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jaxgpt import errors
 from jaxgpt.config import Config, describe_type, load_config, sections, unknown_setting
@@ -90,35 +91,35 @@ def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
     command_parser.add_argument("--weights", choices=["float32", "bfloat16", "int8"], help=weights)
 
 
-def add_tokenizer_arguments(command_parser: argparse.ArgumentParser) -> None:
-    """--tokenizer, --file and --json, of `encode` and `decode`."""
+def tokenizer_arguments(
+    command_parser: argparse.ArgumentParser, argv: Sequence[str] | None, name: str
+) -> tuple[argparse.Namespace, str, Callable[[str], Path]]:
+    """(the arguments of `encode` and `decode`, the text of `name`, --file or standard input, what finds hf:NAME)."""
     folders = "a tokenizer's folder or tokenizer.json, a run, a checkpoint, a Hugging Face folder, or hf:NAME"
     command_parser.add_argument("--tokenizer", metavar="WHERE", required=True, help=folders)
     command_parser.add_argument("--file", metavar="FILE", help="read from this UTF-8 file instead")
     command_parser.add_argument("--json", metavar="FILE", help="also write the result there")
-
-
-def given_text(words: str | None, file: str | None, name: str) -> str:
-    """The text of an argument, of a file, or of standard input; a UserError if there is none or it is not UTF-8."""
+    arguments = command_parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
-    if words is not None and file is not None:
-        raise UserError(f"{name} and --file: give one of them")
-    if words is not None:
-        return words
+
+    def locate(where: str) -> Path:
+        from jaxgpt.model import huggingface  # imports jax
+
+        return huggingface.locate(where)
+
+    given, file = getattr(arguments, name), arguments.file
+    if given:
+        return arguments, given if isinstance(given, str) else " ".join(given), locate
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UserError(f"give {name}, --file FILE, or something on standard input")
+        raise UserError(f"no {name}: give it as an argument, with --file FILE, or on standard input")
     try:
-        if file is not None:
-            with open(file, "rb") as stream:
-                return stream.read().decode("utf-8-sig")
-        raw = getattr(sys.stdin, "buffer", None)  # a line break that `echo` adds is no part of the text
-        return (raw.read().decode("utf-8-sig") if raw else sys.stdin.read()).removesuffix("\n")
+        raw = Path(file).read_bytes() if file is not None else sys.stdin.buffer.read().removesuffix(b"\n")
+        return arguments, raw.decode("utf-8-sig"), locate
     except OSError as error:
         raise UserError(f"--file {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        where = f"--file {file}" if file is not None else "standard input"
-        raise UserError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start + 1})") from None
+        raise UserError(f"{file or 'standard input'}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
 
 
 def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,6 @@ template adds to the prompt for it, up to the token that ends it. Where that can
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -142,11 +141,8 @@ def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     try:
         ChatEncoder(tokenizer, ChatConfig(), sys.maxsize).encode(to_text(probe))
     except BadRecord as error:
-        reason = tokenizer.why_no_chat or error.reason
-        raise UserError(
-            f"the tokenizer's own chat template cannot be learned: {reason}; use a folder without chat_template.jinja "
-            "and chat_template in tokenizer_config.json, which gets jaxgpt's template"
-        ) from None
+        fix = "use a folder without it (chat_template.jinja, tokenizer_config.json), which gets jaxgpt's"
+        raise UserError(f"the tokenizer's own chat template cannot be learned: {error.reason}; {fix}") from None
     assert tokenizer.end_of_turn is not None
     return tokenizer.with_end(tokenizer.end_of_turn)
 
@@ -221,9 +217,7 @@ class ChatEncoder:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
         messages = with_system(messages, self._system)
         if self._tokenizer.own_template is not None:
-            quoted, mark = self._quoted(messages)
-            rendered = self._tokenizer.render(quoted, for_answer=True)
-            return [token for token, _, _ in self._tokenizer.encode_rendered(rendered, mark)]
+            return self._tokenizer.encode_rendered(self._tokenizer.render(messages, for_answer=True)).ids
         turns = [self._turn(message) for message in messages]
         tokens = [int(token) for turn in turns for token in turn.tokens]
         return [*tokens, self._start, *self._tokenizer.encode("assistant\n")]
@@ -240,42 +234,37 @@ class ChatEncoder:
 
     def _parts(self, messages: Sequence[Mapping[str, str]], where: str) -> list[Encoded]:
         """The same parts as `encode`, by the tokenizer's own template."""
-        head, first = messages[: len(messages) % 2], len(messages) % 2
-        parts = []
+        first = len(messages) % 2
+        head, parts = messages[:first], []
         while first < len(messages):
-            made, end = None, len(messages)
-            if len((whole := self._rendered([*head, *messages[first:]], where)).tokens) <= self._block_size:
-                made = whole
+            for end in range(len(messages), first, -2):
+                part = self._rendered([*head, *messages[first:end]], where)
+                if len(part.tokens) <= self._block_size:
+                    break
             else:
-                end = first
-                while (
-                    len((part := self._rendered([*head, *messages[first : end + 2]], where)).tokens) <= self._block_size
-                ):
-                    made, end = part, end + 2
-            if made is None:
                 reason = (
                     f"a question and its answer are {len(part.tokens)} tokens, data.block_size = {self._block_size}"
                 )
                 raise BadRecord(f"{where}, turns {first + 1} and {first + 2}", f"longer than a block: {reason}")
-            parts.append(made)
+            parts.append(part)
             first = end
         return parts
 
     def _rendered(self, messages: Sequence[Mapping[str, str]], where: str) -> Encoded:
         """A whole conversation by the tokenizer's own template. Each answer must be there what follows its prompt."""
         render, spans = self._tokenizer.render, []
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         try:
-            quoted, mark = self._quoted(messages)
-            whole = render(quoted)
-            for number in [number for number, message in enumerate(messages) if message["role"] == "assistant"]:
-                prompt, answered = render(quoted[:number], for_answer=True), render(quoted[: number + 1])
+            whole = render(messages)
+            for number in answers:
+                prompt, answered = render(messages[:number], for_answer=True), render(messages[: number + 1])
                 if not (answered.startswith(prompt) and whole.startswith(answered)):
                     raise UserError(f"its chat template writes turn {number + 1} otherwise before other turns")
                 spans.append((len(prompt), len(answered)))
-            found = self._tokenizer.encode_rendered(whole, mark)
+            found = self._tokenizer.encode_rendered(whole)
         except UserError as error:
             raise BadRecord(where, str(error)) from None
-        tokens, starts, stops = np.array(found, np.int32).reshape(-1, 3).T
+        tokens, (starts, stops) = np.array(found.ids, np.int32), np.array(found.offsets).T
         supervised = np.zeros(len(tokens), bool)
         for begin, end in spans:
             inside = np.flatnonzero((starts >= begin) & (stops <= end))
@@ -285,18 +274,7 @@ class ChatEncoder:
             if ((starts < begin) & (stops > begin)).any():
                 raise BadRecord(where, "its chat template begins an answer within a token")
             supervised[inside[0] : ends[0] + 1] = True
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        return Encoded(tokens, supervised, sum(len(answer.encode()) for answer in answers))
-
-    def _quoted(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[str, str]], str | None]:
-        """The messages with names of special tokens in them between two marks, and the mark; None if there are none."""
-        contents, names = "".join(message["content"] for message in messages), self._tokenizer.control_names
-        if not any(name in contents for name in names):
-            return list(messages), None
-        mark = next(mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if mark not in contents)  # no characters
-        pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-        quote = lambda found: f"{mark}{found[0]}{mark}"
-        return [{**message, "content": pattern.sub(quote, message["content"])} for message in messages], mark
+        return Encoded(tokens, supervised, sum(len(messages[number]["content"].encode()) for number in answers))
 
 
 def marks(colour: bool | None = None) -> tuple[str, str]:

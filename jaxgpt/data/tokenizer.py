@@ -70,6 +70,7 @@ class Tokenizer:
         self._end_of_text = end_of_text
         added = _added_tokens(self.backend).items()
         self.declared = declared
+        self.why_no_chat = f"its tokenizer has no {END_OF_TURN}"
         self._special = {token: number for token, (number, is_special) in added if is_special}
         end = self.backend.token_to_id(end_of_text)
         assert end is not None, f"no token {end_of_text}"
@@ -95,30 +96,19 @@ class Tokenizer:
         return None if template == TEMPLATE else template
 
     @functools.cached_property
-    def _chat(self) -> tuple[int | None, str]:
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer; None for a tokenizer that cannot chat, for the reason in `why_no_chat`."""
         if self.own_template is None:
-            has_turns = START_OF_TURN in self._special
-            return self._special.get(END_OF_TURN) if has_turns else None, f"its tokenizer has no {END_OF_TURN}"
-        answer = "Good day"
-        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+            return self._special.get(END_OF_TURN) if START_OF_TURN in self._special else None
+        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
         try:
             self.render(messages[:1], for_answer=True)
-            tail = self.render(messages).rpartition(answer)[2]
+            tail = self.encode_rendered(self.render(messages).rpartition("Good day")[2]).ids
         except UserError as error:
-            return None, str(error)
-        after = [token for token, _, _ in self.encode_rendered(tail)]
+            self.why_no_chat = str(error)
+            return None
         special = {*self._special.values(), *self.declared.ends}
-        return next((token for token in after if token in special), self.end_of_text), ""
-
-    @property
-    def end_of_turn(self) -> int | None:
-        """The token that ends an answer; None for a tokenizer without the tokens of a chat and without a template."""
-        return self._chat[0]
-
-    @property
-    def why_no_chat(self) -> str:
-        """Why `end_of_turn` is None."""
-        return self._chat[1]
+        return next((token for token in tail if token in special), self.end_of_text)
 
     @property
     def ends(self) -> list[int]:
@@ -164,12 +154,15 @@ class Tokenizer:
         `for_answer` adds the beginning of an answer.
 
         Raises:
-            UserError: the template fails or refuses them; says how.
+            UserError: the template fails or refuses them, or they hold a token's name, which it would turn into that.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        values: dict[str, Any] = dict(self.declared.special)
-        chats, template = [[dict(message) for message in messages]], self.own_template or TEMPLATE
+        template, values = self.own_template or TEMPLATE, dict[str, Any](self.declared.special)
+        for name, (_, is_special) in _added_tokens(self.backend).items():
+            if (is_special or name in template) and any(name in message["content"] for message in messages):
+                raise UserError(f"the conversation holds {name!r}, which would become that token; write it otherwise")
+        chats = [[dict(message) for message in messages]]
         try:
             made: Any = render_jinja_template(chats, chat_template=template, add_generation_prompt=for_answer, **values)
         except Exception as error:  # noqa: BLE001 - a template is a program: it can raise anything
@@ -177,41 +170,19 @@ class Tokenizer:
             raise UserError(f"its chat template fails or refuses the conversation ({reason})") from None
         return made[0][0]
 
-    def encode_rendered(self, text: str, mark: str | None = None) -> list[tuple[int, int, int]]:
-        """[(id, first character, end), ...] of a rendered conversation, where names of special tokens are the tokens.
-
-        What stands between two `mark`s is only text; the marks themselves are left out.
-        """
-        found, position, names = [], 0, self.control_names
-        parts = [text] if mark is None else text.split(mark)
-        for number, part in enumerate(parts):
-            with library_errors("the tokenizer cannot read this conversation"):
-                encoding = (self.backend if number % 2 else self._marking).encode(part, add_special_tokens=False)
-            if number % 2 and (names.get(part, encoding.ids[0]) in encoding.ids or number == len(parts) - 1):
-                raise UserError(f"the conversation holds the letters {part[:40]!r}, which would become a token here")
-            found += [(token, position + a, position + b) for token, (a, b) in zip(encoding.ids, encoding.offsets)]
-            position += len(part) + 1
-        return found
-
-    @functools.cached_property
-    def control_names(self) -> dict[str, int]:
-        """{name: id} of the tokens that no text of a user may become: the special ones, and those of the template."""
-        template = self.own_template or ""
-        return self._special | {
-            name: number for name, (number, _) in _added_tokens(self.backend).items() if name in template
-        }
+    def encode_rendered(self, text: str) -> tokenizers.Encoding:
+        """The tokens of a rendered conversation, in which the names of special tokens are the tokens."""
+        with library_errors("the tokenizer cannot read this conversation"):
+            return self._marking.encode(text, add_special_tokens=False)
 
     @functools.cached_property
     def _marking(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, for which the name of a special token is the token."""
         content = json.loads(self._json) | {"post_processor": None}  # it would trim the space before a word
         return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def with_end(self, end: int) -> "Tokenizer":
         """This tokenizer, which declares that `end` ends a text, too."""
-        if end in self.declared.ends:
-            return self
-        ends = (end, *self.declared.ends)
+        ends = tuple(dict.fromkeys((end, *self.declared.ends)))
         return Tokenizer(self._json, self._end_of_text, dataclasses.replace(self.declared, ends=ends))
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":

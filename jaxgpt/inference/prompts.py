@@ -4,12 +4,10 @@ The prompt of a conversation is whole turns or nothing. Where the context is ful
 left out together, and the system message stays; so the model never reads half a turn, as it never did in training.
 """
 
-import codecs
 import dataclasses
 import functools
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -175,36 +173,13 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def token_table(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, str, str]]:
-    """[(id, piece, characters that it completes), ...]; a piece is quoted text, or bytes if it is part of a character.
-
-    The third is "" unless earlier tokens began a character that this one ends.
-    """
-    is_bytes = isinstance(tokenizer.backend.decoder, tokenizers.decoders.ByteLevel)
-    decoder, rows, is_open = codecs.getincrementaldecoder("utf-8")("replace"), [], False
-    for token in ids:
-        written = tokenizer.backend.id_to_token(token) or ""
-        if not is_bytes and not BYTE_TOKEN.fullmatch(written):  # the piece as it is in the vocabulary, such as "##ing"
-            decoder.reset()
-            rows.append((token, repr(written), ""))
-            is_open = False
-            continue
-        part = token_bytes(tokenizer, token)
-        text, was_open = decoder.decode(part), is_open
-        is_open = bool(decoder.getstate()[0])
-        is_whole = not was_open and not is_open and "\ufffd" not in text
-        rows.append((token, repr(text if is_whole else part), "" if is_whole or not was_open else text))
-    return rows
-
-
-def table_lines(rows: Sequence[tuple[int, str, str]]) -> list[str]:
-    """A line a token, in columns; a Chinese character is two columns wide."""
-    wide = lambda text: sum(
-        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text
-    )
-    ids, pieces = max(2, *(len(str(token)) for token, _, _ in rows)), max(wide(piece) for _, piece, _ in rows)
-    lines = [f"{'id':>{ids}}  piece"]
-    for token, piece, completed in rows:
-        ending = f"{' ' * (pieces - wide(piece))}  completes {completed}" if completed else ""
-        lines.append(f"{token:>{ids}}  {piece}{ending}")
-    return lines
+def token_piece(tokenizer: Tokenizer, token: int) -> str:
+    """The piece of a token, quoted as in Python: text, bytes if it is a part of a character, or a word part as stored."""
+    written = tokenizer.backend.id_to_token(token) or ""
+    if not isinstance(tokenizer.backend.decoder, tokenizers.decoders.ByteLevel) and not BYTE_TOKEN.fullmatch(written):
+        return repr(written)  # as "##ing"
+    part = token_bytes(tokenizer, token)
+    try:
+        return repr(part.decode())
+    except UnicodeDecodeError:
+        return repr(part)
