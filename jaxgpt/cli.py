@@ -93,8 +93,8 @@ def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
 
 def tokenizer_arguments(
     command_parser: argparse.ArgumentParser, argv: Sequence[str] | None, name: str
-) -> tuple[argparse.Namespace, str, Callable[[str], Path]]:
-    """(the arguments of `encode` and `decode`, the text of `name`, --file or standard input, what finds hf:NAME)."""
+) -> tuple[argparse.Namespace, str]:
+    """The arguments of `encode` and `decode`, and the text of the argument `name`, --file or standard input."""
     folders = "a tokenizer's folder or tokenizer.json, a run, a checkpoint, a Hugging Face folder, or hf:NAME"
     command_parser.add_argument("--tokenizer", metavar="WHERE", required=True, help=folders)
     command_parser.add_argument("--file", metavar="FILE", help="read from this UTF-8 file instead")
@@ -103,19 +103,14 @@ def tokenizer_arguments(
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
 
-    def locate(where: str) -> Path:
-        from jaxgpt.model import huggingface  # imports jax
-
-        return huggingface.locate(where)
-
     given, file = getattr(arguments, name), arguments.file
-    if given:
-        return arguments, given if isinstance(given, str) else " ".join(given), locate
+    if given not in (None, []):
+        return arguments, given if isinstance(given, str) else " ".join(given)
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError(f"no {name}: give it as an argument, with --file FILE, or on standard input")
     try:
         raw = Path(file).read_bytes() if file is not None else sys.stdin.buffer.read().removesuffix(b"\n")
-        return arguments, raw.decode("utf-8-sig"), locate
+        return arguments, raw.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--file {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -16,14 +16,19 @@ from jaxgpt.errors import UserError
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("decode", __doc__)
     parser.add_argument("ids", metavar="ID", nargs="*", help="the ids of the tokens [--file, or standard input]")
-    arguments, given, locate = cli.tokenizer_arguments(parser, argv, "ids")
+    arguments, given = cli.tokenizer_arguments(parser, argv, "ids")
+
+    if arguments.tokenizer.startswith("hf:"):
+        from jaxgpt.model.huggingface import locate  # imports jax
+
+        arguments.tokenizer = str(locate(arguments.tokenizer))
 
     from jaxgpt.data.tokenizer_folder import find_tokenizer
 
     words = given.translate(str.maketrans(",[]", "   ")).split()
     if wrong := [word for word in words if not (word.isascii() and word.isdecimal())] or ["nothing"] * (not words):
         raise UserError(f"{wrong[0][:40]!r} is no token id; ids are numbers, such as 15496 995")
-    tokenizer, ids = find_tokenizer(arguments.tokenizer, locate), [int(word) for word in words]
+    tokenizer, ids = find_tokenizer(arguments.tokenizer), [int(word) for word in words]
     for token in ids:
         if token >= tokenizer.vocab_size or tokenizer.backend.id_to_token(token) is None:
             raise UserError(f"{token} is no token: the ids of this tokenizer are 0 to {tokenizer.vocab_size - 1}")

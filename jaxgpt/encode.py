@@ -17,13 +17,18 @@ from jaxgpt.errors import UserError
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("encode", __doc__)
     parser.add_argument("text", metavar="TEXT", nargs="?", help="the text [--file, or standard input]")
-    arguments, text, locate = cli.tokenizer_arguments(parser, argv, "text")
+    arguments, text = cli.tokenizer_arguments(parser, argv, "text")
+
+    if arguments.tokenizer.startswith("hf:"):
+        from jaxgpt.model.huggingface import locate  # imports jax
+
+        arguments.tokenizer = str(locate(arguments.tokenizer))
 
     from jaxgpt.data.tokenizer_folder import find_tokenizer
     from jaxgpt.inference.prompts import check_unicode, token_piece
 
     check_unicode(text, "the text")
-    tokenizer = find_tokenizer(arguments.tokenizer, locate)
+    tokenizer = find_tokenizer(arguments.tokenizer)
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError("the text has no tokens: it is empty")

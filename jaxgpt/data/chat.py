@@ -242,10 +242,8 @@ class ChatEncoder:
                 if len(part.tokens) <= self._block_size:
                     break
             else:
-                reason = (
-                    f"a question and its answer are {len(part.tokens)} tokens, data.block_size = {self._block_size}"
-                )
-                raise BadRecord(f"{where}, turns {first + 1} and {first + 2}", f"longer than a block: {reason}")
+                reason = f"longer than a block: {len(part.tokens)} tokens, data.block_size = {self._block_size}"
+                raise BadRecord(f"{where}, turns {first + 1} and {first + 2}", reason)
             parts.append(part)
             first = end
         return parts

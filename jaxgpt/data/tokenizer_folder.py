@@ -9,7 +9,6 @@ use of a tokenizer had, such as truncation, is cleared with a warning. Nothing i
 import functools
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,21 +270,14 @@ def _templates(folder: Path, settings: dict) -> dict[str, str]:
     return {} if not stored else dict(stored) if isinstance(stored, dict) else {"default": str(stored)}
 
 
-def find_tokenizer(where: str, locate: Callable[[str], Path]) -> Tokenizer:
-    """The tokenizer that a user names: its file or folder, a run, a checkpoint, a prepared dataset, or hf:NAME.
-
-    `locate` finds the folder of a name on the hub.
-    """
-    if where.startswith("hf:"):
-        return load_tokenizer(locate(where))
+def find_tokenizer(where: str) -> Tokenizer:
+    """The tokenizer that a user names: its file or folder, a run, a checkpoint, or a prepared dataset."""
     path = Path(where).expanduser()
-    if not path.exists() and "@" in path.name:  # RUN@best: all checkpoints of a run have the same
+    if not path.exists():  # RUN@best: all checkpoints of a run have the same
         path = path.with_name(path.name.partition("@")[0])
     near = [path, path / "tokenizer", *([path.parent.parent / "tokenizer"] if path.is_dir() else [])]
     for folder in [path.parent] if path.name == FILE else near:
         if has_tokenizer(folder):
             return load_tokenizer(folder)
-    what = "holds neither a tokenizer nor a folder tokenizer/" if path.exists() else "is not there"
-    raise UserError(
-        f"--tokenizer {where}: it {what}; give a tokenizer's folder, a run, a Hugging Face folder or hf:NAME"
-    )
+    what = "it holds no tokenizer" if path.exists() else "it is not there"
+    raise UserError(f"--tokenizer {where}: {what}; give a tokenizer's folder, a run, a Hugging Face folder or hf:NAME")

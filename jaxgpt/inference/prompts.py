@@ -174,7 +174,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 def token_piece(tokenizer: Tokenizer, token: int) -> str:
-    """The piece of a token, quoted as in Python: text, bytes if it is a part of a character, or a word part as stored."""
+    """The piece of a token as Python quotes it: text, or bytes if it is a part of a character."""
     written = tokenizer.backend.id_to_token(token) or ""
     if not isinstance(tokenizer.backend.decoder, tokenizers.decoders.ByteLevel) and not BYTE_TOKEN.fullmatch(written):
         return repr(written)  # as "##ing"
