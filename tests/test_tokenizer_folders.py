@@ -11,12 +11,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jaxgpt.data.tokenizer import END_OF_TEXT
 from jaxgpt.data.tokenizer_folder import load_tokenizer
-from jaxgpt.errors import UserError
 
 TEXTS = [f"第{i}句：这是一个句子，数字是{i * 3}。 Line {i} says Hello World, café!\n" for i in range(30)]
 SAMPLES = [
     "".join(TEXTS[:3]) + "  two  spaces\tand a tab, ÀÉ 🙂 中文English混排",
-    "hello <tool> WORLD Line 7 </s> and [sep]",
+    "hello <tool> WORLD Line 7 </S> and [sep",
     " a leading space, e\u0301 and \u3000 wide",
     "a" * 600,
 ]
