@@ -251,7 +251,8 @@ class Tokenizer:
         elif templates:
             settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        if self.declared.ends or self.declared.generation:
+        turn = self.end_of_turn if self.own_template is None else None
+        if {*self.ends} != {turn, self.end_of_text} - {None} or self.declared.generation:
             write_file(folder / GENERATION, json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n")
 
     @property

@@ -30,15 +30,8 @@ _DEFAULTS: dict[str | None, dict[str, str]] = {
 }
 # Classes that take tokenizer.json as it is.
 _PLAIN = (None, "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
-_UNUSED: tuple[str, ...] = (
-    "_from_model_config",
-    "transformers_version",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-)
-_UNUSED += ("do_sample", "output_attentions", "output_hidden_states")
+# Settings of generation_config.json that change no text.
+_SILENT = ("bos_token_id", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -92,8 +85,11 @@ def _load(folder: Path) -> Tokenizer:
     known = {name: token for name, token in special.items() if token and backend.token_to_id(token) is not None}
     generation = _object(folder / GENERATION)
     ends = _ends(folder, backend, known.get("eos_token"), generation, config)
-    kept = {key: value for key, value in generation.items() if key not in ("eos_token_id", "transformers_version")}
-    if unused := [key for key in kept if key not in _UNUSED and kept[key] is not None]:
+    usual = {"eos_token_id": None, **dict.fromkeys(("bos_token_id", "pad_token_id"), backend.token_to_id(end))}
+    kept = {key: generation[key] for key in generation if key not in usual or generation[key] != usual[key]}
+    for name in ("eos_token_id", "transformers_version", "_from_model_config"):
+        kept.pop(name, None)
+    if unused := [key for key in kept if key not in _SILENT and kept[key] is not None]:
         _say(f"{folder / GENERATION}: {', '.join(unused)}: kept, but not used here; give sampling rules as options")
     return Tokenizer(text, end, Declared(known, ends, _templates(folder, settings), kept))
 
