@@ -66,8 +66,8 @@ def check(dataset: TokenDataset) -> Lint:
             last = supervised & ~np.append(supervised[1:], False)
             if (tokens[last] != end).any():
                 raise UserError(
-                    f"{dataset.path}: conversation {document + 1}: an answer does not end in {tokenizer.decode([end])}, "
-                    "so a model would not learn to stop; prepare again"
+                    f"{dataset.path}: conversation {document + 1}: an answer does not end in "
+                    f"{tokenizer.decode([end])}, so a model would not learn to stop; prepare again"
                 )
             counts[document] += 1
             _count(lint, tokens, supervised, start, tokenizer)
