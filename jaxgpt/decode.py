@@ -4,6 +4,7 @@ Ids are separated by spaces or commas, as `jaxgpt encode` and Python print them.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jaxgpt.data.tokenizer_folder import find_tokenizer
 
     words = given.translate(str.maketrans(",[]", "   ")).split()
-    if wrong := [word for word in words if not (word.isascii() and word.isdecimal())] or ["nothing"] * (not words):
+    if wrong := [word for word in words if not re.fullmatch("[0-9]{1,9}", word)] or ["nothing"] * (not words):
         raise UserError(f"{wrong[0][:40]!r} is no token id; ids are numbers, such as 15496 995")
     tokenizer, ids = find_tokenizer(arguments.tokenizer), [int(word) for word in words]
     for token in ids:

@@ -116,15 +116,17 @@ def make(folder: Path, case: Case) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shape = dict(n_positions=128, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.6, **shape, **ends))
     prompt = theirs_prompt(tokenizer, TURNS) if case.template else tokenizer.encode("Line 3", add_special_tokens=False)
-    greedy = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)[0, len(prompt) :].tolist()
     end = tokenizer.convert_tokens_to_ids(case.end)
-    seen = lambda place: greedy[place] in (*prompt, *greedy[:place], end)
-    other = greedy[next(place for place in range(3, NEW) if not seen(place))]
-    with torch.no_grad():  # the two tokens change places
-        model.transformer.wte.weight[[end, other]] = model.transformer.wte.weight[[other, end]]
+    for seed in range(50):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.6, **shape, **ends))
+        greedy = lambda model: model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)[0]
+        other = greedy(model)[len(prompt) + 4].item()
+        with torch.no_grad():  # the two tokens change places
+            model.transformer.wte.weight[[end, other]] = model.transformer.wte.weight[[other, end]]
+        if end in (made := greedy(model)[len(prompt) :].tolist())[3:] and end not in made[:3]:
+            break
     model.save_pretrained(folder)
     for name, eos in (("config.json", case.config), ("generation_config.json", case.generation)):
         content = json.loads((folder / name).read_text())
@@ -244,6 +246,6 @@ tensorboard = false
     )
     learned = made.tokens[made.supervised].tolist()
     expected = f"HelloWorld{case.end}says{case.end}"
-    assert model.tokenizer.decode(learned).replace(" ", "") in (expected, expected.replace("World", "[UNK]"))
+    assert model.tokenizer.decode(learned).replace(" ", "") in (expected, expected.replace("HelloWorld", "helloworld"))
     assert learned.count(model.tokenizer.end_of_turn) == 2
     assert np.flatnonzero(made.supervised)[0] == len(encoder.prompt(ANSWERED[:1]))

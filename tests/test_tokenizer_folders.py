@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jaxgpt.data.tokenizer import END_OF_TEXT
 from jaxgpt.data.tokenizer_folder import load_tokenizer
+from jaxgpt.errors import UserError
 
 TEXTS = [f"第{i}句：这是一个句子，数字是{i * 3}。 Line {i} says Hello World, café!\n" for i in range(30)]
 SAMPLES = [
@@ -247,3 +248,83 @@ def test_ids_are_those_of_transformers_as_they_are_and_saved_again(name, tmp_pat
                 expected = theirs(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
                 assert ours.encode(text) == saved.encode(text) == ours.encode_batch([text])[0].tolist() == expected
                 assert ours.decode(expected) == theirs.decode(expected, clean_up_tokenization_spaces=False)
+
+
+def test_the_ids_of_a_folder_in_the_forms_that_used_to_go_wrong(tmp_path, caplog):
+    """Without transformers: what stored state changed, and the ids that side files decide."""
+    text, expected = SAMPLES[0], None
+    for name, make in {"plain": FOLDERS["tokenizer.json"][0], "cut": with_truncation, "padded": with_padding}.items():
+        (folder := tmp_path / name).mkdir()
+        make(folder)
+        expected = expected or load_tokenizer(folder).encode(text)
+        assert load_tokenizer(folder).encode(text) == expected and len(expected) > 100
+    (folder := tmp_path / "dropout").mkdir()
+    with_dropout(folder)
+    assert len({tuple(load_tokenizer(folder).encode(text)) for _ in range(5)}) == 1
+    (folder := tmp_path / "added").mkdir()
+    with_added_tokens(folder)
+    added = load_tokenizer(folder)
+    assert [added.backend.token_to_id(name) for name in ("<|im_end|>", "<|im_start|>", "<tool>")] == [340, 341, 342]
+    assert added.ends == [340, added.end_of_text]
+    chatting = added.with_special_tokens(TURN)  # it has them: the ids stay
+    assert (chatting.end_of_turn, chatting.vocab_size) == (340, 343) and chatting.extends(added)
+    (folder := tmp_path / "bert").mkdir()
+    bert(folder)
+    chinese = load_tokenizer(folder)
+    vocabulary = bert_vocabulary()
+    assert [vocabulary[i] for i in chinese.encode("这是Hello\n个 1")] == ["这", "是", "hello", "个", "1"]
+    assert chinese.end_of_text == 3 and load_tokenizer(folder).decode(chinese.encode("是hello")) == "是 hello"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda f: write(f, tokenizer_config={"auto_map": {"AutoTokenizer": ["x.Y", None]}}), "code of its own"),
+        (lambda f: write(f, generation_config={"eos_token_id": "0"}), "neither a token id nor a list"),
+        (lambda f: write(f, added_tokens=[1]), "not a JSON object"),
+        (lambda f: (f / "tokenizer_config.json").write_bytes(b"\xff\xfe{"), "not JSON"),
+        (lambda f: write(f, tokenizer_config={"chat_template": [{"name": "default"}]}), "broken"),
+        (
+            lambda f: write(f, bpe(END_OF_TEXT), {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}),
+            "broken",
+        ),
+        (lambda f: write(f, bpe(END_OF_TEXT), {"decoder": {"type": "None of them"}}), "broken"),
+        (lambda f: write(f, bpe("x")), "no end-of-text token"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(change, told, tmp_path):
+    write(tmp_path, bpe(END_OF_TEXT))
+    change(tmp_path)
+    with pytest.raises(UserError, match=told) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_the_library_raises_while_it_reads_a_text_is_one_line(tmp_path):
+    vocabulary = {token: i for i, token in enumerate(["[SEP]", "a"])}  # no [UNK]
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    write(tmp_path, backend, tokenizer_config={"eos_token": "[SEP]"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [1]
+    for read in (
+        tokenizer.encode,
+        lambda text: tokenizer.encode_batch([text]),
+        lambda text: tokenizer.encode_from(text, 0),
+    ):
+        with pytest.raises(UserError, match=r"cannot read .*UNK"):
+            read("b")
+
+
+def test_what_is_declared_and_not_there_or_not_used_is_told(tmp_path, caplog):
+    settings = {"eos_token": "e", "pad_token": "[PAD]", "tokenizer_class": "LlamaTokenizer"}
+    write(tmp_path, bpe(END_OF_TEXT), tokenizer_config=settings, config={"model_type": "gpt2", "vocab_size": 340})
+    write(tmp_path, generation_config={"eos_token_id": [0, 50256], "temperature": 0.6, "use_cache": True})
+    with caplog.at_level(logging.WARNING, "jaxgpt"):
+        tokenizer = load_tokenizer(tmp_path)
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for words in ("LlamaTokenizer by rules of its own", "[PAD] has no row", "50256 is no token", "temperature: kept"):
+        assert words in said
+    assert "'e' is an ordinary word" in said and "the eos_token e ends a text here, too" in said
+    assert tokenizer.vocab_size == 340 and [tokenizer.decode([end]) for end in tokenizer.ends] == [END_OF_TEXT, "e"]
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").declared == tokenizer.declared

@@ -237,8 +237,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": bool(splitter.get("add_prefix_space", False)),
             "clean_up_tokenization_spaces": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self._end_of_text),
-            **self.declared.special,
+            "eos_token": self._end_of_text,
+            **(self.declared.special or dict.fromkeys(("bos_token", "unk_token"), self._end_of_text)),
         }
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
