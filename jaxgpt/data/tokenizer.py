@@ -237,9 +237,9 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": bool(splitter.get("add_prefix_space", False)),
             "clean_up_tokenization_spaces": False,
-            "eos_token": self._end_of_text,
-            **(self.declared.special or dict.fromkeys(("bos_token", "unk_token"), self._end_of_text)),
+            **(self.declared.special or dict.fromkeys(("bos_token", "eos_token", "unk_token"), self._end_of_text)),
         }
+        settings.setdefault("eos_token", self._end_of_text)
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
         templates = dict(self.declared.templates)
