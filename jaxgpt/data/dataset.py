@@ -22,7 +22,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from jaxgpt.config import Config, with_settings
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.storage import manifest
 

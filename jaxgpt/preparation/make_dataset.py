@@ -27,7 +27,8 @@ from tqdm import tqdm
 from jaxgpt.config import Config, with_settings
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import FORMAT_VERSION, SPLITS, TokenDataset, check_answers, check_window, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, preparation_report, sources, splitting, stages

@@ -16,7 +16,8 @@ import numpy as np
 from jaxgpt import __version__
 from jaxgpt.config import Config, flatten, to_json, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
 from jaxgpt.model.huggingface import HuggingFaceModel, leaf_at
