@@ -18,7 +18,7 @@ from processes import wait_for
 
 from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import chunks, duplicates, make_dataset, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows

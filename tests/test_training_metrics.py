@@ -257,14 +257,6 @@ def test_tensorboard_hides_on_resume_what_is_run_again(tmp_path):
     assert (6, "start", None) in list(events(tmp_path))
 
 
-def test_missing_wandb_is_the_users_error_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    for is_writer in (True, False):  # if one process alone stopped, the others would wait for it
-        with pytest.raises(UserError, match="pip install wandb"):
-            MetricLog(tmp_path, LogConfig(wandb_project="p"), 100, 0, is_writer)
-
-
 def test_wandb_continues_the_same_run_after_a_resume_and_learns_that_a_run_failed(tmp_path, monkeypatch):
     started, logged, ended = [], [], []
     run = types.SimpleNamespace(

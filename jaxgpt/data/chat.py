@@ -12,6 +12,9 @@ With `tokenizer.TEMPLATE`, Hugging Face's `apply_chat_template` gives the same i
 knows no weights, and that the letters "<|im_end|>" in a user's text become the token there (unless
 sanitize_control_tokens = True). Here they stay text: a user must not be able to end their own turn and begin an
 assistant's.
+
+A tokenizer from a Hugging Face folder may bring a template of its own, which is then used: an answer is what the
+template adds to the prompt for it, up to the token that ends it. Where that cannot be told, it is refused.
 """
 
 import itertools
@@ -24,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
-from jaxgpt.errors import BadRecord
+from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.settings import ChatConfig
 
 COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
@@ -64,8 +67,21 @@ def _check_content(content: object, where: str) -> None:
 
 
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the two tokens of a turn added; the same tokenizer if it has them already."""
-    return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+    """The tokenizer with the two tokens of a turn, or one whose own template can be learned; the same if it is that.
+
+    Raises:
+        UserError: a template of its own does not show what to learn; says why.
+    """
+    if tokenizer.own_template is None:
+        return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+    probe = [{"role": role, "content": f"word {n}"} for n in range(2) for role in ("user", "assistant")]
+    try:
+        ChatEncoder(tokenizer, ChatConfig(), sys.maxsize).encode(to_text(probe))
+    except BadRecord as error:
+        fix = "use a folder without it (chat_template.jinja, tokenizer_config.json), which gets jaxgpt's"
+        raise UserError(f"the tokenizer's own chat template cannot be learned: {error.reason}; {fix}") from None
+    assert tokenizer.end_of_turn is not None
+    return tokenizer.with_end(tokenizer.end_of_turn)
 
 
 def with_system(messages: Sequence[Mapping[str, str]], system: str) -> list[Mapping[str, str]]:
@@ -94,6 +110,8 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, settings: ChatConfig, block_size: int):
         """`tokenizer` has the chat tokens; a conversation is cut into parts of at most `block_size` tokens."""
         self._tokenizer, self._system, self._block_size = tokenizer, settings.system, block_size
+        if tokenizer.own_template is not None:
+            return
         start, end = tokenizer.backend.token_to_id(START_OF_TURN), tokenizer.backend.token_to_id(END_OF_TURN)
         assert start is not None and end is not None, "call with_chat_tokens first"
         self._start, self._end = start, end
@@ -111,6 +129,8 @@ class ChatEncoder:
         """
         messages = with_system(json.loads(text), self._system)
         check_messages(messages, where)
+        if self._tokenizer.own_template is not None:
+            return self._parts(messages, where)
         turns = [self._turn(message) for message in messages]
         begin, ends = _exchanges(messages)
         head, room = turns[:begin], self._block_size - sum(len(turn.tokens) for turn in turns[:begin])
@@ -132,7 +152,10 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
-        turns = [self._turn(message) for message in with_system(messages, self._system)]
+        messages = with_system(messages, self._system)
+        if self._tokenizer.own_template is not None:
+            return self._tokenizer.encode_rendered(self._tokenizer.render(messages, for_answer=True)).ids
+        turns = [self._turn(message) for message in messages]
         tokens = [int(token) for turn in turns for token in turn.tokens]
         return [*tokens, self._start, *self._tokenizer.encode("assistant\n")]
 
@@ -145,6 +168,48 @@ class ChatEncoder:
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
+
+    def _parts(self, messages: Sequence[Mapping[str, Any]], where: str) -> list[Encoded]:
+        """The same parts as `encode`, by the tokenizer's own template."""
+        begin, ends = _exchanges(messages)
+        head, parts = messages[:begin], []
+        while ends:
+            for count in range(len(ends), 0, -1):
+                part = self._rendered([*head, *messages[begin : ends[count - 1]]], where)
+                if len(part.tokens) <= self._block_size:
+                    break
+            else:
+                reason = f"longer than a block: {len(part.tokens)} tokens, data.block_size = {self._block_size}"
+                raise BadRecord(f"{where}, turns {begin + 1} and {ends[0]}", reason)
+            parts.append(part)
+            begin, ends = ends[count - 1], ends[count:]
+        return parts
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
+        """A whole conversation by the tokenizer's own template. Each answer must be there what follows its prompt."""
+        render, spans = self._tokenizer.render, []
+        answers = [number for number, message in enumerate(messages) if _is_learned(message)]
+        try:
+            whole = render(messages)
+            for number in answers:
+                prompt, answered = render(messages[:number], for_answer=True), render(messages[: number + 1])
+                if not (answered.startswith(prompt) and whole.startswith(answered)):
+                    raise UserError(f"its chat template writes turn {number + 1} otherwise before other turns")
+                spans.append((len(prompt), len(answered)))
+            found = self._tokenizer.encode_rendered(whole)
+        except UserError as error:
+            raise BadRecord(where, str(error)) from None
+        tokens, (starts, stops) = np.array(found.ids, np.int32), np.array(found.offsets).T
+        supervised = np.zeros(len(tokens), bool)
+        for begin, end in spans:
+            inside = np.flatnonzero((starts >= begin) & (stops <= end))
+            ends = inside[tokens[inside] == self._tokenizer.end_of_turn]
+            if not len(ends):
+                raise BadRecord(where, "its chat template ends an answer with no token of its own, so none would stop")
+            if ((starts < begin) & (stops > begin)).any():
+                raise BadRecord(where, "its chat template begins an answer within a token")
+            supervised[inside[0] : ends[0] + 1] = True
+        return Encoded(tokens, supervised, sum(len(messages[number]["content"].encode()) for number in answers))
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from jaxgpt.config import Config, with_settings
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import FORMAT_VERSION, SPLITS, TokenDataset, check_answers, check_window, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, preparation_report, sources, splitting, stages
@@ -45,7 +46,7 @@ Inspect = Callable[[TokenDataset], dict[str, object]]
 """Gives further facts for the report, from the finished dataset."""
 
 
-class Place(NamedTuple):
+class DatasetPlace(NamedTuple):
     """Where a dataset is, or will be."""
 
     path: Path
@@ -98,10 +99,10 @@ def prepare(
     return final
 
 
-def _found(place: Place, config: Config, tokenizer: Tokenizer | None) -> Path:
+def _found(place: DatasetPlace, config: Config, tokenizer: Tokenizer | None) -> Path:
     dataset = open_dataset(place.path, verify="sizes")  # the reader of the tokens verifies them
     _check_settings(dataset, _settings(config, tokenizer))
-    dataset.train.check(config.block_size)
+    dataset.train.check(dataset.fit(config).block_size)
     how = f"found by its name and settings; its source was not looked at: {place.why_unseen}"
     print(f"prepared data: {place.path} ({how if place.why_unseen else 'found, nothing to do'})")
     return place.path
@@ -112,7 +113,7 @@ def _prepare(
     tokenizer: Tokenizer | None,
     runner: ChunkRunner,
     work: WorkFolder,
-    place: Place,
+    place: DatasetPlace,
     inspect: Inspect | None,
 ) -> dict[str, Any]:
     """Run all stages, each of which skips what is done; returns the report."""
@@ -229,7 +230,9 @@ def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.SplitPlan, con
     else:
         sample = spread(texts, settings.train_bytes, stages.PIECE)
         bar = tqdm(sample, desc="training BPE", unit="part", disable=None, leave=False)
-        tokenizer = train_bpe(bar, settings.vocab_size, sys.stderr.isatty())
+        tokenizer = train_bpe(bar, settings.entries, sys.stderr.isatty())
+        if (found := tokenizer.vocab_size) < (settings.vocab_size or 0):
+            print(f"tokenizer  tokenizer.vocab_size = {settings.vocab_size:,}, but the text gives only {found:,}")
     return _with_tokens(tokenizer, config)
 
 
@@ -275,7 +278,7 @@ def _write(
                 stream.add(split, tokens, counts[split]["num_bytes"], starts_document=False)
                 stream.counts[split]["num_documents"] += counts[split]["num_documents"]
             stream.flush()
-        check_window(writer.counts["train"]["num_tokens"], config.block_size)
+        check_window(writer.counts["train"]["num_tokens"], config.data.block_size or 1)
     if not writer.counts["validation"]["num_tokens"]:
         raise UserError(
             "nothing is left for validation; give more documents, a larger data.validation_fraction or less [cleaning]"
@@ -295,24 +298,24 @@ def _add_conversations(writer: PackedWriter, arrays: dict[str, np.ndarray]) -> N
 # ---------------------------------------------------------------- the name of a dataset
 
 
-def place_of(config: Config, tokenizer: Tokenizer | None) -> Place:
+def place_of(config: Config, tokenizer: Tokenizer | None) -> DatasetPlace:
     """The folder of the dataset for these settings and this content of the source.
 
     Where the source is not at hand, it is the folder that has the name and the settings, if there is one.
     """
     data, settings = config.data, _settings(config, tokenizer)
-    folder, name = Path(data.prepared_dir).expanduser(), sources.short_name(data)
+    folder, name = Path(data.prepared_dir), sources.short_name(data)
     try:
         if not sources.is_at_hand(data) and (found := _without_source(folder, name, settings)):
-            return Place(found, "", "it is to be downloaded")
+            return DatasetPlace(found, "", "it is to be downloaded")
         found_here = _named(folder, settings, state := sources.source_state(data))  # as version 0.1 named it
         key = "" if found_here else sources.source_key(data, folder / ".sources.json")
     except UserError as error:
         if found := _without_source(folder, name, settings):
-            return Place(found, "", str(error))
+            return DatasetPlace(found, "", str(error))
         raise
     new = folder / f"{name}-{_digest([FORMAT_VERSION, settings, key])[:12]}"
-    return Place(next(iter(found_here or _named(folder, settings, key)), new), state)
+    return DatasetPlace(next(iter(found_here or _named(folder, settings, key)), new), state)
 
 
 def _named(folder: Path, settings: dict[str, object], key: str) -> list[Path]:
@@ -343,7 +346,7 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
         "tokenizer": chosen.type,
     }
     if chosen.type == "bpe":
-        settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
+        settings |= {"vocab_size": chosen.entries, "train_bytes": chosen.train_bytes}
     if chosen.type == "folder":
         assert tokenizer is not None
         settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens

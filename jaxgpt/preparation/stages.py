@@ -19,7 +19,8 @@ from tqdm import tqdm
 from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import SPLITS
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, sources

@@ -4,7 +4,6 @@ metrics.jsonl is the record and the other three are views of it. It holds one st
 resume the lines that the dead run wrote after its last checkpoint are cut off before the steps are run again.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -138,15 +137,13 @@ def _to_line(record: dict) -> bytes:
 class MetricLog:
     """Writes metrics to every place that wants them; does nothing on processes but the writer.
 
-    `start_step` is how many of `total_steps` are done: more than 0 on resume. Raises UserError on
-    every process if Weights & Biases is asked for and not installed. `quiet`: only messages are shown on the screen.
+    `start_step` is how many of `total_steps` are done: more than 0 on resume. `quiet`: only messages are shown on the
+    screen.
     """
 
     def __init__(
         self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool, quiet: bool = False
     ):
-        if log.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
         self._is_writer = is_writer
         if not is_writer:
             return

@@ -6,6 +6,7 @@ Until the end of `start` nothing is written but the lock and the prepared data.
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,10 +28,9 @@ from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.storage import lease
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import batch_sizes, largest_batch
-from jaxgpt.training.checkpoint import finished_steps, read_config
 from jaxgpt.training.resume import Change
 from jaxgpt.training.run_state import Scorer
-from jaxgpt.training.step import Program, build_program, resolve_batch, resolve_steps
+from jaxgpt.training.step import Program, build_program, lay_out, resolve_batch, resolve_steps
 
 PREPARE_SECONDS = 24 * 3600.0  # that other processes wait for the one which prepares the data
 BuildScorer = Callable[[Config, int, Tokenizer, Mesh], Scorer | None]
@@ -69,6 +69,8 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         UserError: something in the input is wrong.
     """
     # 1. The run folder belongs to this experiment or to none, and to this process alone.
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
     skip = read_skip_list(config.data.skip_list)
     resume.check_workdir(config, workdir, force)
     with locked(workdir) if distributed.is_writer() else contextlib.nullcontext() as held:
@@ -79,18 +81,19 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         tokenizer = given_tokenizer(config, huggingface.locate)
         resume.check_tokenizer(weights, tokenizer)
 
-        # 3. Devices and mesh; they share out the batch.
+        # 3. Devices and mesh; they share out the batch, and suit the model, whatever its vocabulary.
         refuse_silent_cpu()
         mesh = build_mesh(config.mesh)
         use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
-        config = _with_given_batch(config, workdir, batch_shards(mesh))
+        config = _with_given_batch(resume.as_before(config, workdir), batch_shards(mesh))
+        lay_out(config, 128 * mesh.size, mesh)
 
         # 4. The data, prepared now if it is not there.
         verify = config.data.verify if distributed.is_writer() else "sizes"
         dataset = resume.check_data(workdir, step, weights, open_dataset(_prepared(config, tokenizer), verify=verify))
 
         # 5. Batch and steps become numbers, and with them the settings can be compared with the run's so far.
-        config = _with_automatic_batch(config, dataset.vocab_size, mesh)
+        config = _with_automatic_batch(dataset.fit(config), dataset.vocab_size, mesh)
         config = resolve_steps(config, dataset.train.rows_per_epoch(config.block_size))
         changes = resume.check_workdir(config, workdir, force)
 
@@ -130,13 +133,8 @@ def _prepared(config: Config, tokenizer: Tokenizer | None) -> Path:
     return folder or prepare(config, tokenizer)
 
 
-def _with_given_batch(config: Config, workdir: Path, shards: int) -> Config:
-    """The batch as numbers, unless it is "auto": then only what is wrong with it is found.
-
-    A run that goes on keeps the sequences of a step that it began with.
-    """
-    if config.train.global_batch_size is None and finished_steps(workdir):
-        config = with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
+def _with_given_batch(config: Config, shards: int) -> Config:
+    """The batch as numbers, unless it is "auto": then only what is wrong with it is found."""
     if config.train.per_device_train_batch_size != "auto":
         return resolve_batch(config, shards)
     batch_sizes(config, shards)
