@@ -91,7 +91,7 @@ def engine_worker(arguments: argparse.Namespace) -> None:
     from jaxgpt.training.models import load_model
 
     model = load_model(arguments.checkpoint)
-    use_compilation_cache(model.config.train.compilation_cache_dir)
+    use_compilation_cache()
     config, tokenizer, rows = model.config.model, model.tokenizer, arguments.slots
     kind = arguments.weights
     decoder = build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, kind, rows)

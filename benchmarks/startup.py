@@ -66,10 +66,10 @@ def child(started: float, config: str, workdir: str, overrides: list[str]) -> No
 def once(config: str, cache: Path, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Seconds of each phase of one start, and "whole"."""
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
-        settings = ["--train.compilation_cache_dir", str(cache), "--eval.eval_steps", "1000000"]
-        settings += ["--checkpoint.save_steps", "1000000", *overrides]
+        settings = ["--eval.eval_steps", "1000000", "--checkpoint.save_steps", "1000000", *overrides]
         command = [sys.executable, __file__, "--child", str(time.time()), "--config", config, "--workdir", workdir]
-        done = subprocess.run([*command, *settings], stdout=subprocess.PIPE, text=True, check=True)
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        done = subprocess.run([*command, *settings], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     marks = json.loads(done.stdout.splitlines()[-1])
     ends = [marks[function or "jax"] for function in PHASES.values()]
     seconds = [end - begin for begin, end in zip([0.0, *ends], ends)]

@@ -9,6 +9,7 @@ The data is prepared before. In each round both begin with an empty compilation 
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -24,10 +25,14 @@ TRIALS = 12
 LOWEST, HIGHEST = 1e-4, 1e-1
 
 
-def seconds(*command: str) -> tuple[float, float]:
-    """(wall, CPU) seconds of a verb in a process of its own. CPU seconds compare on a busy machine, too."""
+def seconds(*command: str, cache: Path | None = None) -> tuple[float, float]:
+    """(wall, CPU) seconds of a verb in a process of its own. CPU seconds compare on a busy machine, too.
+
+    `cache` is the folder of compiled programs; without one, nothing is kept.
+    """
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {"JAX_ENABLE_COMPILATION_CACHE": "0"}
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL, env=os.environ | kept)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.perf_counter() - began, cpu
@@ -51,14 +56,13 @@ def main() -> None:
         found = {"sweep": [], "runs": []}
         for number in range(arguments.rounds):
             place = folder / str(number)
-            cache = ["--train.compilation_cache_dir", str(place / "cache-sweep")]
             varied = "optimizer.learning_rate=" + ",".join(f"{rate:g}" for rate in rates())
-            took, cpu = seconds("jaxgpt.sweep", *common, *cache, "--vary", varied, "--workdir", str(place / "sweep"))
+            sweep = ["jaxgpt.sweep", *common, "--vary", varied, "--workdir", str(place / "sweep")]
+            took, cpu = seconds(*sweep, cache=place / "cache-sweep")
             found["sweep"].append(took)
-            cache = ["--train.compilation_cache_dir", str(place / "cache-runs")]
             each = [
-                seconds("jaxgpt.train", *common, *cache, "--workdir", str(place / f"run{index}"),
-                        "--optimizer.learning_rate", f"{rate:g}")
+                seconds("jaxgpt.train", *common, "--workdir", str(place / f"run{index}"),
+                        "--optimizer.learning_rate", f"{rate:g}", cache=place / "cache-runs")
                 for index, rate in enumerate(rates())
             ]  # fmt: skip
             each, cpu_each = zip(*each)

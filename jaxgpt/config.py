@@ -24,7 +24,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.settings import describe_type, section, sources_of
 
 logger = logging.getLogger(__name__)
-REMOVED = ("data.num_threads", "data.prefetch_batches")  # settings of earlier versions, whose files are still read
+# Settings of earlier versions, whose files are still read.
+REMOVED = ("data.num_threads", "data.prefetch_batches", "train.compilation_cache_dir")
 LARGEST_FILE = 100_000  # bytes of a config file; a hundred settings take ten
 
 

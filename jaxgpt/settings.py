@@ -240,8 +240,6 @@ class TrainConfig:
     """Sequences in one step over all devices; none means per-device size x devices x accumulation."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Seed of the initial weights, the order of the data and dropout."""
-    compilation_cache_dir: str = "~/.cache/jaxgpt/xla"
-    """Folder that keeps compiled programs for the next start; empty turns it off."""
 
 
 @section(frozen=True, kw_only=True)

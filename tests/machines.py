@@ -5,17 +5,14 @@ from pathlib import Path
 
 from jaxgpt.config import Config
 from jaxgpt.diagnosis.finding import Case
-from jaxgpt.settings import DataConfig, TrainConfig
+from jaxgpt.settings import DataConfig
 
 SECRET = "canary-7391"  # must never be printed
 
 
 def case(folder: Path, **changes) -> Case:
-    """The defaults, with every folder below `folder`."""
-    config = Config(
-        data=DataConfig(prepared_dir=str(folder / "prepared")),
-        train=TrainConfig(compilation_cache_dir=str(folder / "cache")),
-    )
+    """The defaults, with the folders of data and run below `folder`."""
+    config = Config(data=DataConfig(prepared_dir=str(folder / "prepared")))
     return dataclasses.replace(Case(config, str(folder / "run")), **changes)
 
 

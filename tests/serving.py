@@ -53,7 +53,7 @@ from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.prompts import token_bytes
 from jaxgpt.model import gpt2
 from jaxgpt.serving.served_model import ServedModel
-from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig
+from jaxgpt.settings import ChatConfig, ModelConfig
 from jaxgpt.training.models import LoadedModel, export_model
 
 KEYS = ("first-key-9f3c", "second-key-77ab")
@@ -77,13 +77,8 @@ def make_tokenizer(chat: bool = False) -> Tokenizer:
     return with_chat_tokens(tokenizer) if chat else tokenizer.with_special_tokens(["<|one|>", "<|two|>"])
 
 
-def make_model(
-    chat: bool = False, config: ModelConfig = MODEL, seed: int = 0, cache: Path | None = None
-) -> LoadedModel:
-    """Random weights with which tokens of LIKELY's bytes come most, and others (the end-of-text token too) seldom.
-
-    `cache` is where the server keeps compiled programs; None: nowhere.
-    """
+def make_model(chat: bool = False, config: ModelConfig = MODEL, seed: int = 0) -> LoadedModel:
+    """Random weights with which tokens of LIKELY's bytes come most, and others (the end-of-text token too) seldom."""
     tokenizer, draw = make_tokenizer(chat), np.random.default_rng(seed)
     _, shapes, _ = gpt2.abstract_model(config, tokenizer.vocab_size)
     params = jax.tree.map_with_path(
@@ -93,8 +88,7 @@ def make_model(
     direction /= np.linalg.norm(direction)
     params["wte"][likely_tokens(tokenizer)] += 0.6 * direction
     params["ln_f"]["bias"] = 5 * direction
-    train = TrainConfig(compilation_cache_dir=str(cache or ""))
-    settings = Config(model=config, train=train, chat=ChatConfig(system=SYSTEM))
+    settings = Config(model=config, chat=ChatConfig(system=SYSTEM))
     return LoadedModel(settings, tokenizer.vocab_size, params, tokenizer, 0)
 
 
@@ -109,22 +103,16 @@ def save_huggingface(folder: Path, model: LoadedModel) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> Path:
-    """Where the servers of this pytest process keep compiled programs: one compiles, the others read."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="session")
-def base_checkpoint(tmp_path_factory, compiled) -> Path:
+def base_checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / BASE_NAME
-    save_as_run(path, make_model(cache=compiled))
+    save_as_run(path, make_model())
     return path
 
 
 @pytest.fixture(scope="session")
-def chat_checkpoint(tmp_path_factory, compiled) -> Path:
+def chat_checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("chat") / CHAT_NAME
-    save_as_run(path, make_model(chat=True, cache=compiled))
+    save_as_run(path, make_model(chat=True))
     return path
 
 

@@ -129,7 +129,8 @@ def test_prepared_data_is_found_and_damage_is_a_problem(tmp_path):
     assert finding.status == PROBLEM
 
 
-def test_damaged_cache_entries_are_counted(tmp_path):
+def test_damaged_cache_entries_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "cache_folder", lambda: tmp_path / "cache")
     cache = tmp_path / "cache/x86"
     cache.mkdir(parents=True, mode=0o700)
     packed = zlib.compress(os.urandom(1000))
@@ -143,7 +144,8 @@ def test_damaged_cache_entries_are_counted(tmp_path):
     assert {Path(file).name for file in finding.facts["damaged"]} == {"b-cache", "c-cache"}
 
 
-def test_a_cache_that_others_may_write_to_is_a_warning(tmp_path):
+def test_a_cache_that_others_may_write_to_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "cache_folder", lambda: tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     [finding] = experiment.compile_cache(case(tmp_path))

@@ -34,12 +34,16 @@ def run(folder: Path, *options: str, **environment: str) -> subprocess.Completed
         "import sys; from jaxgpt.doctor import main; code = main(sys.argv[1:]); "
         "assert 'jax' not in sys.modules; sys.exit(code)"
     )
-    (folder / "config.toml").write_text(
-        RUN.format(folder=folder) + f'[train]\ncompilation_cache_dir = "{folder}/cache"\nmax_steps = 200\n'
-    )
+    (folder / "config.toml").write_text(RUN.format(folder=folder) + "[train]\nmax_steps = 200\n")
     (folder / "text.txt").write_text("a text " * 100)
     command = [sys.executable, "-c", code, "--config", "config.toml", "--workdir", str(folder / "run"), *options]
-    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 # ---------------------------------------------------------------- the command

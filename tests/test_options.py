@@ -344,7 +344,6 @@ OPTIONS = {
     "train.gradient_accumulation_steps": (2, resolved, {}),
     "train.global_batch_size": (16, resolved, {}),
     "train.seed": (1, first_batch, {}),
-    "train.compilation_cache_dir": ("", None, {}),
     "mesh.data": (4, program, {"mesh.fsdp": 2, "mesh.tensor": 1}),
     "mesh.fsdp": (2, program, {}),
     "mesh.tensor": (2, program, {"model.n_head": 2}),
@@ -381,7 +380,6 @@ TOGETHER = [
 ]
 ELSEWHERE = {
     "model.attention": "test_model_backend.test_a_kernel_asked_for_on_the_wrong_device_is_an_error",
-    "train.compilation_cache_dir": "test_parallel_compiler.py",
     "chat.packing": "test_preparation_packing."
     "test_every_conversation_is_there_once_whole_with_its_mask_and_its_document",
     "data.num_proc": "test_preparation_preparation.test_the_setting_says_how_many_processes_work",

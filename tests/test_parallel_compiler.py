@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgpt.parallel import compiler
+from jaxgpt.parallel.accelerator import cache_folder
 from jaxgpt.parallel.compiler import compiler_options, initial_values_options, use_compilation_cache
 
 TRAIN = """
@@ -56,7 +57,7 @@ def test_a_second_start_takes_the_programs_from_the_cache_and_computes_the_same_
 
 @pytest.fixture
 def settings(monkeypatch):
-    """jax's settings as they were before the test."""
+    """jax's settings as they were before the test; call it with the folder of this machine's compiled programs."""
     names = (
         "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
@@ -66,7 +67,7 @@ def settings(monkeypatch):
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     jax.config.update("jax_enable_compilation_cache", True)
-    yield
+    yield lambda folder: monkeypatch.setattr(compiler, "cache_folder", lambda: folder)
     for name, value in before.items():
         jax.config.update(name, value)
     compiler.compilation_cache.reset_cache()
@@ -74,16 +75,18 @@ def settings(monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_one_warning_and_no_cache(tmp_path, settings, caplog):
     (tmp_path / "file").write_text("")
-    assert use_compilation_cache(str(tmp_path / "file" / "xla")) is None
+    settings(tmp_path / "file" / "xla")
+    assert use_compilation_cache() is None
     [record] = caplog.records
-    assert "train.compilation_cache_dir" in record.getMessage() and "\n" not in record.getMessage()
+    assert "cannot be kept in" in record.getMessage() and "\n" not in record.getMessage()
     assert jax.config.jax_compilation_cache_dir is None
     assert jax.jit(lambda x: x + 1)(jnp.zeros(3)).tolist() == [1, 1, 1]
 
 
 def test_a_damaged_entry_is_compiled_anew(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(compiler, "_MIN_COMPILE_SECONDS", 0)
-    folder = use_compilation_cache(str(tmp_path))
+    settings(tmp_path)
+    folder = use_compilation_cache()
     compute = lambda: jax.jit(lambda x: jnp.sin(x) * 3)(jnp.ones(7)).tolist()
     expected = compute()
     entries = list(folder.glob("*-cache"))
@@ -94,44 +97,48 @@ def test_a_damaged_entry_is_compiled_anew(tmp_path, settings, monkeypatch):
         assert compute() == expected
 
 
-def test_a_folder_that_jax_was_given_goes_before_the_setting(tmp_path, settings, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
-    assert use_compilation_cache(str(tmp_path / "other")) == tmp_path / "mine"
-    assert not (tmp_path / "other").exists()
-
-
-def test_an_empty_setting_turns_the_cache_off(tmp_path, settings):
-    folder = use_compilation_cache(str(tmp_path))
+def test_the_folder_is_the_machines_and_jaxs_own_variables_go_first(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = use_compilation_cache()
+    assert folder.parent == tmp_path / ".cache/jaxgpt/xla" == cache_folder()
     assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert use_compilation_cache("") is None
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    assert use_compilation_cache() is None is cache_folder()
     assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    assert use_compilation_cache() == tmp_path / "mine" == cache_folder()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/xla")
+    assert cache_folder() is None
 
 
 def test_another_cpu_has_a_folder_of_its_own_and_only_the_owner_may_write_there(tmp_path, settings, monkeypatch):
-    ours = use_compilation_cache(str(tmp_path))
-    assert use_compilation_cache(str(tmp_path)) == ours
+    settings(tmp_path)
+    ours = use_compilation_cache()
+    assert use_compilation_cache() == ours
     if os.name == "posix":
         assert ours.stat().st_mode & 0o077 == 0
     read = compiler.Path.read_text
     other = lambda path, **how: read(path, **how).replace("flags", "flags amx")
     monkeypatch.setattr(compiler.Path, "read_text", other)
-    assert use_compilation_cache(str(tmp_path)) != ours
-    monkeypatch.undo()
+    assert use_compilation_cache() != ours
+    monkeypatch.setattr(compiler.Path, "read_text", read)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(999)), raising=False)
-    assert use_compilation_cache(str(tmp_path)) != ours
+    assert use_compilation_cache() != ours
 
 
 def test_a_cache_that_is_too_large_loses_its_oldest_entries(tmp_path, settings, monkeypatch):
-    folder = use_compilation_cache(str(tmp_path))
+    settings(tmp_path)
+    folder = use_compilation_cache()
     for age in range(10):
         entry = folder / f"program{age}-cache"
         entry.write_bytes(bytes(100))
         os.utime(entry, (1e9 - age, 1e9 - age))
     monkeypatch.setattr(compiler, "_MAX_BYTES", 1000)
-    use_compilation_cache(str(tmp_path))
+    use_compilation_cache()
     assert len(list(folder.iterdir())) == 10
     monkeypatch.setattr(compiler, "_MAX_BYTES", 800)
-    use_compilation_cache(str(tmp_path))
+    use_compilation_cache()
     assert sorted(path.name for path in folder.iterdir()) == [f"program{age}-cache" for age in range(4)]
 
 

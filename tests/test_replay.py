@@ -32,7 +32,6 @@ warmup_steps = 1
 [train]
 max_steps = 6
 per_device_train_batch_size = 1
-compilation_cache_dir = ""
 [eval]
 eval_steps = 6
 eval_batches = 1

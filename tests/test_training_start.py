@@ -16,7 +16,6 @@ warmup_steps = 1
 max_steps = 2
 global_batch_size = 32
 per_device_train_batch_size = "auto"
-compilation_cache_dir = ""
 [eval]
 eval_batches = 1
 sample_tokens = 0

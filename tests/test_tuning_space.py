@@ -78,7 +78,6 @@ def test_corners_hold_every_end_and_every_value():
         ("learning_rate=1,2", "did you mean optimizer.learning_rate"),
         ("data.block_size=16,32", "only settings of [model], [optimizer] and [train]"),
         ("tokenizer.vocab_size=300,400", "only settings of [model], [optimizer] and [train]"),
-        ("train.compilation_cache_dir=a,b", "changes no loss"),
         (RATE, "write KEY=VALUES"),
         (f"{RATE}=", "write KEY=VALUES"),
         (f"{RATE}=1,,2", "a value is empty"),

@@ -38,7 +38,6 @@ SETTINGS = {
     "optimizer.warmup_steps": 2,
     "train.max_steps": STEPS,
     "train.per_device_train_batch_size": 4,
-    "train.compilation_cache_dir": "",
     "checkpoint.save_steps": 4,
     "eval.eval_steps": 2,
     "eval.sample_tokens": 0,

@@ -51,7 +51,7 @@ PROBES = (
         "its file system does not answer: check its server and mount, or choose another --workdir",
     ),
     Probe(("prepared data",), "experiment", "data", "check the file system of data.prepared_dir and data.path"),
-    Probe(("compile cache",), "experiment", "compile_cache", "choose another train.compilation_cache_dir"),
+    Probe(("compile cache",), "experiment", "compile_cache", "choose another JAX_COMPILATION_CACHE_DIR"),
     Probe(
         ("accelerator", "arithmetic", "mesh"), "accelerators", "compute",
         "free the device (line holder); on several hosts run doctor on all at once; a slow start: --timeout 120",

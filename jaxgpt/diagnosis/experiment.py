@@ -16,6 +16,7 @@ from jaxgpt.diagnosis.finding import NOT_APPLICABLE, OK, PROBLEM, WARNING, Case,
 from jaxgpt.diagnosis.machine import describe, in_words, lock_owners
 from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import GPT2_VOCAB, checkpoint_bytes, checkpoints_at_once, padded_vocab, parameter_count
+from jaxgpt.parallel.accelerator import cache_folder
 from jaxgpt.settings import sources_of
 from jaxgpt.storage.lease import FILE
 
@@ -116,19 +117,17 @@ def data(case: Case) -> Iterator[Finding]:
     yield Finding("prepared data", OK, text, facts=place.facts)
 
 
-def compile_cache(case: Case) -> Iterator[Finding]:
+def compile_cache(_: Case) -> Iterator[Finding]:
     """Finds "compile cache": its size, and whether its entries can be read. A run without it only starts later."""
-    folder = case.config.train.compilation_cache_dir
-    if not folder:
-        text = "train.compilation_cache_dir is empty: every start compiles anew"
-        yield Finding("compile cache", NOT_APPLICABLE, text)
+    path = cache_folder()
+    if path is None:
+        yield Finding("compile cache", NOT_APPLICABLE, "JAX's variables turn it off, or name a bucket")
         return
-    finding, place = check_folder("compile cache", folder, "choose another one: train.compilation_cache_dir")
+    finding, place = check_folder("compile cache", str(path), "choose another one: JAX_COMPILATION_CACHE_DIR")
     if place is None:
         text = f"{finding.text}; every start compiles anew"
         yield Finding("compile cache", WARNING, text, finding.fix, finding.facts)
         return
-    path = Path(folder).expanduser()
     entries = [file for file in path.rglob("*-cache") if file.is_file()] if place.exists else []
     size = sum(file.stat().st_size for file in entries)
     damaged = damaged_entries(entries)

@@ -48,7 +48,7 @@ def open_model(checkpoint: str | Path, rows_per_device: int = 8) -> "CheckpointL
     from jaxgpt.parallel.mesh import build_mesh
 
     loaded = load_model(checkpoint)
-    use_compilation_cache(loaded.config.train.compilation_cache_dir)
+    use_compilation_cache()
     return CheckpointLM(loaded, loaded.config, build_mesh(MeshConfig()), rows_per_device)
 
 

@@ -71,7 +71,7 @@ def measure(options: EvaluationOptions) -> dict[str, object]:
     stride = perplexity.default_stride(config.block_size) if options.stride is None else options.stride
     if not 1 <= stride <= config.block_size:
         raise UserError(f"--stride {stride}: a window has {config.block_size} tokens, so 1 to {config.block_size}")
-    use_compilation_cache(config.train.compilation_cache_dir)
+    use_compilation_cache()
     mesh = build_mesh(MeshConfig())
     # What can be refused comes before what takes long.
     prompts = None if options.generate is None else _prompts(options, written, model)

@@ -51,7 +51,7 @@ def sample(arguments: argparse.Namespace, load: Callable[[], Loaded]) -> None:
     options = SamplingOptions(**settings)
 
     model = load()
-    use_compilation_cache(model.config.train.compilation_cache_dir)
+    use_compilation_cache()
     config, tokenizer, weights = model.config.model, model.tokenizer, arguments.weights
     step = f", step {model.step:,}" if model.step else ""
     millions = parameter_count(config, model.vocab_size) / 1e6

@@ -39,6 +39,17 @@ class Accelerator:
     device_files: tuple[str, ...]  # those a program opens to use it; none in a container that was not given it
 
 
+def cache_folder() -> Path | None:
+    """The folder where this machine keeps compiled programs; None where it is off, or a bucket of JAX's own.
+
+    It belongs to the machine, never to an experiment: what lies in it is run, so no config that came with a run may
+    name it. JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE.
+    """
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/jaxgpt/xla"
+    is_off = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("0", "false", "no", "off")
+    return None if is_off or "://" in given else Path(given).expanduser().absolute()
+
+
 def accelerators(root: Path = Path("/")) -> list[Accelerator]:
     """The TPUs and GPUs that this machine shows signs of: at most one entry a kind."""
     return [found for found in (_tpu(root), _gpu(root)) if found]

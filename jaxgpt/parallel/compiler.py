@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxgpt.parallel.accelerator import cache_folder
+
 logger = logging.getLogger(__name__)
 
 # A start compiles dozens of programs of a few milliseconds each; reading one of them back is no faster.
@@ -18,17 +20,16 @@ _MIN_COMPILE_SECONDS = 0.1
 _MAX_BYTES = 4 << 30  # jax itself never removes an entry
 
 
-def use_compilation_cache(directory: str) -> Path | None:
-    """Keep compiled programs below `directory`; "" turns it off. Call it before anything compiles.
+def use_compilation_cache() -> Path | None:
+    """Keep compiled programs in `cache_folder`. Call it before anything compiles.
 
     jax's key of an entry holds the program, the compiler's version and options and the device, but not a CPU's
     instructions and cores, and a program for another CPU crashes: so each kind of CPU has its own folder. Returns that
-    folder, or None where nothing is kept: a folder that cannot be written is only a warning. jax's own variable
-    JAX_COMPILATION_CACHE_DIR, a folder or bucket, goes first.
+    folder, or None where nothing is kept: a folder that cannot be written is only a warning.
     """
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(given)
-    folder = _writable_folder(directory) if directory else None
+    folder = _writable_folder(kept) if (kept := cache_folder()) else None
     compilation_cache.reset_cache()  # jax reads the folder's name once a process, and may have done so already
     jax.config.update("jax_compilation_cache_dir", str(folder) if folder else None)
     if folder:
@@ -38,15 +39,18 @@ def use_compilation_cache(directory: str) -> Path | None:
     return folder
 
 
-def _writable_folder(directory: str) -> Path | None:
-    folder = Path(directory).expanduser().absolute() / _host_fingerprint()
+def _writable_folder(directory: Path) -> Path | None:
+    folder = directory / _host_fingerprint()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write here can run code as this user
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
         logger.warning(
-            "train.compilation_cache_dir = %s cannot be written (%s): every start compiles anew", directory, error
+            "compiled programs cannot be kept in %s (%s): every start compiles anew; JAX_COMPILATION_CACHE_DIR names "
+            "another folder",
+            directory,
+            error,
         )
         return None
 

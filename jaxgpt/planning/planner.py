@@ -10,6 +10,7 @@ import jax
 from jaxgpt.config import Config
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model.sizes import GPT2_VOCAB
+from jaxgpt.parallel.accelerator import cache_folder
 from jaxgpt.planning import plan_table
 from jaxgpt.planning.cost import CALIBRATION
 from jaxgpt.planning.plan_search import Candidate, Limits, queue_of, search
@@ -82,8 +83,8 @@ def verdicts(
         queue, refused = queue_of(config, vocab_size, where, limits)
         kept = limits.candidates or 5
         return [guess(candidate, vocab_size, prices) for candidate in queue[:kept]], [], refused
-    folder = config.train.compilation_cache_dir
-    found = search(config, vocab_size, where, limits, Path(folder).expanduser() / "plan" if folder else None)
+    folder = cache_folder()
+    found = search(config, vocab_size, where, limits, folder and folder / "plan")
     return [judge(candidate, step, vocab_size, prices) for candidate, step in found.tried], found.untried, found.refused
 
 

@@ -120,7 +120,7 @@ class ServedModel:
 def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     """(the model of a checkpoint, a function that compiles its engine; to be called once)."""
     loaded = load_model(options.checkpoint)
-    use_compilation_cache(loaded.config.train.compilation_cache_dir)
+    use_compilation_cache()
     config, vocab_size, tokenizer = loaded.config.model, loaded.vocab_size, loaded.tokenizer
     count = parameter_count(config, vocab_size)
     name = options.name or options.checkpoint.removeprefix("hf:").rstrip("/").split("/")[-1]

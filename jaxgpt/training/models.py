@@ -254,7 +254,7 @@ def convert(source: str, to: Path, to_format: str | None) -> None:
 def _read(source: str, what: str) -> LoadedModel:
     with _progress(what) as bar:
         model = load_model(source, lambda path: bar.update())
-        use_compilation_cache(model.config.train.compilation_cache_dir)
+        use_compilation_cache()
         bar.update(bar.total - bar.n)
     return model
 

@@ -44,7 +44,6 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
         "data.prepared_dir", "data.verify", "data.num_proc",
         "train.per_device_train_batch_size", "train.gradient_accumulation_steps",  # they share out the same rows
         "train.num_train_epochs",  # becomes max_steps, and is compared there
-        "train.compilation_cache_dir",
     ),
     # Changes what follows and not what was: `train --force` accepts it.
     "forced": (

@@ -84,7 +84,7 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         # 3. Devices and mesh; they share out the batch, and suit the model, whatever its vocabulary.
         refuse_silent_cpu()
         mesh = build_mesh(config.mesh)
-        use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
+        use_compilation_cache()  # nothing was compiled so far
         config = _with_given_batch(resume.as_before(config, workdir), batch_shards(mesh))
         lay_out(config, 128 * mesh.size, mesh)
 

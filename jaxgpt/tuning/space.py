@@ -156,8 +156,6 @@ def _check_key(key: str, word: str) -> None:
             f"--vary {word}: only settings of [model], [optimizer] and [train] can be varied; under another "
             f"[{key.split('.')[0]}] losses do not compare or do not change"
         )
-    if key == "train.compilation_cache_dir":
-        raise UserError(f"--vary {word}: where compiled programs are kept changes no loss")
 
 
 def _read_list(keys: tuple[str, ...], text: str, word: str) -> Variable:

@@ -21,7 +21,7 @@ FINISHED, PAUSED, DIVERGED = "finished", "paused", "diverged"
 
 # Where a trial runs and how it is watched, not what it computes: may differ when a sweep goes on.
 _FREE_SECTIONS = ("log", "checkpoint")
-_FREE = ("train.compilation_cache_dir", "data.verify", "data.num_proc")
+_FREE = ("data.verify", "data.num_proc")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ def prepare_bench(config: Config, trials: Sequence[Config]) -> Bench:
     resume.check_tokenizer(weights, tokenizer)
     refuse_silent_cpu()
     mesh = build_mesh(config.mesh)
-    use_compilation_cache(config.train.compilation_cache_dir)
+    use_compilation_cache()
     for trial in _one_of_each(trials, "train"):
         resolve_batch(trial, batch_shards(mesh))
     dataset = open_dataset(prepare(config, tokenizer), verify=config.data.verify)
