@@ -352,7 +352,7 @@ def _build(given: dict[str, tuple[object, str]]) -> Config:
 
 
 def _complaint(section: str, error: ValidationError) -> str:
-    """What is wrong with a value, or with a part of it if it is a list: "data.source[0].weight = 0, but it must be ..."."""
+    """What is wrong with a value, or with a part of a list: "data.source[0].weight = 0, but it must be ..."."""
     first = max(error.errors(), key=lambda found: any(isinstance(step, int) for step in found["loc"]))
     key = f"{section}.{first['loc'][0]}"
     wanted = config_fields()[key].type
