@@ -229,9 +229,8 @@ def from_json(text: str | bytes) -> Config:
     try:
         return TypeAdapter(Config).validate_python(read)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"not a config of this version of jaxgpt: {where}: {first['msg']}") from None
+        where, told = error.errors()[0]["loc"] or ["the file"], error.errors()[0]["msg"]
+        raise UserError(f"not a config of this version of jaxgpt: {'.'.join(map(str, where))}: {told}") from None
 
 
 def read_json(file: Path) -> Config:
@@ -278,9 +277,8 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
 def _with_bases(path: Path) -> list[tuple[Path, dict]]:
     """`path` and its content, preceded by the file it is based on, and that by its own, the root first."""
     chain = [(path, _read_toml(path))]
-    while "base" in (content := chain[-1][1]):
-        base = content["base"]
-        if not isinstance(base, str) or not base.strip() or not base.isprintable():
+    while (base := chain[-1][1].get("base")) is not None:
+        if not isinstance(base, str) or not base.strip() or "\0" in base:
             raise UserError(f"{chain[-1][0]}: base = {_shown(base)}, but it must be the name of another config file")
         file = chain[-1][0].parent / os.path.expanduser(base)
         if any(os.path.realpath(file) == os.path.realpath(seen) for seen, _ in chain):
@@ -337,6 +335,8 @@ def _build(given: dict[str, tuple[object, str]]) -> Config:
         if key not in known:
             raise UserError(f"{origin}: {unknown_setting(key)}")
         name, field = key.split(".")
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # bytes of the command line
+            raise UserError(f"{origin}: {key} = {_shown(value)} is not UTF-8")
         if value == "none" and type(None) in typing.get_args(known[key].type):
             value = None
         elif isinstance(value, str) and _takes_list(known[key].type, value):
@@ -353,8 +353,7 @@ def _build(given: dict[str, tuple[object, str]]) -> Config:
 
 
 def _complaint(section: str, error: ValidationError) -> str:
-    """What is wrong with a value, of a list with that part of it: "data.source[0].weight = 0, but it must be ..."."""
-    # Of what a setting may be, the list is meant where a part of it is complained of.
+    """What is wrong with a value, or with a part of a list: "data.source[0].weight = 0, but it must be ..."."""
     first = max(error.errors(), key=lambda found: any(isinstance(step, int) for step in found["loc"]))
     key = f"{section}.{first['loc'][0]}"
     wanted = config_fields()[key].type
@@ -398,7 +397,9 @@ def _read_list(text: str) -> list | str:
     if not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",")] if text else []
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()
+        return found
     except (ValueError, RecursionError):
         return text  # which is no list: the settings' own check says so
 

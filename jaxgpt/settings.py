@@ -30,7 +30,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 def _expand(place: str) -> str:
     """`place` with the home folder in place of ~, also in a task such as choices=~/own.jsonl."""
-    if not place.isprintable():
+    if min(place, default=" ") < " ":
         raise ValueError("has a control character; in TOML write 'C:\\temp' or \"C:/temp\"")
     form, equals, file = place.partition("=~")
     return form + equals[:1] + os.path.expanduser("~" + file) if equals else os.path.expanduser(place)

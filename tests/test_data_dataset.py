@@ -278,8 +278,9 @@ def refused(config: Config, message: str) -> None:
         (b"caf\xe9", {}, "not UTF-8 at byte 3"),
         (b'{"text": "x"', {"source": "jsonl"}, "file:1: not JSON"),
         (b'{"body": "x"}', {"source": "jsonl"}, "set data.text_field"),
-        (b"ab", {}, "has 2 tokens, fewer than the 9 of one window"),
-        (b"x", {}, "has 0 tokens, fewer than the 9"),
+        (b"ab", {"block_size": 8}, "has 2 tokens, fewer than the 9 of one window"),
+        (b"x", {"block_size": 8}, "has 0 tokens, fewer than the 9"),
+        (b"x", {}, "has 0 tokens"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(content, data, message, tmp_path):
@@ -296,9 +297,13 @@ def test_a_character_the_given_tokenizer_lacks_is_refused_and_nothing_written(tm
     refused(dataclasses.replace(one_file, tokenizer=tokenizer), r"'中' \(U\+4E2D\)")
 
 
-def test_a_found_dataset_shorter_than_a_window_is_refused_with_both_numbers(one_file):
-    num_tokens = open_dataset(prepare(one_file)).train.num_tokens
+def test_a_found_dataset_shorter_than_a_window_is_refused_with_both_numbers_and_fits_where_none_is_set(one_file):
+    dataset = open_dataset(prepare(one_file))
+    num_tokens = dataset.train.num_tokens
     longer = dataclasses.replace(one_file, model=dataclasses.replace(one_file.model, n_positions=num_tokens))
+    assert prepare(longer) == dataset.path and dataset.fit(longer).block_size == num_tokens - 1
+    assert dataset.fit(one_file) == one_file
+    longer = dataclasses.replace(longer, data=dataclasses.replace(longer.data, block_size=num_tokens))
     with pytest.raises(UserError, match=f"has {num_tokens} tokens, fewer than the {num_tokens + 1} of one window"):
         prepare(longer)
 

@@ -129,7 +129,7 @@ def test_an_optimizer_setting_may_be_forced_exactly_when_the_stored_state_still_
     def state(settings: dict) -> list:
         params = {"blocks": {"mlp": {"c_fc": {"kernel": jnp.ones((1, 3, 5)), "bias": jnp.ones((1, 5))}}}}
         config = OptimizerConfig(**settings)
-        optimizer = build_optimizer(config, 500, arguments(Config(optimizer=config)))
+        optimizer = build_optimizer(config, 500, arguments(Config(optimizer=config, train=TrainConfig(max_steps=500))))
         leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
         return [(path, leaf.shape, leaf.dtype) for path, leaf in leaves]
 

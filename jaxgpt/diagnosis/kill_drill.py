@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jaxgpt.config import Config
 from jaxgpt.errors import EXIT_DONE, EXIT_RESUME, RunFailed
 from jaxgpt.failpoints import POINTS
-from jaxgpt.training.checkpoint import FOLDER, finished_steps, quiet_orbax
+from jaxgpt.training.checkpoint import FOLDER, finished_steps, quiet_orbax, read_config
 from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 
 TIMED = ("tokens_per_second", "mfu")  # these and seconds_* depend on the clock
@@ -212,7 +212,7 @@ class Drill:
             left += ours.glob("quarantine/*")
         if left:
             self._fail(f"left behind: {', '.join(str(path) for path in left)}")
-        interval = self._asked.config.save_steps
+        interval = read_config(ours).save_steps
         worst = max(self._report.steps_lost, default=0)
         if worst > 2 * interval:  # one interval, and the save that was still being written
             self._fail(f"{worst} steps lost at once, more than one interval of {interval} and an unfinished save")
