@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxgpt import errors
-from jaxgpt.config import Config, describe_type, load_config, sections, unknown_setting
+from jaxgpt.config import Config, load_config, sections, unknown_setting
 from jaxgpt.errors import UserError
+from jaxgpt.settings import describe_type
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -85,7 +86,9 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
     """--checkpoint and --weights, of whatever makes texts with a trained model."""
-    folders = "run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME"
+    folders = (
+        "run folder (its latest step; its best, if it overfitted), RUN@best, a step, Hugging Face folder, or hf:NAME"
+    )
     command_parser.add_argument("--checkpoint", metavar="WHERE", required=True, help=folders)
     weights = "number format of the weights: smaller is faster, and less exact [the model's compute type]"
     command_parser.add_argument("--weights", choices=["float32", "bfloat16", "int8"], help=weights)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.runners import Processes
 from jaxgpt.preparation.splitting import DROPPED, STARTS, TRAIN, VALIDATION
-from jaxgpt.settings import CleaningConfig
+from jaxgpt.settings import CleaningConfig, DataConfig
 
 WORDS = np.random.default_rng(0).choice(["cat", "sat", "on", "the", "mat", "中文", "https://x.org/a"], (120, 40))
 TEXTS = [f"number {number}  " + " ".join(words) + "\n" for number, words in enumerate(WORDS)]
@@ -91,11 +92,11 @@ class Recorder(Processes):
 
 def test_the_shards_do_not_depend_on_chunks(tmp_path, monkeypatch):
     config, found = config_of(tmp_path, cleaning=CLEANING), []
-    for size in (1500, CHUNK, 10**9):
+    for size in (1500, 10**9):
         monkeypatch.setattr(stages, "CHUNK_BYTES", size)
         found.append(shards(prepare(elsewhere(config, tmp_path / str(size)))))
     assert len(found[0]) == 5
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 @pytest.mark.system
@@ -229,7 +230,7 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
 
 def test_a_second_preparation_of_the_same_waits_and_finds_the_first_ones_work(tmp_path, capsys):
     config = config_of(tmp_path)
-    final = make_dataset.place_of(config, None)
+    final = make_dataset.place_of(config, None).path
     found = []
     second = threading.Thread(target=lambda: found.append(prepare(config)))
     with chunks.held_work_folder(final, {}):
@@ -307,6 +308,89 @@ def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
     assert "chat.jsonl:3, turns 1 and 2" in told["where"][0]
 
 
+def write_records(folder: Path, records: list[dict]) -> dict:
+    """The data section of these conversations."""
+    (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return {"format": "chat", "path": str(folder / "chat.jsonl")}
+
+
+def test_forty_dialogues_in_any_form_need_no_setting_but_the_path_and_the_report_names_their_forms(tmp_path, capsys):
+    forms = [
+        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "id": 3},
+        lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+        lambda q, a: {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]},
+        lambda q, a: {"instruction": q, "input": "", "output": a, "source": "x"},
+    ]
+    found, texts = [], [(f"what is {number}?", f"it is {number}") for number in range(40)]
+    for name, chosen in (("one", forms[:1] * 4), ("four", forms)):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = [chosen[number % 4](*text) for number, text in enumerate(texts)]
+        found.append(prepare(config_of(folder, data=write_records(folder, records))))
+    assert {**shards(found[0]), "metadata.json": ""} == {**shards(found[1]), "metadata.json": ""}
+    dataset, report = open_dataset(found[1]), preparation_report.read(found[1])
+    assert dataset.train.num_documents + dataset.validation.num_documents == 40
+    forms_line = "messages (10), conversations (10), prompt/completion (10), instruction/output (10)"
+    assert report["forms"] == {"forms": forms_line, "fields not read": "id (10), source (10)"}
+    out, page = capsys.readouterr().out, (found[1] / "report.html").read_text()
+    assert f"  forms      {forms_line}\n  fields not read id (10), source (10)\n" in out
+    assert "instruction/output (10)" in page and "id (10), source (10)" in page
+
+
+@pytest.mark.parametrize(
+    ("records", "cleaning", "told"),
+    [
+        (1, {}, "one conversation is left of 1,"),
+        (8, {"drop_duplicates": True}, "one conversation is left of 8,"),
+        (8, {"near_duplicates": 0.8, "min_chars": 4}, "one conversation is left of 8,"),
+    ],
+)
+def test_one_conversation_is_not_cut_in_two(records, cleaning, told, tmp_path):
+    data = write_records(tmp_path, [{"prompt": "hello there", "response": "good day to you"}] * records)
+    with pytest.raises(UserError, match=told):
+        prepare(config_of(tmp_path, data=data, cleaning=cleaning))
+
+
+def test_every_record_is_in_a_split_or_counted(tmp_path):
+    good = [{"prompt": f"what is {number}?", "response": f"it is {number}"} for number in range(20)]
+    calls = [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}] * 3
+    bad = [*calls, {"prompt": "x"}, {"messages": []}, {"prompt": "long", "response": "word " * 200}, {}]
+    records = [*good[:10], *bad, *good, {"prompt": "hi", "response": "<!>"}]
+    data = write_records(tmp_path, records) | {"on_bad_record": "skip"}
+    config = config_of(tmp_path, data=data, cleaning={"drop_duplicates": True, "min_chars": 10})
+    report = preparation_report.read(prepare(config))
+    kept = sum(split["num_documents"] for split in report["splits"].values())
+    left_out = {reason: bad["count"] for reason, bad in report["bad_records"].items()}
+    dropped = {step["step"]: step["dropped"] for step in report["steps"] if step["dropped"]}
+    assert (kept, dropped) == (20, {"drop_duplicates": 10, "min_chars": 1})
+    assert left_out == {'"tool_calls" cannot be learned': 3, "unknown format": 3, "longer than a block": 1}
+    assert kept + sum(left_out.values()) + sum(dropped.values()) == len(records)
+
+
+def test_of_two_conversations_one_is_held_out(tmp_path):
+    data = write_records(tmp_path, [{"prompt": text, "response": text} for text in ("one", "two")])
+    dataset = open_dataset(prepare(config_of(tmp_path, data=data)))
+    assert dataset.train.num_documents == dataset.validation.num_documents == 1
+
+
+def test_copies_keep_what_is_not_learned(tmp_path):
+    turns = [{"role": "assistant", "content": "hello"}]
+    for number in range(4):
+        answer = {"role": "assistant", "content": f"answer {number}", "weight": int(number == 3)}
+        turns += [{"role": "user", "content": f"question {number}"}, answer]
+    copies = {"copies": 3, "drop_turns": 0.5}
+    config = config_of(
+        tmp_path, data=write_records(tmp_path, [{"messages": turns, "n": n} for n in range(6)]), augmentation=copies
+    )
+    dataset = open_dataset(prepare(config))
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    learned = set()
+    for row in range(dataset.train.num_rows):
+        for _, tokens, supervised in dataset.train.row(row).conversations():
+            learned.add(tokenizer.decode(tokens[supervised]))
+    assert learned == {"", "answer 3<|im_end|>"} or learned == {"answer 3<|im_end|>"}
+
+
 # ---------------------------------------------------------------- which settings make another dataset
 
 
@@ -327,7 +411,7 @@ CHAT = {"data": {"format": "chat"}}
     ],
 )
 def test_each_of_these_settings_makes_another_dataset(base, more, tmp_path):
-    places = {make_dataset.place_of(config_of(tmp_path, **sections), None) for sections in (base, more)}
+    places = {make_dataset.place_of(config_of(tmp_path, **sections), None).path for sections in (base, more)}
     assert len(places) == 2
 
 
@@ -336,10 +420,73 @@ def test_other_synonyms_make_another_dataset_and_num_proc_does_not(tmp_path):
     table.write_text("hello, hi\n")
     augmentation = {"copies": 1, "synonyms": str(table), "synonym_rate": 0.5}
     config = chat_config(tmp_path, augmentation=augmentation)
-    before = make_dataset.place_of(config, None)
-    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None) == before
+    before = make_dataset.place_of(config, None).path
+    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None).path == before
     table.write_text("hello, hi, good day\n")
-    assert make_dataset.place_of(config, None) != before
+    assert make_dataset.place_of(config, None).path != before
+
+
+# ---------------------------------------------------------------- the same text at another place
+
+
+def no_reading(*_):
+    raise AssertionError("it is prepared again")
+
+
+def test_the_same_text_elsewhere_finds_its_dataset_and_another_text_does_not(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path)
+    path = prepare(config)
+    moved = tmp_path / "moved" / "other.ndjson"
+    moved.parent.mkdir()
+    Path(config.data.path).rename(moved)
+    os.utime(moved, (1, 1))
+    there = elsewhere(config, Path(config.data.prepared_dir), path=str(moved))
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "read", no_reading)
+        assert prepare(there) == path
+        assert capsys.readouterr().out.endswith(f"prepared data: {path} (found, nothing to do)\n")
+        copied = path.parent.rename(tmp_path / "elsewhere") / path.name
+        assert prepare(elsewhere(there, copied.parent, path=str(moved))) == copied
+        moved.write_text(moved.read_text() + '{"text": "more"}\n')
+        with pytest.raises(AssertionError, match="prepared again"):
+            prepare(elsewhere(there, copied.parent))
+
+
+def test_without_its_source_a_dataset_is_found_by_name_and_settings(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path)
+    path = prepare(config)
+    (tmp_path / "empty").mkdir()
+    copied = path.parent.rename(tmp_path / "empty" / "prepared") / path.name
+    Path(config.data.path).unlink()
+    monkeypatch.chdir(tmp_path / "empty")
+    here = elsewhere(config, Path("prepared"), path="texts.jsonl")
+    assert prepare(here).resolve() == copied
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith("its source was not looked at: data.path = texts.jsonl: no such file or folder)")
+    for other in ({"path": "text.jsonl"}, {"validation_fraction": 0.3}, {"prepared_dir": "elsewhere"}):
+        with pytest.raises(UserError, match="no such file or folder"):
+            prepare(elsewhere(here, Path("prepared"), **other))
+    copied.rename(copied.with_name("texts-000000000000"))
+    assert prepare(here).name == "texts-000000000000"  # the name of another version
+    shutil.copytree(copied.with_name("texts-000000000000"), copied)
+    with pytest.raises(UserError, match="fit these settings, and the source is not here; keep one"):
+        prepare(here)
+
+
+def test_digests_of_large_sources_are_remembered_and_never_decide_by_path_or_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_REMEMBERED", 100)
+    file, memory = tmp_path / "a.txt", tmp_path / "prepared" / ".sources.json"
+    file.write_text("text " * 100)
+    data = DataConfig(source="text", path=str(file))
+    key = sources.source_key(data, memory)
+    os.utime(file, (1, 1))
+    assert sources.source_key(data, memory) == key
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", no_reading)
+        assert sources.source_key(data, memory) == key
+    memory.write_text("damaged")
+    file.write_text("Text " * 100)
+    assert sources.source_key(data, memory) != key
 
 
 # ---------------------------------------------------------------- the report
@@ -369,7 +516,7 @@ def test_a_training_document_that_repeats_the_sources_own_validation_split_is_dr
         rows.append(text, SPLIT_CODES[split], 0, number, False)
         rows.signatures.append(duplicates.signature(text, cleaning))
     write_rows(work.rows("clean", 0), rows)
-    plan = splitting.decide(work, "clean", 1, 0.1, cleaning)
+    plan = splitting.decide(work, "clean", 1, 0.1, cleaning, whole=False)
     assert plan.codes.tolist() == [DROPPED, TRAIN + STARTS, VALIDATION + STARTS]
     assert plan.overlap == 1
 

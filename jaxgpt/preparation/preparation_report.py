@@ -14,7 +14,7 @@ from jinja2 import Environment
 
 from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
-from jaxgpt.data.dataset import Split, TokenDataset
+from jaxgpt.data.dataset import SPLITS, Split, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokenizer_folder import has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
@@ -29,6 +29,7 @@ FILES = ("report.html", "report.json")
 _PAGE = Path(__file__).with_suffix(".html")
 _SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared
 _GPT2_END_OF_TEXT = 50_256
+_OFF = 0.01  # a share that differs by more from what was asked is worth a line
 _MEASURED_SECONDS = 1.0
 _MEASURED_ROWS = 64  # a batch
 
@@ -54,6 +55,7 @@ def collect(
         "steps": _steps(config, work, facts, plan),
         "overlap": plan["overlap"],
         "splits": counts,
+        "divided": plan["divided"],
         "sources": _sources(config, tokens),
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": round(num_bytes / max(num_tokens, 1), 4),
@@ -62,13 +64,34 @@ def collect(
     }
     if config.data.format == "chat":
         report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
+        report["forms"] = {
+            kind: ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+            for kind, counts in facts.get("conversations", {}).items()
+        }
+    report["warnings"] = _warnings(config, report, plan)
     return report
+
+
+def _warnings(config: Config, report: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """Lines about shares that are off by more than a point."""
+    train, held = (report["splits"][split]["num_tokens"] for split in SPLITS)
+    share, asked, found = held / (train + held), config.data.validation_fraction, []
+    if not plan["is_given"] and not config.augmentation.copies and abs(share - asked) > _OFF:
+        found.append(
+            f"{share:.1%} of the tokens are held out, not data.validation_fraction = {asked:.1%}: the text is too "
+            "short, or the lengths of its documents too different, to be divided closer"
+        )
+    sizes = report["mixture"]["num_bytes"]
+    shares = [(source["source"], size / sum(sizes), source["weight"]) for source, size in zip(report["sources"], sizes)]
+    told = "{:.1%} of the text comes from {}, whose weight is {:.1%}: its documents, or others', are too few for that"
+    return found + [told.format(part, name, wanted) for name, part, wanted in shares if abs(part - wanted) > _OFF]
 
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
     """{"epochs": {...}}: passes over the training split that the config asks for, as far as it decides them."""
-    train, rows = config.train, dataset.train.rows_per_epoch(config.block_size)
-    found: dict[str, object] = {"rows": rows, "block_size": config.block_size}
+    train, size = config.train, dataset.fit(config).block_size
+    rows = dataset.train.rows_per_epoch(size)
+    found: dict[str, object] = {"rows": rows, "block_size": size}
     if train.max_steps is None:
         return {"epochs": found | {"epochs": train.num_train_epochs}}
     if train.global_batch_size:
@@ -82,8 +105,9 @@ def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
 
 def host(config: Config, dataset: TokenDataset, needed: dict[str, int]) -> dict[str, object]:
     """Tokens a second that one process of this host reads, beside those that each TPU slice in `needed` trains."""
-    found = read_speed(dataset.train, config.block_size)
-    parts = [f"one process reads {_big(found)} tokens/s at T = {config.block_size:,}"]
+    size = dataset.fit(config).block_size
+    found = read_speed(dataset.train, size)
+    parts = [f"one process reads {_big(found)} tokens/s at T = {size:,}"]
     for name, tokens in needed.items():
         ratio = found / tokens
         verdict = f"this machine feeds it {ratio:.1f} times over" if ratio >= 1 else "this machine is too slow for it"
@@ -261,6 +285,7 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
     for reason, bad in report["bad_records"].items():
         lines.append(f"  left out   {bad['count']:,}: {reason} ({bad['where'][0] if bad['where'] else 'somewhere'})")
+    lines += [f"  {kind:<10} {found}" for kind, found in report.get("forms", {}).items()]
     for step in report["steps"]:
         lines.append(
             f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
@@ -278,6 +303,8 @@ def as_text(final: Path, report: dict) -> str:
         else:
             each = f"{size / max(tokens, 1):.2f} bytes per token"
         lines.append(f"  {split:<10} documents {documents:,}, bytes {size:,}, tokens {tokens:,}, {each}")
+    if report["divided"]:
+        lines.append(f"  divided    documents {report['divided']:,}: their ends are in validation")
     if len(report["sources"]) > 1:
         ended_by = report["mixture"]["ended_by"]
         if ended_by is not None:
@@ -294,6 +321,7 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  epochs     {_epochs_line(report['epochs'])}")
     if feed := report.get("host"):
         lines.append(f"  host       {feed['line']}")
+    lines += [f"  warning    {line}" for line in report["warnings"]]
     return "\n".join([*lines, f"  report     {final / FILES[0]}"])
 
 
@@ -319,6 +347,8 @@ def write(folder: Path, report: dict) -> None:
         "text through the tokenizer and back": round_trip_line(report) or "unchanged",
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
+    facts |= {f"warning {number}": line for number, line in enumerate(report["warnings"], 1)}
+    facts |= report.get("forms", {})
     html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
     text = json.dumps(report, indent=2, ensure_ascii=False)

@@ -63,7 +63,7 @@ def is_huggingface(path: str | Path) -> bool:
         return False
     try:
         return "model_type" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):  # no JSON object: no Hugging Face folder either
+    except (ValueError, TypeError, RecursionError):  # no JSON object: no Hugging Face folder either
         return False
 
 
@@ -78,7 +78,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     """
     if is_huggingface(path):
         return _load_huggingface(huggingface.locate(str(path)), read)
-    run, step = find_step(Path(path))
+    run, step = find_step(Path(path), tell=True)
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
