@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.inference import decode
+from jaxgpt.inference import decoder as decoding
 from jaxgpt.inference.decoder import WEIGHTS, build_decoder, generate, start_rows, stream
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.slots import NO_TOKEN
@@ -176,14 +176,14 @@ def test_padding_of_the_vocabulary_is_never_drawn(params):
 @pytest.fixture
 def steps_made(monkeypatch):
     """How many tokens each call of the decoding loop made."""
-    made, decode_chunk = [], decode.decode_chunk
+    made, decode_chunk = [], decoding.decode_chunk
 
     def recorded(*args):
         slots, out = decode_chunk(*args)
         made.append(int((out[0] != NO_TOKEN).any(axis=0).sum()))
         return slots, out
 
-    monkeypatch.setattr(decode, "decode_chunk", recorded)
+    monkeypatch.setattr(decoding, "decode_chunk", recorded)
     return made
 
 

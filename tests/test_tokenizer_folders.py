@@ -9,9 +9,12 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import END_OF_TEXT
 from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.make_dataset import given_tokenizer, place_of
+from jaxgpt.settings import DataConfig, TokenizerConfig
 
 TEXTS = [f"第{i}句：这是一个句子，数字是{i * 3}。 Line {i} says Hello World, café!\n" for i in range(30)]
 SAMPLES = [
@@ -328,3 +331,17 @@ def test_what_is_declared_and_not_there_or_not_used_is_told(tmp_path, caplog):
     assert tokenizer.vocab_size == 340 and [tokenizer.decode([end]) for end in tokenizer.ends] == [END_OF_TEXT, "e"]
     tokenizer.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").declared == tokenizer.declared
+
+
+def test_conversations_under_another_template_are_another_dataset_and_texts_are_not(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b", "text": "c"}\n')
+    places: dict[str, set] = {"chat": set(), "text": set()}
+    for turn in ("<|im_start|>", "<|im_start|>\n"):
+        template = "{% for m in messages %}" + turn + "{{ m.content + '<|im_end|>' }}{% endfor %}"
+        template += "{% if add_generation_prompt %}" + turn + "{% endif %}"
+        write(tmp_path, bpe(END_OF_TEXT, *TURN), tokenizer_config={"chat_template": template})
+        for form, found in places.items():
+            data = DataConfig(source="jsonl", path=str(tmp_path / "data.jsonl"), format=form, text_field="text")
+            config = Config(data=data, tokenizer=TokenizerConfig(type="folder", path=str(tmp_path)))
+            found.add(place_of(config, given_tokenizer(config)).path)
+    assert {form: len(found) for form, found in places.items()} == {"chat": 2, "text": 1}

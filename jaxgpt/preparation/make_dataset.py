@@ -350,6 +350,8 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
     if chosen.type == "folder":
         assert tokenizer is not None
         settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens
+        if data.format == "chat" and tokenizer.own_template is not None:
+            settings["chat_template"] = tokenizer.own_template
     elif chosen.special_tokens:
         settings["special_tokens"] = chosen.special_tokens
     for name in ("on_bad_record", "max_record_bytes", "encoding"):
