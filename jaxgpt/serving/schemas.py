@@ -1,12 +1,14 @@
 """The bodies of requests (their fields and values, and the fields of OpenAI's that are refused) and of errors.
 
-A field that is not supported and would change the answer is an error that names it. Fields that change nothing here
-(`user`, `metadata`, ...) are ignored, and so is an unsupported field with its default value.
+One rule for the body and every object in it: null is the same as no field; what changes nothing about the answer is
+ignored (`user`, a message's `name`, an unsupported field with its usual value); anything else is an error that names
+the field by its path. Every list has a longest length, and reading one ends at its first error.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import ValidationError, model_validator
 from pydantic_core import from_json
 
 MAX_CHOICES = 16
@@ -14,10 +16,36 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_ALTERNATIVES = 20
 MAX_SEED = 2**31 - 1
+MAX_TOKENS = 65_536  # of one list of token ids
+MAX_MESSAGES = 4096  # and parts of a message
+
+
+def _one_of(expected: str, lists: tuple[str, str]) -> Discriminator:
+    """Chooses among kinds of values by looking at one, so that an error is about that kind and not about the others.
+
+    `lists` are the tags of a list that begins with a number or is empty, and of any other.
+    """
+
+    def kind(value: object) -> str | None:
+        if isinstance(value, list):
+            return lists[bool(value) and not isinstance(value[0], int)]
+        return "<text>" if isinstance(value, str) else None
+
+    return Discriminator(kind, custom_error_type="wrong_kind", custom_error_message=f"Input should be {expected}")
+
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = list[Token]
+TokenIds = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True)]
+OnePrompt = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")],
+    _one_of("a text or token ids", ("<ids>", "<ids>")),
+]
+Prompts = Annotated[list[OnePrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+# JSON has one kind of number: 16.0 is 16.
+Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+NewTokens = Annotated[Whole, Field(ge=1, le=MAX_SEED)]
 
 
 # ---------------------------------------------------------------- errors
@@ -78,104 +106,21 @@ def too_slow(seconds: float) -> ApiError:
 # ---------------------------------------------------------------- bodies of requests
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class SamplingBody(_Body):
-    """How tokens are chosen. `null` is the same as leaving a field out."""
-
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[TokenIds, Field(max_length=7)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-
-
-class StreamOptions(_Body):
-    include_usage: bool | None = None
-
-
-class StreamingBody(SamplingBody):
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-
-class CompletionBody(StreamingBody):
-    """https://platform.openai.com/docs/api-reference/completions/create"""
-
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
-
-
-class TextPart(_Body):
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """The message for the chat template."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class ChatBody(StreamingBody):
-    """https://platform.openai.com/docs/api-reference/chat/create"""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
-
-
-class GenerateBody(SamplingBody):
-    """A prompt to continue, in the words of Hugging Face's `generate`."""
-
-    prompt: str
-    max_length: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of prompt and continuation together."""
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    num_return_sequences: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-
-
-class TokenizeBody(_Body):
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    """GPT-2's tokenizer adds none, so it changes nothing."""
-
-
-class DetokenizeBody(_Body):
-    model: str | None = None
-    tokens: TokenIds
-
-
-# OpenAI's fields that are not supported, with the values that change nothing. (`None` never does.)
+# Fields that others have and this server does not, with the values that change nothing. (`None` never does.)
 _UNSUPPORTED: dict[str, tuple] = {
     "best_of": (1,),
     "suffix": ("",),
-    **dict.fromkeys(["presence_penalty", "frequency_penalty"], (0,)),
+    **dict.fromkeys(["presence_penalty", "frequency_penalty", "min_tokens", "no_repeat_ngram_size"], (0,)),
     "logit_bias": ({},),
-    **dict.fromkeys(["tools", "functions"], ([],)),
+    **dict.fromkeys(["tools", "functions", "bad_words"], ([],)),
     **dict.fromkeys(["tool_choice", "function_call"], ("none", "auto")),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    **dict.fromkeys(["audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "do_sample"], ()),
-    "use_beam_search": (False,),
+    **dict.fromkeys(["audio", "moderation", "prediction", "verbosity", "web_search_options"], ()),
+    "reasoning_effort": ("none",),
+    **dict.fromkeys(["use_beam_search", "ignore_eos", "early_stopping", "continue_final_message"], (False,)),
+    **dict.fromkeys(["do_sample", "skip_special_tokens", "add_generation_prompt"], (True,)),
+    **dict.fromkeys(["num_beams", "length_penalty", "typical_p"], (1,)),
 }
 # These change nothing about the answer.
 _IGNORED = (
@@ -185,9 +130,165 @@ _IGNORED = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_options",
     "prompt_cache_retention",
     "parallel_tool_calls",
 )
+# The same of a message and its parts: what a model with tools or a voice may have said, and labels.
+_UNSUPPORTED_IN_MESSAGES: dict[str, tuple] = {
+    "tool_calls": ([],),
+    **dict.fromkeys(["audio", "function_call", "tool_call_id"], ()),
+    **dict.fromkeys(["refusal", "reasoning", "reasoning_content"], ("",)),
+}
+_IGNORED_IN_MESSAGES = (
+    *("name", "id", "annotations", "parsed", "metadata", "provider_specific_fields"),
+    *("cache_control", "prompt_cache_breakpoint"),
+)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED
+    ignored: ClassVar[tuple[str, ...]] = _IGNORED
+
+    @model_validator(mode="before")
+    @classmethod
+    def read(cls, fields: Any) -> Any:
+        """The fields that count. Of those that are not known only the first is kept, to be refused."""
+        return cls.counting(fields) if isinstance(fields, dict) else fields
+
+    @classmethod
+    def counting(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        same = lambda value, usual: value == usual and isinstance(value, bool) == isinstance(usual, bool)
+        kept, has_unknown = {}, False
+        for name, value in fields.items():
+            if value is None or name in cls.ignored:
+                continue
+            if name not in cls.model_fields:
+                if has_unknown or any(same(value, usual) for usual in cls.unsupported.get(name, ())):
+                    continue
+                has_unknown = True
+            kept[name] = value
+        return kept
+
+
+class SamplingBody(_Body):
+    """How tokens are chosen."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = None
+    """-1 and 0: all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopText, Tag("<text>")] | Annotated[StopTexts, Tag("<list>")],
+            _one_of("a text or a list of texts", ("<list>", "<list>")),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=7)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
+    """Its lowest 31 bits count."""
+
+
+class StreamOptions(_Body):
+    ignored: ClassVar[tuple[str, ...]] = ("include_obfuscation",)
+    unsupported: ClassVar[dict[str, tuple]] = {"continuous_usage_stats": (False,)}
+    include_usage: bool | None = None
+
+
+class StreamingBody(SamplingBody):
+    model: str | None = None
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(StreamingBody):
+    """https://platform.openai.com/docs/api-reference/completions/create"""
+
+    prompt: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")] | Annotated[Prompts, Tag("<list>")],
+        _one_of("a text, token ids, or a list of these", ("<ids>", "<list>")),
+    ] = Field(description="Text is only text: a token such as <|im_end|> is given by its id (POST /tokenize).")
+    max_tokens: Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+
+
+class TextPart(_Body):
+    unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED_IN_MESSAGES
+    ignored: ClassVar[tuple[str, ...]] = _IGNORED_IN_MESSAGES
+    type: Literal["text"]
+    text: str
+
+
+Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class Message(_Body):
+    unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED_IN_MESSAGES
+    ignored: ClassVar[tuple[str, ...]] = _IGNORED_IN_MESSAGES
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<list>")],
+        _one_of("a text or a list of parts", ("<list>", "<list>")),
+    ]
+
+    @classmethod
+    def counting(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """An assistant's message may have no content: the model said nothing."""
+        kept = super().counting(fields)
+        return {"content": ""} | kept if kept.get("role") == "assistant" else kept
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """The message for the chat template."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class ChatBody(StreamingBody):
+    """https://platform.openai.com/docs/api-reference/chat/create"""
+
+    messages: Messages
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+
+
+class GenerateBody(SamplingBody):
+    """A prompt to continue, in the words of Hugging Face's `generate`."""
+
+    prompt: str
+    max_length: NewTokens | None = None
+    """Tokens of prompt and continuation together."""
+    max_new_tokens: NewTokens | None = None
+    num_return_sequences: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] = 1
+    do_sample: bool | None = None
+    """false: the likeliest token each time, whatever the temperature."""
+    return_full_text: bool | None = None
+    """false: without the prompt."""
+
+
+class TokenizeBody(_Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    """GPT-2's tokenizer adds none, so it changes nothing."""
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: TokenIds
+
 
 Body = TypeVar("Body", bound=_Body)
 
@@ -201,26 +302,24 @@ def read_body(content: bytes, kind: type[Body]) -> Body:
     if not isinstance(fields, dict):
         kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
         raise bad_request(f"the body must be a JSON object, not {kinds.get(type(fields), 'a number')}")
-    for name in set(_UNSUPPORTED) & set(fields):
-        if not _changes_nothing(name, fields.pop(name)):
-            raise bad_request(f"{name} is not supported by this server; leave it out", name, "unsupported")
-    fields = {name: value for name, value in fields.items() if name not in _IGNORED}
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _explained(error, kind) from None
 
 
-def _changes_nothing(name: str, value: object) -> bool:
-    same = lambda usual: value == usual and isinstance(value, bool) == isinstance(usual, bool)
-    return value is None or any(map(same, _UNSUPPORTED[name]))
-
-
 def _explained(error: ValidationError, kind: type[_Body]) -> ApiError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = str(first["loc"][0])[:100] if first["loc"] else None
-    if first["type"] == "extra_forbidden":
-        where = ".".join(map(str, first["loc"]))
-        known = ", ".join(kind.model_fields)
-        return bad_request(f"there is no field {where}; known: {known}"[:600], name, "unknown_field")
-    return bad_request(f"{name}: {first['msg']}"[:600], name, "invalid_value")
+    # An unknown name may be why another one is missing.
+    rank = {"extra_forbidden": 1, "missing": 2}
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    first = min(found, key=lambda one: rank.get(one["type"], 0))
+    where = [part for part in first["loc"] if part not in ("<text>", "<ids>", "<list>")]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:100]}" for part in where).removeprefix(".")
+    if first["type"] != "extra_forbidden":
+        is_object = first["type"] in ("model_type", "dict_type")
+        message = "Input should be an object" if is_object else first["msg"].replace(" after validation", "")
+        return bad_request(f"{path}: {message}"[:600], path or None, "invalid_value")
+    if where[-1] in {*_UNSUPPORTED, *_UNSUPPORTED_IN_MESSAGES, *StreamOptions.unsupported}:
+        return bad_request(f"{path} is not supported by this server; leave it out", path, "unsupported")
+    known = f"; known: {', '.join(kind.model_fields)}" if len(where) == 1 else ""
+    return bad_request(f"there is no field {path}{known}"[:600], path, "unknown_field")
