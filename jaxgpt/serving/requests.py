@@ -87,8 +87,8 @@ def chat_tokens(messages: Sequence[schemas.Message], model: ServedModel) -> list
         message = "the last message must be the user's: the model writes what comes after it"
         raise bad_request(message, f"messages[{len(messages) - 1}].role")
     plain = [message.plain for message in messages]
-    for number, message in enumerate(plain):
-        if len(message["content"].encode()) > MAX_UNBROKEN:
+    for number, turn in enumerate(plain):
+        if len(turn["content"].encode()) > MAX_UNBROKEN:
             raise _too_long(f"messages[{number}].content")
     try:
         return prompts.encode(with_system(plain, model.system))
@@ -177,7 +177,7 @@ def _stop(body: schemas.SamplingBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def _streaming(body: schemas.StreamingBody) -> dict[str, bool]:
+def _streaming(body: schemas.StreamingBody) -> dict[str, Any]:
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return {"stream": bool(body.stream), "include_usage": include_usage}
 

@@ -7,8 +7,8 @@ the field by its path. Every list has a longest length, and reading one ends at 
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
-from pydantic import ValidationError, model_validator
+import pydantic
+from pydantic import BaseModel, Field, Tag
 from pydantic_core import from_json
 
 MAX_CHOICES = 16
@@ -20,8 +20,8 @@ MAX_TOKENS = 65_536  # of one list of token ids
 MAX_MESSAGES = 4096  # and parts of a message
 
 
-def _one_of(expected: str, lists: tuple[str, str]) -> Discriminator:
-    """Chooses among kinds of values by looking at one, so that an error is about that kind and not about the others.
+def _one_of(expected: str, lists: tuple[str, str] = ("<list>", "<list>")) -> pydantic.Discriminator:
+    """Chooses among kinds of values, so that an error is about the one that was sent and not about the others.
 
     `lists` are the tags of a list that begins with a number or is empty, and of any other.
     """
@@ -31,20 +31,23 @@ def _one_of(expected: str, lists: tuple[str, str]) -> Discriminator:
             return lists[bool(value) and not isinstance(value[0], int)]
         return "<text>" if isinstance(value, str) else None
 
-    return Discriminator(kind, custom_error_type="wrong_kind", custom_error_message=f"Input should be {expected}")
+    return pydantic.Discriminator(kind, "wrong_kind", custom_error_message=f"Input should be {expected}")
 
 
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+def _list(most: int, least: int = 0) -> Any:
+    return Field(min_length=least, max_length=most, fail_fast=True)
+
+
+Text = Annotated[str, Tag("<text>")]
+StopText = Annotated[str, Field(min_length=1, max_length=256), Tag("<text>")]
+StopTexts = Annotated[list[StopText], _list(MAX_STOPS), Tag("<list>")]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True)]
-OnePrompt = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")],
-    _one_of("a text or token ids", ("<ids>", "<ids>")),
-]
-Prompts = Annotated[list[OnePrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenIds = Annotated[list[Token], _list(MAX_TOKENS), Tag("<ids>")]
+OnePrompt = Annotated[Text | TokenIds, _one_of("a text or token ids", ("<ids>", "<ids>"))]
+Prompts = Annotated[list[OnePrompt], _list(MAX_PROMPTS, 1), Tag("<list>")]
+Prompt = Annotated[Text | TokenIds | Prompts, _one_of("a text, token ids, or a list of these", ("<ids>", "<list>"))]
 # JSON has one kind of number: 16.0 is 16.
-Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+Whole = Annotated[int, pydantic.BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
 NewTokens = Annotated[Whole, Field(ge=1, le=MAX_SEED)]
 
 
@@ -108,36 +111,24 @@ def too_slow(seconds: float) -> ApiError:
 
 # Fields that others have and this server does not, with the values that change nothing. (`None` never does.)
 _UNSUPPORTED: dict[str, tuple] = {
-    "best_of": (1,),
-    "suffix": ("",),
+    **dict.fromkeys(["audio", "moderation", "prediction", "verbosity", "web_search_options"], ()),
+    **dict.fromkeys(["best_of", "num_beams", "length_penalty", "typical_p"], (1,)),
     **dict.fromkeys(["presence_penalty", "frequency_penalty", "min_tokens", "no_repeat_ngram_size"], (0,)),
-    "logit_bias": ({},),
+    **dict.fromkeys(["do_sample", "skip_special_tokens", "add_generation_prompt"], (True,)),
+    **dict.fromkeys(["use_beam_search", "ignore_eos", "early_stopping", "continue_final_message"], (False,)),
     **dict.fromkeys(["tools", "functions", "bad_words"], ([],)),
     **dict.fromkeys(["tool_choice", "function_call"], ("none", "auto")),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    **dict.fromkeys(["audio", "moderation", "prediction", "verbosity", "web_search_options"], ()),
-    "reasoning_effort": ("none",),
-    **dict.fromkeys(["use_beam_search", "ignore_eos", "early_stopping", "continue_final_message"], (False,)),
-    **dict.fromkeys(["do_sample", "skip_special_tokens", "add_generation_prompt"], (True,)),
-    **dict.fromkeys(["num_beams", "length_penalty", "typical_p"], (1,)),
+    **{"suffix": ("",), "logit_bias": ({},), "reasoning_effort": ("none",)},
+    **{"response_format": ({"type": "text"},), "modalities": (["text"],)},
 }
 # These change nothing about the answer.
 _IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "parallel_tool_calls",
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
 # The same of a message and its parts: what a model with tools or a voice may have said, and labels.
 _UNSUPPORTED_IN_MESSAGES: dict[str, tuple] = {
-    "tool_calls": ([],),
-    **dict.fromkeys(["audio", "function_call", "tool_call_id"], ()),
+    **{"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()},
     **dict.fromkeys(["refusal", "reasoning", "reasoning_content"], ("",)),
 }
 _IGNORED_IN_MESSAGES = (
@@ -147,11 +138,11 @@ _IGNORED_IN_MESSAGES = (
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED
     ignored: ClassVar[tuple[str, ...]] = _IGNORED
 
-    @model_validator(mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
     def read(cls, fields: Any) -> Any:
         """The fields that count. Of those that are not known only the first is kept, to be refused."""
@@ -181,13 +172,7 @@ class SamplingBody(_Body):
     """-1 and 0: all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    stop: (
-        Annotated[
-            Annotated[StopText, Tag("<text>")] | Annotated[StopTexts, Tag("<list>")],
-            _one_of("a text or a list of texts", ("<list>", "<list>")),
-        ]
-        | None
-    ) = None
+    stop: Annotated[StopText | StopTexts, _one_of("a text or a list of texts")] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=7)] | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
     """Its lowest 31 bits count."""
@@ -209,32 +194,26 @@ class StreamingBody(SamplingBody):
 class CompletionBody(StreamingBody):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
-    prompt: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")] | Annotated[Prompts, Tag("<list>")],
-        _one_of("a text, token ids, or a list of these", ("<ids>", "<list>")),
-    ] = Field(description="Text is only text: a token such as <|im_end|> is given by its id (POST /tokenize).")
+    prompt: Prompt = Field(description="Text is only text; a token such as <|im_end|> has its id, from POST /tokenize.")
     max_tokens: Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None = None
     echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
 
-class TextPart(_Body):
+class _InMessages(_Body):
     unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED_IN_MESSAGES
     ignored: ClassVar[tuple[str, ...]] = _IGNORED_IN_MESSAGES
+
+
+class TextPart(_InMessages):
     type: Literal["text"]
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class Message(_Body):
-    unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED_IN_MESSAGES
-    ignored: ClassVar[tuple[str, ...]] = _IGNORED_IN_MESSAGES
+class Message(_InMessages):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<list>")],
-        _one_of("a text or a list of parts", ("<list>", "<list>")),
+        Text | Annotated[list[TextPart], _list(MAX_MESSAGES), Tag("<list>")], _one_of("a text or a list of parts")
     ]
 
     @classmethod
@@ -250,7 +229,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[Message], _list(MAX_MESSAGES, 1)]
 
 
 class ChatBody(StreamingBody):
@@ -293,7 +272,7 @@ class DetokenizeBody(_Body):
 Body = TypeVar("Body", bound=_Body)
 
 
-def read_body(content: bytes, kind: type[Body]) -> Body:
+def read_body(content: bytes | bytearray, kind: type[Body]) -> Body:
     """The body of a request as one of the classes above; ApiError 400 says what is wrong with it."""
     try:
         fields = from_json(content, allow_inf_nan=False, allow_partial=False)
@@ -304,11 +283,11 @@ def read_body(content: bytes, kind: type[Body]) -> Body:
         raise bad_request(f"the body must be a JSON object, not {kinds.get(type(fields), 'a number')}")
     try:
         return kind.model_validate(fields)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise _explained(error, kind) from None
 
 
-def _explained(error: ValidationError, kind: type[_Body]) -> ApiError:
+def _explained(error: pydantic.ValidationError, kind: type[_Body]) -> ApiError:
     # An unknown name may be why another one is missing.
     rank = {"extra_forbidden": 1, "missing": 2}
     found = error.errors(include_url=False, include_input=False, include_context=False)
