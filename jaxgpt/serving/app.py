@@ -26,18 +26,9 @@ from starlette.types import Receive, Scope, Send
 
 from jaxgpt import __version__
 from jaxgpt.inference.engine import Engine
-from jaxgpt.serving import schemas
+from jaxgpt.serving import requests, schemas
 from jaxgpt.serving.generated_texts import Generation, retry_seconds
 from jaxgpt.serving.middleware import Bodies, RequestMiddleware, ServerMetrics, answer_error
-from jaxgpt.serving.requests import (
-    GenerationRequest,
-    chat_request,
-    chat_tokens,
-    completion_request,
-    generate_request,
-    known_tokens,
-    text_tokens,
-)
 from jaxgpt.serving.responses import Chats, Completions, Generated
 from jaxgpt.serving.schemas import ApiError, bad_request, too_busy
 from jaxgpt.serving.served_model import ServedModel
@@ -76,13 +67,13 @@ class Routes:
         """Requests that the engine works on, or whose answers are still being sent."""
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, schemas.CompletionBody, completion_request, Completions)
+        return await self._answer(request, schemas.CompletionBody, requests.completion_request, Completions)
 
     async def chats(self, request: Request) -> Response:
-        return await self._answer(request, schemas.ChatBody, chat_request, Chats)
+        return await self._answer(request, schemas.ChatBody, requests.chat_request, Chats)
 
     async def generate(self, request: Request) -> Response:
-        return await self._answer(request, schemas.GenerateBody, generate_request, Generated)
+        return await self._answer(request, schemas.GenerateBody, requests.generate_request, Generated)
 
     async def models(self) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [self._model.card()]})
@@ -95,15 +86,17 @@ class Routes:
         def answer(body: schemas.TokenizeBody) -> Response:
             if (body.prompt is None) == (body.messages is None):
                 raise bad_request("give either prompt or messages", "prompt")
-            messages = body.messages
-            tokens = chat_tokens(messages, self._model) if messages else text_tokens(body.prompt or "", self._model)
+            if body.messages:
+                tokens = requests.chat_tokens(body.messages, self._model)
+            else:
+                tokens = requests.text_tokens(body.prompt or "", self._model)
             return _json({"tokens": tokens, "count": len(tokens), "max_model_len": self._model.n_positions})
 
         return await self._of_body(request, schemas.TokenizeBody, answer)
 
     async def detokenize(self, request: Request) -> Response:
         def answer(body: schemas.DetokenizeBody) -> Response:
-            tokens = known_tokens(body.tokens, self._model, "tokens")
+            tokens = requests.known_tokens(body.tokens, self._model, "tokens")
             return _json({"prompt": self._model.tokenizer.decode(tokens)})
 
         return await self._of_body(request, schemas.DetokenizeBody, answer)
@@ -137,18 +130,22 @@ class Routes:
             self._model.check_name(getattr(body, "model", None))
             return function(body)
 
-        async with self._bodies.of(request) as content:
+        content = bytearray()
+        try:
+            await self._bodies.read(request, content)
             if len(content) < LONG_BODY:
                 return read()
             async with self._one_long_body:
                 return await asyncio.to_thread(read)
+        finally:
+            self._bodies.held -= len(content)
 
     async def _answer(
         self,
         request: Request,
         kind: type[schemas.Body],
-        ask: Callable[[schemas.Body, ServedModel, Engine], GenerationRequest],
-        shape: Callable[[ServedModel, GenerationRequest], Completions | Chats | Generated],
+        ask: Callable[[schemas.Body, ServedModel, Engine], requests.GenerationRequest],
+        shape: Callable[[ServedModel, requests.GenerationRequest], Completions | Chats | Generated],
     ) -> Response:
         engine = self._model.ready_engine()
         if engine.waiting >= engine.queue_size:  # reading bodies would keep an overloaded server busy

@@ -4,14 +4,13 @@ No prompt, no answer and no key is ever written to the log.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import ipaddress
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -151,9 +150,7 @@ class RequestMiddleware:
         if origin in self._origins or (is_own and (host in self._hosts or _is_local(host))):
             return None
         site = origin if "://" in origin else f"http://{host}"
-        message = (
-            f"without API keys this server answers no pages of other sites; --cors-origin {site[:100]} lets this one"
-        )
+        message = f"a server without API keys answers no other site; --cors-origin {site[:100]} lets this one ask"
         return ApiError(403, message, code="other_site")
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
@@ -178,41 +175,30 @@ def _is_local(host: str) -> bool:
 
 
 class Bodies:
-    """Reads bodies; all that are held at a time have a limit together."""
+    """Reads bodies. `held` counts the bytes of all under way; whoever has one read takes its bytes off again."""
 
-    def __init__(self) -> None:
-        self._held = 0
+    held = 0
 
-    @contextlib.asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[bytearray]:
-        """The whole body, which counts as held until the block ends.
+    async def read(self, request: Request, content: bytearray) -> None:
+        """Append the body to `content`.
 
         Raises:
-            ApiError: 413, larger than MAX_BODY_BYTES; 408, not there in BODY_SECONDS; 429, more than MAX_ALL_BODIES.
+            ApiError: 413, larger than MAX_BODY_BYTES; 408, not there in BODY_SECONDS; 429, all are over MAX_ALL_BODIES.
         """
-        content = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS) as waiting:
-                await self._read(request, content)
-            yield content
-        except TimeoutError:
-            if not waiting.expired():
-                raise
-            message = f"the body did not come within {BODY_SECONDS:g} s"
-            raise ApiError(408, message, code="slow_body", headers={"Connection": "close"}) from None
-        finally:
-            self._held -= len(content)
-
-    async def _read(self, request: Request, content: bytearray) -> None:
         too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
             raise too_large
-        async for part in request.stream():
-            content += part
-            self._held += len(part)
-            if len(content) > MAX_BODY_BYTES:
-                raise too_large
-            if self._held > MAX_ALL_BODIES:
-                message = f"the bodies of all requests under way are more than {MAX_ALL_BODIES:,} bytes; try again"
-                raise ApiError(429, message, code="bodies_too_large", headers={"Retry-After": "1"})
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    content += part
+                    self.held += len(part)
+                    if len(content) > MAX_BODY_BYTES:
+                        raise too_large
+                    if self.held > MAX_ALL_BODIES:
+                        message = f"the bodies of all requests together are over {MAX_ALL_BODIES:,} bytes; try again"
+                        raise ApiError(429, message, code="bodies_too_large", headers={"Retry-After": "1"})
+        except TimeoutError:
+            message = f"the body did not come within {BODY_SECONDS:g} s"
+            raise ApiError(408, message, code="slow_body", headers={"Connection": "close"}) from None
