@@ -33,7 +33,7 @@ PAGE = """<pre></pre><script type="module">
 const shown = document.querySelector("pre");
 try {
   const { default: OpenAI } = await import("/node_modules/openai/index.mjs");
-  const client = new OpenAI({ baseURL: "URL", apiKey: "none", dangerouslyAllowBrowser: true, maxRetries: 0 });
+  const client = new OpenAI({ baseURL: "ADDRESS", apiKey: "none", dangerouslyAllowBrowser: true, maxRetries: 0 });
   const messages = [{ role: "user", content: "Hi" }];
   const answer = await client.chat.completions.create({ messages, model: "tiny-chat", max_tokens: 8, temperature: 0 });
   shown.textContent = "answer: " + answer.choices[0].message.content;
@@ -138,7 +138,7 @@ def test_bodies_as_litellm_and_llama_index_send_them_are_answered(server, expect
 
 def test_openais_javascript_works_in_a_browser_at_an_allowed_origin_and_at_no_other(clients, server, site, expected):
     folder, port = site
-    (folder / "index.html").write_text(PAGE.replace("URL", f"{server.url}/v1"), encoding="utf-8")
+    (folder / "index.html").write_text(PAGE.replace("ADDRESS", f"{server.url}/v1"), encoding="utf-8")
     with contextlib.suppress(FileExistsError):
         (folder / "node_modules").symlink_to(clients / "node_modules")
     with chromium() as browser:

@@ -16,6 +16,7 @@ import serving
 from processes import wait_for
 
 from jaxgpt import serve
+from jaxgpt.errors import how_to_install
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving import middleware, schemas
 from jaxgpt.serving import server as life
@@ -496,7 +497,7 @@ def test_a_port_in_use_a_key_file_without_keys_and_missing_packages_are_one_line
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     assert serve.main(["--checkpoint", "no/such/run"]) == 2
     assert capsys.readouterr().err == (
-        "error: the server needs packages that are not installed: pip install 'jaxgpt[serve]'\n"
+        f"error: the server needs packages that are not installed: {how_to_install('serve')}\n"
     )
 
 
