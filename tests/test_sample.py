@@ -120,7 +120,7 @@ def test_on_a_terminal_the_one_text_comes_in_pieces_and_is_the_same(checkpoint, 
         ("👨\u200d👩 中 é", "👨\u200d👩 中 é"),
     ],
 )
-def test_a_terminal_obeys_no_control_characters_of_a_text_and_a_file_has_them(text, shown):
+def test_a_terminal_obeys_no_control_characters_of_a_text(text, shown):
     assert for_terminal(text) == shown
 
 
