@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxgpt.errors import EXIT_DONE, RunFailed, UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
-from jaxgpt.serving.middleware import read_keys
+from jaxgpt.serving.middleware import MAX_HEADER_BYTES, read_keys
 from jaxgpt.serving.served_model import ServedModel, ServeOptions, load
 
 logger = logging.getLogger("jaxgpt.serve")
@@ -194,6 +194,7 @@ class _Lifetime:
             log_config=None,
             access_log=False,  # the middleware writes one, without what a query may hold
             server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=2,
         )
         self._server = _Server(config, self._on_signal)
