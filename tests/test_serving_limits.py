@@ -118,7 +118,7 @@ WRONG = [  # each with the path of what is wrong, and the reason
     (CHATS, {"messages": []}, "messages", "at least 1 item"),
     (CHATS, {"messages": [{"role": "user"}]}, "messages[0].content", "required"),
     (CHATS, {"messages": [{"content": "a"}]}, "messages[0].role", "required"),
-    (CHATS, {"messages": [USER, 3]}, "messages[1]", "an object"),
+    (CHATS, {"messages": [USER, 3]}, "messages[1]", "valid object"),
     (CHATS, {"messages": [USER, {"role": "tool", "content": "a"}]}, "messages[1].role", "'assistant'"),
     (CHATS, {"messages": [USER, {"role": "assistant", "content": "a"}]}, "messages[1].role", "the last message"),
     (CHATS, {"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content[0].text", "required"),
@@ -135,7 +135,6 @@ WRONG = [  # each with the path of what is wrong, and the reason
         "inputs",
         "no field inputs; known: temperature",
     ),
-    ("/generate", {"temperature": 0, "do_sample": True}, "do_sample", "above 0"),
     ("/tokenize", {"prompt": "a" * 200_000}, "prompt", "131,072 bytes without a line break"),
     ("/tokenize", {"prompt": None, "messages": [USER | {"content": "a" * 200_000}]}, "messages[0].content", "131,072"),
     ("/detokenize", {"tokens": [1, 302]}, "tokens[1]", "the vocabulary is 302"),
@@ -230,7 +229,8 @@ CHANGES = {  # for each field that we do not have, a value with which another se
     **{"tools": [{"type": "function", "function": {"name": "f"}}], "functions": [{"name": "f"}]},
     **{"tool_choice": "required", "function_call": {"name": "f"}, "response_format": {"type": "json_object"}},
     **{"modalities": ["text", "audio"], "audio": {"voice": "alloy"}, "web_search_options": {}},
-    **{"prediction": {"type": "content", "content": "a"}, "moderation": {"model": "m"}},
+    **{"prediction": {"type": "content", "content": "a"}, "moderation": {"model": "m"}, "continuous_usage_stats": True},
+    **{"tool_calls": [{"id": "a"}], "tool_call_id": "a", "refusal": "no", "reasoning": "a", "reasoning_content": "a"},
 }
 
 

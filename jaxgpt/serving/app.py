@@ -86,17 +86,15 @@ class Routes:
         def answer(body: schemas.TokenizeBody) -> Response:
             if (body.prompt is None) == (body.messages is None):
                 raise bad_request("give either prompt or messages", "prompt")
-            if body.messages:
-                tokens = requests.chat_tokens(body.messages, self._model)
-            else:
-                tokens = requests.text_tokens(body.prompt or "", self._model)
+            chat = body.messages and requests.chat_tokens(body.messages, self._model)
+            tokens = chat or requests.tokens_of(body.prompt or "", self._model, "prompt")
             return _json({"tokens": tokens, "count": len(tokens), "max_model_len": self._model.n_positions})
 
         return await self._of_body(request, schemas.TokenizeBody, answer)
 
     async def detokenize(self, request: Request) -> Response:
         def answer(body: schemas.DetokenizeBody) -> Response:
-            tokens = requests.known_tokens(body.tokens, self._model, "tokens")
+            tokens = requests.tokens_of(body.tokens, self._model, "tokens")
             return _json({"prompt": self._model.tokenizer.decode(tokens)})
 
         return await self._of_body(request, schemas.DetokenizeBody, answer)

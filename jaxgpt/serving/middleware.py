@@ -37,6 +37,9 @@ TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
+Names = Sequence[str]
+
+
 class ServerMetrics:
     """The figures of one server for Prometheus. Names follow vLLM's, with jaxgpt_ before them; times are in seconds."""
 
@@ -85,15 +88,7 @@ def read_keys(file: Path | None) -> list[str]:
 class RequestMiddleware:
     """ASGI middleware that checks who sends each request, counts it and logs it."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Sequence[str],
-        opened: Sequence[str],
-        metrics: ServerMetrics,
-        routes: Sequence[str],
-        origins: Sequence[str],
-    ):
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, keys: Names, opened: Names, routes: Names, origins: Names):
         """`opened` are the paths that need no key, `routes` all paths.
 
         Without `keys` anyone may ask who reaches the port, but of pages only the server's own and those of `origins`.
@@ -180,11 +175,7 @@ class Bodies:
     held = 0
 
     async def read(self, request: Request, content: bytearray) -> None:
-        """Append the body to `content`.
-
-        Raises:
-            ApiError: 413, larger than MAX_BODY_BYTES; 408, not there in BODY_SECONDS; 429, all are over MAX_ALL_BODIES.
-        """
+        """Append the body to `content`; ApiError 413 and 429: it or all together are too large, 408: it is slow."""
         too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:

@@ -37,8 +37,7 @@ class GenerationRequest:
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
-    text_before: str = ""
-    """What /generate puts before each text."""
+    text_before: str = ""  # what /generate puts before each text
 
 
 def completion_request(body: schemas.CompletionBody, model: ServedModel, engine: Engine) -> GenerationRequest:
@@ -98,7 +97,7 @@ def chat_tokens(messages: Sequence[schemas.Message], model: ServedModel) -> list
 
 def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
     """The engine requests of a body of /generate."""
-    prompt = text_tokens(body.prompt, model)
+    prompt = tokens_of(body.prompt, model, "prompt")
     if body.max_length is not None and body.max_new_tokens is not None:
         raise bad_request("max_length counts the prompt's tokens, max_new_tokens does not; give one", "max_length")
     new = min(100, _room(model, prompt)) if body.max_new_tokens is None else body.max_new_tokens
@@ -107,8 +106,6 @@ def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Eng
         if new < 1:
             message = f"max_length = {body.max_length}, but the prompt is {len(prompt)} tokens already"
             raise bad_request(message, "max_length")
-    if body.do_sample and body.temperature == 0:
-        raise bad_request("do_sample = true needs a temperature above 0; temperature = 0 is greedy", "do_sample")
     options = _options(body, GENERATE_RULES, new, model)
     if body.do_sample is False:
         options = dataclasses.replace(options, temperature=0.0)
@@ -120,25 +117,22 @@ def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Eng
     return GenerationRequest(requests, len(prompt), _stop(body), text_before=text_before)
 
 
-def text_tokens(text: str, model: ServedModel, path: str = "prompt") -> list[int]:
-    """The token ids of a text, which is encoded in parts where it has line breaks: memory grows with a part."""
+def tokens_of(given: str | list[int], model: ServedModel, path: str) -> list[int]:
+    """The ids of a text, encoded in parts where it has line breaks, as memory grows with a part; or the given ids."""
+    if isinstance(given, list):
+        size = model.tokenizer.vocab_size
+        for place, token in enumerate(given):
+            if token >= size:
+                raise bad_request(f"{path}[{place}]: token {token}, but the vocabulary is {size}", f"{path}[{place}]")
+        return given
     tokens: list[int] = []
-    for part in model.tokenizer.pieces(text, MAX_UNBROKEN // 2):
+    for part in model.tokenizer.pieces(given, MAX_UNBROKEN // 2):
         if len(part.encode()) > MAX_UNBROKEN:
             raise _too_long(path)
         try:
             tokens += model.tokenizer.encode(part)
         except UserError as error:
             raise bad_request(f"{path}: {error}", path) from None
-    return tokens
-
-
-def known_tokens(tokens: list[int], model: ServedModel, path: str) -> list[int]:
-    """The same tokens; ApiError 400 if the vocabulary does not have one."""
-    size = model.tokenizer.vocab_size
-    for place, token in enumerate(tokens):
-        if token >= size:
-            raise bad_request(f"{path}[{place}]: token {token}, but the vocabulary is {size}", f"{path}[{place}]")
     return tokens
 
 
@@ -150,10 +144,7 @@ def _prompts(prompt: str | list, model: ServedModel) -> dict[str, list[int]]:
     """{where it stands in the body: token ids}"""
     is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)  # [] is a prompt, too
     several = {"prompt": prompt} if is_one else {f"prompt[{number}]": one for number, one in enumerate(prompt)}
-    return {
-        path: text_tokens(one, model, path) if isinstance(one, str) else known_tokens(one, model, path)
-        for path, one in several.items()
-    }
+    return {path: tokens_of(one, model, path) for path, one in several.items()}
 
 
 def _room(model: ServedModel, prompt: list[int]) -> int:
@@ -161,16 +152,14 @@ def _room(model: ServedModel, prompt: list[int]) -> int:
     return max(model.n_positions - max(len(prompt), 1), 1)
 
 
-def _options(
-    body: schemas.SamplingBody, defaults: dict[str, Any], new_tokens: int, model: ServedModel
-) -> SamplingOptions:
+def _options(body: schemas.SamplingBody, defaults: dict[str, Any], new: int, model: ServedModel) -> SamplingOptions:
     """A chat model ends with its turn wherever it is asked."""
     rules = defaults | body.model_dump(include={*defaults}, exclude_none=True)
     rules["top_k"] = max(rules["top_k"], 0)
     seed = secrets.randbits(31) if body.seed is None else body.seed & schemas.MAX_SEED
     end_of_turn = model.tokenizer.end_of_turn
     stop_token_ids = (*(body.stop_token_ids or ()), *(() if end_of_turn is None else (end_of_turn,)))
-    return SamplingOptions(max_new_tokens=new_tokens, stop_token_ids=stop_token_ids, seed=seed, **rules)
+    return SamplingOptions(max_new_tokens=new, stop_token_ids=stop_token_ids, seed=seed, **rules)
 
 
 def _stop(body: schemas.SamplingBody) -> tuple[str, ...]:
@@ -193,9 +182,7 @@ def _checked(request: Request, n: int, engine: Engine, model: ServedModel, path:
     try:
         checked = engine.check(request)
     except UserError as error:
-        if "n_positions" not in str(error):
-            field = "stop_token_ids" if "stop_token_ids" in str(error) else path
-            raise bad_request(str(error), field, "invalid_value") from None
         fits_alone = len(request.prompt) + request.continues <= model.n_positions
-        raise bad_request(str(error), limit if fits_alone else path, "context_length_exceeded") from None
+        code = "context_length_exceeded" if "n_positions" in str(error) else "invalid_value"
+        raise bad_request(str(error), limit if fits_alone else path, code) from None
     return [dataclasses.replace(checked, row=row) for row in range(n)]

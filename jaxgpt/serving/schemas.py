@@ -5,7 +5,8 @@ ignored (`user`, a message's `name`, an unsupported field with its usual value);
 the field by its path. Every list has a longest length, and reading one ends at its first error.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, Field, Tag
@@ -21,10 +22,7 @@ MAX_MESSAGES = 4096  # and parts of a message
 
 
 def _one_of(expected: str, lists: tuple[str, str] = ("<list>", "<list>")) -> pydantic.Discriminator:
-    """Chooses among kinds of values, so that an error is about the one that was sent and not about the others.
-
-    `lists` are the tags of a list that begins with a number or is empty, and of any other.
-    """
+    """Makes errors be about the kind that was sent; `lists`: the tags of a list of numbers (or empty), and of others."""
 
     def kind(value: object) -> str | None:
         if isinstance(value, list):
@@ -34,17 +32,13 @@ def _one_of(expected: str, lists: tuple[str, str] = ("<list>", "<list>")) -> pyd
     return pydantic.Discriminator(kind, "wrong_kind", custom_error_message=f"Input should be {expected}")
 
 
-def _list(most: int, least: int = 0) -> Any:
-    return Field(min_length=least, max_length=most, fail_fast=True)
-
-
 Text = Annotated[str, Tag("<text>")]
 StopText = Annotated[str, Field(min_length=1, max_length=256), Tag("<text>")]
-StopTexts = Annotated[list[StopText], _list(MAX_STOPS), Tag("<list>")]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[Token], _list(MAX_TOKENS), Tag("<ids>")]
+TokenIds = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True), Tag("<ids>")]
 OnePrompt = Annotated[Text | TokenIds, _one_of("a text or token ids", ("<ids>", "<ids>"))]
-Prompts = Annotated[list[OnePrompt], _list(MAX_PROMPTS, 1), Tag("<list>")]
+Prompts = Annotated[list[OnePrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")]
 Prompt = Annotated[Text | TokenIds | Prompts, _one_of("a text, token ids, or a list of these", ("<ids>", "<list>"))]
 # JSON has one kind of number: 16.0 is 16.
 Whole = Annotated[int, pydantic.BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
@@ -111,55 +105,39 @@ def too_slow(seconds: float) -> ApiError:
 
 # Fields that others have and this server does not, with the values that change nothing. (`None` never does.)
 _UNSUPPORTED: dict[str, tuple] = {
-    **dict.fromkeys(["audio", "moderation", "prediction", "verbosity", "web_search_options"], ()),
+    **dict.fromkeys(["audio", "moderation", "prediction", "tool_call_id", "verbosity", "web_search_options"], ()),
     **dict.fromkeys(["best_of", "num_beams", "length_penalty", "typical_p"], (1,)),
     **dict.fromkeys(["presence_penalty", "frequency_penalty", "min_tokens", "no_repeat_ngram_size"], (0,)),
     **dict.fromkeys(["do_sample", "skip_special_tokens", "add_generation_prompt"], (True,)),
     **dict.fromkeys(["use_beam_search", "ignore_eos", "early_stopping", "continue_final_message"], (False,)),
-    **dict.fromkeys(["tools", "functions", "bad_words"], ([],)),
+    **dict.fromkeys(["tools", "functions", "tool_calls", "bad_words"], ([],)),
+    **dict.fromkeys(["suffix", "refusal", "reasoning", "reasoning_content"], ("",)),
     **dict.fromkeys(["tool_choice", "function_call"], ("none", "auto")),
-    **{"suffix": ("",), "logit_bias": ({},), "reasoning_effort": ("none",)},
+    **{"reasoning_effort": ("none",), "continuous_usage_stats": (False,), "logit_bias": ({},)},
     **{"response_format": ({"type": "text"},), "modalities": (["text"],)},
 }
-# These change nothing about the answer.
+# These change nothing about the answer: labels of a request, and of a message or a part of one.
 _IGNORED = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
-    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-)
-# The same of a message and its parts: what a model with tools or a voice may have said, and labels.
-_UNSUPPORTED_IN_MESSAGES: dict[str, tuple] = {
-    **{"tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": ()},
-    **dict.fromkeys(["refusal", "reasoning", "reasoning_content"], ("",)),
-}
-_IGNORED_IN_MESSAGES = (
-    *("name", "id", "annotations", "parsed", "metadata", "provider_specific_fields"),
-    *("cache_control", "prompt_cache_breakpoint"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "include_obfuscation"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prompt_cache_breakpoint", "cache_control"),
+    *("name", "id", "annotations", "parsed", "provider_specific_fields"),
 )
 
 
 class _Body(BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED
-    ignored: ClassVar[tuple[str, ...]] = _IGNORED
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def read(cls, fields: Any) -> Any:
         """The fields that count. Of those that are not known only the first is kept, to be refused."""
-        return cls.counting(fields) if isinstance(fields, dict) else fields
-
-    @classmethod
-    def counting(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        same = lambda value, usual: value == usual and isinstance(value, bool) == isinstance(usual, bool)
-        kept, has_unknown = {}, False
-        for name, value in fields.items():
-            if value is None or name in cls.ignored:
-                continue
-            if name not in cls.model_fields:
-                if has_unknown or any(same(value, usual) for usual in cls.unsupported.get(name, ())):
-                    continue
-                has_unknown = True
-            kept[name] = value
+        if not isinstance(fields, dict):
+            return fields
+        kept = {name: value for name, value in fields.items() if not _changes_nothing(name, value)}
+        for name in [name for name in kept if name not in cls.model_fields][1:]:
+            del kept[name]
+        if kept.get("role") == "assistant":  # a model may have said nothing
+            kept.setdefault("content", "")
         return kept
 
 
@@ -168,19 +146,15 @@ class SamplingBody(_Body):
 
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = None
-    """-1 and 0: all tokens."""
+    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: all tokens
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     stop: Annotated[StopText | StopTexts, _one_of("a text or a list of texts")] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=7)] | None = None
-    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
-    """Its lowest 31 bits count."""
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None  # its lowest 31 bits count
 
 
 class StreamOptions(_Body):
-    ignored: ClassVar[tuple[str, ...]] = ("include_obfuscation",)
-    unsupported: ClassVar[dict[str, tuple]] = {"continuous_usage_stats": (False,)}
     include_usage: bool | None = None
 
 
@@ -200,27 +174,17 @@ class CompletionBody(StreamingBody):
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
 
-class _InMessages(_Body):
-    unsupported: ClassVar[dict[str, tuple]] = _UNSUPPORTED_IN_MESSAGES
-    ignored: ClassVar[tuple[str, ...]] = _IGNORED_IN_MESSAGES
-
-
-class TextPart(_InMessages):
+class TextPart(_Body):
     type: Literal["text"]
     text: str
 
 
-class Message(_InMessages):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Text | Annotated[list[TextPart], _list(MAX_MESSAGES), Tag("<list>")], _one_of("a text or a list of parts")
-    ]
+Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("<list>")]
 
-    @classmethod
-    def counting(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """An assistant's message may have no content: the model said nothing."""
-        kept = super().counting(fields)
-        return {"content": ""} | kept if kept.get("role") == "assistant" else kept
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text | Parts, _one_of("a text or a list of parts")]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -229,7 +193,7 @@ class Message(_InMessages):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-Messages = Annotated[list[Message], _list(MAX_MESSAGES, 1)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatBody(StreamingBody):
@@ -250,10 +214,8 @@ class GenerateBody(SamplingBody):
     """Tokens of prompt and continuation together."""
     max_new_tokens: NewTokens | None = None
     num_return_sequences: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] = 1
-    do_sample: bool | None = None
-    """false: the likeliest token each time, whatever the temperature."""
-    return_full_text: bool | None = None
-    """false: without the prompt."""
+    do_sample: bool | None = None  # false: the likeliest token each time, whatever the temperature
+    return_full_text: bool | None = None  # false: without the prompt
 
 
 class TokenizeBody(_Body):
@@ -287,6 +249,11 @@ def read_body(content: bytes | bytearray, kind: type[Body]) -> Body:
         raise _explained(error, kind) from None
 
 
+def _changes_nothing(name: str, value: object) -> bool:
+    same = lambda usual: value == usual and isinstance(value, bool) == isinstance(usual, bool)
+    return value is None or name in _IGNORED or any(map(same, _UNSUPPORTED.get(name, ())))
+
+
 def _explained(error: pydantic.ValidationError, kind: type[_Body]) -> ApiError:
     # An unknown name may be why another one is missing.
     rank = {"extra_forbidden": 1, "missing": 2}
@@ -295,10 +262,9 @@ def _explained(error: pydantic.ValidationError, kind: type[_Body]) -> ApiError:
     where = [part for part in first["loc"] if part not in ("<text>", "<ids>", "<list>")]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:100]}" for part in where).removeprefix(".")
     if first["type"] != "extra_forbidden":
-        is_object = first["type"] in ("model_type", "dict_type")
-        message = "Input should be an object" if is_object else first["msg"].replace(" after validation", "")
+        message = re.sub(" after validation| or instance of Message", "", first["msg"]).replace("dictionary", "object")
         return bad_request(f"{path}: {message}"[:600], path or None, "invalid_value")
-    if where[-1] in {*_UNSUPPORTED, *_UNSUPPORTED_IN_MESSAGES, *StreamOptions.unsupported}:
+    if where[-1] in _UNSUPPORTED:
         return bad_request(f"{path} is not supported by this server; leave it out", path, "unsupported")
     known = f"; known: {', '.join(kind.model_fields)}" if len(where) == 1 else ""
     return bad_request(f"there is no field {path}{known}"[:600], path, "unknown_field")

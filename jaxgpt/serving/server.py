@@ -10,6 +10,7 @@ import contextvars
 import gc
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -80,7 +81,7 @@ def check_options(options: ServeOptions) -> None:
     if options.drain_seconds < 0:
         raise UserError(f"--drain-seconds {options.drain_seconds:g}: it must be 0 or more")
     for origin in options.cors_origin:
-        if not origin.startswith(("http://", "https://")) or origin.endswith("/"):
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):  # an extension's page has a scheme of its own
             raise UserError(f"--cors-origin {origin}: it must be like https://example.com, without a / at its end")
 
 
