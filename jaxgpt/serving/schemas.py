@@ -22,7 +22,7 @@ MAX_MESSAGES = 4096  # and parts of a message
 
 
 def _one_of(expected: str, lists: tuple[str, str] = ("<list>", "<list>")) -> pydantic.Discriminator:
-    """Makes errors be about the kind that was sent; `lists`: the tags of a list of numbers (or empty), and of others."""
+    """Makes errors be about the kind that was sent; `lists`: the tags of a list of numbers (or empty) and of others."""
 
     def kind(value: object) -> str | None:
         if isinstance(value, list):
