@@ -135,8 +135,8 @@ WRONG = [  # each with the path of what is wrong, and the reason
         "inputs",
         "no field inputs; known: temperature",
     ),
-    ("/tokenize", {"prompt": "a" * 200_000}, "prompt", "131,072 bytes without a line break"),
-    ("/tokenize", {"prompt": None, "messages": [USER | {"content": "a" * 200_000}]}, "messages[0].content", "131,072"),
+    ("/tokenize", {"prompt": "a" * 200_000}, "prompt", "131,072 bytes in one piece"),
+    ("/tokenize", {"prompt": None, "messages": [USER | {"content": "a" * 200_000}]}, "messages", "131,072"),
     ("/detokenize", {"tokens": [1, 302]}, "tokens[1]", "the vocabulary is 302"),
 ]
 

@@ -86,13 +86,12 @@ def chat_tokens(messages: Sequence[schemas.Message], model: ServedModel) -> list
         message = "the last message must be the user's: the model writes what comes after it"
         raise bad_request(message, f"messages[{len(messages) - 1}].role")
     plain = [message.plain for message in messages]
-    for number, turn in enumerate(plain):
-        if len(turn["content"].encode()) > MAX_UNBROKEN:
-            raise _too_long(f"messages[{number}].content")
+    if sum(len(turn["content"].encode()) for turn in plain) > MAX_UNBROKEN:
+        raise _too_long("messages")
     try:
         return prompts.encode(with_system(plain, model.system))
-    except UserError as error:
-        raise bad_request(f"messages: {error}", "messages") from None
+    except UserError as error:  # the model's own chat template refuses them
+        raise bad_request(str(error), "messages") from None
 
 
 def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
@@ -137,7 +136,8 @@ def tokens_of(given: str | list[int], model: ServedModel, path: str) -> list[int
 
 
 def _too_long(path: str) -> ApiError:
-    return bad_request(f"{path}: more than {MAX_UNBROKEN:,} bytes without a line break to cut at", path, "too_long")
+    message = f"{path}: more than {MAX_UNBROKEN:,} bytes in one piece (a conversation, or text without line breaks)"
+    return bad_request(message, path, "too_long")
 
 
 def _prompts(prompt: str | list, model: ServedModel) -> dict[str, list[int]]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt.config import Config, from_json
+from jaxgpt.config import Config, read_json
 from jaxgpt.errors import STORAGE_ERRNOS, StorageFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.settings import CheckpointConfig
@@ -38,6 +38,9 @@ SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that a
 RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds before a save that failed is tried again; then the run stops
 # What Orbax and TensorStore raise when storage fails: ENOSPC, for one, comes as a ValueError or a runtime error.
 STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
+
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -237,11 +240,7 @@ def quiet_orbax() -> None:
 
 def read_config(run: Path) -> Config:
     """The resolved config of a run folder."""
-    path = run / "config.json"
-    try:
-        return from_json(path.read_text(encoding="utf-8"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return read_json(run / "config.json")
 
 
 def read_metadata(run: Path, step: int) -> dict:
@@ -262,18 +261,28 @@ def finished_steps(run: Path) -> list[int]:
 
 
 def best_step(run: Path) -> int | None:
-    """The kept step with the lowest validation loss; None where none was evaluated."""
+    """The kept step with the lowest validation loss; None where none was evaluated to a number."""
     scored = {}
     for step in finished_steps(run):
         # A file that was damaged meanwhile is for the next start to deal with.
         with contextlib.suppress(UserError):
-            if (loss := read_metadata(run, step).get("eval_loss")) is not None:
+            loss = read_metadata(run, step).get("eval_loss")
+            if loss is not None and math.isfinite(loss):
                 scored[step] = loss
     return min(scored, key=lambda step: scored[step]) if scored else None
 
 
-def find_step(path: Path) -> tuple[Path, int]:
-    """(run folder, step) of a run folder (its latest step), a step folder, or RUN@best."""
+def step_to_use(run: Path) -> tuple[int, str]:
+    """(latest step, ""); where the run overfitted or stopped early, (best step, why). A resume takes the latest."""
+    latest = finished_steps(run)[-1]
+    with contextlib.suppress(UserError):
+        why, best = read_metadata(run, latest).get("why_best", ""), best_step(run)
+        return (best, why) if why and best is not None else (latest, why)
+    return latest, ""
+
+
+def find_step(path: Path, tell: bool = False) -> tuple[Path, int]:
+    """(run folder, step) of a run folder (`step_to_use`; `tell` warns if it is not the latest), a step, or RUN@best."""
     if path.name.endswith(BEST) and not path.exists():
         run, _ = find_step(path.with_name(path.name.removesuffix(BEST)))
         if (step := best_step(run)) is None:
@@ -288,7 +297,10 @@ def find_step(path: Path) -> tuple[Path, int]:
     if not steps:
         raise UserError(f"{run / FOLDER} holds no finished checkpoint yet")
     if run == path:
-        return run, steps[-1]
+        step, why = step_to_use(run)
+        if tell and step != steps[-1]:
+            logger.warning("%s: takes step %d, the best, and not %d: %s", run, step, steps[-1], why)
+        return run, step
     if not path.name.isdigit() or int(path.name) not in steps:
         raise UserError(f"{path} is not a finished checkpoint; {run / FOLDER} holds steps {steps}")
     return run, int(path.name)

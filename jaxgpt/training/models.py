@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from jaxgpt.config import Config, to_json
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import GENERATION, Tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
@@ -62,7 +63,7 @@ def is_huggingface(path: str | Path) -> bool:
         return False
     try:
         return "model_type" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):  # no JSON object: no Hugging Face folder either
+    except (ValueError, TypeError, RecursionError):  # no JSON object: no Hugging Face folder either
         return False
 
 
@@ -77,7 +78,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     """
     if is_huggingface(path):
         return _load_huggingface(huggingface.locate(str(path)), read)
-    run, step = find_step(Path(path))
+    run, step = find_step(Path(path), tell=True)
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
@@ -178,12 +179,9 @@ def write_huggingface(
     huggingface.write_model(folder, config, vocab_size, params, tokenizer.end_of_text, whole=whole, is_writer=is_writer)
     if is_writer:
         tokenizer.save(folder, config.n_positions)
-        if tokenizer.end_of_turn is not None:
-            # Have transformers' `generate` end an answer of a chat model where we do: at the end of the turn.
-            file = folder / "generation_config.json"
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            settings["eos_token_id"] = [tokenizer.end_of_turn, tokenizer.end_of_text]
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Have transformers' `generate` end a text where we do: also at the end of a turn, and at the folder's own ends.
+        text = json.dumps(tokenizer.generation_config, indent=2, sort_keys=True)
+        (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
 
 
 def write_run(run: Path, model: LoadedModel) -> None:
