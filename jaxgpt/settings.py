@@ -106,6 +106,8 @@ class DataConfig:
     """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
     text_field: str = "text"
     """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
+    encoding: str = "utf-8"
+    """Encoding of text, html and jsonl files, by Python's name: gb18030, big5, utf-16, cp1252."""
     format: Literal["text", "chat"] = "text"
     """text: documents, every token is learned; chat: conversations, only their answers are learned."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
@@ -116,7 +118,8 @@ class DataConfig:
     max_bytes: PositiveInt | None = None
     """Stop reading the source after this many bytes of UTF-8; none reads it all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share held out: whole documents, or the tail of a single one; a TFDS validation split goes before it."""
+    """Share of the text that is held out, of each source: whole short documents, the ends of long ones; a catalog's own
+    validation split goes before it."""
     prepared_dir: Place = "prepared"
     """Folder that holds prepared datasets, one subfolder for each combination of data and tokenizer settings."""
     block_size: PositiveInt | None = None

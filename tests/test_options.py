@@ -287,6 +287,7 @@ OPTIONS = {
     "data.source": ("jsonl", prepared, {"data.path": "{folder}/texts.jsonl"}),
     "data.path": ("{folder}/other.txt", prepared, {}),
     "data.text_field": ("title", prepared, {"data.source": "jsonl", "data.path": "{folder}/texts.jsonl"}),
+    "data.encoding": ("utf-16", read, {}),
     "data.format": ("chat", read, MIXED),
     "data.on_bad_record": ("refuse", read, MIXED),
     "data.max_record_bytes": (10, read, MIXED),

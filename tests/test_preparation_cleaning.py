@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 
 import pytest
 
@@ -215,3 +216,18 @@ def test_a_missing_library_is_named_with_the_fix(settings, library, monkeypatch)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"needs the package {library}: pip install 'jaxgpt\[clean\]'"):
         Cleaner(CleaningConfig(**settings))
+
+
+@pytest.mark.parametrize("tags", ["<div>", "<ul><li>", "<b>", "<font size=1>", "<table><tr><td>"])
+def test_tags_nested_ten_thousand_deep_are_dropped_in_little_time(tags):
+    clean = Cleaner(CleaningConfig(html=True))
+    began = time.process_time()
+    assert clean(tags * 10_000 + "text").dropped_by == "html"
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "page", ["<p>text " * 9_000, "<ul>" + "<li>text" * 9_000, "<br>text" * 9_000, "<i>text</i>" * 9000]
+)
+def test_long_pages_with_tags_that_close_by_themselves_are_kept(page):
+    assert Cleaner(CleaningConfig(html=True))(page).text.count("text") == 9_000

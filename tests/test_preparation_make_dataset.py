@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.runners import Processes
 from jaxgpt.preparation.splitting import DROPPED, STARTS, TRAIN, VALIDATION
-from jaxgpt.settings import CleaningConfig
+from jaxgpt.settings import CleaningConfig, DataConfig
 
 WORDS = np.random.default_rng(0).choice(["cat", "sat", "on", "the", "mat", "中文", "https://x.org/a"], (120, 40))
 TEXTS = [f"number {number}  " + " ".join(words) + "\n" for number, words in enumerate(WORDS)]
@@ -229,7 +230,7 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
 
 def test_a_second_preparation_of_the_same_waits_and_finds_the_first_ones_work(tmp_path, capsys):
     config = config_of(tmp_path)
-    final = make_dataset.place_of(config, None)
+    final = make_dataset.place_of(config, None).path
     found = []
     second = threading.Thread(target=lambda: found.append(prepare(config)))
     with chunks.held_work_folder(final, {}):
@@ -410,7 +411,7 @@ CHAT = {"data": {"format": "chat"}}
     ],
 )
 def test_each_of_these_settings_makes_another_dataset(base, more, tmp_path):
-    places = {make_dataset.place_of(config_of(tmp_path, **sections), None) for sections in (base, more)}
+    places = {make_dataset.place_of(config_of(tmp_path, **sections), None).path for sections in (base, more)}
     assert len(places) == 2
 
 
@@ -419,10 +420,73 @@ def test_other_synonyms_make_another_dataset_and_num_proc_does_not(tmp_path):
     table.write_text("hello, hi\n")
     augmentation = {"copies": 1, "synonyms": str(table), "synonym_rate": 0.5}
     config = chat_config(tmp_path, augmentation=augmentation)
-    before = make_dataset.place_of(config, None)
-    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None) == before
+    before = make_dataset.place_of(config, None).path
+    assert make_dataset.place_of(elsewhere(config, Path(config.data.prepared_dir), num_proc=7), None).path == before
     table.write_text("hello, hi, good day\n")
-    assert make_dataset.place_of(config, None) != before
+    assert make_dataset.place_of(config, None).path != before
+
+
+# ---------------------------------------------------------------- the same text at another place
+
+
+def no_reading(*_):
+    raise AssertionError("it is prepared again")
+
+
+def test_the_same_text_elsewhere_finds_its_dataset_and_another_text_does_not(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path)
+    path = prepare(config)
+    moved = tmp_path / "moved" / "other.ndjson"
+    moved.parent.mkdir()
+    Path(config.data.path).rename(moved)
+    os.utime(moved, (1, 1))
+    there = elsewhere(config, Path(config.data.prepared_dir), path=str(moved))
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "read", no_reading)
+        assert prepare(there) == path
+        assert capsys.readouterr().out.endswith(f"prepared data: {path} (found, nothing to do)\n")
+        copied = path.parent.rename(tmp_path / "elsewhere") / path.name
+        assert prepare(elsewhere(there, copied.parent, path=str(moved))) == copied
+        moved.write_text(moved.read_text() + '{"text": "more"}\n')
+        with pytest.raises(AssertionError, match="prepared again"):
+            prepare(elsewhere(there, copied.parent))
+
+
+def test_without_its_source_a_dataset_is_found_by_name_and_settings(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path)
+    path = prepare(config)
+    (tmp_path / "empty").mkdir()
+    copied = path.parent.rename(tmp_path / "empty" / "prepared") / path.name
+    Path(config.data.path).unlink()
+    monkeypatch.chdir(tmp_path / "empty")
+    here = elsewhere(config, Path("prepared"), path="texts.jsonl")
+    assert prepare(here).resolve() == copied
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith("its source was not looked at: data.path = texts.jsonl: no such file or folder)")
+    for other in ({"path": "text.jsonl"}, {"validation_fraction": 0.3}, {"prepared_dir": "elsewhere"}):
+        with pytest.raises(UserError, match="no such file or folder"):
+            prepare(elsewhere(here, Path("prepared"), **other))
+    copied.rename(copied.with_name("texts-000000000000"))
+    assert prepare(here).name == "texts-000000000000"  # the name of another version
+    shutil.copytree(copied.with_name("texts-000000000000"), copied)
+    with pytest.raises(UserError, match="fit these settings, and the source is not here; keep one"):
+        prepare(here)
+
+
+def test_digests_of_large_sources_are_remembered_and_never_decide_by_path_or_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_REMEMBERED", 100)
+    file, memory = tmp_path / "a.txt", tmp_path / "prepared" / ".sources.json"
+    file.write_text("text " * 100)
+    data = DataConfig(source="text", path=str(file))
+    key = sources.source_key(data, memory)
+    os.utime(file, (1, 1))
+    assert sources.source_key(data, memory) == key
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", no_reading)
+        assert sources.source_key(data, memory) == key
+    memory.write_text("damaged")
+    file.write_text("Text " * 100)
+    assert sources.source_key(data, memory) != key
 
 
 # ---------------------------------------------------------------- the report
@@ -452,7 +516,7 @@ def test_a_training_document_that_repeats_the_sources_own_validation_split_is_dr
         rows.append(text, SPLIT_CODES[split], 0, number, False)
         rows.signatures.append(duplicates.signature(text, cleaning))
     write_rows(work.rows("clean", 0), rows)
-    plan = splitting.decide(work, "clean", 1, 0.1, cleaning)
+    plan = splitting.decide(work, "clean", 1, 0.1, cleaning, whole=False)
     assert plan.codes.tolist() == [DROPPED, TRAIN + STARTS, VALIDATION + STARTS]
     assert plan.overlap == 1
 

@@ -1,6 +1,7 @@
 """Documents come in one fixed order, and what is wrong with a source is named by file and place."""
 
 import bz2
+import codecs
 import gzip
 import itertools
 import json
@@ -10,16 +11,19 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation.documents import BadRecords
 from jaxgpt.preparation.source_files import source_files
-from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key
+from jaxgpt.preparation.sources import Document, Reading, describe, documents, short_name, source_key, source_state
 from jaxgpt.settings import DataConfig, SourceConfig
 
 
@@ -57,7 +61,7 @@ def test_a_missing_or_empty_source_is_a_user_error(tmp_path):
     for use in (texts, lambda **settings: source_key(DataConfig(**settings))):
         with pytest.raises(UserError, match="gone.txt: no such file or folder"):
             use(source="text", path=gone)
-        with pytest.raises(UserError, match="no .jsonl file in this folder"):
+        with pytest.raises(UserError, match="no .jsonl, .ndjson, .json file in this folder$"):
             use(source="jsonl", path=str(tmp_path))
     (tmp_path / "blank.txt").write_text("\n \n")
     with pytest.raises(UserError, match=f"{tmp_path}: no text in it; the corpus is empty"):
@@ -79,7 +83,7 @@ def test_jsonl_gives_the_text_field_of_each_line(tmp_path):
         (b'{"body": "x", "id": 1}', r'a\.jsonl:2: no field "text"; it has body, id: set data.text_field'),
         (b'{"text": 3}', r'a\.jsonl:2: field "text" is not text but int'),
         (b'["text"]', r"a\.jsonl:2: a JSON list"),
-        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 at byte 10 of the line"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 at byte 10 \(0xff\)"),
         (b'{"text": "\\ud800"}', r"a\.jsonl:2: .*U\+D800"),
     ],
 )
@@ -123,9 +127,11 @@ def test_source_key_changes_with_the_files_and_only_then(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
     data = DataConfig(source="text", path=str(tmp_path))
-    before = source_key(data)
-    assert source_key(data) == before
+    before, state = source_key(data), source_state(data)
     os.utime(file, (1, 1))
+    file.rename(tmp_path / "moved.md")
+    assert source_key(data) == before and source_state(data) != state
+    (tmp_path / "moved.md").write_text("One")
     assert source_key(data) != before
     before = source_key(data)
     (tmp_path / "b.txt").write_text("two")
@@ -234,6 +240,164 @@ def test_parquet_gives_the_column_of_each_row(tmp_path):
         texts(**data, text_field="body")
 
 
+# ---------------------------------------------------------------- folders as people have them
+
+
+def test_suffixes_are_read_whatever_their_case_and_the_other_files_are_counted(tmp_path):
+    for name in ("a.TXT", "b.text", "c.rst", "d.Md", "f", "g.pdf", "h.PDF", "i.tar.gz", ".hidden.txt", "sub/j.Txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "e.txt.GZ").write_bytes(gzip.compress(b"e.txt.GZ"))
+    bad = BadRecords()
+    found = [document.text for document in documents(DataConfig(source="text", path=str(tmp_path)), bad)]
+    assert found == ["a.TXT", "b.text", "c.rst", "d.Md", "e.txt.GZ", "sub/j.Txt"]
+    counts = {".pdf": 2, ".tar": 1, "hidden": 1, "without a suffix": 1}
+    assert bad.counts == {f"not read, {kind}": count for kind, count in counts.items()}
+    assert bad.examples["not read, without a suffix"] == [str(tmp_path / "f")]
+
+
+def test_json_files_of_any_form_are_records_and_those_beside_the_data_are_not(tmp_path):
+    line = lambda name: json.dumps({"text": name})
+    (tmp_path / "a.jsonl").write_text(line("a"))
+    (tmp_path / "b.ndjson").write_text(line("b"))
+    (tmp_path / "c.JSONL").write_text(line("c"))
+    (tmp_path / "d.json").write_text(f"{line('d0')}\n\n{line('d1')}\n")
+    (tmp_path / "e.json").write_text(json.dumps([{"text": "e0"}, {"text": "e1"}], indent=2))
+    (tmp_path / "f.json").write_text(json.dumps({"text": "f"}, indent=2))
+    (tmp_path / "g.json").write_bytes(codecs.BOM_UTF8 + b'[{"text": "g"}]')
+    (tmp_path / "dataset_info.json").write_text('{"features": []}')
+    data = {"source": "jsonl", "path": str(tmp_path)}
+    assert texts(**data) == ["a", "b", "c", "d0", "d1", "e0", "e1", "f", "g"]
+    bad = BadRecords("skip")
+    (tmp_path / "h.json").write_text('[{"text": "h"}, 3, {"body": 1}]')
+    (tmp_path / "i.json").write_text('{"text": "cut\n' + line("i"))
+    found = [document.text for document in documents(DataConfig(**data, on_bad_record="skip"), bad)]
+    assert found[9:] == ["h", "i"] and sum(bad.counts.values()) == 4
+    assert "h.json, item 1: a JSON int" in bad.examples["a JSON int"][0]
+    assert bad.counts["not read, .json"] == 1
+
+
+def test_links_to_folders_are_followed_once_and_what_leads_nowhere_is_counted(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    for folder in (root / "real", other):
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.txt").write_text(folder.name)
+    (root / "books").symlink_to(other)
+    (root / "again").symlink_to(other)
+    (root / "loop").symlink_to(root)
+    (root / "real" / "up").symlink_to("..")
+    (root / "gone.txt").symlink_to(tmp_path / "gone")
+    (root / "file.txt").symlink_to(other / "other.txt")
+    os.mkfifo(root / "pipe.txt")
+    bad = BadRecords()
+    found = [document.text for document in documents(DataConfig(source="text", path=str(root)), bad)]
+    assert sorted(found) == ["other", "other", "real"]
+    counts = {"dangling links": 1, "not files": 1, "links to folders that are read anyway": 3}
+    assert bad.counts == {f"not read, {kind}": count for kind, count in counts.items()}
+    for path in (root / "pipe.txt", Path("/dev/null")):
+        with pytest.raises(UserError, match="neither a file nor a folder, but a pipe or a device"):
+            texts(source="text", path=str(path))
+
+
+def test_prepared_data_and_runs_inside_the_folder_are_not_read(tmp_path):
+    for name, files in (("prepared/a", ["manifest.sha256", "b.json"]), ("run", ["config.json", "metrics.jsonl"])):
+        (tmp_path / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / name / file).write_text("[]")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    assert texts(source="jsonl", path=str(tmp_path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "message"),
+    [
+        ("sgd", ["a.json", "b.json"], r"no dialogues\*.json file in this folder; it holds 2 .json: .*= \"jsonl\""),
+        ("text", ["a.csv", "b.pdf", "c.csv"], r"no .txt, .*; it holds 2 .csv, 1 .pdf$"),
+        ("jsonl", ["a.parquet"], r"no .jsonl, .*; it holds 1 .parquet: set data.source = \"parquet\""),
+    ],
+)
+def test_a_folder_without_such_files_says_what_it_holds(source, files, message, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=message):
+        source_key(DataConfig(source=source, path=str(tmp_path), format="chat" if source == "sgd" else "text"))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.txt").write_text("at home")
+    assert texts(source="text", path="~/x.txt") == ["at home"]
+    assert texts(source=(SourceConfig(source="text", path="~/x.txt"),)) == ["at home"]
+
+
+# ---------------------------------------------------------------- other encodings
+
+CHINESE = "今天天气很好，我们一起去公园散步。人工智能正在改变世界，机器学习的模型需要大量的数据。\n" * 3
+FRENCH = "Le café était fermé à l'époque où j'étais élève; très drôle, n'est-ce pas? Où êtes-vous?\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "named"),
+    [
+        (CHINESE, "gb18030", "gb18030"),
+        (CHINESE.translate(str.maketrans("气们园", "氣們園")).replace("华", ""), "utf-16", "utf-16"),
+        (CHINESE.replace("\n", "") * 40, "gbk", "gb18030"),  # longer than what is looked at
+        ("床前明月光，疑是地上霜。举头望明月，低头思故乡。" * 200, "gb18030", "gb18030"),
+        ("Die Größe der Übung fällt schwer; schön.\n" * 9, "latin-1", "cp1252"),
+        (FRENCH, "utf-16-le", "utf-16-le"),
+        (FRENCH, "utf-16-be", "utf-16-be"),
+        (FRENCH, "cp1252", "cp1252"),
+        ("今天天氣很好，我們去公園散步。" * 9, "big5", "big5"),
+        ("今日は天気がいいので、公園を散歩しましょう。" * 9, "shift_jis", "cp932|shift"),
+    ],
+)
+def test_another_encoding_is_named_and_read_if_it_is_set(text, encoding, named, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(text.encode(encoding))
+    data = {"source": "text", "path": str(file)}
+    with pytest.raises(UserError, match=rf'a\.txt: not .*it looks like ({named}).*: set data.encoding = "({named})'):
+        texts(**data)
+    assert texts(**data, encoding=encoding) == [text]
+    assert "".join(texts(**data, encoding=encoding, max_record_bytes=200)) == text  # in parts
+    (tmp_path / "b.jsonl").write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode(encoding) * 2)
+    lines = {"source": "jsonl", "path": str(tmp_path / "b.jsonl")}
+    assert texts(**lines, encoding=encoding) == [text, text]
+    with pytest.raises(UserError, match="b.jsonl.*: not "):
+        texts(**lines)
+    if encoding == "utf-16":
+        with pytest.raises(UserError, match=r"a\.txt: not gb18030, which data.encoding says"):
+            texts(**data, encoding="gb18030")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [({"encoding": "latin17"}, "no such encoding"), ({}, "is for text, html")]
+)
+def test_an_encoding_that_is_not_there_or_not_for_the_source_is_refused(data, message):
+    with pytest.raises(UserError, match=f"data.encoding = .*{message}"):
+        source_key(DataConfig(**{"encoding": "gb18030", **data}))
+
+
+def test_text_with_nul_is_a_bad_record_wherever_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"head\0\0\0\0" * 9)  # an archive
+    with gzip.open(tmp_path / "b.tar.gz", "wb") as file:
+        file.write(b"name" + b"\0" * 500)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "a\0b"}))
+    write_parquet(tmp_path / "d.parquet", text=["a\0b"])
+    (tmp_path / "e.txt").write_bytes(b"word " * 100 + b"\0")
+    cases = {"a.txt": "text", "b.tar.gz": "text", "c.jsonl": "jsonl", "d.parquet": "parquet", "e.txt": "text"}
+    for name, source in cases.items():
+        with pytest.raises(UserError, match=f"{name}.*: not text: it holds the character NUL"):
+            next(documents(DataConfig(source=source, path=str(tmp_path / name), max_record_bytes=300)))
+
+
+def test_a_row_over_the_limit_is_a_bad_record_of_every_source(tmp_path):
+    write_parquet(tmp_path / "a.parquet", text=["x" * 99, "y" * 100, "中" * 34, "z" * 101, "short"])
+    bad = BadRecords("skip")
+    data = DataConfig(source="parquet", path=str(tmp_path), max_record_bytes=100, on_bad_record="skip")
+    assert [len(document.text) for document in documents(data, bad)] == [99, 100, 5]
+    assert bad.counts == {"longer than data.max_record_bytes = N": 2}
+
+
 # ---------------------------------------------------------------- bad records
 
 
@@ -332,6 +496,27 @@ def test_a_wrong_field_is_a_wrong_setting_even_where_bad_records_are_skipped(tmp
         texts(source="jsonl", path=str(tmp_path), on_bad_record="skip")
 
 
+def test_a_first_record_without_the_field_is_skipped_like_any_other(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"meta": "version 1"}\n' + '{"text": "x"}\n' * 3 + '{"body": 1}\n' * 200)
+    bad = BadRecords("skip")
+    data = {"source": "jsonl", "path": str(tmp_path)}
+    assert len(list(documents(DataConfig(**data, on_bad_record="skip"), bad))) == 3
+    assert sum(bad.counts.values()) == 201
+    with pytest.raises(UserError, match=r'a\.jsonl:1: no field "text"; it has meta: set data.text_field$'):
+        texts(**data)
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 1000)  # the setting is wrong: told before all is read
+    with pytest.raises(UserError, match=r'a\.jsonl:100: no field "text"; it has body: set data.text_field$'):
+        texts(**data, on_bad_record="skip")
+
+
+def test_a_source_without_text_says_what_was_left_out_and_why(tmp_path):
+    lines = [{"messages": [{"role": "assistant"}]}] * 7
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "[\n")
+    data = {"source": "jsonl", "path": str(tmp_path), "format": "chat", "on_bad_record": "skip"}
+    with pytest.raises(UserError, match=r"no text in it; the corpus is empty; left out 7: .*a\.jsonl:1.*1: not JSON"):
+        texts(**data)
+
+
 def test_text_files_that_cannot_be_read_are_skipped_and_empty_ones_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.txt").write_bytes(b"")
@@ -409,22 +594,39 @@ def test_max_bytes_ends_a_mixture_without_a_part_being_used_up(tmp_path):
     assert reading.ended_by is None and reading.num_bytes == [200, 600]
 
 
-def test_parts_of_a_long_text_stay_together_in_a_mixture(tmp_path):
-    (tmp_path / "long.txt").write_text("word " * 100)
-    (tmp_path / "short").mkdir()
-    for number in range(9):
-        (tmp_path / "short" / f"{number}.txt").write_text("short")
-    parts = tuple(SourceConfig(source="text", path=str(tmp_path / name)) for name in ("long.txt", "short"))
-    found = list(documents(DataConfig(source=parts, max_record_bytes=100)))
-    long = [number for number, document in enumerate(found) if document.part == 0]
-    assert len(long) > 4 and long == list(range(long[0], long[-1] + 1))
+@pytest.mark.parametrize("max_bytes", [None, 2000, 12])
+@pytest.mark.parametrize("sizes", [(5000, 400), (400, 5000), (10, 9), (3000, 3000)])
+def test_the_weights_of_a_mixture_hold_whatever_the_sizes_of_its_files(sizes, max_bytes, tmp_path):
+    parts, weights = [], (1.0, 3.0)
+    for number, (size, weight) in enumerate(zip(sizes, weights)):
+        (tmp_path / f"{number}.txt").write_text("word " * (size // 5) + "x" * (size % 5))
+        parts.append(SourceConfig(source="text", path=str(tmp_path / f"{number}.txt"), weight=weight))
+    reading = Reading()
+    data = DataConfig(source=tuple(parts), max_record_bytes=100, max_bytes=max_bytes)
+    found = list(documents(data, reading=reading))
+    most = min(size / weight for size, weight in zip(sizes, weights))
+    most = min(most, max_bytes / 4) if max_bytes else most
+    assert reading.num_bytes == pytest.approx([most, 3 * most], abs=1)
+    assert reading.num_documents == [1, 1] and len(found) > most / 40
+    turns = [document.part for document in found]
+    assert most < 200 or max(len(list(same)) for _, same in itertools.groupby(turns)) <= 4  # all along
+
+
+def test_conversations_of_a_mixture_stay_whole_and_none_of_its_sources_is_left_out(tmp_path):
+    for name, size, count in (("long", 900, 1), ("short", 5, 9)):
+        lines = [json.dumps({"prompt": f"{name} {n}", "response": "x" * size}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    parts = tuple(SourceConfig(source="jsonl", path=str(tmp_path / f"{name}.jsonl")) for name in ("long", "short"))
+    found = list(documents(DataConfig(source=parts, format="chat")))
+    assert sorted(document.part for document in found) == [0] + [1] * 9
+    assert all(json.loads(document.text) for document in found)
 
 
 def test_a_mixture_is_described_named_and_keyed_by_all_its_parts(tmp_path):
     data = mixture(tmp_path)
     assert describe(data).count(".jsonl") == 2 and short_name(data) == "a-b"
     before = source_key(data)
-    os.utime(tmp_path / "b.jsonl", (1, 1))
+    (tmp_path / "b.jsonl").write_text('{"b": "other"}')
     assert source_key(data) != before
 
 
@@ -449,6 +651,8 @@ def test_huggingface_keeps_its_splits_and_names_a_wrong_column(tmp_path, monkeyp
     before = source_key(data)
     assert source_key(data) == before and short_name(data) == "huggingface-parquet"
     os.utime(tmp_path / "train.parquet", (1, 1))
+    assert source_key(data) == before
+    write_parquet(tmp_path / "train.parquet", text=["one", "other"], id=[1, 2])
     assert source_key(data) != before
     with pytest.raises(UserError, match='huggingface:parquet: no feature "body"; it has text, id: set data.text_field'):
         texts(source="huggingface:parquet", path=str(tmp_path), text_field="body")
@@ -559,3 +763,29 @@ def test_importing_sources_imports_nothing_heavy():
         "print(sorted({'jax', 'tensorflow_datasets', 'transformers', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+GOOD = json.dumps({"text": "a good line"}).encode()
+PIECES = st.sampled_from(
+    [b"{", b'"text"', b":", b'"x"', b"}", b"[", b"]", b",", b"\0", b"\xff", b"\\ud800", b"null", b" ", b"9" * 5000]
+)
+LINES = st.lists(PIECES, max_size=9).map(b"".join) | st.binary(max_size=20) | st.just(GOOD)
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(lines=st.lists(LINES, max_size=6), suffix=st.sampled_from(["jsonl", "json", "txt", "html"]))
+def test_what_is_read_and_what_is_counted_is_all_that_there_is(lines, suffix, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    lines = [line.replace(b"\n", b"").replace(b"\r", b"") for line in lines]
+    (folder / f"a.{suffix}").write_bytes(b"\n".join(lines))
+    (folder / f"b.{suffix}").write_bytes(GOOD if "json" in suffix else b"good")
+    source, bad = {"json": "jsonl", "txt": "text"}.get(suffix, suffix), BadRecords("skip")
+    data = DataConfig(source=source, path=str(folder), on_bad_record="skip", max_record_bytes=3000)
+    found = list(documents(data, bad))
+    assert all("\0" not in document.text and document.text.encode() for document in found)
+    counted = sum(not document.continues for document in found) + sum(bad.counts.values())
+    if suffix == "jsonl":
+        filled = sum(bool(line.strip()) for line in lines)
+        assert counted == 1 + max(1, filled)  # a file without a line is counted, too
+    else:
+        assert counted >= 2

@@ -103,7 +103,7 @@ def data(case: Case) -> Iterator[Finding]:
     from jaxgpt.preparation import make_dataset
 
     try:
-        path = make_dataset.place_of(config, make_dataset.given_tokenizer(config))
+        path = make_dataset.place_of(config, make_dataset.given_tokenizer(config)).path
         dataset = open_dataset(path, verify="sizes") if path.exists() else None
     except UserError as error:
         fix = "correct [data] or [tokenizer] in the config; a damaged folder: delete it and run jaxgpt prepare"

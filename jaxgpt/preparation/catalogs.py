@@ -44,9 +44,23 @@ def catalog_facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]
         origins = [f"{split} {files[split].origin_metadata}" for split in files]  # revisions on the hub, times of files
         return [str(builder.config.name), str(builder.config.version), str(builder.hash), *origins], []
     root = _tfds_folder(part)
-    if not _tfds_on_disk(part):
+    if not tfds_on_disk(part):
         tfds_builder(part)  # downloads it, so that later calls give the same facts
-    return [str(root.resolve())], [(str(file.relative_to(root)), file) for file in _tfds_on_disk(part)]
+    return [str(root.resolve())], [(str(file.relative_to(root)), file) for file in tfds_on_disk(part)]
+
+
+def catalog_content(part: SourceConfig) -> tuple[list[str], list[Path]]:
+    """Lines and files that are the dataset's content, wherever the files lie; of the hub, its name and revision."""
+    if part.source.startswith(TFDS):
+        if not tfds_on_disk(part):
+            tfds_builder(part)
+        folders = [file.parent for file in tfds_on_disk(part)]
+        return [], [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    found = _huggingface_call(part, "load_dataset_builder").config.data_files or {}
+    files = [Path(name) for names in found.values() for name in names]
+    if files and all(file.is_file() for file in files):
+        return [f"{split} {len(found[split])}" for split in found], files
+    return catalog_facts(part)[0], []
 
 
 def _splits(part: SourceConfig, names: list[str]) -> list[tuple[SplitName | None, str]]:
@@ -99,7 +113,7 @@ def _tfds_folder(part: SourceConfig) -> Path:
     return Path(part.path or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser())
 
 
-def _tfds_on_disk(part: SourceConfig) -> list[Path]:
+def tfds_on_disk(part: SourceConfig) -> list[Path]:
     """The dataset_info.json of every version of the dataset in the data_dir."""
     pattern = f"{part.source.removeprefix(TFDS).replace(':', '/')}/**/dataset_info.json"
     return [file for file in sorted(_tfds_folder(part).glob(pattern)) if "incomplete" not in file.parent.name]
@@ -111,7 +125,7 @@ def tfds_builder(part: SourceConfig) -> "tfds.core.DatasetBuilder":
 
     name, folder = part.source.removeprefix(TFDS), _tfds_folder(part)
     array_record = tfds.core.FileFormat.ARRAY_RECORD
-    found = [file.parent for file in _tfds_on_disk(part)]
+    found = [file.parent for file in tfds_on_disk(part)]
     on_disk = [tfds.builder_from_directory(path) for path in found]
     usable = [builder for builder in on_disk if builder.info.file_format == array_record]
     if usable:

@@ -27,7 +27,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.storage.files import new_file
 
-LAYOUT = 2  # version of the files in the work folder
+LAYOUT = 3  # version of the files in the work folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,7 @@ class Rows:
     continues: list[bool] = dataclasses.field(default_factory=list)  # the row before it
     wheres: list[str] = dataclasses.field(default_factory=list)  # file and line of a conversation; empty for text
     contents: list[bytes] = dataclasses.field(default_factory=list)  # SHA-256 of the text
+    sizes: list[int] = dataclasses.field(default_factory=list)  # bytes of the text
     signatures: list[bytes] = dataclasses.field(default_factory=list)
     """What duplicates are found by (duplicates.py); empty if [cleaning] does not drop duplicates."""
 
@@ -175,10 +176,12 @@ class Rows:
         self.numbers.append(number)
         self.continues.append(continues)
         self.wheres.append(where)
-        self.contents.append(hashlib.sha256(text.encode()).digest())
+        content = text.encode()
+        self.contents.append(hashlib.sha256(content).digest())
+        self.sizes.append(len(content))
 
 
-_COLUMNS = ("texts", "splits", "parts", "numbers", "continues", "wheres", "contents", "signatures")
+_COLUMNS = ("texts", "splits", "parts", "numbers", "continues", "wheres", "contents", "sizes", "signatures")
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -187,7 +190,7 @@ def write_rows(path: Path, rows: Rows) -> None:
 
     types = (
         *(pa.large_string(), pa.int8(), pa.int32(), pa.int64(), pa.bool_()),
-        *(pa.large_string(), pa.binary(32), pa.large_binary()),
+        *(pa.large_string(), pa.binary(32), pa.int64(), pa.large_binary()),
     )
     columns = {name: pa.array(getattr(rows, name), kind) for name, kind in zip(_COLUMNS, types, strict=True)}
     if not rows.signatures:

@@ -7,6 +7,7 @@ text gives the same text. The exception is `html`, which runs once: a page about
 
 import functools
 import importlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ FILTERS = ("min_chars", "max_chars", "max_symbol_ratio", "language")
 STEPS = CHANGES + FILTERS
 
 _LIBRARIES = {"html": "selectolax", "fix_encoding": "ftfy", "language": "py3langid"}
+_DEEPEST = 3000  # no page of the web is; a third of a second to parse
 _ROUNDS = 8  # two are usual; a text that needs more stays as it is then
 _LANGUAGE_CHARS = 1000  # the beginning of a document that decides its language: half a millisecond
 _SURE, _POSSIBLE = 0.2, 0.1  # measured: no English or Chinese sentence of 20 characters or more is dropped for another
@@ -173,6 +175,9 @@ def _patterns() -> dict[str, regex.Pattern]:
         "space": r"[\t\x1c-\x1f\xa0\u1680\u2000-\u200a\u202f\u205f]",
         "spaces": r"[ \u3000]{2,}",
         "blank": r"\n{3,}",
+        # Those that hold others and must be closed; HTML closes a paragraph, an item, a row or a cell by itself.
+        "tag": r"(?i)<(/?)(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr|p|li|d[dt]|t[dhr]|"
+        r"option|thead|tbody|tfoot|rt|rp)\b)[a-z][^<>\s/]*",
         "html_space": r"[ \t\n\r\f]+",
         "html_line": rf" ?{_LINE}[{_LINE} ]*",
     }
@@ -180,10 +185,15 @@ def _patterns() -> dict[str, regex.Pattern]:
 
 
 def html_to_text(text: str) -> str:
-    """The text of a page: a line for each paragraph, heading, item or row, <pre> as it is. Other text is unchanged."""
+    """The text of a page: a line for each paragraph, heading, item or row, <pre> as it is. Other text is unchanged.
+
+    Of a page with tags nested _DEEPEST deep nothing is left: the parser's time grows with the square of the depth.
+    """
     patterns = _patterns()
     if not patterns["html"].search(text):
         return text
+    if text.count("<") > _DEEPEST and _depth(text) > _DEEPEST:
+        return ""
     from selectolax.lexbor import LexborHTMLParser
 
     tree = LexborHTMLParser(text)
@@ -199,6 +209,12 @@ def html_to_text(text: str) -> str:
     text = root.text() if root else ""
     text = patterns["html_line"].sub(_LINE, patterns["html_space"].sub(" ", text))
     return text.strip(" " + _LINE).translate(_GIVE_BACK)
+
+
+def _depth(text: str) -> int:
+    """How deep the tags of a page are nested at most, counting those that are never closed."""
+    steps = (-1 if tag[1] else 1 for tag in _patterns()["tag"].finditer(text))
+    return max(itertools.accumulate(steps, lambda depth, step: max(0, depth + step)), default=0)
 
 
 def fix_encoding(text: str) -> str:

@@ -1,8 +1,9 @@
 """Makes a prepared dataset from a source: read, clean, drop duplicates, split, tokenize, write.
 
-The folder's name is a digest of everything that decides its content, so a second run finds it and does nothing, and
-other settings make another folder beside it. Each stage is a map over chunks of some MB (chunks.py) that any process
-may do (runners.py): memory does not grow with the data, and work done before a kill is not done again.
+The folder's name ends in a digest of the source's content and of all settings that decide the dataset's, so a second
+run finds it, wherever both lie, and other settings make another folder beside it. Each stage is a map over chunks of
+some MB (chunks.py) that any process may do (runners.py): memory does not grow with the data, and work done before a
+kill is not done again.
 
     stages.py     source -> "read" chunks         in order, in this process
     stages.py     "read" -> "clean"               chunk by chunk; omitted if [cleaning] does nothing
@@ -12,6 +13,7 @@ may do (runners.py): memory does not grow with the data, and work done before a 
 """
 
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -19,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -42,6 +44,14 @@ from jaxgpt.storage.files import new_file, new_folder
 
 Inspect = Callable[[TokenDataset], dict[str, object]]
 """Gives further facts for the report, from the finished dataset."""
+
+
+class DatasetPlace(NamedTuple):
+    """Where a dataset is, or will be."""
+
+    path: Path
+    state: str  # `sources.source_state` when its source was looked at; empty if it was not
+    why_unseen: str = ""  # why it was not
 
 
 def given_tokenizer(config: Config, locate: Callable[[str], Path] = Path) -> Tokenizer | None:
@@ -73,27 +83,29 @@ def prepare(
             found is damaged (its tokens are not read).
     """
     tokenizer = tokenizer or given_tokenizer(config)
-    final = place_of(config, tokenizer)
+    place = place_of(config, tokenizer)
+    final = place.path
     if final.exists():
-        return _found(final, config, tokenizer)
+        return _found(place, config, tokenizer)
     versions: dict[str, int | str] = {"format": FORMAT_VERSION, "signatures": duplicates.algorithm(config.cleaning)}
     with held_work_folder(final, versions) as work:
         if final.exists():  # made by the process that this one has waited for
             work.remove()
-            return _found(final, config, tokenizer)
+            return _found(place, config, tokenizer)
         with Processes(config.data.num_proc) as processes:
-            report = _prepare(config, tokenizer, runner or processes, work, final, inspect)
+            report = _prepare(config, tokenizer, runner or processes, work, place, inspect)
         work.remove()
     print(preparation_report.as_text(final, report))
     return final
 
 
-def _found(final: Path, config: Config, tokenizer: Tokenizer | None) -> Path:
-    dataset = open_dataset(final, verify="sizes")  # the reader of the tokens verifies them
+def _found(place: DatasetPlace, config: Config, tokenizer: Tokenizer | None) -> Path:
+    dataset = open_dataset(place.path, verify="sizes")  # the reader of the tokens verifies them
     _check_settings(dataset, _settings(config, tokenizer))
     dataset.train.check(dataset.fit(config).block_size)
-    print(f"prepared data: {final} (found, nothing to do)")
-    return final
+    how = f"found by its name and settings; its source was not looked at: {place.why_unseen}"
+    print(f"prepared data: {place.path} ({how if place.why_unseen else 'found, nothing to do'})")
+    return place.path
 
 
 def _prepare(
@@ -101,7 +113,7 @@ def _prepare(
     tokenizer: Tokenizer | None,
     runner: ChunkRunner,
     work: WorkFolder,
-    final: Path,
+    place: DatasetPlace,
     inspect: Inspect | None,
 ) -> dict[str, Any]:
     """Run all stages, each of which skips what is done; returns the report."""
@@ -111,7 +123,7 @@ def _prepare(
         stages.cleaner(config.cleaning)  # fails before the source is read, if a library is missing
     if config.augmentation.copies:
         Augmenter(config.augmentation)
-    facts = stages.read(config.data, work)
+    facts = stages.read(config.data, work, place.state)
     clock.lap("read")
     chunks, stage = range(len(facts["rows"])), "read"
     if is_cleaned:
@@ -124,7 +136,7 @@ def _prepare(
     _each(runner, tokenize, work, config, "tokenizing", facts)
     clock.lap("tokenize")
     settings = _settings(config, tokenizer)
-    with new_folder(final, existing="keep") as folder:
+    with new_folder(place.path, existing="keep") as folder:
         tokenizer = load_tokenizer(work.path / "tokenizer")
         counts = _write(folder, tokenizer, work, chunks, config, {**plan["about"], "settings": settings})
         clock.lap("write")
@@ -170,7 +182,13 @@ def _decided(
     file = work.path / "plan.json"
     if file.exists():
         return read_json(file)
-    plan = splitting.decide(work, stage, num_chunks, config.data.validation_fraction, config.cleaning)
+    is_chat = config.data.format == "chat"
+    plan = splitting.decide(work, stage, num_chunks, config.data.validation_fraction, config.cleaning, is_chat)
+    if is_chat and np.count_nonzero(plan.codes) == 1:
+        raise UserError(
+            f"{sources.describe(config.data)}: one conversation is left of {len(plan.codes):,}, which cannot be both "
+            "learned and held out for validation; give two or more, or less [cleaning]"
+        )
     if not plan.codes.any():
         raise UserError(
             f"{sources.describe(config.data)}: [cleaning] drops all of its {len(plan.codes):,} documents; "
@@ -186,11 +204,13 @@ def _decided(
     with new_file(work.path / "rows.npy") as array:
         np.save(array, plan.codes)
     fingerprint = plan.fingerprint
-    if config.data.format == "chat":  # and the settings that change conversations
+    if is_chat:  # and the settings that change conversations
         fingerprint = _digest([fingerprint, _chat_settings(config)])
     decided = {
         "first": plan.first,
-        "border": plan.border,
+        "borders": plan.borders,
+        "divided": plan.divided,
+        "is_given": plan.is_given,
         "stage": stage,
         "tokenizer_digest": tokenizer.digest,
         "about": {"fingerprint": fingerprint},
@@ -278,10 +298,39 @@ def _add_conversations(writer: PackedWriter, arrays: dict[str, np.ndarray]) -> N
 # ---------------------------------------------------------------- the name of a dataset
 
 
-def place_of(config: Config, tokenizer: Tokenizer | None) -> Path:
-    """The folder of the dataset for these settings and this state of the source."""
-    digest = _digest([FORMAT_VERSION, _settings(config, tokenizer), sources.source_key(config.data)])
-    return Path(config.data.prepared_dir) / f"{sources.short_name(config.data)}-{digest[:12]}"
+def place_of(config: Config, tokenizer: Tokenizer | None) -> DatasetPlace:
+    """The folder of the dataset for these settings and this content of the source.
+
+    Where the source is not at hand, it is the folder that has the name and the settings, if there is one.
+    """
+    data, settings = config.data, _settings(config, tokenizer)
+    folder, name = Path(data.prepared_dir), sources.short_name(data)
+    try:
+        if not sources.is_at_hand(data) and (found := _without_source(folder, name, settings)):
+            return DatasetPlace(found, "", "it is to be downloaded")
+        found_here = _named(folder, settings, state := sources.source_state(data))  # as version 0.1 named it
+        key = "" if found_here else sources.source_key(data, folder / ".sources.json")
+    except UserError as error:
+        if found := _without_source(folder, name, settings):
+            return DatasetPlace(found, "", str(error))
+        raise
+    new = folder / f"{name}-{_digest([FORMAT_VERSION, settings, key])[:12]}"
+    return DatasetPlace(next(iter(found_here or _named(folder, settings, key)), new), state)
+
+
+def _named(folder: Path, settings: dict[str, object], key: str) -> list[Path]:
+    """The datasets whose name ends in the digest of the settings and the key, whatever it begins with."""
+    return sorted(folder.glob(f"*-{_digest([FORMAT_VERSION, settings, key])[:12]}"))
+
+
+def _without_source(folder: Path, name: str, settings: dict[str, object]) -> Path | None:
+    """The dataset of that name and with these settings; a UserError if several fit."""
+    named = sorted(folder.glob(f"{glob.escape(name)}-????????????/metadata.json"))
+    wanted = json.loads(json.dumps(settings))  # as they are read back
+    found = [file.parent for file in named if json.loads(file.read_bytes()).get("settings") == wanted]
+    if found[1:]:
+        raise UserError(f"{' and '.join(map(str, found))} fit these settings, and the source is not here; keep one")
+    return found[0] if found else None
 
 
 def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
@@ -303,7 +352,7 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
         settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens
     elif chosen.special_tokens:
         settings["special_tokens"] = chosen.special_tokens
-    for name in ("on_bad_record", "max_record_bytes"):
+    for name in ("on_bad_record", "max_record_bytes", "encoding"):
         if getattr(data, name) != getattr(DataConfig(), name):
             settings[name] = getattr(data, name)
     default = vars(CleaningConfig())

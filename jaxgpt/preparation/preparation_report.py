@@ -14,7 +14,7 @@ from jinja2 import Environment
 
 from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
-from jaxgpt.data.dataset import Split, TokenDataset
+from jaxgpt.data.dataset import SPLITS, Split, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokenizer_folder import has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
@@ -29,6 +29,7 @@ FILES = ("report.html", "report.json")
 _PAGE = Path(__file__).with_suffix(".html")
 _SAMPLE_BYTES = 1_000_000  # of text, on which two tokenizers are compared
 _GPT2_END_OF_TEXT = 50_256
+_OFF = 0.01  # a share that differs by more from what was asked is worth a line
 _MEASURED_SECONDS = 1.0
 _MEASURED_ROWS = 64  # a batch
 
@@ -54,6 +55,7 @@ def collect(
         "steps": _steps(config, work, facts, plan),
         "overlap": plan["overlap"],
         "splits": counts,
+        "divided": plan["divided"],
         "sources": _sources(config, tokens),
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": round(num_bytes / max(num_tokens, 1), 4),
@@ -66,7 +68,23 @@ def collect(
             kind: ", ".join(f"{name} ({count:,})" for name, count in counts.items())
             for kind, counts in facts.get("conversations", {}).items()
         }
+    report["warnings"] = _warnings(config, report, plan)
     return report
+
+
+def _warnings(config: Config, report: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """Lines about shares that are off by more than a point."""
+    train, held = (report["splits"][split]["num_tokens"] for split in SPLITS)
+    share, asked, found = held / (train + held), config.data.validation_fraction, []
+    if not plan["is_given"] and not config.augmentation.copies and abs(share - asked) > _OFF:
+        found.append(
+            f"{share:.1%} of the tokens are held out, not data.validation_fraction = {asked:.1%}: the text is too "
+            "short, or the lengths of its documents too different, to be divided closer"
+        )
+    sizes = report["mixture"]["num_bytes"]
+    shares = [(source["source"], size / sum(sizes), source["weight"]) for source, size in zip(report["sources"], sizes)]
+    told = "{:.1%} of the text comes from {}, whose weight is {:.1%}: its documents, or others', are too few for that"
+    return found + [told.format(part, name, wanted) for name, part, wanted in shares if abs(part - wanted) > _OFF]
 
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
@@ -285,6 +303,8 @@ def as_text(final: Path, report: dict) -> str:
         else:
             each = f"{size / max(tokens, 1):.2f} bytes per token"
         lines.append(f"  {split:<10} documents {documents:,}, bytes {size:,}, tokens {tokens:,}, {each}")
+    if report["divided"]:
+        lines.append(f"  divided    documents {report['divided']:,}: their ends are in validation")
     if len(report["sources"]) > 1:
         ended_by = report["mixture"]["ended_by"]
         if ended_by is not None:
@@ -301,6 +321,7 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  epochs     {_epochs_line(report['epochs'])}")
     if feed := report.get("host"):
         lines.append(f"  host       {feed['line']}")
+    lines += [f"  warning    {line}" for line in report["warnings"]]
     return "\n".join([*lines, f"  report     {final / FILES[0]}"])
 
 
@@ -326,6 +347,7 @@ def write(folder: Path, report: dict) -> None:
         "text through the tokenizer and back": round_trip_line(report) or "unchanged",
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
+    facts |= {f"warning {number}": line for number, line in enumerate(report["warnings"], 1)}
     facts |= report.get("forms", {})
     html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")

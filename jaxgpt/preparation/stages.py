@@ -28,8 +28,8 @@ from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, read_json, read_rows, write_json, write_rows
 from jaxgpt.preparation.cleaning import Cleaned, Cleaner
 from jaxgpt.preparation.documents import BadRecords
-from jaxgpt.preparation.splitting import CUT, DROPPED, STARTS, TRAIN
-from jaxgpt.settings import CleaningConfig, DataConfig
+from jaxgpt.preparation.splitting import CUT, DROPPED, RESUMES, STARTS, TRAIN
+from jaxgpt.settings import CleaningConfig, DataConfig, sources_of
 from jaxgpt.storage.files import new_file
 
 CHUNK_BYTES = 4_000_000  # of text: a second or two of work, so that all cores stay busy and little is lost by a kill
@@ -43,20 +43,20 @@ _BEFORE = 40  # characters shown before the first difference
 # ---------------------------------------------------------------- reading
 
 
-def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
+def read(data: DataConfig, work: WorkFolder, state: str) -> dict[str, Any]:
     """Write the chunks "read" and return facts about them; the same facts after a kill.
 
     They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number, "conversations": a Tally,
-    "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}.
+    "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}. `state` is the
+    `sources.source_state` before the source was first looked at.
     """
     file = work.path / "read.json"
     if file.exists():
         return read_json(file)
-    key = sources.source_key(data)
     bad, reading = BadRecords(data.on_bad_record), sources.Reading()
     rows_of: list[int] = []
     bytes_of: list[int] = []
-    chunk, size, number = Rows(), 0, -1
+    chunk, size, numbers = Rows(), 0, [-1] * len(sources_of(data))
 
     def end_chunk() -> None:
         there = work.rows("read", len(rows_of))
@@ -69,9 +69,10 @@ def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
     with progress("reading") as bar:
         for document in sources.documents(data, bad, reading):
             num_bytes = len(document.text.encode())
-            number += not document.continues
+            part = document.part
+            numbers[part] = numbers[part] if document.continues else max(numbers) + 1
             split = SPLIT_CODES[document.split]
-            chunk.append(document.text, split, document.part, number, document.continues, document.where)
+            chunk.append(document.text, split, part, numbers[part], document.continues, document.where)
             size += num_bytes
             bar.update(num_bytes)
             if size >= CHUNK_BYTES:
@@ -79,9 +80,9 @@ def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
                 chunk, size = Rows(), 0
         if len(chunk):
             end_chunk()
-    if sources.source_key(data) != key:
+    if sources.source_state(data) != state:
         raise UserError(f"{sources.describe(data)}: changed while it was read; prepare again")
-    facts = {"rows": rows_of, "bytes": bytes_of, "documents": number + 1}
+    facts = {"rows": rows_of, "bytes": bytes_of, "documents": max(numbers) + 1}
     facts |= {"bad": bad.summary(), "conversations": bad.conversations, "mixture": dataclasses.asdict(reading)}
     write_json(file, facts)
     return facts
@@ -164,7 +165,8 @@ def tokenize_chunk(number: int, *, work: WorkFolder, config: Config, stage: str)
     if config.data.format == "chat":
         arrays, counts = _chat_tokens(rows, codes, tokenizer, config)
     else:
-        arrays, counts = _text_tokens(rows, codes, plan["border"], tokenizer)
+        borders = [plan["borders"].get(str(row), 0) for row in range(first, first + len(rows))]
+        arrays, counts = _text_tokens(rows, codes, borders, tokenizer)
     write_json(work.counts("tokens", number), counts)
     with new_file(work.tokens(number), shared=True) as file:
         np.savez(file, **arrays)
@@ -180,12 +182,13 @@ def _tokenizer(folder: str, digest: str) -> Tokenizer:
     return tokenizer
 
 
-def placed(text: str, code: int, border: int) -> Iterator[tuple[int, bool, str]]:
-    """(split, whether a document starts, text) of a row; two of them if the row is cut."""
-    where, starts = code & ~STARTS, bool(code & STARTS)
+def placed(text: str, code: int, border: int) -> Iterator[tuple[int, int, str]]:
+    """(split, STARTS or RESUMES or 0, text) of a row; two of them if the row is cut."""
+    starts = code & (STARTS | RESUMES)
+    where = code - starts
     if where == CUT:
         yield 0, starts, text[:border]
-        yield 1, True, text[border:]
+        yield 1, STARTS, text[border:]
     elif where != DROPPED:
         yield where - TRAIN, starts, text
 
@@ -197,31 +200,32 @@ def add_counts(counts: dict[Any, dict[str, Any]], key: int | str, **values: int)
         there[name] = there.get(name, 0) + value
 
 
-def _text_tokens(rows: Rows, codes: list[int], border: int, tokenizer: Tokenizer) -> tuple[dict, dict]:
-    """({"train": tokens, "validation": tokens}, counts); end-of-text precedes each document."""
+def _text_tokens(rows: Rows, codes: list[int], borders: list[int], tokenizer: Tokenizer) -> tuple[dict, dict]:
+    """({"train": tokens, "validation": tokens}, counts); end-of-text precedes what follows another document."""
     found: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in SPLITS]
     splits: dict[str, dict[str, int]] = {name: {"num_bytes": 0, "num_documents": 0} for name in SPLITS}
     parts: dict[int, dict[str, int]] = {}
-    for batch in _batches(rows, codes, border, tokenizer):
+    for batch in _batches(rows, codes, borders, tokenizer):
         encoded = tokenizer.encode_batch([text for *_, text in batch])
         for (split, starts, part, text), tokens in zip(batch, encoded, strict=True):
             size = len(text.encode())
             found[split] += [np.array([tokenizer.end_of_text], np.int32), tokens] if starts else [tokens]
-            add_counts(splits, SPLITS[split], num_bytes=size, num_documents=starts)
-            add_counts(parts, part, num_documents=starts, num_bytes=size, num_tokens=len(tokens) + starts)
+            add_counts(splits, SPLITS[split], num_bytes=size, num_documents=starts == STARTS)
+            num_tokens = len(tokens) + bool(starts)
+            add_counts(parts, part, num_documents=starts == STARTS, num_bytes=size, num_tokens=num_tokens)
     arrays = {name: np.concatenate(arrays).astype(tokenizer.dtype) for name, arrays in zip(SPLITS, found)}
     return arrays, {"splits": splits, "parts": parts}
 
 
 def _batches(
-    rows: Rows, codes: list[int], border: int, tokenizer: Tokenizer
-) -> Iterator[list[tuple[int, bool, int, str]]]:
-    """Lists of (split, whether a document starts, part of the mixture, text), each of about BATCH characters."""
+    rows: Rows, codes: list[int], borders: list[int], tokenizer: Tokenizer
+) -> Iterator[list[tuple[int, int, int, str]]]:
+    """Lists of (split, STARTS or RESUMES or 0, part of the mixture, text), each of about BATCH characters."""
     batch, size = [], 0
-    for text, part, code in zip(rows.texts, rows.parts, codes, strict=True):
+    for text, part, code, border in zip(rows.texts, rows.parts, codes, borders, strict=True):
         for split, starts, span in placed(text, code, border):
             for number, piece in enumerate(tokenizer.pieces(span, PIECE)):
-                batch.append((split, starts and number == 0, part, piece))
+                batch.append((split, 0 if number else starts, part, piece))
                 size += len(piece)
                 if size >= BATCH:
                     yield batch

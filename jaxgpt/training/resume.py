@@ -59,7 +59,7 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
     "refused": (
         "model.n_layer", "model.n_head", "model.n_embd", "model.n_positions",
         "tokenizer.type", "tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens",
-        "data.source", "data.text_field", "data.max_bytes", "data.format",
+        "data.source", "data.text_field", "data.encoding", "data.max_bytes", "data.format",
         "data.on_bad_record", "data.max_record_bytes", "cleaning", "chat", "augmentation",
         "data.validation_fraction",  # it would train on documents that were held out
         # Row r of step s is window s * global_batch_size + r, of block_size tokens. Another value would repeat
@@ -303,11 +303,13 @@ def check_data(workdir: Path, step: int | None, weights: Weights | None, dataset
     if step is None:
         return dataclasses.replace(dataset, vocab_size=max(dataset.vocab_size, weights.vocab_size if weights else 0))
     saved = read_metadata(workdir, step)
-    for name, value in (("tokenizer_digest", dataset.tokenizer_digest), ("data_fingerprint", dataset.fingerprint)):
+    text = ("data_fingerprint", dataset.fingerprint, "its text, or what is held out of it, has changed")
+    tokenizer = ("tokenizer_digest", dataset.tokenizer_digest, "its text is the same, and its tokenizer another one")
+    for name, value, reason in (text, tokenizer):
         if saved[name] != value:
             raise UserError(
-                f"the prepared data in {dataset.path} is not what the run in {workdir} has read up to step {step} "
-                f"({name} was {saved[name][:12]}, now {value[:12]}); choose another --workdir"
+                f"the prepared data in {dataset.path} is not what the run in {workdir} has read up to step {step}: "
+                f"{reason} ({name} was {saved[name][:12]}, now {value[:12]}); choose another --workdir"
             )
     return dataclasses.replace(dataset, vocab_size=saved["vocab_size"])
 
