@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_plan.py [--only 124M:v5e-8] [--cache ~/.cache/jaxgpt/xla/plan]
 
-No TPU is needed (pip install 'jaxgpt[plan]', x86-64 Linux). T = 1024 and 524,288 tokens a step. Rows are printed as
+No TPU is needed (pip install -e '.[plan]', x86-64 Linux). T = 1024 and 524,288 tokens a step. Rows are printed as
 they finish; compiled programs are kept in the cache, so a run that was stopped goes on where it was.
 
 MFU here is model FLOPs (6 N + causal attention, recomputation not counted) over the time of the compiler's cycles,

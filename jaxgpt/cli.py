@@ -7,6 +7,7 @@ import difflib
 import functools
 import io
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -55,6 +56,11 @@ def leave(code: int) -> typing.NoReturn:
         with contextlib.suppress(OSError, ValueError):  # the reader of our output left
             stream.flush()
     os._exit(code)
+
+
+def for_terminal(text: str) -> str:
+    """A model's text with U+FFFD for control characters, which could move the cursor or ring the bell."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """The exceptions that more than one room raises or catches, and the exit codes that commands end with."""
 
 import errno
+from pathlib import Path
 
 # What a disk or a mounted bucket says when it is full, broken or no longer writable.
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -9,6 +10,12 @@ EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG = 0,
 
 class UserError(Exception):
     """The user's input is wrong: one line that says what, where, and the fix. Exit code 2."""
+
+
+def how_to_install(extra: str) -> str:
+    """The command that adds the packages of an extra; jaxgpt itself is a clone, and on no package index."""
+    clone = Path(__file__).parents[1]
+    return f"pip install -e '{clone if (clone / 'pyproject.toml').is_file() else '.'}[{extra}]'"
 
 
 class BadRecord(ValueError):

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import cli
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, how_to_install
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = vars(parser().parse_args(argv))
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise UserError("the server needs packages that are not installed: pip install 'jaxgpt[serve]'")
+        raise UserError(f"the server needs packages that are not installed: {how_to_install('serve')}")
 
     from jaxgpt.parallel.accelerator import keep_freed_memory
 

@@ -207,6 +207,26 @@ def server_problems(pod: dict) -> list[str]:
     return found
 
 
+def disk_problems(documents: dict[str, dict]) -> list[str]:
+    """What keeps replicas from their model: a disk of one node is read on that node alone, and drained in one go."""
+    pod, found = pods_in(documents)["Deployment jaxgpt-serve"], []
+    claim = documents.get("PersistentVolumeClaim jaxgpt-model")
+    on_one_node = claim is not None and claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    rules = pod.get("affinity", {}).get("podAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+    if [rule["topologyKey"] for rule in rules] != ["kubernetes.io/hostname"] * on_one_node:
+        found.append("replicas where the disk is not" if on_one_node else "all replicas on one node")
+    if ("PodDisruptionBudget jaxgpt-serve" in documents) == on_one_node:
+        found.append("a node that can never be drained" if on_one_node else "all replicas drained at once")
+    return found
+
+
+def served() -> dict[str, dict]:
+    """The documents of the server without any option, as they are in the files."""
+    names = read(CLUSTER / "serve" / "kustomization.yaml")[0]["resources"]
+    documents = [document for name in names for document in read(CLUSTER / "serve" / name)]
+    return {f"{document['kind']} {document['metadata']['name']}": document for document in documents}
+
+
 def image_environment() -> dict[str, str]:
     """The ENV of the image's last stage."""
     text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").split("\nFROM ")[-1]
@@ -256,7 +276,9 @@ def test_no_pod_holds_more_than_it_needs():
 
 
 @needs_kubectl
-@pytest.mark.parametrize("options", [[], ["gpu"], ["tpu"], ["spot"], ["bucket"], ["gpu", "spot", "bucket"]])
+@pytest.mark.parametrize(
+    "options", [[], ["gpu"], ["tpu", "many-nodes"], ["spot"], ["many-nodes"], ["bucket"], ["gpu", "spot", "bucket"]]
+)
 def test_the_server_with_any_options_fits_the_schemas_and_ends_in_time(options, tmp_path):
     documents = rendered(tmp_path, options)
     for name, document in documents.items():
@@ -267,12 +289,28 @@ def test_the_server_with_any_options_fits_the_schemas_and_ends_in_time(options, 
     assert ("nvidia.com/gpu" in limits) == ("gpu" in options)
     assert option(args, "weights") == ("bfloat16" if {"gpu", "tpu"} & set(options) else "float32")
     assert ("PersistentVolumeClaim jaxgpt-model" in documents) == ("bucket" not in options)
+    assert disk_problems(documents) == []
     assert len(pod.get("tolerations", [])) == len({"gpu", "tpu", "spot"} & set(options))
     # Google's Spot nodes give 15 s, whatever a pod asks for.
     assert ("spot" not in options) or pod["terminationGracePeriodSeconds"] <= 15
 
 
 SERVER, SLICE = "Deployment jaxgpt-serve", "JobSet gpt2-124m"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["PersistentVolumeClaim jaxgpt-model"]["spec"].update(accessModes=["ReadWriteMany"]),
+        lambda d: d[SERVER]["spec"]["template"]["spec"].pop("affinity"),
+        lambda d: d.update({"PodDisruptionBudget jaxgpt-serve": {"kind": "PodDisruptionBudget"}}),
+    ],
+)
+def test_replicas_find_their_model_on_a_cluster_that_only_has_disks_of_one_node(change):
+    documents = served()
+    assert disk_problems(documents) == []
+    change(documents)
+    assert disk_problems(documents) != []
 
 
 @pytest.mark.parametrize(
@@ -331,6 +369,9 @@ def test_the_services_and_budgets_mean_the_servers_pods():
         documents["PodDisruptionBudget jaxgpt-serve"]["spec"]["selector"]["matchLabels"],
         documents["NetworkPolicy jaxgpt-serve"]["spec"]["podSelector"]["matchLabels"],
         *(spread["labelSelector"]["matchLabels"] for spread in pod["topologySpreadConstraints"]),
+        pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0]["labelSelector"][
+            "matchLabels"
+        ],
     ]
     assert all(selector == labels for selector in selectors)
     assert documents["Service jaxgpt-serve"]["spec"]["ports"][0]["targetPort"] == container_in(pod)["ports"][0]["name"]
@@ -462,6 +503,8 @@ def compose_problems(document: dict) -> list[str]:
     drained = float(option(service["command"], "drain-seconds")) + ENDING_SECONDS
     if not float(service["stop_grace_period"].removesuffix("s")) > drained:
         found.append("killed in the middle of its answers")
+    if "--open=page" not in service["command"]:
+        found.append("a page that nobody sees, as a browser brings no key")
     return found + command_problems(service["command"])
 
 
@@ -473,6 +516,7 @@ def compose_problems(document: dict) -> list[str]:
         lambda d: d["services"]["serve"].update(ports=["8000:8000"]),
         lambda d: d["services"]["serve"].update(stop_grace_period="38s"),
         lambda d: d["services"]["serve"]["command"].append("--slot=1"),
+        lambda d: d["services"]["serve"]["command"].remove("--open=page"),
     ],
 )
 def test_compose_fits_its_schema_and_a_mistake_is_found(change):

@@ -32,7 +32,7 @@ from jaxgpt.training.step import build_program
 MISSING = [name for name in ("lm_eval", "torch", "accelerate", "peft") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(bool(MISSING), reason=f"pip install 'jaxgpt[eval,parity]' brings {', '.join(MISSING)}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"pip install -e '.[eval,parity]' brings {', '.join(MISSING)}"),
 ]
 BLOCK, QUESTIONS = 64, 16
 SENTENCES = [

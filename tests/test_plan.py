@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt import plan
 from jaxgpt.config import Config, load_config
-from jaxgpt.errors import RunFailed, UserError
+from jaxgpt.errors import RunFailed, UserError, how_to_install
 from jaxgpt.planning import plan_table, planner, topology, verdict
 from jaxgpt.planning.compile import CompiledStep
 from jaxgpt.planning.plan_search import own_candidate
@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_without_the_compiler_the_table_is_arithmetic_and_says_so(run, tmp_path):
     code, out, _ = run("--tpu", "v5e-1,v5e-8,v6e-8,v5p-16", "--json", str(tmp_path / "rows.json"))
     assert code == 0
-    assert "pip install 'jaxgpt[plan]'" in out
+    assert how_to_install("plan") in out
     assert "ARITHMETIC" in out
     assert "data 8, 16 rows x 4 (config)" in out
     assert "usable; arithmetic" in out

@@ -142,5 +142,5 @@ def test_a_missing_library_is_named_with_the_fix(monkeypatch):
     assert not is_on(CleaningConfig()) and is_on(EXACT) and is_on(NEAR)
     monkeypatch.setitem(sys.modules, "rensa", None)
     assert algorithm(EXACT) == "blake2b"
-    with pytest.raises(UserError, match=r"needs the package rensa: pip install 'jaxgpt\[clean\]'"):
+    with pytest.raises(UserError, match=r"needs the package rensa: pip install -e '.*\[clean\]'"):
         algorithm(NEAR)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from jaxgpt.errors import how_to_install
 from jaxgpt.prepare import main
 
 
@@ -65,7 +66,7 @@ def test_options_for_beam_without_it_are_refused(config, capsys):
 def test_beam_that_is_not_installed_is_a_users_mistake(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     assert main(["--config", str(config), "--runner", "beam"]) == 2
-    assert capsys.readouterr().err == "error: --runner beam needs Apache Beam: pip install 'jaxgpt[beam]'\n"
+    assert capsys.readouterr().err == f"error: --runner beam needs Apache Beam: {how_to_install('beam')}\n"
     assert not (tmp_path / "prepared").exists()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import sample
+from jaxgpt.cli import for_terminal
 from jaxgpt.config import Config, to_json
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.inference.decoder import build_decoder, generate
@@ -105,8 +106,22 @@ def test_on_a_terminal_the_one_text_comes_in_pieces_and_is_the_same(checkpoint, 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys.stdout, "write", lambda text: pieces.append(text) or write(text))
     assert run(checkpoint, *flags) == 0
-    assert capsys.readouterr().out == whole == "".join(pieces)
+    assert capsys.readouterr().out == for_terminal(whole) == "".join(pieces)
     assert len([piece for piece in pieces if piece]) > 3
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[2J\x1b]0;title\a", "�[2J�]0;title�"),
+        ("\x9b31m\x85 \x7f\b\0", "�31m� ���"),
+        ("over\rwritten", "over�written"),
+        ("a\tb\n", "a\tb\n"),
+        ("👨\u200d👩 中 é", "👨\u200d👩 中 é"),
+    ],
+)
+def test_a_terminal_obeys_no_control_characters_of_a_text(text, shown):
+    assert for_terminal(text) == shown
 
 
 def test_a_text_longer_than_the_context_is_refused_in_one_line(checkpoint, capsys):

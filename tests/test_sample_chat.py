@@ -136,8 +136,9 @@ def test_an_answer_ends_at_the_end_of_its_turn_here_and_in_transformers_settings
     (tmp_path / "hf").mkdir()
     write_huggingface(tmp_path / "hf", MODEL, model.vocab_size, model.params, TOKENIZER)
     flags = ("--max-new-tokens", "100", "--jsonl", "--prompt", "Hi", "--seed", "1")
-    for folder, system in ((tmp_path / "run", ()), (tmp_path / "hf", ("--system", SYSTEM))):
-        assert run(folder, "--chat", *system, *flags) == 0
+    own = (tmp_path / "run", ("--chat",)), (tmp_path / "hf", ("--chat", "--system", SYSTEM)), (tmp_path / "run", ())
+    for folder, chats in own:  # and where its text is continued without --chat
+        assert run(folder, *chats, *flags) == 0
         record = json.loads(capsys.readouterr().out)
         assert record["finish_reasons"] == ["stop"] and len(record["tokens"][0]) < 100
         assert "<|im_end|>" not in record["texts"][0]

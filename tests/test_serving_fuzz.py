@@ -6,6 +6,8 @@ import gzip
 import json
 import random
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import serving
@@ -44,7 +46,10 @@ VALUES = (
     *("[" * 300 + "]" * 300, '{"a":' * 300 + "1" + "}" * 300, "[" * 100_000, '"' + "a" * 300 + '"', "tru", "01", "'a'"),
     *('["' + '","'.join(["ab"] * 16) + '"]', '["' + '","'.join(["a" * 255 + "b"] * 16) + '"]'),
 )
-LONG = ("a", " ", "中", "\\u0301")
+LONG = ("a", " ", "中", "\\u0301", "a line\\n")
+# What a body of a mebibyte is made of: elements of a list, or text.
+ELEMENTS = ("-1", "1", "1.5", "null", "{}", "[]", "[1]", '["a"]', '{"a": 1}', '"ab"', '{"type": "text", "text": "a"}')
+HUGE = (*ELEMENTS, '{"role": "user", "content": "a"}', *LONG)
 
 
 def body(number: int) -> bytes:
@@ -73,6 +78,19 @@ def body(number: int) -> bytes:
     if damage == 5:
         return draw.choice(VALUES).encode()
     return whole
+
+
+def huge_body(number: int) -> bytes:
+    """A body of nearly the largest size: one field is a list of far too many elements, or text without an end."""
+    draw, path = random.Random(number), POSTS[number % len(POSTS)]
+    fields = {name: json.dumps(value) for name, value in SOUND[path].items()}
+    unit, known = HUGE[number % len(HUGE)], [*BODIES[path].model_fields, *OTHERS]
+    count = draw.randrange(NEARLY // 2, NEARLY - 100) // (len(unit.encode()) + 2)
+    value = f'"{unit * count}"' if unit in LONG else f"[{', '.join([unit] * count)}]"
+    if draw.random() < 0.2:
+        value = f'[{{"role": "user", "content": {value}}}]'
+    fields[draw.choice(known) if draw.random() < 0.4 else next(iter(fields))] = value
+    return ("{" + ", ".join(f"{json.dumps(name)}: {one}" for name, one in fields.items()) + "}").encode()
 
 
 def post(server, path: str, content: bytes) -> serving.Answer:
@@ -104,6 +122,30 @@ def test_1000_bodies_that_are_not_right_are_answered_or_refused(chat_process, st
     assert 300 < refused < 950  # neither all nor none
 
 
+def memory(server) -> int:
+    """The most memory that the process ever had, in bytes."""
+    with open(f"/proc/{server.process.pid}/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+
+def test_huge_bodies_neither_hold_up_others_nor_fill_the_memory(chat_process, still_answers):
+    """1,000 with two cores for the server: /health took 67 ms at most in 99 of 100 cases, and memory 58 MB."""
+    bodies, before, times = [huge_body(number) for number in range(96)], memory(chat_process), []
+    ask = lambda number: post(chat_process, POSTS[number % len(POSTS)], bodies[number])
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, number) for number in range(len(bodies))]
+        while not all(answer.done() for answer in answers):
+            began = time.perf_counter()
+            assert chat_process.get("/health").status == 200
+            times.append(time.perf_counter() - began)
+            time.sleep(0.005)
+    for number, answer in enumerate(answers):
+        assert answer.result().status in (200, 400, 404), bodies[number][:100]
+        assert answer.result().status == 200 or len(answer.result().body) < 2_000
+    assert memory(chat_process) - before < 100 * 2**20
+    assert len(times) > 50 and sorted(times)[int(0.99 * len(times))] < 0.5  # other tests run beside this one
+
+
 @pytest.mark.parametrize("path", POSTS)
 def test_the_longest_texts_are_answered_in_time_while_others_are(chat_process, still_answers, path):
     """Texts on which a tokenizer could take for ever."""
@@ -117,10 +159,10 @@ def test_the_longest_texts_are_answered_in_time_while_others_are(chat_process, s
         return chat_process.ask("POST", path, f'{{"{field}": {value}}}'.encode(), seconds=20)
 
     statuses = [answer.status for answer in serving.at_once(len(LONG), ask)]
-    if path in ("/tokenize", "/detokenize"):
-        assert set(statuses) == {200}
+    if path == "/tokenize":
+        assert statuses == [400] * (len(LONG) - 1) + [200]  # with line breaks it is read in parts
     else:
-        assert set(statuses) - {200} == {400}  # a template may leave spaces out
+        assert set(statuses) == {400}
 
 
 def statuses_of(cases) -> list[int]:
@@ -166,7 +208,7 @@ REQUESTS = {  # what is sent, and the statuses of what comes back
     "1.0": (b"POST /tokenize HTTP/1.0\r\nContent-Length: 16\r\n\r\n" + ASKED, [200]),
     "0.9": (b"GET /\r\n\r\n", [400]),
     "no host": (b"GET /health HTTP/1.1\r\n\r\n", [400]),
-    "strange host": (b"GET /nowhere HTTP/1.1\r\nHost: [a:\x80//@#?\r\n\r\n", [404]),
+    "strange host": (b"GET /nowhere HTTP/1.1\r\nHost: [a:\x80//@#?\r\n\r\n", [403]),
     "chunked": (CHUNKED + b"a\r\n" + ASKED[:10] + b"\r\n6\r\n" + ASKED[10:] + b"\r\n0\r\n\r\n", [200]),
     "bad chunk": (CHUNKED + b"zz\r\n" + ASKED + b"\r\n0\r\n\r\n", [400]),
     "endless chunks": (

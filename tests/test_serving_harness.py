@@ -12,7 +12,7 @@ NEEDED = ("lm_eval", "torch", "accelerate", "peft", "aiohttp", "tenacity")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(bool(MISSING), reason=f"pip install 'jaxgpt[eval,parity]' brings {', '.join(MISSING)}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"pip install -e '.[eval,parity]' brings {', '.join(MISSING)}"),
 ]
 
 QUESTIONS = 32

@@ -16,9 +16,9 @@ import serving
 from processes import wait_for
 
 from jaxgpt import serve
+from jaxgpt.errors import how_to_install
 from jaxgpt.inference.engine import Engine
-from jaxgpt.inference.slots import STOPS
-from jaxgpt.serving import schemas
+from jaxgpt.serving import middleware, schemas
 from jaxgpt.serving import server as life
 from jaxgpt.serving.app import OPENABLE, Options
 from jaxgpt.serving.middleware import ALWAYS_OPEN, KEYS, MAX_BODY_BYTES, read_keys
@@ -37,11 +37,11 @@ BASIC = {
 LONGEST = serving.MODEL.n_positions
 
 
-def check(server, path: str, fields: dict, status: int, param: str | None = None) -> None:
+def check(server, path: str, fields: dict, status: int, param: str | None = None, told: str = "") -> None:
     answer = server.post_json(path, BASIC[path] | fields)
     assert answer.status == status, (fields, answer.body)
     if status != 200:
-        assert answer.error["param"] == param, (fields, answer.error)
+        assert answer.error["param"] == param and told in answer.error["message"], (fields, answer.error)
 
 
 # ---------------------------------------------------------------- numbers and lengths
@@ -52,35 +52,35 @@ def check(server, path: str, fields: dict, status: int, param: str | None = None
     [
         (COMPLETIONS, "prompt", [1] * (LONGEST - 1), None),
         (COMPLETIONS, "prompt", ["a"] * schemas.MAX_PROMPTS, ["a"] * (schemas.MAX_PROMPTS + 1)),
-        (COMPLETIONS, "prompt", "", [[], {}]),
+        (COMPLETIONS, "prompt", "", 5),
         (COMPLETIONS, "prompt", [], None),
-        (COMPLETIONS, "prompt", [[1], [2]], [[1], "a", [True]]),
-        (COMPLETIONS, "prompt", [301], [-1]),
+        (COMPLETIONS, "prompt", [[1], [2]], None),
+        (COMPLETIONS, "prompt", [301], None),
         (COMPLETIONS, "n", schemas.MAX_CHOICES, schemas.MAX_CHOICES + 1),
         (COMPLETIONS, "n", 1, 0),
         (COMPLETIONS, "stop", ["a"] * schemas.MAX_STOPS, ["a"] * (schemas.MAX_STOPS + 1)),
         (COMPLETIONS, "stop", "中" * 256, "中" * 257),
-        (COMPLETIONS, "stop", ["b" * 256], ["b" * 257]),
+        (COMPLETIONS, "stop", ["b" * 256], 5),
         (COMPLETIONS, "stop", [], ""),
-        (COMPLETIONS, "stop_token_ids", [1] * (STOPS - 1), [1] * STOPS),
+        (COMPLETIONS, "stop_token_ids", [1] * 7, [1] * 8),
         (COMPLETIONS, "logprobs", schemas.MAX_ALTERNATIVES, schemas.MAX_ALTERNATIVES + 1),
         (COMPLETIONS, "logprobs", 0, -1),
         (COMPLETIONS, "logprobs", None, True),
-        (COMPLETIONS, "seed", schemas.MAX_SEED, schemas.MAX_SEED + 1),
-        (COMPLETIONS, "seed", 0, -1),
+        (COMPLETIONS, "seed", 2**64 - 1, 2**64),
+        (COMPLETIONS, "seed", -(2**63), -(2**63) - 1),
+        (COMPLETIONS, "seed", 1e18, 0.5),
         (COMPLETIONS, "temperature", 0, -0.001),
         (COMPLETIONS, "temperature", 1e300, "1"),
         (COMPLETIONS, "top_p", 1, 1.001),
         (COMPLETIONS, "top_p", 1e-9, 0),
         (COMPLETIONS, "min_p", 1, 1.001),
         (COMPLETIONS, "top_k", 2**31 - 1, 2**31),
+        (COMPLETIONS, "top_k", -1, -2),
         (COMPLETIONS, "repetition_penalty", 0.1, 0),
-        (COMPLETIONS, "stream_options", None, {}),
+        (COMPLETIONS, "stream_options", {}, []),
+        (COMPLETIONS, "max_tokens", 16.0, 16.5),
         (COMPLETIONS, "max_tokens", 1, 0),
         (CHATS, "messages", [USER], []),
-        (CHATS, "messages", [USER, {"role": "assistant", "content": ""}, USER], [{"role": "tool", "content": "a"}]),
-        (CHATS, "messages", [{"role": "system", "content": "a"}, USER], [USER, {"role": "assistant", "content": "a"}]),
-        (CHATS, "messages", [{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "user"}]),
         (CHATS, "n", schemas.MAX_CHOICES, schemas.MAX_CHOICES + 1),
         (CHATS, "max_tokens", 1, 0),
         (CHATS, "max_tokens", 2, -1),
@@ -89,8 +89,10 @@ def check(server, path: str, fields: dict, status: int, param: str | None = None
         ("/generate", "num_return_sequences", schemas.MAX_CHOICES, schemas.MAX_CHOICES + 1),
         ("/generate", "max_new_tokens", 1, 0),
         ("/generate", "max_length", None, 5),
+        ("/generate", "do_sample", True, 1),
+        ("/generate", "return_full_text", False, "no"),
         ("/tokenize", "prompt", "", None),
-        ("/detokenize", "tokens", [301], [302]),
+        ("/detokenize", "tokens", [301], None),
         ("/detokenize", "tokens", [], None),
     ],
 )
@@ -100,6 +102,57 @@ def test_a_field_is_taken_at_its_limit_and_refused_by_name_beyond(chat_server, p
         check(chat_server, path, {field: bad}, 400, field)
 
 
+WRONG = [  # each with the path of what is wrong, and the reason
+    (COMPLETIONS, {"prompt": ["a"] * (schemas.MAX_PROMPTS + 1)}, "prompt", "at most 64 items"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt[0]", "greater than or equal to 0"),
+    (COMPLETIONS, {"prompt": [1, 5000]}, "prompt[1]", "token 5000, but the vocabulary is 302"),
+    (COMPLETIONS, {"prompt": [[1], [2, 5000]]}, "prompt[1][1]", "token 5000"),
+    (COMPLETIONS, {"prompt": [[1], "a", [True]]}, "prompt[2][0]", "valid integer"),
+    (COMPLETIONS, {"prompt": ["a", {}]}, "prompt[1]", "a text or token ids"),
+    (COMPLETIONS, {"prompt": ["a"], "stop": ["a", "b" * 257]}, "stop[1]", "at most 256 characters"),
+    (COMPLETIONS, {"stop": ["a"] * (schemas.MAX_STOPS + 1)}, "stop", "at most 16 items"),
+    (COMPLETIONS, {"stop": [1]}, "stop[0]", "valid string"),
+    (COMPLETIONS, {"prompt": ["a", [1] * LONGEST]}, "prompt[1]", "n_positions"),
+    (COMPLETIONS, {"prompt": [0] * (schemas.MAX_TOKENS + 1)}, "prompt", "at most 65536 items"),
+    (COMPLETIONS, {"best_of": 2, "max_tokens": 0.5}, "max_tokens", "valid integer"),
+    (CHATS, {"messages": []}, "messages", "at least 1 item"),
+    (CHATS, {"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    (CHATS, {"messages": [{"content": "a"}]}, "messages[0].role", "required"),
+    (CHATS, {"messages": [USER, 3]}, "messages[1]", "valid object"),
+    (CHATS, {"messages": [USER, {"role": "tool", "content": "a"}]}, "messages[1].role", "'assistant'"),
+    (CHATS, {"messages": [USER, {"role": "assistant", "content": "a"}]}, "messages[1].role", "the last message"),
+    (CHATS, {"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content[0].text", "required"),
+    (CHATS, {"messages": [USER | {"content": 5}]}, "messages[0].content", "a text or a list of parts"),
+    (CHATS, {"messages": [USER | {"contents": "a"}]}, "messages[0].contents", "no field"),
+    (CHATS, {"messages": [USER] * (schemas.MAX_MESSAGES + 1)}, "messages", "at most 4096 items"),
+    (CHATS, {"messages": [USER] * 200}, "messages", "n_positions"),
+    (CHATS, {"max_completion_tokens": 1000, "max_tokens": None}, "max_completion_tokens", "n_positions"),
+    (CHATS, {"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
+    ("/generate", {"max_length": 1000, "max_new_tokens": None}, "max_length", "n_positions"),
+    (
+        "/generate",
+        {"inputs": "a", "parameters": {"max_new_tokens": 5}},
+        "inputs",
+        "no field inputs; known: temperature",
+    ),
+    ("/tokenize", {"prompt": "a" * 200_000}, "prompt", "131,072 bytes in one piece"),
+    ("/tokenize", {"prompt": None, "messages": [USER | {"content": "a" * 200_000}]}, "messages", "131,072"),
+    ("/detokenize", {"tokens": [1, 302]}, "tokens[1]", "the vocabulary is 302"),
+]
+
+
+@pytest.mark.parametrize("path, fields, param, told", WRONG, ids=[f"{one[0]} {one[2]}" for one in WRONG])
+def test_an_error_names_the_field_by_its_path_and_the_reason(chat_server, path, fields, param, told):
+    check(chat_server, path, fields, 400, param, told)
+
+
+def test_of_an_unknown_field_and_a_missing_one_the_unknown_is_named(chat_server):
+    """`prompt` is missing because it was called something else."""
+    for path, fields in (("/generate", {"inputs": "a"}), (CHATS, {"message": [USER]}), ("/detokenize", {"ids": [1]})):
+        answer = chat_server.post_json(path, fields)
+        assert answer.status == 400 and answer.error["param"] == next(iter(fields))
+
+
 def test_prompt_and_new_tokens_fill_the_context_and_not_one_more(chat_server):
     for length, new in ((1, LONGEST - 1), (LONGEST - 1, 1), (LONGEST - 30, 30)):
         tokens = [1] * length
@@ -107,16 +160,16 @@ def test_prompt_and_new_tokens_fill_the_context_and_not_one_more(chat_server):
         check(chat_server, COMPLETIONS, {"prompt": tokens, "max_tokens": new + 1}, 400, "max_tokens")
     scored = {"max_tokens": 0, "echo": True}
     check(chat_server, COMPLETIONS, {"prompt": [1] * LONGEST} | scored, 200)
-    check(chat_server, COMPLETIONS, {"prompt": [1] * (LONGEST + 1)} | scored, 400, "max_tokens")
-    check(chat_server, COMPLETIONS, {"prompt": [1] * LONGEST}, 400, "max_tokens")
+    check(chat_server, COMPLETIONS, {"prompt": [1] * (LONGEST + 1)} | scored, 400, "prompt")
+    check(chat_server, COMPLETIONS, {"prompt": [1] * LONGEST}, 400, "prompt")
     # Where no number is asked for, as many as there is room for.
     left = chat_server.post(COMPLETIONS, prompt=[1] * (LONGEST - 3)).json["usage"]["completion_tokens"]
     assert 1 <= left <= 3
     used = chat_server.post("/tokenize", messages=[USER]).json["count"]
     check(chat_server, CHATS, {"max_tokens": LONGEST - used}, 200)
-    check(chat_server, CHATS, {"max_tokens": LONGEST - used + 1}, 400, "messages")
+    check(chat_server, CHATS, {"max_tokens": LONGEST - used + 1}, 400, "max_tokens")
     check(chat_server, "/generate", {"max_new_tokens": None, "max_length": LONGEST}, 200)
-    check(chat_server, "/generate", {"max_new_tokens": None, "max_length": LONGEST + 1}, 400, "max_new_tokens")
+    check(chat_server, "/generate", {"max_new_tokens": None, "max_length": LONGEST + 1}, 400, "max_length")
 
 
 def test_a_body_is_taken_up_to_its_size_and_refused_beyond(chat_server):
@@ -167,25 +220,17 @@ def test_an_answer_that_takes_too_long_is_504_and_gives_its_slot_back(small):
 # ---------------------------------------------------------------- fields, names, methods
 
 
-CHANGES = {  # for each field that we do not have, a value with which OpenAI's answer would be another
-    "best_of": 2,
-    "suffix": "the end",
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "logit_bias": {"50": 5},
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
-    "functions": [{"name": "f"}],
-    "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
-    "modalities": ["text", "audio"],
-    "audio": {"voice": "alloy"},
-    "prediction": {"type": "content", "content": "a"},
-    "reasoning_effort": "low",
-    "verbosity": "low",
-    "web_search_options": {},
-    "use_beam_search": True,
-    "do_sample": False,
+CHANGES = {  # for each field that we do not have, a value with which another server's answer would be another
+    **{"best_of": 2, "num_beams": 2, "length_penalty": 2.0, "typical_p": 0.9, "suffix": "the end"},
+    **{"presence_penalty": 0.5, "frequency_penalty": -0.5, "min_tokens": 2, "no_repeat_ngram_size": 3},
+    **dict.fromkeys(["do_sample", "skip_special_tokens", "add_generation_prompt"], False),
+    **dict.fromkeys(["use_beam_search", "ignore_eos", "early_stopping", "continue_final_message"], True),
+    **{"logit_bias": {"50": 5}, "bad_words": ["a"], "reasoning_effort": "low", "verbosity": "low"},
+    **{"tools": [{"type": "function", "function": {"name": "f"}}], "functions": [{"name": "f"}]},
+    **{"tool_choice": "required", "function_call": {"name": "f"}, "response_format": {"type": "json_object"}},
+    **{"modalities": ["text", "audio"], "audio": {"voice": "alloy"}, "web_search_options": {}},
+    **{"prediction": {"type": "content", "content": "a"}, "moderation": {"model": "m"}, "continuous_usage_stats": True},
+    **{"tool_calls": [{"id": "a"}], "tool_call_id": "a", "refusal": "no", "reasoning": "a", "reasoning_content": "a"},
 }
 
 
@@ -195,18 +240,70 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name_and_with_its_de
         answer = chat_server.post_json(path, BASIC[path] | {field: CHANGES[field]})
         assert answer.status == 400 and answer.error["param"] == field and answer.error["code"] == "unsupported"
         assert field in answer.error["message"]
-        for usual in (None, *schemas._UNSUPPORTED[field]):
-            check(chat_server, path, {field: usual}, 200)
+    for usual in (None, *schemas._UNSUPPORTED[field]):
+        check(chat_server, COMPLETIONS, {field: usual}, 200)
+
+
+def test_in_every_object_null_is_absent_labels_are_ignored_and_what_changes_the_answer_is_named(chat_server):
+    part, answer = {"type": "text", "text": "Hi"}, {"role": "assistant", "content": "Hello"}
+    ask = lambda *messages, **more: chat_server.post(CHATS, messages=messages, max_tokens=4, seed=1, **more)
+    told = lambda *messages, **more: ask(*messages, **more).json["choices"][0]["message"]["content"]
+    plain = told(USER, answer, USER)
+    # What clients send back of an answer, and the labels that they add.
+    empty = dict.fromkeys(["refusal", "audio", "function_call", "tool_calls", "annotations", "parsed", "anything"])
+    labels = {"name": "bob", "id": "msg_1", "annotations": [{}], "tool_calls": [], "cache_control": {}}
+    cached = part | {"prompt_cache_breakpoint": {"mode": "explicit"}, "annotations": []}
+    assert told(USER | {"name": "ann"}, answer | empty, USER) == plain
+    assert told(USER | {"content": [cached]}, answer | labels, USER | {"refusal": ""}) == plain
+    assert told(USER, answer, USER, foo=None, stream_options={"include_obfuscation": False, "foo": None}) == plain
+    assert told(USER, answer | {"content": [part | {"text": "Hello"}]}, USER | {"content": [part, part | {"text": ""}]})
+    nothing = told(USER, answer | {"content": ""}, USER)
+    for content in ({"content": None}, {"content": []}, {}):
+        assert told(USER, {"role": "assistant", "refusal": None} | content, USER) == nothing
+    for wrong in ({"tool_calls": [{"id": "1"}]}, {"refusal": "no"}, {"audio": {"id": "1"}}, {"function_call": {}}):
+        (field,) = wrong
+        error = ask(USER, answer | wrong, USER).error
+        assert (error["param"], error["code"]) == (f"messages[1].{field}", "unsupported")
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    assert ask(USER | {"content": [part, image]}).error["param"] == "messages[0].content[1].type"
+    usage = {"stream_options": {"continuous_usage_stats": True}, "stream": True}
+    assert ask(USER, **usage).error["code"] == "unsupported"
 
 
 def test_fields_that_change_nothing_are_taken_and_unknown_ones_refused(chat_server):
     for path in (COMPLETIONS, CHATS):
         check(chat_server, path, dict.fromkeys(schemas._IGNORED, "a"), 200)
-        check(chat_server, path, {"temprature": 1}, 400, "temprature")
+        check(chat_server, path, {"temprature": 1}, 400, "temprature", "no field temprature; known: temperature")
     check(chat_server, COMPLETIONS, {"messages": [USER]}, 400, "messages")
-    check(chat_server, CHATS, {"messages": [USER | {"tool_calls": []}]}, 400, "messages")
     check(chat_server, CHATS, {"max_tokens": 2, "max_completion_tokens": 3}, 400, "max_tokens")
-    check(chat_server, COMPLETIONS, {"stream": True, "stream_options": {"other": 1}}, 400, "stream_options")
+    check(chat_server, COMPLETIONS, {"stream": True, "stream_options": {"other": 1}}, 400, "stream_options.other")
+
+
+def test_numbers_and_words_mean_what_they_mean_to_openai_and_hugging_face(chat_server):
+    complete = lambda **fields: chat_server.post(COMPLETIONS, **{"prompt": "Hi", "max_tokens": 8} | fields).json[
+        "choices"
+    ]
+    assert complete(seed=7, top_k=-1, max_tokens=8.0) == complete(seed=7 + 2**31, top_k=0) == complete(seed=7 - 2**40)
+    assert complete(seed=-1) == complete(seed=2**31 - 1) != complete(seed=1)
+    go_on = lambda **fields: chat_server.post("/generate", prompt="Hi", max_new_tokens=8, seed=1, **fields).json
+    full, sampled = go_on(temperature=0), go_on()
+    assert go_on(do_sample=False) == full != sampled == go_on(do_sample=True, num_return_sequences=None)
+    short = go_on(return_full_text=False, temperature=0)["generated_text"]
+    assert full["generated_text"] == "Hi" + short and go_on(return_full_text=True) == sampled
+
+
+def test_a_chat_model_ends_with_its_turn_on_every_route():
+    """Its likeliest token is always the one that ends a turn."""
+    model = serving.make_model(chat=True)
+    end = model.tokenizer.end_of_turn
+    model.params["wte"][end] = 9 * model.params["ln_f"]["bias"]
+    with serving.served(model, "ends") as server:
+        tokens = server.post("/tokenize", messages=[USER]).json["tokens"]
+        for fields in ({"prompt": tokens}, {"prompt": "Hi"}, {"prompt": tokens, "stop_token_ids": [1] * 7}):
+            [choice] = server.post(COMPLETIONS, temperature=0, **fields).json["choices"]
+            assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+        told = server.post("/generate", prompt="Hi", do_sample=False).json["sequences"]
+        assert told == [{"generated_text": "Hi", "finish_reason": "stop"}]
 
 
 def test_another_models_name_a_wrong_path_and_a_wrong_method_have_their_statuses(chat_server):
@@ -262,18 +359,78 @@ def test_what_is_opened_needs_no_key_and_the_rest_does(small):
 
 
 def test_only_pages_of_listed_sites_may_ask_from_a_browser(base_server, chat_server):
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    own = "authorization, content-type, x-stainless-os, x-stainless-retry-count, idempotency-key, openai-organization"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": own}
     nobody = serving.Server(base_server.port)
     allowed = nobody.ask("OPTIONS", COMPLETIONS, headers={"Origin": serving.ORIGIN} | asked)
     assert allowed.status == 200 and allowed.headers["Access-Control-Allow-Origin"] == serving.ORIGIN
     assert "POST" in allowed.headers["Access-Control-Allow-Methods"]
-    assert "authorization" in allowed.headers["Access-Control-Allow-Headers"].lower()
+    assert set(own.split(", ")) <= set(allowed.headers["Access-Control-Allow-Headers"].lower().split(", "))
     refused = nobody.ask("GET", "/v1/models", headers={"Origin": serving.ORIGIN})
     assert refused.status == 401 and refused.headers["Access-Control-Allow-Origin"] == serving.ORIGIN
+    assert "Retry-After" in refused.headers["Access-Control-Expose-Headers"]
     for server, origin in ((base_server, "https://evil.example.com"), (chat_server, serving.ORIGIN)):
         preflight = server.ask("OPTIONS", COMPLETIONS, headers={"Origin": origin} | asked)
-        assert preflight.status in (400, 405) and "Access-Control-Allow-Origin" not in preflight.headers
+        assert preflight.status in (400, 403) and "Access-Control-Allow-Origin" not in preflight.headers
         assert "Access-Control-Allow-Origin" not in server.get("/v1/models", Origin=origin).headers
+
+
+def test_without_keys_no_other_site_is_answered_unless_it_is_opened(small):
+    site = serving.ORIGIN
+    with serving.threaded(small.app()) as closed, serving.threaded(small.app(cors_origins=[site])) as opened:
+        body, port = b'{"prompt": "Hi", "max_tokens": 1}', closed.port
+        ask = lambda server, **headers: server.ask("POST", COMPLETIONS, body, {"Content-Type": "text/plain"} | headers)
+        own = [
+            {},
+            {"Host": f"localhost:{port}"},
+            {"Host": "[::1]:80"},
+            {"Host": "10.1.2.3"},
+            {"Host": "my-server:8000"},
+        ]
+        own += [{"Host": f"a.localhost:{port}", "Origin": f"http://a.localhost:{port}"}, {"Host": "LOCALHOST"}]
+        own += [{"Origin": f"http://127.0.0.1:{port}"}, {"Host": "box:1", "Origin": "https://BOX:1"}]
+        for headers in own:
+            assert ask(closed, **headers).status == 200, headers
+        others = [
+            {"Origin": site},
+            {"Origin": "null"},
+            {"Origin": f"http://localhost:{port}"},
+            {"Host": "evil.example"},
+        ]
+        others += [{"Host": "evil.example:80", "Origin": "http://evil.example:80"}, {"Host": "127.0.0.1.nip.io"}]
+        others += [
+            {"Host": "[x", "Origin": "http://[x"},
+            {"Host": "", "Origin": "null"},
+            {"Origin": "http://127.0.0.1"},
+        ]
+        for headers in others:
+            told = ask(closed, **headers)
+            assert told.status == 403 and told.error["code"] == "other_site", headers
+            assert closed.get("/health", **headers).status == closed.get("/ready", **headers).status == 200
+        assert f"--cors-origin {site} lets" in ask(closed, Origin=site).error["message"]
+        assert "--cors-origin http://evil.example lets" in ask(closed, Host="evil.example").error["message"]
+        for headers in ({"Origin": site}, {"Host": "chat.example.com"}, {"Host": "chat.example.com", "Origin": site}):
+            assert ask(opened, **headers).status == 200
+        assert ask(opened, Origin="https://other.example.com").status == 403
+
+
+def test_headers_and_all_bodies_together_have_a_limit(small, monkeypatch):
+    with serving.threaded(small.app()) as server:
+        told = server.get("/v1/models", **{"X-Long": "x" * 31_000})
+        assert told.status == 200
+        for path, headers in (("/v1/models", {"X-Long": "x" * 40_000}), ("/v1/" + "a" * 40_000, {})):
+            told = server.get(path, **headers)
+            assert told.status == 431 and told.error["code"] == "large_headers"
+        monkeypatch.setattr(middleware, "MAX_ALL_BODIES", 100_000)
+        body = json.dumps({"prompt": "a\n" * 40_000}).encode()
+        head = f"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        assert server.ask("POST", "/tokenize", body).status == 429  # larger than all may be
+        body = body[:60_000] + b'"}'
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(head.encode() + body[:60_000])
+            wait_for(lambda: server.ask("POST", "/tokenize", body).status == 429)
+            assert server.post("/tokenize", prompt="Hi").status == 200
+        wait_for(lambda: server.ask("POST", "/tokenize", body).status == 200)  # what has left is not counted
 
 
 def test_neither_keys_nor_texts_are_in_the_log_the_figures_or_an_error(base_server, caplog):
@@ -340,7 +497,7 @@ def test_a_port_in_use_a_key_file_without_keys_and_missing_packages_are_one_line
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     assert serve.main(["--checkpoint", "no/such/run"]) == 2
     assert capsys.readouterr().err == (
-        "error: the server needs packages that are not installed: pip install 'jaxgpt[serve]'\n"
+        f"error: the server needs packages that are not installed: {how_to_install('serve')}\n"
     )
 
 

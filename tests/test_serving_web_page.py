@@ -248,6 +248,21 @@ def test_a_chat_turn_an_edited_branch_another_answer_and_the_rest_of_one(page, s
     assert asked.all_text_contents() == ["你好", "And?"] and answers.last.text_content() == longer
 
 
+def test_five_turns_on_the_page_are_answered_as_plain_requests_are(page, server):
+    page.click("#tab-chat")
+    set_fields(page, max_tokens=8, temperature=0)
+    messages = []
+    for turn in ("Hi", "你好", "And? 😀", "é", "ok"):
+        page.fill("#draft", turn)
+        page.keyboard.press("Control+Enter")
+        finish(page)
+        messages.append({"role": "user", "content": turn})
+        told = server.post("/v1/chat/completions", messages=messages, max_tokens=8, temperature=0).json
+        messages.append({"role": "assistant", "content": told["choices"][0]["message"]["content"]})
+    expected = [message["content"] for message in messages[1::2]]
+    assert page.locator(".assistant .body").all_text_contents() == expected and all(expected)
+
+
 def test_a_model_without_a_template_has_no_chat_view(browser, server):
     def without(route):
         card = server.get("/v1/models").json

@@ -42,7 +42,7 @@ class Probe:
 
 _HOLDER = "holder"  # found before jax takes the TPU itself
 PROBES = (
-    Probe(("python", "jax"), "machine", "versions", "make a fresh virtual environment and pip install jaxgpt into it"),
+    Probe(("python", "jax"), "machine", "versions", "make a fresh virtual environment and pip install -e . into it"),
     Probe((_HOLDER,), "accelerators", "holder", "end the processes that hold the TPU; else restart the machine"),
     Probe(("memory", "open files"), "machine", "resources", "restart the machine"),
     Probe(("hosts",), "machine", "joined", "check the name server (/etc/resolv.conf) and the hosts' network"),

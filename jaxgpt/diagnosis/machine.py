@@ -46,7 +46,7 @@ def own_packages() -> Finding:
         wanted, requires = own_requirements()
     except metadata.PackageNotFoundError:
         text = "jaxgpt is neither installed nor beside its pyproject.toml, so what it requires is not known"
-        return Finding("python", WARNING, text, "pip install jaxgpt, or pip install -e . in its repository")
+        return Finding("python", WARNING, text, "pip install -e . in the clone")
     unmet = list(unmet_requirements(requires))
     facts = {"python": platform.python_version(), "executable": sys.executable, "unmet": unmet}
     if not fits(platform.python_version(), wanted):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, how_to_install
 from jaxgpt.settings import MeshConfig
 from jaxgpt.training.models import LoadedModel, load_model
 
@@ -33,7 +33,7 @@ def check_installed() -> None:
     try:
         importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError("--harness: lm-eval is not installed; pip install 'jaxgpt[eval]'") from None
+        raise UserError(f"--harness: lm-eval is not installed; {how_to_install('eval')}") from None
 
 
 def open_model(checkpoint: str | Path, rows_per_device: int = 8) -> "CheckpointLM":

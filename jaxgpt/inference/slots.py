@@ -25,7 +25,7 @@ from jaxgpt.parallel.sharding import replicated
 from jaxgpt.settings import ModelConfig
 
 NO_TOKEN = -1
-STOPS = 8  # the arrays of stop tokens grow in steps of this, to have few shapes
+STOPS = 16  # the arrays of stop tokens grow in steps of this, to have few shapes
 ALTERNATIVES = 20  # the likeliest tokens that can be returned beside each one; OpenAI's limit
 PLACES = 64  # of a prompt whose logits exist together: 13 MB at GPT-2's vocabulary
 SMALLEST_CACHE = 64  # positions

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NamedTuple
 
+from jaxgpt.cli import for_terminal
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -61,6 +62,8 @@ def sample(arguments: argparse.Namespace, load: Callable[[], Loaded]) -> None:
     decoder = build_decoder(config, model.vocab_size, model.params, end, weights, rows, ends)
     system = model.config.chat.system if arguments.system is None else arguments.system
     del model  # the weights as they were loaded
+    if tokenizer.end_of_turn is not None:  # a chat model ends with its turn, also without --chat
+        options = dataclasses.replace(options, stop_token_ids=(*options.stop_token_ids, tokenizer.end_of_turn))
     writer = (ChatWriter if arguments.chat else Writer)(decoder, tokenizer, options, arguments, system)
     if prompts is None:
         writer.converse()
@@ -161,10 +164,10 @@ class Writer:
         """Print `beginning` and the text as it grows; several continuations are printed when all are made."""
         began, is_alone = time.perf_counter(), self._options.num_return_sequences == 1
         generation = TextGeneration(self._decoder, self._tokenizer, [ids], self._options)
-        print(beginning, end="", flush=True)
+        print(self._shown(beginning), end="", flush=True)
         for texts in generation:
             if is_alone:
-                print(texts[0], end="", flush=True)
+                print(self._shown(texts[0]), end="", flush=True)
             if asked_to_stop is not None and asked_to_stop.is_set():
                 break
         self._count(generation.completions, began)
@@ -196,8 +199,11 @@ class Writer:
             if not self._is_first:
                 print(RULE)
             self._is_first = False
-            print((prompt if self.repeats_prompt else "") + completion.text, flush=True)
+            print(self._shown((prompt if self.repeats_prompt else "") + completion.text), flush=True)
             self._print_logprobs(completion)
+
+    def _shown(self, text: str) -> str:
+        return for_terminal(text) if sys.stdout.isatty() else text
 
     def _print_logprobs(self, completion: Completion) -> None:
         """Print a line a token: the natural logarithm of its probability, and its text."""
@@ -214,8 +220,6 @@ class ChatWriter(Writer):
 
     def __post_init__(self) -> None:
         self._prompts = ChatPrompts(self._tokenizer, self._decoder.config.n_positions, self._arguments.checkpoint)
-        stop = (*self._options.stop_token_ids, self._prompts.end_of_turn)
-        self._options = dataclasses.replace(self._options, stop_token_ids=stop)
 
     def converse(self) -> None:
         """Answer one line after another, each after all that was said, until the input ends or /quit."""

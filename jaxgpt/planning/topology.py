@@ -14,7 +14,7 @@ from importlib.metadata import version
 import jax
 from jax.experimental import topologies
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, how_to_install
 from jaxgpt.parallel.chips import CHIPS
 
 _Shapes = dict[int, tuple[int, ...]]
@@ -144,8 +144,7 @@ class NoTpuCompiler(Exception):
 def tpu_compiler_version() -> str:
     """libtpu's version; NoTpuCompiler where it is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        install = "pip install 'jaxgpt[plan]' (x86-64 Linux only)"
-        raise NoTpuCompiler(f"libtpu, the TPU compiler, is not installed: {install}")
+        raise NoTpuCompiler(f"libtpu, the TPU compiler, is not installed: {how_to_install('plan')} (x86-64 Linux only)")
     return version("libtpu")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.errors import BadRecord, UserError
+from jaxgpt.errors import BadRecord, UserError, how_to_install
 from jaxgpt.preparation.documents import BadRecords, SourceRecord, SplitName
 from jaxgpt.settings import SourceConfig
 
@@ -168,7 +168,7 @@ def _huggingface_call(part: SourceConfig, function: str, **options: object) -> A
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{part.source} needs the package datasets: pip install 'jaxgpt[huggingface]'") from None
+        raise UserError(f"{part.source} needs the package datasets: {how_to_install('huggingface')}") from None
     name, _, config = part.source.removeprefix(HUGGINGFACE).partition(":")
     try:
         return getattr(datasets, function)(name, config or None, data_dir=part.path, **options)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import regex
 
 from jaxgpt.data.chat import to_text
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, how_to_install
 from jaxgpt.settings import CleaningConfig
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _check_libraries(names: Iterable[str]) -> None:
             if library:
                 importlib.import_module(library)
         except ImportError:
-            raise UserError(f"cleaning.{name} needs the package {library}: pip install 'jaxgpt[clean]'") from None
+            raise UserError(f"cleaning.{name} needs the package {library}: {how_to_install('clean')}") from None
 
 
 # ---------------------------------------------------------------- changes

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, how_to_install
 from jaxgpt.settings import CleaningConfig
 
 STEPS = ("drop_duplicates", "near_duplicates")
@@ -45,7 +45,7 @@ def algorithm(settings: CleaningConfig) -> str:
     try:
         import rensa
     except ImportError:
-        raise UserError("cleaning.near_duplicates needs the package rensa: pip install 'jaxgpt[clean]'") from None
+        raise UserError(f"cleaning.near_duplicates needs the package rensa: {how_to_install('clean')}") from None
     return f"blake2b, rensa {rensa.RMinHash.ALGORITHM_VERSION}"
 
 

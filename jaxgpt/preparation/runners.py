@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol
 
-from jaxgpt.errors import RunFailed, UserError
+from jaxgpt.errors import RunFailed, UserError, how_to_install
 from jaxgpt.preparation.chunks import WorkFolder
 from jaxgpt.storage.files import write_file
 
@@ -92,7 +92,7 @@ class Beam:
         try:
             import apache_beam  # noqa: F401
         except ImportError:
-            raise UserError("--runner beam needs Apache Beam: pip install 'jaxgpt[beam]'") from None
+            raise UserError(f"--runner beam needs Apache Beam: {how_to_install('beam')}") from None
         self._options = list(options)
 
     def each(self, task: Task, numbers: Sequence[int], progress: Callable[[int], object]) -> None:

@@ -25,19 +25,17 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jaxgpt import __version__
-from jaxgpt.errors import UserError
 from jaxgpt.inference.engine import Engine
-from jaxgpt.serving import schemas
+from jaxgpt.serving import requests, schemas
 from jaxgpt.serving.generated_texts import Generation, retry_seconds
-from jaxgpt.serving.middleware import RequestMiddleware, ServerMetrics, answer_error, body_of
-from jaxgpt.serving.requests import GenerationRequest, chat_request, chat_tokens, completion_request, generate_request
+from jaxgpt.serving.middleware import Bodies, RequestMiddleware, ServerMetrics, answer_error
 from jaxgpt.serving.responses import Chats, Completions, Generated
 from jaxgpt.serving.schemas import ApiError, bad_request, too_busy
 from jaxgpt.serving.served_model import ServedModel
 
 T = TypeVar("T")
 OPENABLE = {"page": "/", "metrics": "/metrics", "models": "/v1/models"}
-LONG_BODY = 8192  # bytes; tokenizing more takes milliseconds, too long for the event loop
+LONG_BODY = 8192  # bytes; to read more, and tokenize it, takes milliseconds: too long for the event loop
 PING_SECONDS = 15.0  # proxies cut a silent connection; most wait for 60 s
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -64,21 +62,18 @@ class Routes:
     def __init__(self, model: ServedModel, options: Options, metrics: ServerMetrics):
         self._model, self._options, self._metrics = model, options, metrics
         self._page, self._page_headers = _read_page()
+        self._bodies, self._one_long_body = Bodies(), asyncio.Semaphore()
         self.under_way = 0
         """Requests that the engine works on, or whose answers are still being sent."""
 
     async def completions(self, request: Request) -> Response:
-        body = await self._read_text_body(request, schemas.CompletionBody)
-        return await self._answer(request, lambda engine: completion_request(body, self._model, engine), Completions)
+        return await self._answer(request, schemas.CompletionBody, requests.completion_request, Completions)
 
     async def chats(self, request: Request) -> Response:
-        body = await self._read_text_body(request, schemas.ChatBody)
-        return await self._answer(request, lambda engine: chat_request(body, self._model, engine), Chats)
+        return await self._answer(request, schemas.ChatBody, requests.chat_request, Chats)
 
     async def generate(self, request: Request) -> Response:
-        body = await self._read_text_body(request, schemas.GenerateBody)
-        shape = lambda model, asked: Generated(asked, body.prompt)
-        return await self._answer(request, lambda engine: generate_request(body, self._model, engine), shape)
+        return await self._answer(request, schemas.GenerateBody, requests.generate_request, Generated)
 
     async def models(self) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [self._model.card()]})
@@ -87,22 +82,22 @@ class Routes:
         self._model.check_name(name)
         return JSONResponse(self._model.card())
 
-    async def tokenize(self, request: Request) -> JSONResponse:
-        body = await self._read(request, schemas.TokenizeBody)
-        if (body.prompt is None) == (body.messages is None):
-            raise bad_request("give either prompt or messages", "prompt")
-        messages, prompt = body.messages, body.prompt or ""
-        encode = lambda: chat_tokens(messages, self._model) if messages else self._model.tokenizer.encode(prompt)
-        tokens = await _off_the_loop(encode, request)
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._model.n_positions})
+    async def tokenize(self, request: Request) -> Response:
+        def answer(body: schemas.TokenizeBody) -> Response:
+            if (body.prompt is None) == (body.messages is None):
+                raise bad_request("give either prompt or messages", "prompt")
+            chat = body.messages and requests.chat_tokens(body.messages, self._model)
+            tokens = chat or requests.tokens_of(body.prompt or "", self._model, "prompt")
+            return _json({"tokens": tokens, "count": len(tokens), "max_model_len": self._model.n_positions})
 
-    async def detokenize(self, request: Request) -> JSONResponse:
-        body = await self._read(request, schemas.DetokenizeBody)
-        tokenizer = self._model.tokenizer
-        unknown = next((token for token in body.tokens if token >= tokenizer.vocab_size), None)
-        if unknown is not None:
-            raise bad_request(f"token {unknown}, but the vocabulary is {tokenizer.vocab_size}", "tokens")
-        return JSONResponse({"prompt": await _off_the_loop(lambda: tokenizer.decode(body.tokens), request)})
+        return await self._of_body(request, schemas.TokenizeBody, answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        def answer(body: schemas.DetokenizeBody) -> Response:
+            tokens = requests.tokens_of(body.tokens, self._model, "tokens")
+            return _json({"prompt": self._model.tokenizer.decode(tokens)})
+
+        return await self._of_body(request, schemas.DetokenizeBody, answer)
 
     async def tokenizer_info(self) -> JSONResponse:
         """The facts that lm-evaluation-harness reads before it uses /tokenize."""
@@ -125,26 +120,35 @@ class Routes:
     async def page(self) -> HTMLResponse:
         return HTMLResponse(self._page, headers=self._page_headers)
 
-    async def _read_text_body(self, request: Request, kind: type[schemas.Body]) -> schemas.Body:
-        """`_read`, unless the queue is full: reading bodies would keep an overloaded server busy."""
-        engine = self._model.engine
-        if engine is not None and engine.waiting >= engine.queue_size:
-            raise too_busy(engine.waiting, retry_seconds(engine))
-        return await self._read(request, kind)
+    async def _of_body(self, request: Request, kind: type[schemas.Body], function: Callable[[schemas.Body], T]) -> T:
+        """`function` of the request's body. Long bodies are read on a thread, one at a time, while the loop answers."""
 
-    async def _read(self, request: Request, kind: type[schemas.Body]) -> schemas.Body:
-        body = schemas.read_body(await body_of(request), kind)
-        self._model.check_name(getattr(body, "model", None))
-        return body
+        def read() -> T:
+            body = schemas.read_body(content, kind)
+            self._model.check_name(getattr(body, "model", None))
+            return function(body)
+
+        content = bytearray()
+        try:
+            await self._bodies.read(request, content)
+            if len(content) < LONG_BODY:
+                return read()
+            async with self._one_long_body:
+                return await asyncio.to_thread(read)
+        finally:
+            self._bodies.held -= len(content)
 
     async def _answer(
         self,
         request: Request,
-        ask: Callable[[Engine], GenerationRequest],
-        shape: Callable[[ServedModel, GenerationRequest], Completions | Chats | Generated],
+        kind: type[schemas.Body],
+        ask: Callable[[schemas.Body, ServedModel, Engine], requests.GenerationRequest],
+        shape: Callable[[ServedModel, requests.GenerationRequest], Completions | Chats | Generated],
     ) -> Response:
         engine = self._model.ready_engine()
-        asked = await _off_the_loop(lambda: ask(engine), request)
+        if engine.waiting >= engine.queue_size:  # reading bodies would keep an overloaded server busy
+            raise too_busy(engine.waiting, retry_seconds(engine))
+        asked = await self._of_body(request, kind, lambda body: ask(body, self._model, engine))
         generation = Generation(asked, self._model, engine, self._metrics, self._options.request_seconds)
         response = shape(self._model, asked)
         counted = contextlib.ExitStack()
@@ -153,7 +157,8 @@ class Routes:
             return _EventStream(_events(generation, response), counted)
         with counted:
             parts = await _while_connected(request.receive, generation.collect())
-            return JSONResponse(response.whole(parts, generation.usage))
+            whole = lambda: _json(response.whole(parts, generation.usage))
+            return await asyncio.to_thread(whole) if asked.wants_logprobs else whole()
 
     @contextlib.contextmanager
     def _counted(self, generation: Generation) -> Iterator[None]:
@@ -169,15 +174,8 @@ class Routes:
             self.under_way -= 1
 
 
-async def _off_the_loop(function: Callable[[], T], request: Request) -> T:
-    """The result of `function`; for a long body it runs on a thread, so that the loop can answer others."""
-    try:
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) < LONG_BODY:
-            return function()
-        return await asyncio.to_thread(function)
-    except UserError as error:
-        raise bad_request(str(error), "prompt") from None
+def _json(content: object) -> Response:
+    return Response(to_json(content), media_type="application/json")
 
 
 def build_app(model: ServedModel, options: Options) -> tuple[FastAPI, Routes]:
@@ -206,10 +204,16 @@ def build_app(model: ServedModel, options: Options) -> tuple[FastAPI, Routes]:
         opened=[OPENABLE[name] for name in options.opened],
         metrics=metrics,
         routes=[route.path for route in app.routes if isinstance(route, Route)],
+        origins=options.cors_origins,
     )
     if options.cors_origins:  # outside of the keys' check, so that a page can read why it was refused
-        origins, headers = list(options.cors_origins), ["Authorization", "Content-Type"]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen of its own
+            expose_headers=["Retry-After", "x-should-retry"],
+        )
     return app, routes
 
 

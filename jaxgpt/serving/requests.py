@@ -1,7 +1,7 @@
 """From the body of a request to engine requests: token ids, sampling options, and the number of texts of each.
 
 Every limit is checked here, before anything waits in the queue: nothing is cut silently. What is over a limit is an
-ApiError 400.
+ApiError 400 that names the field.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jaxgpt.serving import schemas
 from jaxgpt.serving.schemas import ApiError, bad_request
 from jaxgpt.serving.served_model import ServedModel
 
+MAX_UNBROKEN = 1 << 17  # bytes of text that are encoded at once, as 300 MB are needed for 1 MiB: more only in lines
 DEFAULT_NEW_TOKENS = 16  # as OpenAI's /v1/completions
 # The defaults that the two kinds of client expect: OpenAI's, and those of `jaxgpt sample`.
 OPENAI_RULES = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
@@ -36,6 +37,7 @@ class GenerationRequest:
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
+    text_before: str = ""  # what /generate puts before each text
 
 
 def completion_request(body: schemas.CompletionBody, model: ServedModel, engine: Engine) -> GenerationRequest:
@@ -46,21 +48,18 @@ def completion_request(body: schemas.CompletionBody, model: ServedModel, engine:
     n, has_logprobs = body.n or 1, body.logprobs is not None
     _check_count(len(prompts) * n, engine, "n" if n > 1 else "prompt")
     requests = []
-    for prompt in prompts:
+    for path, prompt in prompts.items():
         new = min(DEFAULT_NEW_TOKENS, _room(model, prompt)) if body.max_tokens is None else body.max_tokens
-        requests += [
-            Request(
-                prompt,
-                _options(body, OPENAI_RULES, max(new, 1)),
-                row,
-                alternatives=body.logprobs or 0,
-                scores_prompt=bool(body.echo) and (has_logprobs or new == 0),
-                continues=new > 0,
-            )
-            for row in range(n)
-        ]
-    checked, count = _checked(requests, engine, "max_tokens"), sum(map(len, prompts))
-    return GenerationRequest(checked, count, _stop(body), has_logprobs, bool(body.echo), **_streaming(body))
+        request = Request(
+            prompt,
+            _options(body, OPENAI_RULES, max(new, 1), model),
+            alternatives=body.logprobs or 0,
+            scores_prompt=bool(body.echo) and (has_logprobs or new == 0),
+            continues=new > 0,
+        )
+        requests += _checked(request, n, engine, model, path, "max_tokens")
+    count = sum(map(len, prompts.values()))
+    return GenerationRequest(requests, count, _stop(body), has_logprobs, bool(body.echo), **_streaming(body))
 
 
 def chat_request(body: schemas.ChatBody, model: ServedModel, engine: Engine) -> GenerationRequest:
@@ -70,31 +69,34 @@ def chat_request(body: schemas.ChatBody, model: ServedModel, engine: Engine) -> 
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_request("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
-    new = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    limit = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+    new = getattr(body, limit)
     n = body.n or 1
     _check_count(n, engine, "n")
-    options = _options(body, OPENAI_RULES, _room(model, prompt) if new is None else new)
-    end_of_turn = model.chat_prompts().end_of_turn
-    options = dataclasses.replace(options, stop_token_ids=(*options.stop_token_ids, end_of_turn))
-    requests = [Request(prompt, options, row, alternatives=body.top_logprobs or 0) for row in range(n)]
-    checked = _checked(requests, engine, "messages")
-    return GenerationRequest(checked, len(prompt), _stop(body), bool(body.logprobs), **_streaming(body))
+    options = _options(body, OPENAI_RULES, _room(model, prompt) if new is None else new, model)
+    request = Request(prompt, options, alternatives=body.top_logprobs or 0)
+    requests = _checked(request, n, engine, model, "messages", limit)
+    return GenerationRequest(requests, len(prompt), _stop(body), bool(body.logprobs), **_streaming(body))
 
 
 def chat_tokens(messages: Sequence[schemas.Message], model: ServedModel) -> list[int]:
     """The prompt of a conversation, with the server's system message if it has none."""
     prompts = model.chat_prompts()
     if messages[-1].role != "user":
-        raise bad_request("the last message must be the user's: the model writes what comes after it", "messages")
+        message = "the last message must be the user's: the model writes what comes after it"
+        raise bad_request(message, f"messages[{len(messages) - 1}].role")
+    plain = [message.plain for message in messages]
+    if sum(len(turn["content"].encode()) for turn in plain) > MAX_UNBROKEN:
+        raise _too_long("messages")
     try:
-        return prompts.encode(with_system([message.plain for message in messages], model.system))
+        return prompts.encode(with_system(plain, model.system))
     except UserError as error:  # the model's own chat template refuses them
         raise bad_request(str(error), "messages") from None
 
 
 def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:
     """The engine requests of a body of /generate."""
-    prompt = model.tokenizer.encode(body.prompt)
+    prompt = tokens_of(body.prompt, model, "prompt")
     if body.max_length is not None and body.max_new_tokens is not None:
         raise bad_request("max_length counts the prompt's tokens, max_new_tokens does not; give one", "max_length")
     new = min(100, _room(model, prompt)) if body.max_new_tokens is None else body.max_new_tokens
@@ -103,15 +105,46 @@ def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Eng
         if new < 1:
             message = f"max_length = {body.max_length}, but the prompt is {len(prompt)} tokens already"
             raise bad_request(message, "max_length")
+    options = _options(body, GENERATE_RULES, new, model)
+    if body.do_sample is False:
+        options = dataclasses.replace(options, temperature=0.0)
     n = body.num_return_sequences
     _check_count(n, engine, "num_return_sequences")
-    requests = [Request(prompt, _options(body, GENERATE_RULES, new), row) for row in range(n)]
-    return GenerationRequest(_checked(requests, engine, "max_new_tokens"), len(prompt), _stop(body))
+    limit = "max_new_tokens" if body.max_length is None else "max_length"
+    requests = _checked(Request(prompt, options), n, engine, model, "prompt", limit)
+    text_before = "" if body.return_full_text is False else body.prompt
+    return GenerationRequest(requests, len(prompt), _stop(body), text_before=text_before)
 
 
-def _prompts(prompt: str | list, model: ServedModel) -> list[list[int]]:
-    several = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
-    return [model.tokenizer.encode(one) if isinstance(one, str) else one for one in several]  # [] is a prompt, too
+def tokens_of(given: str | list[int], model: ServedModel, path: str) -> list[int]:
+    """The ids of a text, encoded in parts where it has line breaks, as memory grows with a part; or the given ids."""
+    if isinstance(given, list):
+        size = model.tokenizer.vocab_size
+        for place, token in enumerate(given):
+            if token >= size:
+                raise bad_request(f"{path}[{place}]: token {token}, but the vocabulary is {size}", f"{path}[{place}]")
+        return given
+    tokens: list[int] = []
+    for part in model.tokenizer.pieces(given, MAX_UNBROKEN // 2):
+        if len(part.encode()) > MAX_UNBROKEN:
+            raise _too_long(path)
+        try:
+            tokens += model.tokenizer.encode(part)
+        except UserError as error:
+            raise bad_request(f"{path}: {error}", path) from None
+    return tokens
+
+
+def _too_long(path: str) -> ApiError:
+    message = f"{path}: more than {MAX_UNBROKEN:,} bytes in one piece (a conversation, or text without line breaks)"
+    return bad_request(message, path, "too_long")
+
+
+def _prompts(prompt: str | list, model: ServedModel) -> dict[str, list[int]]:
+    """{where it stands in the body: token ids}"""
+    is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)  # [] is a prompt, too
+    several = {"prompt": prompt} if is_one else {f"prompt[{number}]": one for number, one in enumerate(prompt)}
+    return {path: tokens_of(one, model, path) for path, one in several.items()}
 
 
 def _room(model: ServedModel, prompt: list[int]) -> int:
@@ -119,20 +152,21 @@ def _room(model: ServedModel, prompt: list[int]) -> int:
     return max(model.n_positions - max(len(prompt), 1), 1)
 
 
-def _options(body: schemas.SamplingBody, defaults: dict[str, Any], new_tokens: int) -> SamplingOptions:
+def _options(body: schemas.SamplingBody, defaults: dict[str, Any], new: int, model: ServedModel) -> SamplingOptions:
+    """A chat model ends with its turn wherever it is asked."""
     rules = defaults | body.model_dump(include={*defaults}, exclude_none=True)
-    seed = secrets.randbelow(schemas.MAX_SEED + 1) if body.seed is None else body.seed
-    stop_token_ids = tuple(body.stop_token_ids or ())
-    return SamplingOptions(max_new_tokens=new_tokens, stop_token_ids=stop_token_ids, seed=seed, **rules)
+    rules["top_k"] = max(rules["top_k"], 0)
+    seed = secrets.randbits(31) if body.seed is None else body.seed & schemas.MAX_SEED
+    end_of_turn = model.tokenizer.end_of_turn
+    stop_token_ids = (*(body.stop_token_ids or ()), *(() if end_of_turn is None else (end_of_turn,)))
+    return SamplingOptions(max_new_tokens=new, stop_token_ids=stop_token_ids, seed=seed, **rules)
 
 
 def _stop(body: schemas.SamplingBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def _streaming(body: schemas.StreamingBody) -> dict[str, bool]:
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options needs stream = true", "stream_options")
+def _streaming(body: schemas.StreamingBody) -> dict[str, Any]:
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return {"stream": bool(body.stream), "include_usage": include_usage}
 
@@ -143,9 +177,12 @@ def _check_count(texts: int, engine: Engine, field: str) -> None:
         raise bad_request(message, field)
 
 
-def _checked(requests: Sequence[Request], engine: Engine, field: str) -> list[Request]:
+def _checked(request: Request, n: int, engine: Engine, model: ServedModel, path: str, limit: str) -> list[Request]:
+    """`n` continuations; the prompt of `path` is to blame if it does not fit alone, else the field `limit`."""
     try:
-        return [engine.check(request) for request in requests]
+        checked = engine.check(request)
     except UserError as error:
-        too_long = "n_positions" in str(error)
-        raise ApiError(400, str(error), field, "context_length_exceeded" if too_long else "invalid_value") from None
+        fits_alone = len(request.prompt) + request.continues <= model.n_positions
+        code = "context_length_exceeded" if "n_positions" in str(error) else "invalid_value"
+        raise bad_request(str(error), limit if fits_alone else path, code) from None
+    return [dataclasses.replace(checked, row=row) for row in range(n)]

@@ -145,14 +145,14 @@ class Chats(_Answer):
 class Generated:
     """`generated_text`, as in Hugging Face's text-generation pipeline: the prompt and its continuation."""
 
-    def __init__(self, asked: GenerationRequest, prompt: str):
-        self._asked, self._prompt = asked, prompt
+    def __init__(self, model: ServedModel, asked: GenerationRequest):
+        self._asked = asked
 
     def whole(self, parts: Sequence[Part], usage: dict) -> dict:
         texts = []
         for index in range(len(self._asked.requests)):
             own = [part for part in parts if part.index == index]
-            text = self._prompt + "".join(part.text for part in own)
+            text = self._asked.text_before + "".join(part.text for part in own)
             texts.append({"generated_text": text, "finish_reason": own[-1].finish_reason})
         return {"generated_text": texts[0]["generated_text"], "sequences": texts, "usage": usage}
 

@@ -135,7 +135,8 @@ def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     def build() -> Engine:
         # The parameters are not kept: the decoder has them in a layout of its own.
         weights, slots = options.weights, options.slots
-        end, ends = tokenizer.end_of_text, tokenizer.ends
+        # A folder's own chat template is tried here: in the first request it would hold up all others.
+        end, ends = tokenizer.end_of_text, [end for end in (tokenizer.end_of_turn, *tokenizer.ends) if end is not None]
         decoder = build_decoder(config, vocab_size, params.pop(), end, weights, slots, ends)
         return Engine(decoder, slots, options.chunk, options.queue)
 

@@ -10,6 +10,7 @@ import contextvars
 import gc
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -24,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxgpt.errors import EXIT_DONE, RunFailed, UserError
 from jaxgpt.inference.engine import Engine
 from jaxgpt.serving.app import Options, build_app
-from jaxgpt.serving.middleware import read_keys
+from jaxgpt.serving.middleware import MAX_HEADER_BYTES, read_keys
 from jaxgpt.serving.served_model import ServedModel, ServeOptions, load
 
 logger = logging.getLogger("jaxgpt.serve")
@@ -80,7 +81,7 @@ def check_options(options: ServeOptions) -> None:
     if options.drain_seconds < 0:
         raise UserError(f"--drain-seconds {options.drain_seconds:g}: it must be 0 or more")
     for origin in options.cors_origin:
-        if not origin.startswith(("http://", "https://")) or origin.endswith("/"):
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):  # an extension's page has a scheme of its own
             raise UserError(f"--cors-origin {origin}: it must be like https://example.com, without a / at its end")
 
 
@@ -194,6 +195,7 @@ class _Lifetime:
             log_config=None,
             access_log=False,  # the middleware writes one, without what a query may hold
             server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=2,
         )
         self._server = _Server(config, self._on_signal)

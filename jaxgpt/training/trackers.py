@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxgpt.cli import for_terminal
 from jaxgpt.storage.files import write_file
 
 _NOT_CHARTED = ("batch_hash",)  # new at every logged step: a chart tool would keep thousands of them
@@ -21,9 +22,8 @@ def _chart_name(key: str) -> str:
 
 
 def indented(sample: str) -> str:
-    """Generated text under its line; control characters could move the cursor or ring the bell."""
-    clean = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in sample)
-    return "    " + clean.replace("\n", "\n    ")
+    """Generated text under its line."""
+    return "    " + for_terminal(sample).replace("\n", "\n    ")
 
 
 def _summary_writer() -> type:

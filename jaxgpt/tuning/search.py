@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxgpt.config import Config
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, how_to_install
 from jaxgpt.tuning.scaling import check_sizes
 from jaxgpt.tuning.space import Point, Space, Variable, corners, draw, grid, read_space
 from jaxgpt.tuning.sweep_folder import Records, TrialRecord
@@ -112,7 +112,7 @@ def requested_search(config: Config, request: SweepRequest) -> Search:
     else:
         trials = request.trials or DEFAULT_TRIALS[method]
     if method == "tpe" and importlib.util.find_spec("optuna") is None:
-        raise UserError("--method tpe needs Optuna: pip install -e '.[sweep]' (or use --method random)")
+        raise UserError(f"--method tpe needs Optuna: {how_to_install('sweep')} (or use --method random)")
     for variable in variables if method == "halving" else ():
         if length := {"train.max_steps", "train.num_train_epochs"} & set(variable.keys):
             raise UserError(
