@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, with_settings
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.dataset import RECORD_TOKENS, SPLITS, TokenStream, open_dataset
 from jaxgpt.data.tokenizer import END_OF_TEXT, train_bpe
@@ -278,8 +278,8 @@ def refused(config: Config, message: str) -> None:
         (b"caf\xe9", {}, "not UTF-8 at byte 3"),
         (b'{"text": "x"', {"source": "jsonl"}, "file:1: not JSON"),
         (b'{"body": "x"}', {"source": "jsonl"}, "set data.text_field"),
-        (b"ab", {}, "has 2 tokens, fewer than the 9 of one window"),
-        (b"x", {}, "has 0 tokens, fewer than the 9"),
+        (b"ab", {"block_size": 8}, "has 2 tokens, fewer than the 9 of one window"),
+        (b"x", {"block_size": 8}, "has 0 tokens, fewer than the 9"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(content, data, message, tmp_path):
@@ -298,7 +298,7 @@ def test_a_character_the_given_tokenizer_lacks_is_refused_and_nothing_written(tm
 
 def test_a_found_dataset_shorter_than_a_window_is_refused_with_both_numbers(one_file):
     num_tokens = open_dataset(prepare(one_file)).train.num_tokens
-    longer = dataclasses.replace(one_file, model=dataclasses.replace(one_file.model, n_positions=num_tokens))
+    longer = with_settings(one_file, model_n_positions=num_tokens, data_block_size=num_tokens)
     with pytest.raises(UserError, match=f"has {num_tokens} tokens, fewer than the {num_tokens + 1} of one window"):
         prepare(longer)
 
