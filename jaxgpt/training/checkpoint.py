@@ -54,6 +54,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
+        self.on_disk = self.latest_step()  # the newest checkpoint of this start, or the one it began with
         self._failures = 0  # in a row
         self._retry_at = math.inf
 
@@ -140,6 +141,7 @@ class Checkpoints:
             self._delete(step)
         os.rename(staging, self._folder / str(step))
         fsync(self._folder)
+        self.on_disk = step
         failpoint("save.renamed")
         self.delete_old()
         return step

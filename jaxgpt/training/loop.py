@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -76,6 +77,7 @@ class _Loop:
         self._early = EarlyStopping(run.config, start)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
         self._saved = start.step
+        run.stop.kept = lambda: run.checkpoints.on_disk
 
     def train(self) -> tuple[TrainState, str]:
         run, config, last_step = self._run, self._run.config, self._run.config.max_steps
@@ -90,7 +92,7 @@ class _Loop:
             for step in range(self._start.step + 1, last_step + 1):
                 batch = self._wait_for_data(batches, step)
                 stop = self._dispatch(step, batch, trace)
-                evaluate_now = step % config.eval.eval_steps == 0 or step == last_step
+                evaluate_now = self._is_evaluated_at(step)
                 save_now = step % config.checkpoint.save_steps == 0 or step == last_step or run.checkpoints.poll()
                 if not (evaluate_now or save_now or stop):
                     continue
@@ -103,7 +105,7 @@ class _Loop:
                 ended = bool(early) or (step == last_step and evaluated)
                 if save_now or stop or ended:
                     self._save(step, eval_loss, evaluated=evaluated, surely=stop or ended)
-                if ended:  # by itself, even if a stop was requested
+                if ended and not stop:
                     break
                 if stop:
                     raise self._interrupted(step)
@@ -144,7 +146,8 @@ class _Loop:
             self._run.activity.is_at(STEP, step)
         if trace.ends(step):
             self._read_pending()
-            self._run.log.say(trace.stop())
+            with self._run.stop.saved_by(functools.partial(self._save_stopped, step)):
+                self._run.log.say(trace.stop())
         self._run.log.advance(step)
         return stop
 
@@ -164,15 +167,16 @@ class _Loop:
             if self._vote.poll(run.stop.requested is not None):
                 raise _StopEvaluating
 
-        with self._split("eval"):
+        with self._split("eval"), run.stop.saved_by(functools.partial(self._save_stopped, step)):
             try:
                 values: dict[str, str | float] = {**evaluate(run, self._state.params, go_on)}
                 if run.score:
                     values |= run.score(self._state.params, go_on)
+                if run.sample:
+                    go_on()
+                    values |= run.sample(self._state.params)
             except _StopEvaluating:
                 return None, True
-            if run.sample:
-                values |= run.sample(self._state.params)
         run.log.write(step, values)
         eval_loss = float(values["eval_loss"])
         self._early.note(step, eval_loss)
@@ -206,6 +210,15 @@ class _Loop:
         self._bad_steps.saved(step)
         self._saved = step
         run.stop.is_saved()
+
+    def _save_stopped(self, step: int) -> None:
+        """Save the state in which an evaluation of `step`, or what else takes long, was cut off."""
+        if self._saved != step:
+            self._save(step, None, evaluated=not self._is_evaluated_at(step), surely=True)
+        self._run.checkpoints.wait()
+
+    def _is_evaluated_at(self, step: int) -> bool:
+        return step % self._run.config.eval.eval_steps == 0 or step == self._run.config.max_steps
 
     def _interrupted(self, step: int) -> Interrupted:
         signal = self._run.stop.requested or "a stop signal to another process"

@@ -23,7 +23,7 @@ from jaxgpt.training.metrics import MetricLog, read_metrics
 from jaxgpt.training.models import export_model
 from jaxgpt.training.recovery import check_weights, record_fault
 from jaxgpt.training.run_state import Run, position
-from jaxgpt.training.signals import Activity, StopSignal, Watchdog, record_lost_host
+from jaxgpt.training.signals import END, Activity, StopSignal, Watchdog, record_lost_host
 from jaxgpt.training.start import BuildScorer, Start, start
 
 WriteReport = Callable[[Run, str, float], None]
@@ -41,14 +41,17 @@ def train(
     activity = Activity()
     lost = functools.partial(record_lost_host, workdir)
     with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopSignal(activity, distributed.is_alone))
         distributed.join(config.mesh.distributed, config.faults.host_timeout_seconds)
-        stop = held.enter_context(StopSignal(activity, distributed.is_alone()))
         ended_well = False
         try:
-            with PeerWatch(config.faults.host_timeout_seconds, lambda: activity.now[1], lost):
+            with PeerWatch(config.faults.host_timeout_seconds, lambda: activity.now[1], lost) as peers:
+                stop.tell_others = peers.leave
                 begun = held.enter_context(start(config, workdir, force, build_scorer))
                 with crashes_recorded(config, workdir, activity):
                     run(begun, stop, activity, write_report)
+            if stop.requested:  # it was too late to cut anything off; what calls this must still hear of it
+                raise stop.interrupted()
             ended_well = True
         except Interrupted:
             ended_well = True
@@ -81,6 +84,9 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
             )  # fmt: skip
             try:
                 state, early = fit(whole_run, state, place)
+                activity.is_at(END, config.max_steps)
+                if stop.requested and distributed.is_alone():
+                    raise stop.interrupted()
                 status = f"finished ({early})" if early else "finished"
             except Interrupted:
                 status = "interrupted"
@@ -92,6 +98,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
                     _report(write_report, whole_run, status, time.time() - started)
         params = state.params
         del state
+        stop.is_saved()
         if early:  # the parameters of the best checkpoint, laid out as the last ones are
             step = distributed.broadcast_from_writer(best_step(workdir) or 0)
             check_weights(workdir, step)
