@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxgpt.errors import UserError
+from jaxgpt.storage import manifest
 from jaxgpt.storage.files import write_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -183,6 +184,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: the files are missing or broken, or there is no end-of-text token.
     """
     folder = Path(folder)
+    manifest.check(folder, unread="*.safetensors")
     try:
         if (folder / FILE).is_file():
             text = (folder / FILE).read_text(encoding="utf-8")

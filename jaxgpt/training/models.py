@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from jaxgpt.config import Config, to_json
+from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model import gpt2, huggingface
@@ -30,7 +30,15 @@ from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.settings import ModelConfig, TokenizerConfig
 from jaxgpt.storage import manifest
 from jaxgpt.storage.files import check_new, new_folder
-from jaxgpt.training.checkpoint import FOLDER, METADATA, find_step, quiet_orbax, read_config, read_metadata
+from jaxgpt.training.checkpoint import (
+    FOLDER,
+    METADATA,
+    find_step,
+    quiet_orbax,
+    read_config,
+    read_metadata,
+    write_config,
+)
 from jaxgpt.training.recovery import check_weights
 
 # Arrays are written in pieces of the first size to files of the second. Orbax would encode whole arrays, and keep
@@ -81,7 +89,10 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
-    vocab_size = read_metadata(run, step).get("vocab_size") or tokenizer.vocab_size
+    metadata = read_metadata(run, step)
+    vocab_size = metadata.get("vocab_size") or tokenizer.vocab_size
+    if metadata.get("tokenizer_digest", tokenizer.digest) != tokenizer.digest:
+        raise UserError(f"{run / 'tokenizer'} is not the tokenizer that the run has trained with; put that back")
     _, shapes, _ = gpt2.abstract_model(config.model, vocab_size)
     return LoadedModel(config, vocab_size, _restore(run / FOLDER / str(step) / "params", shapes), tokenizer, step)
 
@@ -184,13 +195,14 @@ def write_huggingface(
             settings = json.loads(file.read_text(encoding="utf-8"))
             settings["eos_token_id"] = [tokenizer.end_of_turn, tokenizer.end_of_text]
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        manifest.write(folder)
 
 
 def write_run(run: Path, model: LoadedModel) -> None:
     """Write the weights of `model` into the folder `run` as its step 0, without an optimizer."""
     quiet_orbax()
-    (run / "config.json").write_text(to_json(model.config), encoding="utf-8")
-    model.tokenizer.save(run / "tokenizer", model.config.model.n_positions)
+    write_config(run, model.config)
+    write_tokenizer(run, model.tokenizer, model.config.model.n_positions)
     metadata = {"step": 0, "vocab_size": model.vocab_size, "tokenizer_digest": model.tokenizer.digest}
     step = (run / FOLDER / "0").absolute()
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), model.params)
@@ -200,6 +212,20 @@ def write_run(run: Path, model: LoadedModel) -> None:
     (step / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
     manifest.write(step)
     _release_memory()
+
+
+def write_tokenizer(run: Path, tokenizer: Tokenizer, n_positions: int) -> None:
+    """Write tokenizer/ of a run, unless it is there and as it was written."""
+    folder = run / "tokenizer"
+    has_digests = (folder / manifest.NAME).exists()
+    found = manifest.problems(folder) if has_digests else []
+    if found:
+        print(f"damaged  {folder}: {found[0]}; written again", flush=True)
+    elif has_digests and load_tokenizer(folder).digest == tokenizer.digest:
+        return
+    with new_folder(folder, "replace") as partial:
+        tokenizer.save(partial, n_positions)
+        manifest.write(partial)
 
 
 # ---------------------------------------------------------------- comparing

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.config import Config, to_json
+from jaxgpt.config import Config
 from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.host_watch import PeerWatch
-from jaxgpt.storage.files import write_file
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import out_of_memory_explained
-from jaxgpt.training.checkpoint import Checkpoints, best_step, restore_params, whole
+from jaxgpt.training.checkpoint import Checkpoints, best_step, restore_params, whole, write_config
 from jaxgpt.training.loop import fit
 from jaxgpt.training.metrics import MetricLog, read_metrics
-from jaxgpt.training.models import export_model
+from jaxgpt.training.models import export_model, write_tokenizer
 from jaxgpt.training.recovery import check_weights, record_fault
 from jaxgpt.training.run_state import Run, position
 from jaxgpt.training.signals import END, Activity, StopSignal, Watchdog, record_lost_host
@@ -65,8 +64,8 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
     config, workdir, is_writer = begun.config, begun.workdir, distributed.is_writer()
     if is_writer:
         resume.record_changes(workdir, begun.step or 0, begun.changes)
-        write_file(workdir / "config.json", to_json(config))
-        begun.dataset.tokenizer.save(workdir / "tokenizer", config.model.n_positions)
+        write_config(workdir, config)
+        write_tokenizer(workdir, begun.dataset.tokenizer, config.model.n_positions)
     checkpoints = Checkpoints(workdir, config.checkpoint, is_writer)
     if is_writer:
         checkpoints.delete_old()

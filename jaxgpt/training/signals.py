@@ -107,7 +107,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def saved_by(self, save: Callable[[], None]) -> Iterator[None]:
-        """A block that leaves the state as it is: if it does not end soon after a signal, `save` is called beside it."""
+        """A block that leaves the state alone. If it does not end soon after a signal, `save` is called beside it."""
         self._save = save
         try:
             yield
