@@ -6,18 +6,13 @@ import dataclasses
 import difflib
 import functools
 import os
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 from jaxgpt import errors
+from jaxgpt.config import Config, describe_type, load_config, sections, unknown_setting
 from jaxgpt.errors import UserError
-
-if typing.TYPE_CHECKING:  # pydantic takes longer than all the rest here, and a stop signal is to find its handler
-    from jaxgpt.config import Config
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -51,35 +46,6 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     return run
 
 
-def stop_signals() -> list[signal.Signals]:
-    """SIGTERM, Ctrl-C, and the end of the terminal, unless nohup has it ignored."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
-
-
-@contextlib.contextmanager
-def stopped_at_once() -> Iterator[None]:
-    """A stop signal ends the process with 42 wherever nothing else handles it, as training/signals.py does later.
-
-    For what goes on where it was when its command is given again. Nothing is raised: imports would not survive that.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone
-            os.write(2, f"\nstopped: {signal.Signals(number).name}; run the same command again to go on\n".encode())
-        os._exit(errors.EXIT_RESUME)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    previous = {number: signal.signal(number, end) for number in stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def leave(code: int) -> typing.NoReturn:
     """End the process now. A thread that hangs in a read would keep Python from ending, or crash it on its way out."""
     for stream in (sys.stdout, sys.stderr):
@@ -101,8 +67,6 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             word = unknown[0].split("=")[0]
             if word.startswith("--") and "." in word:
-                from jaxgpt.config import unknown_setting
-
                 raise UserError(f"command line: {unknown_setting(word[2:])}")
             options = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(word, options, n=1)
@@ -127,8 +91,6 @@ def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
 
 def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and one `--section.field` for every setting."""
-    from jaxgpt.config import sections
-
     command_parser.usage = "%(prog)s --config FILE [options] [--section.field value ...]"
     command_parser.add_argument("--config", metavar="FILE", help="TOML file of settings")
     for name, cls in sections().items():
@@ -139,8 +101,6 @@ def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:
 
 
 def _field_help(cls: typing.Any, field: dataclasses.Field) -> str:
-    from jaxgpt.config import describe_type
-
     default = "none" if field.default is None else field.default
     if isinstance(default, bool):
         default = str(default).lower()
@@ -150,11 +110,9 @@ def _field_help(cls: typing.Any, field: dataclasses.Field) -> str:
     return f"{text} [{describe_type(field.type)}; default {default}]"
 
 
-def config_from(arguments: argparse.Namespace) -> "Config":
+def config_from(arguments: argparse.Namespace) -> Config:
     """The Config that parsed arguments ask for: `--config` with the `--section.field` overrides."""
     if not arguments.config:
         raise UserError("give a config file, for example --config configs/quickstart.toml")
-    from jaxgpt.config import load_config
-
     overrides = {key: value for key, value in vars(arguments).items() if "." in key}
     return load_config(arguments.config, overrides)

@@ -16,7 +16,6 @@ JOINING_VERBS = ("train",)
 
 
 @cli.command
-@cli.stopped_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("launch", __doc__)
     parser.usage = "%(prog)s --local-procs N [--devices-per-proc M] -- train --config FILE [options]"

@@ -13,17 +13,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from jaxgpt import errors
+
+if __name__ == "__main__":
+    errors.stop_at_once()  # before what takes time is imported
 
 from jaxgpt import cli
+from jaxgpt.config import Config
 from jaxgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxgpt.config import Config
 
 
 @cli.command
-@cli.stopped_at_once()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("sweep", __doc__)
     add = parser.add_argument
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _run(config, arguments)
 
 
-def _run(config: "Config", arguments: argparse.Namespace) -> None:
+def _run(config: Config, arguments: argparse.Namespace) -> None:
     from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads

@@ -7,16 +7,17 @@ weights as a folder that Hugging Face's transformers reads.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from jaxgpt import errors
+
+if __name__ == "__main__":
+    errors.stop_at_once()  # before what takes time is imported
 
 from jaxgpt import cli
-
-if TYPE_CHECKING:
-    from jaxgpt.config import Config
+from jaxgpt.config import Config
 
 
 @cli.command
-@cli.stopped_at_once()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="run folder [default runs/NAME of the config]")
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(config, arguments.workdir or Path("runs") / Path(arguments.config).stem, arguments.force)
 
 
-def train(config: "Config", workdir: Path, force: bool = False) -> None:
+def train(config: Config, workdir: Path, force: bool = False) -> None:
     """`training.run.train`, with the tasks of evaluation/ and the report of reporting/."""
     from jaxgpt.parallel.accelerator import keep_freed_memory
 

@@ -143,14 +143,14 @@ class PeerWatch:
         for thread in self._threads:
             thread.join(2 * self._timeout)
         if not good and self._me == 0:
-            self._outlast_the_others(_FAILED_SECONDS + 4 * _INTERVAL)
+            self._outlast_the_others()
 
     def leave(self, signal_name: str) -> None:
         """Have the others end with 42, too, as this process does: it was told to stop where it cannot save."""
         if self._threads:
             self._state = f"{TOLD} ({signal_name})"
             self._beat()
-            self._outlast_the_others(4 * _INTERVAL)
+            self._outlast_the_others()
 
     def _keep_beating(self) -> None:
         before = time.monotonic()
@@ -190,9 +190,9 @@ class PeerWatch:
             if silent > self._timeout + 2 * _INTERVAL:  # process 0's own verdict goes first
                 self._end(Loss(0, self._host_of_0, f"does not answer for {silent:.0f} s"))
 
-    def _outlast_the_others(self, seconds: float) -> None:
-        """Keep the store of process 0 until the others have read there that it ends, or end too."""
-        deadline = time.monotonic() + seconds
+    def _outlast_the_others(self) -> None:
+        """Keep the store of process 0 until the others have read there that it failed, or have failed too."""
+        deadline = time.monotonic() + _FAILED_SECONDS + 4 * _INTERVAL
         with contextlib.suppress(RuntimeError, ValueError):  # jax has closed the store
             while time.monotonic() < deadline and any(sign.state == ALIVE for sign in self._read_signs().values()):
                 time.sleep(_INTERVAL)

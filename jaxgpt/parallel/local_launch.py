@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from jaxgpt.cli import stop_signals
+from jaxgpt.errors import stop_signals
 from jaxgpt.parallel.cluster_env import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)

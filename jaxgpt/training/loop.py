@@ -11,14 +11,16 @@ import jax
 
 from jaxgpt.data.dataset import Batch, TokenDataset
 from jaxgpt.data.pipeline import eval_batches, train_batches
-from jaxgpt.errors import Interrupted
+from jaxgpt.errors import Interrupted, StorageFailed
 from jaxgpt.failpoints import failpoint
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
-from jaxgpt.parallel.distributed import StopVote
+from jaxgpt.parallel.distributed import StopVote, is_alone, is_writer
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.bad_steps import BadStep, BadSteps, all_finite
+from jaxgpt.training.checkpoint import CONFIG, STORAGE_ERRORS
 from jaxgpt.training.metrics import TimeSplit, peak_flops
+from jaxgpt.training.models import write_settings
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
 from jaxgpt.training.run_state import EarlyStopping, GoOn, Position, Run, position
@@ -117,15 +119,17 @@ class _Loop:
         try:
             with self._split("data"):
                 batch = next(batches)
-        except Interrupted:
-            if first:
+        except (Interrupted, *STORAGE_ERRORS) as error:
+            if first or not self._cannot_read(error):
                 raise
             self._run.activity.is_at(SAVE, step - 1)  # no longer waiting for data: not to be interrupted again
             self._read_pending()
             if self._saved != step - 1:
                 self._save(step - 1, None, evaluated=True, surely=True)
             self._run.checkpoints.wait()
-            raise self._interrupted(step - 1) from None
+            if isinstance(error, Interrupted):
+                raise self._interrupted(step - 1) from None
+            raise self._data_lost(step - 1, error) from None
         if not first:
             self._run.activity.is_at(STEP, step)
         return batch
@@ -177,6 +181,11 @@ class _Loop:
                     values |= run.sample(self._state.params)
             except _StopEvaluating:
                 return None, True
+            except STORAGE_ERRORS as error:
+                if not self._cannot_read(error):
+                    raise
+                self._save_stopped(step)
+                raise self._data_lost(step, error) from None
         run.log.write(step, values)
         eval_loss = float(values["eval_loss"])
         self._early.note(step, eval_loss)
@@ -201,6 +210,12 @@ class _Loop:
                 f"step {step}: the state holds numbers that are not finite, though loss and gradient were; "
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
+        if is_writer() and not (run.workdir / CONFIG).exists():
+            run.log.say(
+                f"removed  {run.workdir / CONFIG} is gone, written again; what else was in the folder may be, too"
+            )
+            write_settings(run.workdir, run.config, run.dataset.tokenizer)
+            run.log.rewind(step)
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
         sums = (self._meter.loss_sum, self._meter.count)
         here = Position(step, offset, bad_steps, evaluated, *sums, **self._early.counts())
@@ -216,6 +231,18 @@ class _Loop:
         if self._saved != step:
             self._save(step, None, evaluated=not self._is_evaluated_at(step), surely=True)
         self._run.checkpoints.wait()
+
+    def _cannot_read(self, error: BaseException) -> bool:
+        """Whether a batch does not come for a reason that leaves the state whole, and this process can save it."""
+        if isinstance(error, Interrupted):
+            return True
+        return is_alone() and (isinstance(error, OSError) or not self._run.dataset.path.is_dir())
+
+    def _data_lost(self, step: int, error: BaseException) -> StorageFailed:
+        return StorageFailed(
+            f"{self._run.dataset.path}: the prepared data cannot be read ({str(error).splitlines()[0]}); the state of "
+            f"step {step} is saved: put it back, and run the same command again"
+        )
 
     def _is_evaluated_at(self, step: int) -> bool:
         return step % self._run.config.eval.eval_steps == 0 or step == self._run.config.max_steps

@@ -89,10 +89,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
-    metadata = read_metadata(run, step)
-    vocab_size = metadata.get("vocab_size") or tokenizer.vocab_size
-    if metadata.get("tokenizer_digest", tokenizer.digest) != tokenizer.digest:
-        raise UserError(f"{run / 'tokenizer'} is not the tokenizer that the run has trained with; put that back")
+    vocab_size = read_metadata(run, step).get("vocab_size") or tokenizer.vocab_size
     _, shapes, _ = gpt2.abstract_model(config.model, vocab_size)
     return LoadedModel(config, vocab_size, _restore(run / FOLDER / str(step) / "params", shapes), tokenizer, step)
 
@@ -201,8 +198,7 @@ def write_huggingface(
 def write_run(run: Path, model: LoadedModel) -> None:
     """Write the weights of `model` into the folder `run` as its step 0, without an optimizer."""
     quiet_orbax()
-    write_config(run, model.config)
-    write_tokenizer(run, model.tokenizer, model.config.model.n_positions)
+    write_settings(run, model.config, model.tokenizer)
     metadata = {"step": 0, "vocab_size": model.vocab_size, "tokenizer_digest": model.tokenizer.digest}
     step = (run / FOLDER / "0").absolute()
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), model.params)
@@ -214,17 +210,15 @@ def write_run(run: Path, model: LoadedModel) -> None:
     _release_memory()
 
 
-def write_tokenizer(run: Path, tokenizer: Tokenizer, n_positions: int) -> None:
-    """Write tokenizer/ of a run, unless it is there and as it was written."""
+def write_settings(run: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Write config.json and tokenizer/ of a run, with their digests; a line says if the tokenizer there is damaged."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run, config)
     folder = run / "tokenizer"
-    has_digests = (folder / manifest.NAME).exists()
-    found = manifest.problems(folder) if has_digests else []
-    if found:
+    if (folder / manifest.NAME).exists() and (found := manifest.problems(folder)):
         print(f"damaged  {folder}: {found[0]}; written again", flush=True)
-    elif has_digests and load_tokenizer(folder).digest == tokenizer.digest:
-        return
     with new_folder(folder, "replace") as partial:
-        tokenizer.save(partial, n_positions)
+        tokenizer.save(partial, config.model.n_positions)
         manifest.write(partial)
 
 

@@ -16,10 +16,10 @@ from jaxgpt.parallel import distributed
 from jaxgpt.parallel.host_watch import PeerWatch
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import out_of_memory_explained
-from jaxgpt.training.checkpoint import Checkpoints, best_step, restore_params, whole, write_config
+from jaxgpt.training.checkpoint import Checkpoints, best_step, restore_params, whole
 from jaxgpt.training.loop import fit
 from jaxgpt.training.metrics import MetricLog, read_metrics
-from jaxgpt.training.models import export_model, write_tokenizer
+from jaxgpt.training.models import export_model, write_settings
 from jaxgpt.training.recovery import check_weights, record_fault
 from jaxgpt.training.run_state import Run, position
 from jaxgpt.training.signals import END, Activity, StopSignal, Watchdog, record_lost_host
@@ -64,8 +64,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
     config, workdir, is_writer = begun.config, begun.workdir, distributed.is_writer()
     if is_writer:
         resume.record_changes(workdir, begun.step or 0, begun.changes)
-        write_config(workdir, config)
-        write_tokenizer(workdir, begun.dataset.tokenizer, config.model.n_positions)
+        write_settings(workdir, config, begun.dataset.tokenizer)
     checkpoints = Checkpoints(workdir, config.checkpoint, is_writer)
     if is_writer:
         checkpoints.delete_old()

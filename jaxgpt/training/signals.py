@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.cli import stop_signals
-from jaxgpt.errors import EXIT_RESUME, EXIT_WATCHDOG, Interrupted, RunFailed
+from jaxgpt.errors import EXIT_RESUME, EXIT_WATCHDOG, Interrupted, RunFailed, stop_signals, tell
 from jaxgpt.training.recovery import record_fault
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -128,7 +127,7 @@ class StopSignal:
         self.requested = signal.Signals(number).name
         # With several processes the others may be in the step already: all have to stop at the same one.
         at_once = self._activity.now[0] in (START, END) and self._is_alone()
-        _tell("\n" if at_once else f"\n{self.requested}: saving after this step (again to stop at once)\n")
+        tell("\n" if at_once else f"\n{self.requested}: saving after this step (again to stop at once)\n")
         if at_once:
             raise self.interrupted()
 
@@ -150,57 +149,41 @@ class StopSignal:
                 os.close(self._reader)
                 return
             number = byte[0]
-        heard = time.monotonic()
+        name, heard = signal.Signals(number).name, time.monotonic()
         deadline = heard + PATIENCE_SECONDS + 3 * self._activity.usual_step_seconds()
-        while time.monotonic() < deadline and not self._ended:
+        while not self._ended:
             time.sleep(0.1)
             if self._patient:
                 deadline = time.monotonic() + PATIENCE_SECONDS
-            if self._is_alone() and not self._stalled and self._waits_for_data():
+            elif self._is_alone() and not self._stalled and self._waits_for_data():
                 self._stalled = True
                 signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it from its wait
-            if self._is_alone() and not self._patient and time.monotonic() > heard + PATIENCE_SECONDS / 2:
-                self._save_beside()
-        if number != signal.SIGINT and not self._ended:
-            self._leave(signal.Signals(number).name)
-
-    def _save_beside(self) -> None:
-        """Save and end the process, if the main thread is where `saved_by` allows it."""
-        with self._saving:
-            if not self._save:
-                return
-            try:
-                self._save()
-                code, line = (
-                    EXIT_RESUME,
-                    f"stopped: {self.requested}; the state of step {self._activity.now[1]} is saved",
-                )
-            except RunFailed as error:
-                code, line = error.exit_code, f"failed: {error}"
-            _tell(f"{line}; run the same command again to go on\n")
-            os._exit(code)
+            elif number != signal.SIGINT and time.monotonic() > deadline:
+                with self._saving:
+                    self._leave(name)
+            elif self._is_alone() and time.monotonic() > heard + PATIENCE_SECONDS / 2:
+                with self._saving:
+                    if self._save:
+                        self._leave(name)
 
     def _leave(self, name: str) -> None:
-        """End the process: the end of the step did not come."""
+        """End the process beside a main thread that does not come to the end of its step."""
         activity, step, since = self._activity.now
-        done, kept = step if activity in (EVAL, SAVE, END) else step - 1, self.kept() or 0
-        what = f"the steps after {kept} are lost" if done > kept else "no step is lost"
+        where = f"{name} at step {step}, in {activity} for {time.monotonic() - since:.0f} s"
+        done = step if activity in (EVAL, SAVE, END) or self._save else step - 1
+        if self._save and self._is_alone():
+            try:
+                self._save()
+            except RunFailed as error:
+                tell(f"failed: {error}\n")
+                os._exit(error.exit_code)
         others = threading.Thread(target=self.tell_others, args=(name,), daemon=True)
         others.start()
         others.join(PATIENCE_SECONDS / 2)
-        where = f"{name} at step {step}, in {activity} for {time.monotonic() - since:.0f} s"
-        _tell(f"stopped: {where}; {what}; run the same command again to go on from the last checkpoint\n")
+        kept = self.kept() or 0
+        what = f"the steps after {kept} are lost" if done > kept else "no step is lost"
+        tell(f"stopped: {where}; {what}; run the same command again to go on from the last checkpoint\n")
         os._exit(EXIT_RESUME)
-
-
-def _tell(line: str) -> None:
-    """Write to stderr by write(2), not print: a handler may interrupt a print that holds the stream's lock."""
-    try:
-        os.write(2, line.encode())
-    except OSError:  # the terminal is gone: nothing that is printed from here on may fail, and cost a step
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
 
 
 class Watchdog:
