@@ -3,9 +3,11 @@
 In the quick tier inside this process; in the system tier with real processes and real signals.
 """
 
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import environments, wait_for
 from tiny import RUN, WORDS, overrides
 
 from jaxgpt import train
+from jaxgpt.diagnosis.kill_drill import last_step
 from jaxgpt.storage import manifest
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
@@ -65,9 +69,9 @@ def train_here(folder: Path, workdir: Path, *options: str) -> int:
     return train.main(["--config", str(folder / "config.toml"), "--workdir", str(workdir), *QUICK, *options])
 
 
-def start(folder: Path, workdir: Path, *options: str, failpoint: str = "", prefix=()) -> subprocess.Popen:
-    command = [*prefix, sys.executable, "-m", "jaxgpt.train", "--config", str(folder / "config.toml")]
-    environment = {**os.environ, **ENVIRONMENT, "JAXGPT_FAILPOINT": failpoint}
+def start(folder: Path, workdir: Path, *options: str, failpoint: str = "", environment=None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jaxgpt.train", "--config", str(folder / "config.toml")]
+    environment = {**os.environ, **(environment or ENVIRONMENT), "JAXGPT_FAILPOINT": failpoint}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     return subprocess.Popen([*command, "--workdir", str(workdir), *options], **pipes)
 
@@ -157,6 +161,65 @@ def test_sigterm_anywhere_ends_the_process_with_42_and_the_run_ends_as_if_nothin
     stop_at_each_point(run, tmp_path / "run", [BEFORE_A_RUN, *POINTS])
     assert finish(start(folder, tmp_path / "whole", *EACH_STEP))[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def hears(process: subprocess.Popen) -> bool:
+    """Whether SIGTERM finds a handler in the process yet; Python itself takes some hundredths of a second to start."""
+    [caught] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return process.poll() is not None or bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def stop_at_random_instants(folder: Path, workdir: Path, signals: int, processes: int, seed: int) -> None:
+    """SIGTERM between the first import and the last export: to the process, or to both or one of two.
+
+    A run that was stopped goes on; one that has reached its end first is begun again.
+    """
+    rng, options = np.random.default_rng(seed), [*EACH_STEP, *overrides(train__max_steps=20)]
+    places = environments(processes) if processes > 1 else [ENVIRONMENT]
+
+    def begin() -> list[subprocess.Popen]:
+        if processes > 1:
+            places[:] = environments(processes)  # another port
+        return [start(folder, workdir, *options, environment=place) for place in places]
+
+    began = time.monotonic()
+    assert [finish(process)[0] for process in begin()] == [0] * processes
+    whole, sent, took = time.monotonic() - began, 0, []
+    while sent < signals:
+        if (workdir / "hf").exists():
+            shutil.rmtree(workdir)
+        running = begin()
+        for process in running:
+            wait_for(functools.partial(hears, process))
+        time.sleep(rng.uniform(0, whole))
+        told = running if sent % 2 else running[rng.integers(processes) :][:1]
+        if any(process.poll() is not None for process in running):
+            assert all(finish(process)[0] == 0 for process in running)
+            continue
+        step = last_step(workdir)
+        for process in told:
+            process.send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        ended = [finish(process, 60) for process in running]
+        took.append(time.monotonic() - at)
+        assert [code for code, _ in ended] == [42] * processes, f"{sent}, at step {step}: {ended}"
+        kept, done = max(finished_steps(workdir), default=0), last_step(workdir)
+        assert step <= done <= kept, f"step {done} was done, {kept} is kept: {ended}"
+        sent += 1
+        print(f"{sent}: {len(told)} of {processes} told after step {step}, kept {kept}, {took[-1]:.1f} s", flush=True)
+    print(f"undisturbed {whole:.1f} s; to the end: median {np.median(took):.1f} s, most {max(took):.1f} s")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_at_a_random_instant_ends_with_42_and_loses_no_step(folder, tmp_path, processes):
+    stop_at_random_instants(folder, tmp_path / "run", 2, processes, seed=processes)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_at_30_random_instants_ends_with_42_and_loses_no_step(folder, tmp_path, processes):
+    stop_at_random_instants(folder, tmp_path / "run", 30, processes, seed=processes)
 
 
 @pytest.mark.system

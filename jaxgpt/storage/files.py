@@ -33,7 +33,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno and not error.filename:
+            error.filename = str(path)
         raise
 
 
@@ -93,10 +94,10 @@ def new_folder(final: Path, existing: Literal["refuse", "replace", "keep"] = "re
         raise UserError(f"{final.parent}: the folder cannot be made ({error.strerror})") from None
     host = socket.gethostname()
     for leftover in final.parent.glob(f".{glob.escape(final.name)}.{host}.*.partial"):
-        pid = leftover.name.split(".")[-3]  # no number: somebody else's
-        if pid.isdecimal() and (
-            int(pid) == os.getpid() or not _is_alive(int(pid))
-        ):  # a restarted container gets the same pid again
+        pid = leftover.name.split(".")[-3]
+        if not pid.isdecimal():
+            continue  # somebody else's
+        if int(pid) == os.getpid() or not _is_alive(int(pid)):  # a restarted container gets the same pid again
             shutil.rmtree(leftover, ignore_errors=True)
     partial = final.with_name(f".{final.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()

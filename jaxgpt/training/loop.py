@@ -211,9 +211,7 @@ class _Loop:
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
         if is_writer() and not (run.workdir / CONFIG).exists():
-            run.log.say(
-                f"removed  {run.workdir / CONFIG} is gone, written again; what else was in the folder may be, too"
-            )
+            run.log.say(f"removed  {run.workdir / CONFIG} is gone, and written again; look for what else may be")
             write_settings(run.workdir, run.config, run.dataset.tokenizer)
             run.log.rewind(step)
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row

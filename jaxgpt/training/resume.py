@@ -124,8 +124,8 @@ def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[st
     steps = finished_steps(workdir)
     if not steps and not (workdir / QUARANTINE).exists() and _had_checkpoints(workdir):
         raise UserError(
-            f"{workdir / FOLDER} holds no checkpoint any more, and the run has saved some: put them back, or begin anew "
-            f"in another --workdir (init.from_huggingface = {workdir / 'hf'} starts from the weights, if they are there)"
+            f"{workdir / FOLDER} holds no checkpoint any more, though the run has saved some: put them back, or choose "
+            f"another --workdir (init.from_huggingface = {workdir / 'hf'} starts from the weights, if there are any)"
         )
     if steps and not (workdir / FOLDER / str(steps[-1]) / "optimizer").is_dir():
         raise UserError(
