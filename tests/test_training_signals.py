@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,14 @@ import pytest
 from processes import environments, wait_for
 from tiny import RUN, WORDS, overrides
 
-from jaxgpt import train
+from jaxgpt import errors, train
 from jaxgpt.diagnosis.kill_drill import last_step
+from jaxgpt.errors import Interrupted
 from jaxgpt.storage import manifest
+from jaxgpt.training import loop, metrics, signals
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.models import load_model
 from jaxgpt.training.recovery import read_faults
 
 CONFIG = (
@@ -143,6 +147,115 @@ def stop_at_each_point(run: Callable[[str], tuple[int, str]], workdir: Path, poi
     assert code == 0, output
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("activity", "number", "whole", "said"),
+    [
+        ("eval", signal.SIGTERM, True, "SIGTERM at step 7, in eval for . s; no step is lost"),
+        ("eval", signal.SIGHUP, True, "SIGHUP at step 7, in eval for . s; no step is lost"),
+        ("step", signal.SIGINT, True, "SIGINT at step 7, in step for . s; no step is lost"),  # writes a profile
+        ("eval", signal.SIGTERM, False, "in eval for . s; the steps after 4 are lost"),
+        ("data", signal.SIGHUP, False, "in data for . s; the steps after 4 are lost"),
+    ],
+)
+def test_what_takes_long_is_left_and_the_state_saved_beside_it(monkeypatch, capfd, activity, number, whole, said):
+    ended, saved, told = threading.Event(), [], []
+
+    def leave(code):
+        saved.append(code)
+        ended.set()
+        sys.exit()  # of the thread
+
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(signals.os, "_exit", leave)
+    watched = signals.Activity()
+    with signals.StopSignal(watched, is_alone=lambda: whole) as stop:
+        stop.kept = lambda: 7 if 7 in saved else 4
+        stop.tell_others = told.append
+        watched.is_at(activity, 7)
+        with stop.saved_by(lambda: saved.append(7)):
+            os.kill(os.getpid(), number)
+            assert ended.wait(10)
+    assert saved == ([7, 42] if whole else [42]) and told == [signal.Signals(number).name]
+    assert re.search(f"stopped: .*{said}; run the same command again", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(("activity", "said"), [("start", "before the first step"), ("end", "after the last step")])
+def test_a_signal_where_nothing_is_to_be_saved_interrupts_at_once(number, activity, said):
+    watched = signals.Activity()
+    with signals.StopSignal(watched):
+        watched.is_at(activity, 6)
+        with pytest.raises(Interrupted, match=f"{number.name} {said}"):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+
+def test_a_terminal_that_is_closed_sends_sighup_twice_and_nohup_has_it_ignored(monkeypatch):
+    watched = signals.Activity()
+    watched.is_at("step", 3)
+    with signals.StopSignal(watched) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested == "SIGHUP"
+    monkeypatch.setattr(signals.signal, "getsignal", lambda _: signal.SIG_IGN)
+    assert errors.stop_signals() == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_reader_that_left_costs_no_step(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))  # noqa: SIM115
+    for _ in range(2):
+        metrics.say("step 1")
+
+
+def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp_path, failpoint, capsys, monkeypatch):
+    workdir, evaluate = tmp_path / "run", loop.evaluate
+
+    def evaluate_and_remove(*arguments):
+        if finished_steps(workdir) == [2]:
+            for name in ("config.json", "tokenizer/tokenizer.json", "metrics.jsonl"):
+                (workdir / name).unlink()
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_and_remove)
+    failpoint("data.read:full@6")
+    assert train_here(folder, workdir, *overrides(data__num_threads=1, data__prefetch_batches=1)) == 74
+    out, err = capsys.readouterr()
+    assert "config.json is gone, and written again" in out
+    assert re.search("the prepared data cannot be read .*; the state of step 5 is saved: put it back", err)
+    assert finished_steps(workdir) == [4, 5] and read_metrics(workdir)
+    failpoint("")
+    assert train_here(folder, workdir) == 0
+    assert load_model(workdir).step == 6
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_hosts_join_exits_with_42(folder, number):
+    process = start(folder, folder / "joins", environment=environments(2)[0])
+    wait_for(functools.partial(hears, process))
+    time.sleep(4.0 if number == signal.SIGTERM else 0.0)  # in the join; or while it imports
+    process.send_signal(number)
+    code, output = finish(process, 20)
+    assert code == 42 and "run the same command again" in output, output
+    assert not (folder / "joins").exists()
+
+
+@pytest.mark.system
+def test_an_evaluation_that_takes_for_ever_is_left_and_its_step_saved(folder):
+    workdir = folder / "evaluates"
+    options = [*EACH_STEP, *overrides(checkpoint__save_steps=3, checkpoint__keep_best=False)]
+    process = start(folder, workdir, *options, failpoint="evaluate:hang@3")
+    wait_for_a_step(process, workdir)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process, 30)
+    assert code == 42 and "no step is lost" in output, output
+    assert finished_steps(workdir) == [2]
+
+
 def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happened(
     folder, tmp_path, failpoint, capsys
 ):
@@ -151,7 +264,7 @@ def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happe
         return train_here(folder, tmp_path / "run", *EACH_STEP), capsys.readouterr().err
 
     assert train_here(folder, folder / "whole", *EACH_STEP) == 0
-    stop_at_each_point(run, tmp_path / "run", POINTS)
+    stop_at_each_point(run, tmp_path / "run", [*POINTS[:3], *POINTS[4:6]])  # the system tier has them all
     assert_same_run(tmp_path / "run", folder / "whole")
 
 
