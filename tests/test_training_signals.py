@@ -214,7 +214,7 @@ def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp
     workdir, evaluate = tmp_path / "run", loop.evaluate
 
     def evaluate_and_remove(*arguments):
-        if finished_steps(workdir) == [2]:
+        if not finished_steps(workdir):  # at step 2
             for name in ("config.json", "tokenizer/tokenizer.json", "metrics.jsonl"):
                 (workdir / name).unlink()
         return evaluate(*arguments)
@@ -224,8 +224,9 @@ def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp
     assert train_here(folder, workdir, *overrides(data__num_threads=1, data__prefetch_batches=1)) == 74
     out, err = capsys.readouterr()
     assert "config.json is gone, and written again" in out
-    assert re.search("the prepared data cannot be read .*; the state of step 5 is saved: put it back", err)
-    assert finished_steps(workdir) == [4, 5] and read_metrics(workdir)
+    found = re.search(r"the prepared data cannot be read .*; the state of step (\d) is saved: put it back", err)
+    assert found and finished_steps(workdir)[-1] == int(found[1]) >= 2
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(3, int(found[1]) + 1))
     failpoint("")
     assert train_here(folder, workdir) == 0
     assert load_model(workdir).step == 6
@@ -313,7 +314,13 @@ def stop_at_random_instants(folder: Path, workdir: Path, signals: int, processes
         for process in told:
             process.send_signal(signal.SIGTERM)
         at = time.monotonic()
-        ended = [finish(process, 60) for process in running]
+        for process in running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:  # it waits for the other one to come and join it
+                assert processes > 1 and last_step(workdir) == step
+                process.send_signal(signal.SIGTERM)
+        ended = [finish(process, 20) for process in running]
         took.append(time.monotonic() - at)
         assert [code for code, _ in ended] == [42] * processes, f"{sent}, at step {step}: {ended}"
         kept, done = max(finished_steps(workdir), default=0), last_step(workdir)
