@@ -63,7 +63,7 @@ class Ours:
         keep_freed_memory()  # as `sample` does
         import jax
 
-        from jaxgpt.inference.decode import build_decoder
+        from jaxgpt.inference.decoder import build_decoder
         from jaxgpt.model import huggingface
 
         model = huggingface.open_model(folder)
@@ -73,7 +73,7 @@ class Ours:
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.decoder.weights)) - unread
 
     def generate(self, prompts: list[list[int]], greedy: bool) -> list[list[int]]:
-        from jaxgpt.inference.decode import generate
+        from jaxgpt.inference.decoder import generate
         from jaxgpt.inference.sampling import SamplingOptions
 
         options = SamplingOptions(max_new_tokens=NEW, temperature=0.0 if greedy else 1.0, top_k=TOP_K, top_p=1.0)

@@ -84,7 +84,7 @@ def engine_worker(arguments: argparse.Namespace) -> None:
     from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # as the server does
-    from jaxgpt.inference.decode import build_decoder
+    from jaxgpt.inference.decoder import build_decoder
     from jaxgpt.inference.engine import Engine, Request
     from jaxgpt.inference.sampling import SamplingOptions
     from jaxgpt.parallel.compiler import use_compilation_cache

@@ -8,8 +8,8 @@ import html
 import re
 from pathlib import Path
 
-from jaxgpt.config import describe_type, sections
-from jaxgpt.settings import SourceConfig
+from jaxgpt.config import sections
+from jaxgpt.settings import SourceConfig, describe_type
 from jaxgpt.training.resume import ON_RESUME
 
 PAGE = Path(__file__).with_suffix(".md")

@@ -13,6 +13,8 @@ VERBS = {
     "sweep": "find better settings: many short trainings, compared",
     "evaluate": "loss of a text, questions with answers, what the model writes",
     "compare": "runs beside each other: settings that differ, curves, final numbers",
+    "encode": "a text as tokens: ids, pieces, how many characters each",
+    "decode": "token ids as a text",
     "sample": "text from a prompt",
     "serve": "answers over HTTP: OpenAI's API, a web page",
     "replay": "the texts of one step's batch, each with its loss, and a skip list",

@@ -5,14 +5,17 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jaxgpt import errors
-from jaxgpt.config import Config, describe_type, load_config, sections, unknown_setting
+from jaxgpt.config import Config, load_config, sections, unknown_setting
 from jaxgpt.errors import UserError
+from jaxgpt.settings import describe_type
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -83,10 +86,38 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def add_model_arguments(command_parser: argparse.ArgumentParser) -> None:
     """--checkpoint and --weights, of whatever makes texts with a trained model."""
-    folders = "run folder (its latest step), RUN@best, one step's folder, a Hugging Face folder, or hf:NAME"
+    folders = (
+        "run folder (its latest step; its best, if it overfitted), RUN@best, a step, Hugging Face folder, or hf:NAME"
+    )
     command_parser.add_argument("--checkpoint", metavar="WHERE", required=True, help=folders)
     weights = "number format of the weights: smaller is faster, and less exact [the model's compute type]"
     command_parser.add_argument("--weights", choices=["float32", "bfloat16", "int8"], help=weights)
+
+
+def tokenizer_arguments(
+    command_parser: argparse.ArgumentParser, argv: Sequence[str] | None, name: str
+) -> tuple[argparse.Namespace, str]:
+    """The arguments of `encode` and `decode`, and the text of the argument `name`, --file or standard input."""
+    folders = "a tokenizer's folder or tokenizer.json, a run, a checkpoint, a Hugging Face folder, or hf:NAME"
+    command_parser.add_argument("--tokenizer", metavar="WHERE", required=True, help=folders)
+    command_parser.add_argument("--file", metavar="FILE", help="read from this UTF-8 file instead")
+    command_parser.add_argument("--json", metavar="FILE", help="also write the result there")
+    arguments = command_parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8")
+
+    given, file = getattr(arguments, name), arguments.file
+    if given not in (None, []):
+        return arguments, given if isinstance(given, str) else " ".join(given)
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UserError(f"no {name}: give it as an argument, with --file FILE, or on standard input")
+    try:
+        raw = Path(file).read_bytes() if file is not None else sys.stdin.buffer.read().removesuffix(b"\n")
+        return arguments, raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file or 'standard input'}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
 
 
 def add_config_arguments(command_parser: argparse.ArgumentParser) -> None:

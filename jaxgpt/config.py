@@ -6,19 +6,26 @@ A config file holds sections of settings; `base = "other.toml"` names a file who
 
 import dataclasses
 import difflib
-import functools
 import json
+import logging
+import math
+import os
+import re
 import tomllib
-import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 
+import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt import settings
 from jaxgpt.errors import UserError
-from jaxgpt.settings import section, sources_of
+from jaxgpt.settings import describe_type, remove_digest, section, sources_of, with_digest
+
+logger = logging.getLogger(__name__)
+REMOVED = ("data.num_threads", "data.prefetch_batches")  # settings of earlier versions, whose files are still read
+LARGEST_FILE = 100_000  # bytes of a config file; a hundred settings take ten
 
 
 @section(frozen=True, kw_only=True)
@@ -56,23 +63,50 @@ class Config:
 
     @property
     def max_steps(self) -> int:
-        return _resolved(self.train.max_steps)
+        return _resolved("train.max_steps", self.train.max_steps)
 
     @property
     def global_batch_size(self) -> int:
-        return _resolved(self.train.global_batch_size)
+        return _resolved("train.global_batch_size", self.train.global_batch_size)
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        return _resolved(self.train.gradient_accumulation_steps)
+        return _resolved("train.gradient_accumulation_steps", self.train.gradient_accumulation_steps)
 
     @property
     def per_device_train_batch_size(self) -> int:
-        return _resolved(self.train.per_device_train_batch_size)
+        return _resolved("train.per_device_train_batch_size", self.train.per_device_train_batch_size)
 
     @property
     def per_device_eval_batch_size(self) -> int:
         return self.eval.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    # What follows from the length of the run where it is not set.
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.optimizer.warmup_steps is not None:
+            return self.optimizer.warmup_steps
+        stable = self.optimizer.lr_scheduler_type == "warmup_stable_decay"
+        decay = round(self.optimizer.decay_rate * self.max_steps) if stable else 0
+        return min(100, self.max_steps // 10, self.max_steps - decay)
+
+    @property
+    def eval_steps(self) -> int:
+        save = self.checkpoint.save_steps if self.checkpoint.keep_best else None
+        if self.eval.eval_steps or not save:
+            return self.eval.eval_steps or self._tenth
+        divisors = [n for n in range(1, min(save, 2 * self._tenth) + 1) if save % n == 0]
+        return min([*divisors, save], key=lambda n: abs(math.log(n / self._tenth)))
+
+    @property
+    def save_steps(self) -> int:
+        every = self.eval.eval_steps if self.checkpoint.keep_best else None
+        return self.checkpoint.save_steps or (every or 1) * max(self._tenth // (every or 1), 1)
+
+    @property
+    def _tenth(self) -> int:
+        return min(max(self.max_steps // 10, 1), 500)
 
 
 # ---------------------------------------------------------------- settings that contradict each other: both are named
@@ -92,6 +126,8 @@ def _check_shapes(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, tokenizer, augmentation = config.data, config.tokenizer, config.augmentation
+    if not sources_of(data):
+        raise UserError('data.source = [] names no source; give one, such as "text" with data.path, or leave it out')
     for part in sources_of(data):
         if part.source in ("text", "html", "jsonl", "parquet", "sgd") and not part.path:
             where = "data.path" if isinstance(data.source, str) else "a path in its table"
@@ -110,7 +146,8 @@ def _check_data(config: Config) -> None:
 def _check_schedule(config: Config) -> None:
     optimizer, evaluation, checkpoint, log = config.optimizer, config.eval, config.checkpoint, config.log
     save, evaluate, steps = checkpoint.save_steps, evaluation.eval_steps, config.train.max_steps
-    if checkpoint.keep_best and save % evaluate:
+    warmup = optimizer.warmup_steps or 0
+    if checkpoint.keep_best and save and evaluate and save % evaluate:
         raise UserError(
             f"checkpoint.save_steps = {save} is not a multiple of eval.eval_steps = {evaluate}, "
             "so the best checkpoint cannot be known; change one or set checkpoint.keep_best = false"
@@ -120,8 +157,8 @@ def _check_schedule(config: Config) -> None:
             f"eval.early_stopping_patience = {evaluation.early_stopping_patience} needs checkpoint.keep_best = true, "
             "since the run ends with its best checkpoint; set it, or leave the patience out"
         )
-    if steps and optimizer.warmup_steps > steps:
-        raise UserError(f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than train.max_steps = {steps}")
+    if steps and warmup > steps:
+        raise UserError(f"optimizer.warmup_steps = {warmup} is more than train.max_steps = {steps}")
     if log.profile:
         first, last = (int(step) for step in log.profile.split(":"))
         if last < first:
@@ -130,9 +167,9 @@ def _check_schedule(config: Config) -> None:
             raise UserError(f"log.profile = {log.profile} goes beyond the last step, train.max_steps = {steps}")
     if steps and optimizer.lr_scheduler_type == "warmup_stable_decay":
         decay = round(optimizer.decay_rate * steps)
-        if optimizer.warmup_steps + decay > steps:
+        if warmup + decay > steps:
             raise UserError(
-                f"optimizer.warmup_steps = {optimizer.warmup_steps} and the {decay} steps of "
+                f"optimizer.warmup_steps = {warmup} and the {decay} steps of "
                 f"optimizer.decay_rate are more than train.max_steps = {steps}"
             )
 
@@ -154,8 +191,9 @@ def _check_start(config: Config) -> None:
 # ---------------------------------------------------------------- a Config and its settings
 
 
-def _resolved(value: int | str | None) -> int:
-    assert isinstance(value, int), f"{value}: the config is not resolved yet"
+def _resolved(name: str, value: int | str | None) -> int:
+    if not isinstance(value, int):
+        raise UserError(f"{name} is {value or 'none'}, where a run that has started has a number")
     return value
 
 
@@ -170,22 +208,38 @@ def with_settings(config: Config, **values: object) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """Every setting, as config.json holds it."""
-    return TypeAdapter(Config).dump_json(config, indent=2).decode()
+    """Every setting, as config.json holds it, and the digest of them all."""
+    return json.dumps(with_digest(TypeAdapter(Config).dump_python(config, mode="json")), indent=2)
 
 
-def from_json(text: str) -> Config:
-    """The Config that `to_json` wrote.
+def from_json(text: str | bytes) -> Config:
+    """The Config that `to_json` wrote, now or in an earlier version.
 
     Raises:
         UserError: the text is no config, or one of another version.
     """
     try:
-        return TypeAdapter(Config).validate_json(text)
+        read = pydantic_core.from_json(text)
+    except ValueError as error:  # also of what is not UTF-8, or nested too deeply
+        raise UserError(f"not a config of jaxgpt: {error}") from None
+    remove_digest(read)
+    for part, _, name in (removed.partition(".") for removed in REMOVED):
+        if isinstance(read, dict) and isinstance(read.get(part), dict):
+            read[part].pop(name, None)
+    try:
+        return TypeAdapter(Config).validate_python(read)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"not a config of this version of jaxgpt: {where}: {first['msg']}") from None
+
+
+def read_json(file: Path) -> Config:
+    """The Config in a config.json. Raises UserError, which names the file."""
+    try:
+        return from_json(file.read_bytes())
+    except (OSError, UserError) as error:
+        raise UserError(f"{file}: {getattr(error, 'strerror', error)}") from None
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -215,48 +269,64 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
         UserError: a missing file, bad TOML, an unknown key or a bad value; names the file and the key.
     """
     given: dict[str, tuple[object, str]] = {}  # with where it comes from
-    for file in [] if path is None else _with_bases(Path(path)):
-        given |= {key: (value, str(file)) for key, value in _read_settings(file).items()}
+    for file, content in [] if path is None else _with_bases(Path(path)):
+        given |= {key: (value, str(file)) for key, value in _settings_in(file, content).items()}
     given |= {key: (value, "command line") for key, value in (overrides or {}).items()}
     return _build(given)
 
 
-def _with_bases(path: Path) -> list[Path]:
-    """`path` preceded by the file it is based on, and that by its own, the root first."""
-    chain = [path]
-    while base := _read_toml(chain[-1]).get("base"):
-        file = chain[-1].parent / base
-        if file.resolve() in [seen.resolve() for seen in chain]:
+def _with_bases(path: Path) -> list[tuple[Path, dict]]:
+    """`path` and its content, preceded by the file it is based on, and that by its own, the root first."""
+    chain = [(path, _read_toml(path))]
+    while "base" in (content := chain[-1][1]):
+        base = content["base"]
+        if not isinstance(base, str) or not base.strip() or not base.isprintable():
+            raise UserError(f"{chain[-1][0]}: base = {_shown(base)}, but it must be the name of another config file")
+        file = chain[-1][0].parent / os.path.expanduser(base)
+        if any(os.path.realpath(file) == os.path.realpath(seen) for seen, _ in chain):
             raise UserError(f"{file}: its chain of base files comes back to itself")
-        chain.append(file)
+        chain.append((file, _read_toml(file)))
     return chain[::-1]
 
 
-@functools.cache
 def _read_toml(path: Path) -> dict:
+    content = b""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE or content.count(b".") > LARGEST_FILE / 50:  # keys of many parts take long
+            raise UserError(f"{path}: more than {LARGEST_FILE:,} bytes, or all dots, so it is no config file")
+        return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{path}: no such config file{hint}") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file ({error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: TOML syntax error: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a readable TOML file ({error.strerror})") from None
+    except (RecursionError, ValueError) as error:
+        if b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"{path}: the file is UTF-16; save it as UTF-8") from None
+        if isinstance(error, UnicodeDecodeError):
+            line = content.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{path}:{line}: not UTF-8, but TOML must be; save the file as UTF-8") from None
+        if isinstance(error, RecursionError):
+            raise UserError(f"{path}: nested too deeply; a config has sections and settings") from None
+        hint = "; write a Windows path in single quotes, or with /" if re.search(r"'\\'|hex", str(error)) else ""
+        raise UserError(f"{path}: TOML syntax error: {error}{hint}") from None
 
 
-def _read_settings(path: Path) -> dict[str, object]:
-    """{"model.n_layer": 4, ...} of one file, `base` left out."""
+def _settings_in(path: Path, content: dict) -> dict[str, object]:
+    """{"model.n_layer": 4, ...} of the content of a file, `base` left out."""
     found: dict[str, object] = {}
-    for name, fields in _read_toml(path).items():
-        if name == "base":
-            continue
+    for name, fields in ((name, fields) for name, fields in content.items() if name != "base"):
         if not isinstance(fields, dict):
             raise UserError(f"{path}: {unknown_setting(name)}")
         if name not in sections():
             raise UserError(f"{path}: there is no section [{name}]{_suggest(name, sections())}")
         found |= {f"{name}.{key}": value for key, value in fields.items()}
+    for key in sorted(found.keys() & {*REMOVED}):
+        logger.warning("%s: %s; it does nothing", path, unknown_setting(key))
+        del found[key]
     return found
 
 
@@ -271,15 +341,49 @@ def _build(given: dict[str, tuple[object, str]]) -> Config:
             value = None
         elif isinstance(value, str) and _takes_list(known[key].type, value):
             value = _read_list(value)
+        elif isinstance(value, bool) and known[key].type is not bool:  # which pydantic takes for 0 or 1
+            raise UserError(f"{origin}: {key} = {_shown(value)}, but it must be {describe_type(known[key].type)}")
         nested.setdefault(name, {})[field] = value
     try:
         return Config(**{name: cls(**nested[name]) for name, cls in sections().items() if name in nested})
     except ValidationError as error:
-        section = next(name for name, cls in sections().items() if cls.__name__ == error.title)
-        first = error.errors()[0]
-        key = f"{section}.{first['loc'][0]}"
-        must = f"it must be {describe_type(known[key].type)}"
-        raise UserError(f"{given[key][1]}: {key} = {first['input']!r}, but {must}") from None
+        name = next(name for name, cls in sections().items() if cls.__name__ == error.title)
+        key = f"{name}.{error.errors()[0]['loc'][0]}"
+        raise UserError(f"{given[key][1]}: {_complaint(name, error)}") from None
+
+
+def _complaint(section: str, error: ValidationError) -> str:
+    """What is wrong with a value, of a list with that part of it: "data.source[0].weight = 0, but it must be ..."."""
+    # Of what a setting may be, the list is meant where a part of it is complained of.
+    first = max(error.errors(), key=lambda found: any(isinstance(step, int) for step in found["loc"]))
+    key = f"{section}.{first['loc'][0]}"
+    wanted = config_fields()[key].type
+    for step in first["loc"][1:]:
+        if isinstance(step, int):
+            parts = [arg for arg in (wanted, *typing.get_args(wanted)) if typing.get_origin(arg) is tuple]
+            key, wanted = f"{key}[{step}]", typing.get_args(parts[0])[0]
+        elif dataclasses.is_dataclass(wanted):  # not the name that pydantic gives to a part of a union
+            names = {field.name: field.type for field in dataclasses.fields(wanted)}
+            if step not in names:
+                return f"there is no setting {key}.{step}{_suggest(step, names)}"
+            key, wanted = f"{key}.{step}", names[step]
+    if first["type"] in ("missing", "value_error"):
+        return f"{key} = {_shown(first['input'])} {first['ctx']['error']}" if "ctx" in first else f"{key} is missing"
+    must, shown = describe_type(wanted), _shown(first["input"])
+    near = difflib.get_close_matches(shown.strip("'"), re.findall(r"[\w:]+", must.partition("one of ")[2]), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    if key == "data.path" and isinstance(first["input"], list):
+        hint = "; name their folder, or give data.source a table for each"
+    return f"{key} = {shown}, but it must be {must}{hint}"
+
+
+def _shown(value: object) -> str:
+    """A value as a complaint shows it: as TOML and Python write it, and short."""
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except (ValueError, RecursionError):  # Python does not write integers of more than 4,300 digits
+        return "a value that fills pages"
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _takes_list(annotation: typing.Any, text: str) -> bool:
@@ -295,13 +399,15 @@ def _read_list(text: str) -> list | str:
         return [part.strip() for part in text.split(",")] if text else []
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # which is no list: the settings' own check says so
 
 
 def unknown_setting(key: str) -> str:
     """The complaint about a setting that does not exist, with the nearest one that does."""
-    return f"there is no setting {key}{_suggest(key, config_fields())}"
+    if key in REMOVED:
+        return f"{key} is no longer a setting; leave it out"
+    return f"there is no setting {key if key.isprintable() else repr(key)}{_suggest(key, config_fields())}"
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:
@@ -312,25 +418,3 @@ def _suggest(word: str, known: Iterable[str]) -> str:
         tails = {name.split(".")[-1]: name for name in names}
         near = [tails[t] for t in difflib.get_close_matches(word.split(".")[-1], tails, n=1)]
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names[:12])}"
-
-
-_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-
-
-def describe_type(annotation: typing.Any) -> str:
-    """A field's type in a user's words: "int > 0 or none", "one of adamw, muon"."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(args)
-    if origin is tuple:
-        return f"a list of {describe_type(args[0])}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(arg) for arg in args)
-    if origin is typing.Annotated:
-        limits = args[1].metadata
-        bounds = [f"{sign} {getattr(m, key)}" for m in limits for key, sign in _SIGNS if hasattr(m, key)]
-        patterns = [f"matching {m.pattern}" for m in limits if hasattr(m, "pattern")]
-        return " ".join([describe_type(args[0]), *patterns, " and ".join(bounds)]).strip()
-    if dataclasses.is_dataclass(annotation):
-        return "tables of " + ", ".join(field.name for field in dataclasses.fields(annotation))
-    return {type(None): "none", bool: "true or false", str: "text"}.get(annotation, annotation.__name__)

@@ -37,6 +37,10 @@ class StorageFailed(RunFailed):
     exit_code = EXIT_STORAGE
 
 
+class FolderLost(RunFailed):
+    """Another process took the run folder, or its lock was removed: nothing more may be written there. Exit code 1."""
+
+
 class HostLost(RunFailed):
     """A host of the run is dead or hangs. Exit code 75 (EX_TEMPFAIL): run the same command again."""
 

@@ -5,11 +5,18 @@ is its help; `python -m jaxgpt.train --help` prints it with the type and the def
 together, reads them from files, and says what must hold between them.
 """
 
+import dataclasses
 import functools
-from typing import TYPE_CHECKING, Annotated, Literal
+import hashlib
+import json
+import os
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+
+from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:  # type checkers understand the standard library's decorator best, and pydantic's makes the same class
     from dataclasses import dataclass as section
@@ -17,11 +24,23 @@ else:
     _config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     section = functools.partial(pydantic.dataclasses.dataclass, config=_config)
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 2**63  # no number of steps, tokens or bytes reaches it
+PositiveInt = Annotated[int, Field(gt=0, lt=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _expand(place: str) -> str:
+    """`place` with the home folder in place of ~, also in a task such as choices=~/own.jsonl."""
+    if not place.isprintable():
+        raise ValueError("has a control character; in TOML write 'C:\\temp' or \"C:/temp\"")
+    form, equals, file = place.partition("=~")
+    return form + equals[:1] + os.path.expanduser("~" + file) if equals else os.path.expanduser(place)
+
+
+Place = Annotated[str, Field(), AfterValidator(_expand)]  # a file or a folder, or the name of something else
 
 
 @section(frozen=True, kw_only=True)
@@ -50,17 +69,24 @@ class ModelConfig:
 class TokenizerConfig:
     type: Literal["bpe", "char", "folder"] = "bpe"
     """bpe trains a byte-level BPE on the data; char is one token a character; folder loads tokenizer.path."""
-    path: str | None = None
+    path: Place | None = None
     """Hugging Face tokenizer folder, or hf:NAME for that of a model on the hub; for type = folder."""
-    vocab_size: Annotated[int, Field(ge=257)] = 8192
-    """Entries of a trained BPE, the 256 bytes and the end-of-text token included."""
+    vocab_size: Annotated[int, Field(ge=257, lt=LARGEST)] | None = None
+    """Entries of a trained BPE, the 256 bytes and the end-of-text token included; a short text gives fewer. none: 8192,
+    or as many as the text gives."""
     train_bytes: PositiveInt = 20_000_000
     """The BPE is trained on documents spread evenly over the corpus, up to this many bytes of UTF-8."""
     special_tokens: tuple[str, ...] = ()
     """Tokens added to the vocabulary, one id each, that ordinary text never becomes (roles of a chat)."""
 
+    @property
+    def entries(self) -> int:
+        """The most entries that a trained BPE gets."""
+        return self.vocab_size or 8192
 
-Source = Annotated[str, Field(pattern=r"^(stdlib|text|html|jsonl|parquet|support|sgd|tfds:.+|huggingface:.+)$")]
+
+SOURCES = ("stdlib", "text", "html", "jsonl", "parquet", "support", "sgd", "tfds:NAME", "huggingface:NAME")
+Source = Annotated[str, Field(pattern=f"^({'|'.join(SOURCES)})$".replace("NAME", ".+"))]
 
 
 @section(frozen=True, kw_only=True)
@@ -68,7 +94,7 @@ class SourceConfig:
     """One part of a mixture."""
 
     source: Source
-    path: str | None = None
+    path: Place | None = None
     text_field: str = "text"
     weight: PositiveFloat = 1.0
     """Share of the text that comes from it, beside the weights of the others."""
@@ -80,7 +106,7 @@ class DataConfig:
     """Where documents come from: stdlib (this Python's own library), text, html, jsonl, parquet, tfds:NAME,
     huggingface:NAME, support (made-up customer service dialogues), sgd (Schema-Guided Dialogue), or a list of them,
     each a table of source, path, text_field and weight."""
-    path: str | None = None
+    path: Place | None = None
     """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
     text_field: str = "text"
     """Field that holds the document, for jsonl, parquet, tfds and huggingface."""
@@ -95,19 +121,15 @@ class DataConfig:
     """Stop reading the source after this many bytes of UTF-8; none reads it all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share held out: whole documents, or the tail of a single one; a TFDS validation split goes before it."""
-    prepared_dir: str = "prepared"
+    prepared_dir: Place = "prepared"
     """Folder that holds prepared datasets, one subfolder for each combination of data and tokenizer settings."""
     block_size: PositiveInt | None = None
-    """Tokens in a training window; none means model.n_positions."""
-    num_threads: PositiveInt = 2
-    """Threads of a process that read and assemble batches."""
-    prefetch_batches: PositiveInt = 4
-    """Batches kept ready ahead of the step."""
+    """Tokens in a training window; none means model.n_positions, or what a shorter text has."""
     verify: Literal["digests", "sizes"] = "digests"
     """Check of the prepared data at each start: every byte (about a second a GB), or the sizes of the shards."""
     num_proc: PositiveInt | None = None
     """Processes that clean and tokenize; none means one a core."""
-    skip_list: str | None = None
+    skip_list: Place | None = None
     """File of training rows that weigh nothing, one number a line, as `jaxgpt replay` writes it."""
 
 
@@ -165,7 +187,7 @@ class AugmentationConfig:
     """Seed of all changes."""
     shuffle_sentences: Fraction = 0.0
     """Chance that the sentences of a user turn change places."""
-    synonyms: str | None = None
+    synonyms: Place | None = None
     """File of words that may replace each other, one group a line, commas between."""
     synonym_rate: Fraction = 0.0
     """Chance of a word of the synonyms file to be replaced."""
@@ -185,8 +207,8 @@ class OptimizerConfig:
     """Peak learning rate of the matrices under muon; same schedule."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps over which the learning rate rises linearly from 0 to its peak; none: a tenth of the run, at most 100."""
     min_lr_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Final learning rate as a share of the peak, for linear, cosine and warmup_stable_decay."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -225,7 +247,7 @@ class TrainConfig:
 
 @section(frozen=True, kw_only=True)
 class MeshConfig:
-    data: Annotated[int, Field(ge=-1)] = -1
+    data: Annotated[int, Field(ge=-1, lt=LARGEST)] = -1
     """Devices that hold copies of the model and split the batch; -1 takes all that are left."""
     fsdp: PositiveInt = 1
     """Devices that split the batch and the parameters."""
@@ -239,8 +261,8 @@ class MeshConfig:
 
 @section(frozen=True, kw_only=True)
 class CheckpointConfig:
-    save_steps: PositiveInt = 500
-    """Steps between checkpoints; the last step is always saved."""
+    save_steps: PositiveInt | None = None
+    """Steps between checkpoints; the last step is always saved. none: as eval_steps, or a multiple of it."""
     save_total_limit: PositiveInt = 2
     """Latest checkpoints kept."""
     keep_best: bool = True
@@ -264,8 +286,9 @@ class FaultsConfig:
 
 @section(frozen=True, kw_only=True)
 class EvalConfig:
-    eval_steps: PositiveInt = 500
-    """Steps between evaluations; the last step is always evaluated."""
+    eval_steps: PositiveInt | None = None
+    """Steps between evaluations; the last step is always evaluated. none: a tenth of the run, at most 500, or a near
+    divisor of save_steps."""
     eval_batches: PositiveInt | None = None
     """Validation batches of an evaluation; none reads the whole split."""
     per_device_eval_batch_size: PositiveInt | None = None
@@ -276,7 +299,7 @@ class EvalConfig:
     """Tokens sampled at each evaluation, the most of an answer; 0 turns it off."""
     chat_prompts: NonNegativeInt = 16
     """Validation conversations answered at each evaluation of a chat model, to see which answers stop; 0: none."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[Place, ...] = ()
     """Questions scored at each evaluation, written as for `evaluate --task`; metrics eval_NAME_acc and so on."""
     early_stopping_patience: PositiveInt | None = None
     """Evaluations in a row without a better validation loss after which the run ends, and hf/ gets the best checkpoint;
@@ -293,15 +316,15 @@ class LogConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     wandb_project: str | None = None
     """Also send the metrics to this Weights & Biases project (pip install wandb)."""
-    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]*:[1-9][0-9]*)$")] = ""
+    profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]{0,9}:[1-9][0-9]{0,9})$")] = ""
     """Steps to trace for XProf, first:last (10:13); empty for none."""
 
 
 @section(frozen=True, kw_only=True)
 class InitConfig:
-    from_checkpoint: str | None = None
+    from_checkpoint: Place | None = None
     """Start from the weights of this jaxgpt run or step folder, with a fresh optimizer; none starts from scratch."""
-    from_huggingface: str | None = None
+    from_huggingface: Place | None = None
     """Start from the GPT-2 weights of this Hugging Face folder or hub name (gpt2), with a fresh optimizer."""
 
 
@@ -310,3 +333,40 @@ def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
     if isinstance(data.source, str):
         return (SourceConfig(source=data.source, path=data.path, text_field=data.text_field),)
     return data.source
+
+
+# ---------------------------------------------------------------- types in words
+
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def describe_type(annotation: Any) -> str:
+    """A field's type in a user's words: "int > 0 or none", "one of adamw, muon"."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal or annotation == Source:
+        return "one of " + ", ".join(SOURCES if annotation == Source else args)
+    if origin is tuple:
+        return f"a list of {describe_type(args[0])}"
+    if origin in (Union, UnionType):
+        return " or ".join(describe_type(arg) for arg in args)
+    if origin is Annotated:
+        limits = [limit for limit in args[1].metadata if getattr(limit, "lt", None) != LARGEST]
+        bounds = [f"{sign} {getattr(m, key)}" for m in limits for key, sign in _SIGNS if hasattr(m, key)]
+        patterns = [f"matching {m.pattern}" for m in limits if hasattr(m, "pattern")]
+        return " ".join([describe_type(args[0]), *patterns, " and ".join(bounds)]).strip()
+    if dataclasses.is_dataclass(annotation):
+        return "tables of " + ", ".join(field.name for field in dataclasses.fields(annotation))
+    return {type(None): "none", bool: "true or false", str: "text"}.get(annotation, annotation.__name__)
+
+
+def with_digest(plain: dict) -> dict:
+    """The settings as JSON has them, and their SHA-256 under a key of its own."""
+    return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def remove_digest(read: object) -> None:
+    """Take the key of `with_digest` away, if it is there; `UserError` where the settings have another digest."""
+    if isinstance(read, dict) and (written := read.pop("sha256", None)) not in (None, with_digest(read)["sha256"]):
+        raise UserError(
+            f"is not as it was written; put that back, or delete its line sha256 ({written!s:.8}…) if you changed it"
+        )

@@ -48,9 +48,9 @@ from tiny import save_as_run
 from jaxgpt.config import Config
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.tokenizer import Tokenizer, train_bpe
-from jaxgpt.inference.decode import build_decoder
+from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.engine import Engine
-from jaxgpt.inference.text import token_bytes
+from jaxgpt.inference.prompts import token_bytes
 from jaxgpt.model import gpt2
 from jaxgpt.serving.served_model import ServedModel
 from jaxgpt.settings import ChatConfig, ModelConfig, TrainConfig

@@ -16,7 +16,8 @@ import pytest
 from jaxgpt.config import Config
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.dataset import RECORD_TOKENS, SPLITS, TokenStream, open_dataset
-from jaxgpt.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
+from jaxgpt.data.tokenizer import END_OF_TEXT, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import make_dataset, writer
 from jaxgpt.preparation.make_dataset import prepare

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxgpt.data.tokenizer import END_OF_TEXT, char_tokenizer, cut, load_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer import END_OF_TEXT, char_tokenizer, cut, spread, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 
 ODD = "Hello  world\r\n\n\t  你好，世界 🙂👩‍👩‍👧 e\u0301 \x00\x07\x1c\x7f\u2028\u00a0\ufeff fin \n"

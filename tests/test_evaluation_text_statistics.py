@@ -13,7 +13,7 @@ from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation.text_statistics import Prompts, Written, check, figures, validation_prompts, written_prompts
-from jaxgpt.inference.decode import build_decoder
+from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.settings import ModelConfig

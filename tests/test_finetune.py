@@ -14,7 +14,8 @@ from tiny import TRAINED, save_as_run
 
 from jaxgpt import train
 from jaxgpt.config import load_config
-from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
+from jaxgpt.data.tokenizer import train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.model import gpt2
 from jaxgpt.preparation.make_dataset import given_tokenizer
 from jaxgpt.settings import ModelConfig

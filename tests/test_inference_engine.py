@@ -11,7 +11,7 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import slots
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.engine import Engine, Piece, QueueFull, Request
 from jaxgpt.inference.sampling import SamplingOptions, rules_of, sample
 from jaxgpt.model import gpt2

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer, char_tokenizer, train_bpe
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import TextGeneration, TextStream, complete, fit_prompt
 from jaxgpt.model import gpt2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.model import backend, gpt2, tpu
+from jaxgpt.model import backend, backend_choice, gpt2
 from jaxgpt.model.attention import attend
 from jaxgpt.model.backend import PLAIN
 from jaxgpt.model.backend_choice import choose_backend
@@ -88,7 +88,7 @@ def test_tpu_operations_are_the_plain_ones(name, dtype):
     as_float = lambda function: value_and_gradients(
         function, [x.astype(jnp.float32), *weights], dout.astype(jnp.float32)
     )
-    ours = value_and_gradients(getattr(tpu, name), [x, *weights], dout)
+    ours = value_and_gradients(getattr(backend_choice, name), [x, *weights], dout)
     expected = as_float(plain)
     limit = 1e-6 if dtype == jnp.float32 else 2.0**-8  # bfloat16 rounds to 2^-9 once or twice on the way
     assert relative(ours[0], expected[0]) < limit
@@ -100,7 +100,7 @@ def test_the_whole_network_on_the_tpu_operations_has_the_plain_loss_and_gradient
     config = ModelConfig(n_layer=2, n_head=2, n_embd=128, n_positions=64, dtype="float32")
     params = jax.jit(gpt2.init_params, static_argnums=(0, 1))(config, 300, jax.random.key(0))
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 65), 0, 300)
-    fast = dataclasses.replace(tpu.TPU, attend=lambda q, k, v, **_: interpreted(q, k, v), loss_rows=32)
+    fast = dataclasses.replace(backend_choice.TPU, attend=lambda q, k, v, **_: interpreted(q, k, v), loss_rows=32)
 
     def loss(params, backend):
         hidden_BTD = gpt2.bind(config, 300, params).hidden(tokens_BT[:, :-1], backend=backend)

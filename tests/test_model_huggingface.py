@@ -11,7 +11,7 @@ import pytest
 
 from jaxgpt.config import Config
 from jaxgpt.data.pipeline import Batch
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.model.huggingface import NAMES, open_model, read_params, write_model

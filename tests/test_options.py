@@ -9,7 +9,6 @@ import re
 import tempfile
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +27,7 @@ from jaxgpt.parallel.mesh import batch_shards, build_mesh
 from jaxgpt.parallel.sharding import micro_batches_sharding
 from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.preparation.cleaning import Cleaner
+from jaxgpt.preparation.dialogues import conversation
 from jaxgpt.preparation.duplicates import find_repeats, signature
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.sources import documents
@@ -35,7 +35,7 @@ from jaxgpt.training.bad_steps import BadStep, BadSteps
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.optimizer import arguments, build_optimizer
-from jaxgpt.training.run_state import EarlyStopping, Position
+from jaxgpt.training.run_state import EvaluationHistory, Position
 from jaxgpt.training.step import build_program, resolve_batch, resolve_steps
 
 BASE = {
@@ -169,7 +169,7 @@ def bad_steps(config: Config) -> list:
 
 def early_ends(config: Config) -> list[bool]:
     """Whether a run would end after each of some evaluations."""
-    early, ends = EarlyStopping(config, Position()), []
+    early, ends = EvaluationHistory(config, Position()), []
     for step, loss in enumerate((3.0, 2.0, 2.5), 1):
         early.note(step, loss)
         ends.append(early.reason(step) != "")
@@ -251,7 +251,7 @@ def copies(config: Config) -> list[str]:
     return Augmenter(config.augmentation).copies(CONVERSATION, 7)
 
 
-CONVERSATION = chat.conversation(
+CONVERSATION = conversation(
     {"messages": [{"role": role, "content": "One two. Three four."} for role in ("user", "assistant") * 2]}, "here"
 )
 MIXED = {"data.source": "jsonl", "data.path": "{folder}/mixed.jsonl", "data.on_bad_record": "skip"}
@@ -294,8 +294,6 @@ OPTIONS = {
     "data.validation_fraction": (0.5, prepared, {}),
     "data.prepared_dir": ("{folder}/elsewhere", prepared, {}),
     "data.block_size": (8, first_batch, {}),
-    "data.num_threads": (3, None, {}),
-    "data.prefetch_batches": (9, None, {}),
     "data.verify": ("sizes", None, {}),
     "data.num_proc": (2, None, {}),
     "data.skip_list": ("{folder}/skip.txt", None, {}),
@@ -383,8 +381,6 @@ TOGETHER = [
 ELSEWHERE = {
     "model.attention": "test_model_backend.test_a_kernel_asked_for_on_the_wrong_device_is_an_error",
     "train.compilation_cache_dir": "test_parallel_compiler.py",
-    "data.num_threads": "test_threads_and_prefetch_reach_grain",
-    "data.prefetch_batches": "test_threads_and_prefetch_reach_grain",
     "chat.packing": "test_preparation_packing."
     "test_every_conversation_is_there_once_whole_with_its_mask_and_its_document",
     "data.num_proc": "test_preparation_preparation.test_the_setting_says_how_many_processes_work",
@@ -423,14 +419,6 @@ def test_the_setting_changes_something(name, folder):
 def test_what_is_looked_at_does_not_change_by_itself(look, folder):
     look = getattr(look, "__wrapped__", look)
     assert look(load(folder, {})) == look(load(folder, {}))
-
-
-def test_threads_and_prefetch_reach_grain(folder, monkeypatch):
-    seen = []
-    real = grain.ReadOptions
-    monkeypatch.setattr(grain, "ReadOptions", lambda **options: seen.append(options) or real(**options))
-    run(load(folder, {"data.num_threads": 3, "data.prefetch_batches": 9, "train.max_steps": 2}))
-    assert {"num_threads": 3, "prefetch_buffer_size": 9} in seen
 
 
 def test_mesh_data_is_checked_against_the_devices(folder):

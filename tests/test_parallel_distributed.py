@@ -1,5 +1,6 @@
 """Several processes as one run, with real processes: joining, agreeing, losing one, leaving; and the training."""
 
+import contextlib
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import FAIL_AT, HOST_TIMEOUT, STOP_AT, environments, joined, started
+from processes import FAIL_AT, HOST_TIMEOUT, STOP_AT, environments, joined, started, wait_for
 from tiny import RUN
 
 from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, UserError
@@ -149,6 +150,39 @@ def test_processes_with_different_versions_of_jax_do_not_join(roll_calls):
 def test_two_processes_with_one_number_do_not_join(roll_calls):
     errors = roll_calls([(0, 3), (1, 3), (1, 3)], 20)
     assert all("both say that they are process 1" in line for line in errors), errors
+
+
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["whole lines", "lines without an end"])
+def test_strangers_on_the_port_neither_break_nor_delay_a_start(end):
+    hello = {"process": 1, "processes": 2, "same": {}, "host": "elsewhere", "pid": 1}
+    wrong = [{"process": [1]}, {"process": 99}, {"process": -1}, {"process": 0}, {"process": True}, {"same": [1]}]
+    wrong += [{"pid": None}, {"more": 1}, {"host": 5}, {"processes": "2"}]
+    lines = [json.dumps(hello | change).encode() for change in wrong]
+    lines += [b"GET / HTTP/1.1\r\n\r", b"[" * 4000, b"\xff\xfe", b"x" * 100_000, b"null", b"", b"", b"", b"", b""]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        host, port = unused.getsockname()
+    place = lambda process: ProcessPlace(f"{host}:{port}", 2, process)
+    with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as strangers:
+        first = pool.submit(roll_call, place(0), 20.0)
+        for line in lines:
+            connection = strangers.enter_context(connected(host, port))
+            with contextlib.suppress(OSError):  # the longest is cut off while it is sent
+                connection.sendall(line + end)
+        pool.submit(roll_call, place(1), 20.0).result()
+        first.result()
+
+
+def connected(host: str, port: int) -> socket.socket:
+    """A connection to a server that may still be starting."""
+    found = []
+
+    def connect() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            found.append(socket.create_connection((host, port)))
+        return bool(found)
+
+    wait_for(connect)
+    return found[0]
 
 
 def test_a_port_that_is_taken_is_named():

@@ -17,7 +17,7 @@ from processes import wait_for
 
 from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import chunks, duplicates, make_dataset, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
@@ -91,11 +91,11 @@ class Recorder(Processes):
 
 def test_the_shards_do_not_depend_on_chunks(tmp_path, monkeypatch):
     config, found = config_of(tmp_path, cleaning=CLEANING), []
-    for size in (1500, CHUNK, 10**9):
+    for size in (1500, 10**9):
         monkeypatch.setattr(stages, "CHUNK_BYTES", size)
         found.append(shards(prepare(elsewhere(config, tmp_path / str(size)))))
     assert len(found[0]) == 5
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 @pytest.mark.system
@@ -305,6 +305,89 @@ def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
     (told,) = report["bad_records"].values()
     assert told["count"] == 1
     assert "chat.jsonl:3, turns 1 and 2" in told["where"][0]
+
+
+def write_records(folder: Path, records: list[dict]) -> dict:
+    """The data section of these conversations."""
+    (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return {"format": "chat", "path": str(folder / "chat.jsonl")}
+
+
+def test_forty_dialogues_in_any_form_need_no_setting_but_the_path_and_the_report_names_their_forms(tmp_path, capsys):
+    forms = [
+        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "id": 3},
+        lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+        lambda q, a: {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]},
+        lambda q, a: {"instruction": q, "input": "", "output": a, "source": "x"},
+    ]
+    found, texts = [], [(f"what is {number}?", f"it is {number}") for number in range(40)]
+    for name, chosen in (("one", forms[:1] * 4), ("four", forms)):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = [chosen[number % 4](*text) for number, text in enumerate(texts)]
+        found.append(prepare(config_of(folder, data=write_records(folder, records))))
+    assert {**shards(found[0]), "metadata.json": ""} == {**shards(found[1]), "metadata.json": ""}
+    dataset, report = open_dataset(found[1]), preparation_report.read(found[1])
+    assert dataset.train.num_documents + dataset.validation.num_documents == 40
+    forms_line = "messages (10), conversations (10), prompt/completion (10), instruction/output (10)"
+    assert report["forms"] == {"forms": forms_line, "fields not read": "id (10), source (10)"}
+    out, page = capsys.readouterr().out, (found[1] / "report.html").read_text()
+    assert f"  forms      {forms_line}\n  fields not read id (10), source (10)\n" in out
+    assert "instruction/output (10)" in page and "id (10), source (10)" in page
+
+
+@pytest.mark.parametrize(
+    ("records", "cleaning", "told"),
+    [
+        (1, {}, "one conversation is left of 1,"),
+        (8, {"drop_duplicates": True}, "one conversation is left of 8,"),
+        (8, {"near_duplicates": 0.8, "min_chars": 4}, "one conversation is left of 8,"),
+    ],
+)
+def test_one_conversation_is_not_cut_in_two(records, cleaning, told, tmp_path):
+    data = write_records(tmp_path, [{"prompt": "hello there", "response": "good day to you"}] * records)
+    with pytest.raises(UserError, match=told):
+        prepare(config_of(tmp_path, data=data, cleaning=cleaning))
+
+
+def test_every_record_is_in_a_split_or_counted(tmp_path):
+    good = [{"prompt": f"what is {number}?", "response": f"it is {number}"} for number in range(20)]
+    calls = [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}] * 3
+    bad = [*calls, {"prompt": "x"}, {"messages": []}, {"prompt": "long", "response": "word " * 200}, {}]
+    records = [*good[:10], *bad, *good, {"prompt": "hi", "response": "<!>"}]
+    data = write_records(tmp_path, records) | {"on_bad_record": "skip"}
+    config = config_of(tmp_path, data=data, cleaning={"drop_duplicates": True, "min_chars": 10})
+    report = preparation_report.read(prepare(config))
+    kept = sum(split["num_documents"] for split in report["splits"].values())
+    left_out = {reason: bad["count"] for reason, bad in report["bad_records"].items()}
+    dropped = {step["step"]: step["dropped"] for step in report["steps"] if step["dropped"]}
+    assert (kept, dropped) == (20, {"drop_duplicates": 10, "min_chars": 1})
+    assert left_out == {'"tool_calls" cannot be learned': 3, "unknown format": 3, "longer than a block": 1}
+    assert kept + sum(left_out.values()) + sum(dropped.values()) == len(records)
+
+
+def test_of_two_conversations_one_is_held_out(tmp_path):
+    data = write_records(tmp_path, [{"prompt": text, "response": text} for text in ("one", "two")])
+    dataset = open_dataset(prepare(config_of(tmp_path, data=data)))
+    assert dataset.train.num_documents == dataset.validation.num_documents == 1
+
+
+def test_copies_keep_what_is_not_learned(tmp_path):
+    turns = [{"role": "assistant", "content": "hello"}]
+    for number in range(4):
+        answer = {"role": "assistant", "content": f"answer {number}", "weight": int(number == 3)}
+        turns += [{"role": "user", "content": f"question {number}"}, answer]
+    copies = {"copies": 3, "drop_turns": 0.5}
+    config = config_of(
+        tmp_path, data=write_records(tmp_path, [{"messages": turns, "n": n} for n in range(6)]), augmentation=copies
+    )
+    dataset = open_dataset(prepare(config))
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    learned = set()
+    for row in range(dataset.train.num_rows):
+        for _, tokens, supervised in dataset.train.row(row).conversations():
+            learned.add(tokenizer.decode(tokens[supervised]))
+    assert learned == {"", "answer 3<|im_end|>"} or learned == {"answer 3<|im_end|>"}
 
 
 # ---------------------------------------------------------------- which settings make another dataset

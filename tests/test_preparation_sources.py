@@ -371,15 +371,12 @@ def test_text_is_no_conversation_and_a_conversation_no_text(source, format):
             use(DataConfig(source=source, format=format))
 
 
-def test_turns_stored_as_columns_are_turns(tmp_path):
+def test_turns_in_parquet_may_be_a_list_a_table_of_columns_or_json(tmp_path):
+    turns = messages(("user", "q"), ("assistant", "a"))
     columns = {"role": ["user", "assistant"], "content": ["q", "a"]}
-    write_parquet(tmp_path / "a.parquet", messages=[messages(("user", "q"), ("assistant", "a"))])
-    from jaxgpt.preparation.catalogs import _turns
-
-    assert _turns(columns) == messages(("user", "q"), ("assistant", "a"))
-    assert _turns({"a": [1], "b": [1, 2]}) == {"a": [1], "b": [1, 2]}
-    found = texts(source="parquet", path=str(tmp_path), format="chat")
-    assert found == [json.dumps(_turns(columns))]
+    for number, stored in enumerate((turns, columns, json.dumps(turns))):
+        write_parquet(tmp_path / f"{number}.parquet", messages=[stored], conversations=[None])
+    assert texts(source="parquet", path=str(tmp_path), format="chat") == [json.dumps(turns)] * 3
 
 
 # ---------------------------------------------------------------- mixtures

@@ -17,7 +17,8 @@ from jaxgpt.config import load_config
 from jaxgpt.data import pipeline
 from jaxgpt.data.chat import with_chat_tokens
 from jaxgpt.data.dataset import open_dataset
-from jaxgpt.data.tokenizer import char_tokenizer, load_tokenizer, train_bpe
+from jaxgpt.data.tokenizer import char_tokenizer, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.inference import answers
 from jaxgpt.model import gpt2

@@ -18,7 +18,7 @@ import pytest
 from jaxgpt import sample
 from jaxgpt.config import Config, to_json
 from jaxgpt.data.tokenizer import train_bpe
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2
 from jaxgpt.settings import ModelConfig

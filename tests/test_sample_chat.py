@@ -17,7 +17,7 @@ from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.tokenizer import TEMPLATE, train_bpe
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.prompts import ChatPrompts, ChatSession
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model import gpt2

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import serving
 
+from jaxgpt.inference.prompts import token_bytes
 from jaxgpt.inference.sampling import SamplingOptions
-from jaxgpt.inference.text import complete, token_bytes
+from jaxgpt.inference.text import complete
 
 pytest_plugins = ["serving"]
 

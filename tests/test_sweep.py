@@ -16,7 +16,7 @@ from tiny import save_as_run
 
 from jaxgpt import sweep
 from jaxgpt.config import load_config
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import Interrupted, UserError
 from jaxgpt.model import gpt2
 from jaxgpt.training.bad_steps import BadStep

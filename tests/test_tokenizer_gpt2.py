@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
+from jaxgpt.data.tokenizer import END_OF_TEXT, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 
 CODE = """def f(x):
 \tif x >= 10:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,9 +19,11 @@ from tiny import overrides
 
 from jaxgpt import train
 from jaxgpt.config import Config
+from jaxgpt.data.dataset import open_dataset
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
-from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training import loop
+from jaxgpt.training.checkpoint import Checkpoints, finished_steps
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import check_logits, load_model
 
@@ -185,6 +188,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(trained, tmp
     assert max(saved) <= max(line["step"] for line in lines)
 
 
+def test_a_run_whose_folder_another_process_took_stops_and_writes_nothing_more(trained, tmp_path, monkeypatch, capsys):
+    workdir, other = tmp_path / "run", json.dumps({"id": "another's", "pid": 12, "host": "tpu-7"})
+    monkeypatch.setattr(loop, "failpoint", lambda name: (workdir / "lease.json").write_text(other))
+    assert train.main(["--config", str(trained.config), "--workdir", str(workdir)]) == 1
+    assert "taken over by process 12 on tpu-7; this process stops and writes nothing more" in capsys.readouterr().err
+    assert [*steps(workdir)] == [1, 2, 3]  # it was taken in the evaluation after step 3
+    assert (workdir / "lease.json").read_text() == other
+    assert {"checkpoints", "report.html", "hf", "faults.jsonl"}.isdisjoint(path.name for path in workdir.iterdir())
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_42_and_the_same_command_goes_on(trained, tmp_path, number):
@@ -279,3 +292,65 @@ def test_a_folder_that_is_no_checkpoint_says_so(trained, tmp_path):
     unfinished.mkdir()
     with pytest.raises(UserError, match="finished checkpoint"):
         load_model(unfinished)
+
+
+# ---------------------------------------------------------------- little data and few settings
+
+SMALL_MODEL = '[model]\nn_layer = 1\nn_head = 2\nn_embd = 16\ndtype = "float32"\n'
+SUBJECTS = ("今天的天气", "这家图书馆", "深度学习", "人工智能", "我的老师", "北京的秋天", "这本小说")
+REMARKS = ("真让人高兴", "需要大量的数据", "改变了我们的生活", "值得慢慢地看", "离这里不远", "说起来话很长")
+
+
+def web_lines(count: int) -> list[str]:
+    """Sentences as they are copied from web pages: with tags, entities, emoji and spaces."""
+    pick = np.random.default_rng(5)
+    sentence = lambda: f"{pick.choice(SUBJECTS)}{pick.choice(REMARKS)}"
+    return [f"<p class='a'>{sentence()}，<b>{sentence()}</b>！😀🎉&nbsp;  第{n}篇。<br/></p>" for n in range(count)]
+
+
+def in_a_process(verb: str, *options: str, code: int = 0) -> str:
+    """What a command prints that has the working directory, and one device, to itself."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", f"jaxgpt.{verb}", *options]
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | flags)
+    assert found.returncode == code, found.stdout
+    assert "Traceback" not in found.stdout
+    return found.stdout
+
+
+@pytest.mark.system
+def test_a_beginner_cleans_sixty_lines_and_fine_tunes_on_forty_dialogues_with_four_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    Path("corpus.txt").write_text("\n".join(web_lines(60)), encoding="utf-8")
+    few = "[train]\nnum_train_epochs = 3\nper_device_train_batch_size = 4\n[checkpoint]\nsave_total_limit = 2\n"
+    data = '[data]\nsource = "text"\npath = "corpus.txt"\n[cleaning]\nhtml = true\nemoji = "strip"\nwhitespace = true\n'
+    Path("text.toml").write_text(SMALL_MODEL + data + few + "save_steps = 500\n")
+    assert "prepared data: prepared/corpus-" in in_a_process("prepare", "--config", "text.toml")
+    [folder] = Path("prepared").glob("corpus-*")
+    dataset = open_dataset(folder)
+    text = dataset.tokenizer.decode(dataset.train.read(0, dataset.train.num_tokens))
+    assert "今天的天气" in text and not re.search("[<>😀🎉]|&nbsp;|class", text.replace("<|endoftext|>", ""))
+    printed = in_a_process("train", "--config", "text.toml")
+    assert f"data.block_size = {dataset.train.num_tokens - 1}, as the text has no more" in printed
+    assert dataset.train.num_tokens < 1024 < dataset.train.num_tokens + 600  # less than the model could read
+
+    turns = lambda n: [("user", f"第{n}个问题：{SUBJECTS[n % 7]}怎么样？"), ("assistant", f"{REMARKS[n % 6]}。")]
+    dialogues = [{"messages": [{"role": role, "content": words} for role, words in turns(n)]} for n in range(40)]
+    lines = [json.dumps(dialogue, ensure_ascii=False) for dialogue in dialogues]
+    Path("dialogues.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = '[data]\nsource = "jsonl"\npath = "dialogues.jsonl"\nformat = "chat"\n'
+    start = '[tokenizer]\ntype = "folder"\npath = "runs/text/hf"\n[init]\nfrom_huggingface = "runs/text/hf"\n'
+    Path("chat.toml").write_text(SMALL_MODEL + data + start + few + "save_steps = 10_000\n")
+    in_a_process("train", "--config", "chat.toml")
+    assert len(finished_steps(Path("runs/chat"))) == 1  # the last one, of the few that three packed epochs are
+    rows = ("--config", "chat.toml", "--chat.packing", "false", "--checkpoint.save_steps", "7")
+    in_a_process("train", *rows, "--workdir", "runs/rows")
+    *_, before, last = finished_steps(Path("runs/rows"))
+    assert before == (last - 1) // 7 * 7 and 20 < last < 40
+    evaluated = [line["step"] for line in read_metrics(Path("runs/rows")) if "eval_loss" in line]
+    assert len(evaluated) >= 4 and {before, last} < {*evaluated}
+    error = in_a_process("train", *rows, "--optimizer.warmup_steps", "100", "--workdir", "runs/none", code=2)
+    assert f"warmup_steps = 100 is more than train.max_steps = {last}, which train.num_train_epochs = 3 gives" in error
+    assert not Path("runs/none").exists()
+    assert in_a_process("sample", "--checkpoint", "runs/rows", "--prompt", "你好", "--max-new-tokens", "5")

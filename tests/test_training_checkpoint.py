@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -14,13 +15,23 @@ import pytest
 from tiny import CONFIG, batch, program
 
 from jaxgpt import train
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import RunFailed, StorageFailed, UserError
 from jaxgpt.model.huggingface import open_model
 from jaxgpt.settings import CheckpointConfig, FaultsConfig, MeshConfig
 from jaxgpt.storage import manifest
 from jaxgpt.training import checkpoint, models, recovery
-from jaxgpt.training.checkpoint import FOLDER, METADATA, SAVING, Checkpoints, find_step, finished_steps, read_config
+from jaxgpt.training.checkpoint import (
+    FOLDER,
+    METADATA,
+    SAVING,
+    Checkpoints,
+    best_step,
+    find_step,
+    finished_steps,
+    read_config,
+    step_to_use,
+)
 from jaxgpt.training.models import load_model, write_settings
 from jaxgpt.training.recovery import QUARANTINE, clean_leftovers, damage, newest_whole_step, read_faults
 
@@ -305,6 +316,26 @@ def test_the_best_checkpoint_has_a_name(run, compiled):
         find_step(best)
     with pytest.raises(UserError, match="runs/x: no such checkpoint"):
         find_step(Path("runs/x@best"))
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([2.0, math.nan], 1),
+        ([math.nan, 2.0, 3.0], 2),
+        ([math.nan], None),
+        ([math.inf, math.nan], None),
+        ([0.0, 1.0], 1),
+    ],
+)
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, losses, best):
+    for step, loss in enumerate(losses, 1):
+        folder = tmp_path / "checkpoints" / str(step)
+        folder.mkdir(parents=True)
+        (folder / "manifest.sha256").touch()
+        (folder / "metadata.json").write_text(json.dumps({"step": step, "eval_loss": loss, "why_best": "it overfits"}))
+    assert best_step(tmp_path) == best
+    assert step_to_use(tmp_path) == (best or len(losses), "it overfits")
 
 
 def test_a_step_saved_again_takes_the_place_of_the_older_one(run, compiled):

@@ -23,7 +23,7 @@ from jaxgpt.parallel.mesh import build_mesh
 from jaxgpt.settings import EvalConfig, MeshConfig, TrainConfig
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.models import load_model
-from jaxgpt.training.run_state import EarlyStopping, Position, position
+from jaxgpt.training.run_state import EvaluationHistory, Position, position
 from jaxgpt.training.step import lay_out
 
 CONFIG = (
@@ -129,6 +129,7 @@ def test_each_line_says_what_share_of_the_time_data_took(profiled):
 
 LETTERS = "abcdefgh"
 FIRST, LAST = 4, 120  # the first evaluation, and max_steps
+END = 80  # of a run that does not stop early
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,8 @@ def overfitting(tmp_path_factory) -> Path:
 def settings(folder: Path, **more) -> dict:
     tasks = f"choices={folder}/own.jsonl,lambada={folder}/lambada.jsonl"
     return {
-        "model__n_layer": 1, "data__validation_fraction": 0.5, "optimizer__learning_rate": 0.03,
+        "model__n_layer": 1, "data__validation_fraction": 0.5, "optimizer__learning_rate": 0.01,
+        "optimizer__lr_scheduler_type": "constant",  # one program for any number of steps
         "train__max_steps": LAST, "eval__eval_steps": FIRST, "eval__eval_batches": "none", "eval__tasks": tasks,
         "eval__early_stopping_patience": 3, "checkpoint__save_steps": FIRST, "checkpoint__save_total_limit": 99,
     } | more  # fmt: skip
@@ -239,23 +241,75 @@ def test_a_loss_that_is_lower_by_no_more_than_the_threshold_is_not_better_but_is
         train=TrainConfig(max_steps=100),
         eval=EvalConfig(eval_steps=1, early_stopping_patience=2, early_stopping_threshold=0.25),
     )
-    early = EarlyStopping(config, Position())
+    early = EvaluationHistory(config, Position())
     told = []
     for step, loss in enumerate([3.0, 2.5, 2.25, 1.75, 1.5, math.nan, 0.0], 1):
         early.note(step, loss)
         told.append(bool(early.reason(step)))
     assert told == [False, False, False, False, False, True, False]
-    assert early.counts() == {"best_loss": 0.0, "best_step": 7, "not_better": 0}
+    assert (early.now.best_loss, early.now.best_step, early.now.not_better) == (0.0, 7, 0)
 
 
 def test_a_run_that_has_stopped_early_goes_on_with_a_larger_patience_or_none():
     def reason(patience: int | None, step: int = 40) -> str:
         config = Config(train=TrainConfig(max_steps=100), eval=EvalConfig(early_stopping_patience=patience))
-        return EarlyStopping(config, Position(step, best_loss=2.0, best_step=10, not_better=3)).reason(step)
+        return EvaluationHistory(config, Position(step, best_loss=2.0, best_step=10, not_better=3)).reason(step)
 
     assert reason(2) == reason(3) != ""
     assert reason(4) == reason(None) == ""
     assert reason(3, step=100) == ""  # it is at its end anyway
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "told_at"),
+    [
+        ([3.0, 2.0, 1.5, 1.0], [3.0, 2.0, 2.1, 2.2], [4]),
+        ([3.0, 2.0, 1.5, 1.0], [3.0, 2.0, 2.005, 2.01], []),  # by no more than a hundredth
+        ([3.0, 2.0, 1.5, 1.0], [3.0, 2.0, 2.0, math.nan], [4]),
+        ([3.0, 2.0, 2.5, 2.6], [3.0, 2.0, 2.5, 2.6], []),  # it diverges, which no better checkpoint explains
+        ([3.0, 2.0, 1.5, 1.0, 0.9], [math.nan, 2.0, 2.5, 2.6, 1.9], [4]),  # and no longer at 5
+        ([3.0, 2.0, 1.5, 1.0, 0.9], [3.0, 2.0, 2.5, 2.4, 2.3], [4, 5]),
+        ([3.0, 2.0], [3.0, 4.0], []),  # one evaluation is none yet
+    ],
+)
+def test_a_validation_loss_that_rises_while_training_falls_is_noticed(training, validation, told_at):
+    config = Config(train=TrainConfig(max_steps=100))
+    whole, found = EvaluationHistory(config, Position()), []
+    for step, (train_loss, eval_loss) in enumerate(zip(training, validation), 1):
+        part = EvaluationHistory(config, whole.now)  # as after a restart
+        for history in (whole, part):
+            history.add(2 * train_loss, 2.0)
+            history.note(step, eval_loss)
+        assert repr(part.now) == repr(whole.now)
+        found += [step] if whole.now.overfits else []
+    assert found == told_at
+    if told_at and math.isfinite(validation[-1]):
+        assert whole.now.best_step == validation.index(min(validation[1:])) + 1
+
+
+def test_a_run_that_overfits_says_so_and_hands_out_its_best_weights(overfitting, stopped, tmp_path, capsys, caplog):
+    """It is that which has stopped early, and goes on without a patience."""
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped[0], workdir)
+    more = {"eval__early_stopping_patience": "none", "eval__tasks": "", "eval__eval_steps": 20}
+    arguments = command(
+        overfitting, workdir, **settings(overfitting, **more, checkpoint__save_steps=20, train__max_steps=END)
+    )
+    assert train.main(arguments) == 0
+    losses = {step: line["eval_loss"] for step, line in evaluations(workdir).items()}
+    best = min(losses, key=losses.get)
+    assert best < END - 40 and losses[END] > 1.01 * losses[best]
+    printed = capsys.readouterr().out
+    [told] = [line for line in printed.splitlines() if line.startswith("overfit")]
+    assert "validation loss rises while training loss falls" in told
+    why = f"{losses[END]:.4f} at step {END}, lowest {losses[best]:.4f} at step {best}"
+    assert why in printed and f"weights of step {best}, the best checkpoint" in printed
+    page = (workdir / "report.html").read_text()
+    assert why in page and f"Used where no step is named: step {best}" in page
+    model, exported = load_model(workdir), load_model(workdir / "hf")
+    assert model.step == best and f"takes step {best}, the best, and not {END}: validation loss rises" in caplog.text
+    np.testing.assert_array_equal(exported.params["wpe"], model.params["wpe"])
+    assert load_model(workdir / "checkpoints" / str(END)).step == END
 
 
 def test_a_checkpoint_from_before_early_stopping_is_a_position_that_has_seen_no_evaluation():

@@ -107,6 +107,18 @@ def test_time_split_adds_up_each_activity_and_take_starts_anew(monkeypatch):
     }
 
 
+def test_time_split_counts_an_activity_up_to_the_moment_of_asking_and_its_rest_the_next_time(monkeypatch):
+    """The loop reads the metrics of a step, and asks, while it waits in "step": the wait belongs to the steps read."""
+    clock = iter([0.0, 1.0, 6.0, 8.0, 9.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    split = TimeSplit()
+    with split("step"):  # 1 to 8
+        first = split.take()  # at 6
+    second = split.take()  # at 9
+    assert (first["seconds_step"], first["seconds_total"]) == (5.0, 6.0)
+    assert (second["seconds_step"], second["seconds_total"]) == (2.0, 3.0)
+
+
 def test_time_split_counts_an_activity_that_raises_and_lets_the_exception_pass():
     split = TimeSplit()
     with pytest.raises(StopIteration), split("data"):
@@ -243,14 +255,6 @@ def test_tensorboard_gets_numbers_as_scalars_and_samples_as_text_that_keeps_its_
 def test_tensorboard_hides_on_resume_what_is_run_again(tmp_path):
     write_steps(tmp_path, [10], start_step=5, log=LogConfig())
     assert (6, "start", None) in list(events(tmp_path))
-
-
-def test_missing_wandb_is_the_users_error_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    for is_writer in (True, False):  # if one process alone stopped, the others would wait for it
-        with pytest.raises(UserError, match="pip install wandb"):
-            MetricLog(tmp_path, LogConfig(wandb_project="p"), 100, 0, is_writer)
 
 
 def test_wandb_continues_the_same_run_after_a_resume_and_learns_that_a_run_failed(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000, 1])
 def test_reading_what_was_written_gives_the_same_bits(tmp_path, max_shard_bytes):
     params = random_params()
-    params["wpe"][0, :3] = [-0.0, 1e-42, np.inf]
+    params["wpe"][0, :3] = [-0.0, 1e-42, 3e38]
     write_model(tmp_path, MODEL, VOCAB, params, end_of_text=5, max_shard_bytes=max_shard_bytes)
     model = open_model(tmp_path)
     assert (model.config, model.vocab_size) == (MODEL, VOCAB)
@@ -215,6 +215,12 @@ def test_a_config_that_cannot_be_represented_is_refused_by_name(folder, settings
             "tensor ln_f.bias has type I8; only F32, F16, BF16",
         ),
         (lambda t: t.update({"ln_f.bias": np.zeros(16, np.float32)}), "is stored twice"),
+        (lambda t: t["transformer.h.1.ln_1.weight"].__setitem__(3, np.nan), "tensor h.1.ln_1.weight holds NaN or Inf"),
+        (lambda t: t["transformer.wte.weight"].__setitem__((2, 5), -np.inf), "tensor wte.weight holds NaN or Inf"),
+        (
+            lambda t: t.update({"transformer.wpe.weight": np.full((12, 16), 7e4).astype(np.float16)}),
+            "tensor wpe.weight holds NaN or Inf",
+        ),
     ],
 )
 def test_a_wrong_tensor_is_refused_by_name(folder, change, told):

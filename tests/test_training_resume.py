@@ -12,7 +12,8 @@ import pytest
 from jaxgpt import train
 from jaxgpt.config import Config, load_config, to_json
 from jaxgpt.data.dataset import SPLITS, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.writer import DatasetWriter

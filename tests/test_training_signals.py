@@ -22,6 +22,7 @@ from processes import environments, wait_for
 from tiny import RUN, WORDS, overrides
 
 from jaxgpt import errors, train
+from jaxgpt.data import pipeline
 from jaxgpt.diagnosis.kill_drill import last_step
 from jaxgpt.errors import Interrupted
 from jaxgpt.storage import manifest
@@ -73,8 +74,19 @@ def train_here(folder: Path, workdir: Path, *options: str) -> int:
     return train.main(["--config", str(folder / "config.toml"), "--workdir", str(workdir), *QUICK, *options])
 
 
-def start(folder: Path, workdir: Path, *options: str, failpoint: str = "", environment=None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "jaxgpt.train", "--config", str(folder / "config.toml")]
+# Reads batch after batch, so that a failpoint knows which one it is in.
+ONE_READER = """
+from jaxgpt import cli, train
+from jaxgpt.data import pipeline
+pipeline.THREADS = pipeline.PREFETCHED = 1
+cli.leave(train.main())
+"""
+
+
+def start(
+    folder: Path, workdir: Path, *options: str, failpoint: str = "", environment=None, program=("-m", "jaxgpt.train")
+) -> subprocess.Popen:
+    command = [sys.executable, *program, "--config", str(folder / "config.toml")]
     environment = {**os.environ, **(environment or ENVIRONMENT), "JAXGPT_FAILPOINT": failpoint}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     return subprocess.Popen([*command, "--workdir", str(workdir), *options], **pipes)
@@ -132,7 +144,6 @@ POINTS = [
 ]
 BEFORE_A_RUN = "lease.taken:term"  # a process that lives on keeps its lease
 EACH_STEP = [*QUICK, *CONSTANT, *overrides(train__max_steps=9, eval__eval_steps=1, checkpoint__save_steps=1)]
-EACH_STEP += overrides(data__num_threads=1, data__prefetch_batches=1)
 
 
 def stop_at_each_point(run: Callable[[str], tuple[int, str]], workdir: Path, points: list[str]) -> None:
@@ -221,7 +232,9 @@ def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp
 
     monkeypatch.setattr(loop, "evaluate", evaluate_and_remove)
     failpoint("data.read:full@6")
-    assert train_here(folder, workdir, *overrides(data__num_threads=1, data__prefetch_batches=1)) == 74
+    monkeypatch.setattr(pipeline, "THREADS", 1)
+    monkeypatch.setattr(pipeline, "PREFETCHED", 1)
+    assert train_here(folder, workdir) == 74
     out, err = capsys.readouterr()
     assert "config.json is gone, and written again" in out
     found = re.search(r"the prepared data cannot be read .*; the state of step (\d) is saved: put it back", err)
@@ -258,8 +271,11 @@ def test_an_evaluation_that_takes_for_ever_is_left_and_its_step_saved(folder):
 
 
 def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happened(
-    folder, tmp_path, failpoint, capsys
+    folder, tmp_path, failpoint, monkeypatch, capsys
 ):
+    monkeypatch.setattr(pipeline, "THREADS", 1)
+    monkeypatch.setattr(pipeline, "PREFETCHED", 1)
+
     def run(point: str) -> tuple[int, str]:
         failpoint(point)
         return train_here(folder, tmp_path / "run", *EACH_STEP), capsys.readouterr().err
@@ -271,7 +287,7 @@ def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happe
 
 @pytest.mark.system
 def test_sigterm_anywhere_ends_the_process_with_42_and_the_run_ends_as_if_nothing_had_happened(folder, tmp_path):
-    run = lambda point: finish(start(folder, tmp_path / "run", *EACH_STEP, failpoint=point))
+    run = lambda point: finish(start(folder, tmp_path / "run", *EACH_STEP, failpoint=point, program=("-c", ONE_READER)))
     stop_at_each_point(run, tmp_path / "run", [BEFORE_A_RUN, *POINTS])
     assert finish(start(folder, tmp_path / "whole", *EACH_STEP))[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -381,7 +397,7 @@ def test_sigterm_in_a_save_is_not_forgotten_where_the_next_batch_never_comes(fol
     workdir = folder / "saving"
     # The loop asks two batches ahead: without the seventh, step 5 waits for ever.
     points = "save.begin:term,data.read:hang@7"
-    process = start(folder, workdir, "--data.num_threads", "1", failpoint=points)
+    process = start(folder, workdir, failpoint=points, program=("-c", ONE_READER))
     code, output = finish(process, 60)
     assert code == 42, output
     assert "SIGTERM at step 4" in output and finished_steps(workdir) == [4]

@@ -1,5 +1,6 @@
 """`per_device_train_batch_size = "auto"` and out-of-memory errors in whole runs."""
 
+import importlib.util
 import json
 
 import jax
@@ -65,6 +66,34 @@ def test_an_automatic_batch_that_cannot_divide_is_told_before_anything_is_prepar
     assert code == 2
     assert "12 is not a multiple of the 8 devices that share it; 16 is" in err
     assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.attention", "flash"], "model.attention"),
+        (["--mesh.tensor", "2", "--mesh.fsdp", "4", "--model.n_embd", "30"], "30"),
+        (["--log.wandb_project", "x"], "pip install wandb"),
+        (
+            ["--train.global_batch_size", "none", "--train.per_device_train_batch_size", "1", "--mesh.data", "3"],
+            "devices",
+        ),
+        (["--eval.tasks", "choices=nothing.jsonl"], "eval.tasks"),
+        (["--init.from_checkpoint", "nothing"], "nothing: no such checkpoint"),
+        (["--data.skip_list", "nothing"], "data.skip_list = nothing"),
+        (["--optimizer.warmup_steps", "3"], "warmup_steps = 3 is more than train.max_steps = 2"),
+        (["--eval.eval_steps", "2", "--checkpoint.save_steps", "3"], "save_steps = 3"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_the_settings_alone_show_to_be_wrong_is_told_before_anything_is_prepared(
+    run, tmp_path, monkeypatch, options, words
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(*options)
+    assert code == 2
+    assert words in err and err.count("\n") == 1
+    assert not (tmp_path / "prepared").exists() and not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_out_of_memory_says_what_took_it_and_what_would_fit(run, tmp_path, monkeypatch):

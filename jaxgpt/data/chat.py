@@ -1,15 +1,20 @@
-"""Conversations: the formats they are read from, their tokens, and how learned tokens are shown.
+"""Conversations: their canonical text, their tokens, and how learned tokens are shown.
 
 A conversation is one canonical JSON text, a list of {"role", "content"}, from the moment it is read; only this module
 turns it into tokens. Each turn is "<|im_start|>ROLE\nCONTENT<|im_end|>\n" (ChatML), CONTENT stripped of whitespace.
-An assistant's CONTENT and the <|im_end|> after it are learned (supervised), which is how a model learns to stop:
+An assistant's CONTENT and the <|im_end|> after it are learned (supervised), which is how a model learns to stop, unless
+the message has "weight": 0:
 
     <|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n Good day <|im_end|> \n
                                                                        ^^^^^^^^ ^^^^^^^^^^
 
-With `tokenizer.TEMPLATE`, Hugging Face's `apply_chat_template` gives the same ids and the same mask, except that the
-letters "<|im_end|>" in a user's text become the token there (unless sanitize_control_tokens = True). Here they stay
-text: a user must not be able to end their own turn and begin an assistant's.
+With `tokenizer.TEMPLATE`, Hugging Face's `apply_chat_template` gives the same ids and the same mask, except that it
+knows no weights, and that the letters "<|im_end|>" in a user's text become the token there (unless
+sanitize_control_tokens = True). Here they stay text: a user must not be able to end their own turn and begin an
+assistant's.
+
+A tokenizer from a Hugging Face folder may bring a template of its own, which is then used: an answer is what the
+template adds to the prompt for it, up to the token that ends it. Where that cannot be told, it is refused.
 """
 
 import itertools
@@ -22,97 +27,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
-from jaxgpt.errors import BadRecord
+from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.settings import ChatConfig
 
-ROLES = ("system", "user", "assistant")
-
-_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
-_LISTS = (("messages", "role", "content", dict(zip(ROLES, ROLES))), ("conversations", "from", "value", _SHAREGPT))
-_FORMATS = '"messages", "conversations", or "prompt" and "response"'
 COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
-def conversation(record: object, where: str) -> str:
-    """The canonical JSON of one record: [{"role": ..., "content": ...}, ...], contents stripped of whitespace.
-
-    The keys decide the format: {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from", "value"}]},
-    or a pair {"prompt", "response"}, {"prompt", "completion"}, {"question", "answer"}. With the last two, a "system"
-    text is the system message.
-
-    Raises:
-        BadRecord: none of these formats, or `check_messages` refuses it.
-    """
-    if not isinstance(record, Mapping):
-        raise BadRecord(where, f"not an object with {_FORMATS}")
-    messages = _messages(record, where)
-    check_messages(messages, where)
-    return to_text(messages)
-
-
-def to_text(messages: Sequence[Mapping[str, str]]) -> str:
+def to_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """The canonical JSON of messages."""
     plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    for message, short in zip(messages, plain):
+        short |= {"weight": 0} if message["role"] == "assistant" and not _is_learned(message) else {}
     return json.dumps(plain, ensure_ascii=False)
 
 
-def check_messages(messages: Sequence[Mapping[str, str]], where: str) -> None:
-    """Require at most one system message, then pairs of user and assistant, none blank; a BadRecord names the turn."""
+def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Require at most one system message, at the start, an answer at the end, and no blank turn, else BadRecord."""
     for number, message in enumerate(messages, 1):
         _check_content(message["content"], f"{where}, turn {number}")
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         place = 1 + roles.index("system", 1)
         raise BadRecord(where, f"a system turn after the first: turn {place}; there may be one, before all others")
-    turns = [role for role in roles if role != "system"]
-    if "assistant" not in turns:
+    if "assistant" not in roles:
         raise BadRecord(where, "no assistant turn, so nothing to learn")
-    for number, role in enumerate(turns):
-        expected = ("user", "assistant")[number % 2]
-        if role != expected:
-            place = 1 + number + len(roles) - len(turns)
-            raise BadRecord(where, f"roles do not alternate: turn {place} is the {role}'s, not the {expected}'s")
-    if turns[-1] == "user":
+    if roles[-1] == "user":
         raise BadRecord(where, "ends in a user turn, which no answer follows; drop it")
-
-
-def _messages(record: Mapping, where: str) -> list[dict[str, Any]]:
-    """The messages of a record in any of the formats; contents are not checked yet."""
-    system = [] if record.get("system") in (None, "") else [{"role": "system", "content": record["system"]}]
-    for key, speaker, words, roles in _LISTS:
-        if key in record:
-            turns = _turns(record, key, where)
-            found = [{"role": _role(turn, speaker, roles, at), "content": turn.get(words)} for turn, at in turns]
-            return found if key == "messages" else system + found
-    for question, answer in _PAIRS:
-        if question in record and answer in record:
-            return system + [
-                {"role": "user", "content": record[question]},
-                {"role": "assistant", "content": record[answer]},
-            ]
-    keys = ", ".join(map(str, record)) or "nothing"
-    raise BadRecord(where, f"unknown format: it has {keys[:80]}, but a conversation has {_FORMATS}")
-
-
-def _turns(record: Mapping, key: str, where: str) -> list[tuple[Mapping, str]]:
-    turns = record[key]
-    if isinstance(turns, str | Mapping) or not hasattr(turns, "__len__") or len(turns) == 0:
-        raise BadRecord(where, f'no turns: "{key}" is not a list of them')
-    places = [(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
-    for turn, place in places:
-        if not isinstance(turn, Mapping):
-            raise BadRecord(place, "not an object")
-    return places
-
-
-def _role(turn: Mapping, key: str, roles: Mapping[str, str], where: str) -> str:
-    if key not in turn:
-        raise BadRecord(where, f'no role: "{key}" is missing; it is one of {", ".join(roles)}')
-    role = turn[key]
-    if not isinstance(role, str) or role not in roles:
-        raise BadRecord(where, f'unknown role: "{key}" is {str(role)[:40]!r}, but it must be one of {", ".join(roles)}')
-    return roles[role]
 
 
 def _check_content(content: object, where: str) -> None:
@@ -127,8 +67,21 @@ def _check_content(content: object, where: str) -> None:
 
 
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the two tokens of a turn added; the same tokenizer if it has them already."""
-    return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+    """The tokenizer with the two tokens of a turn, or one whose own template can be learned; the same if it is that.
+
+    Raises:
+        UserError: a template of its own does not show what to learn; says why.
+    """
+    if tokenizer.own_template is None:
+        return tokenizer.with_special_tokens((START_OF_TURN, END_OF_TURN))
+    probe = [{"role": role, "content": f"word {n}"} for n in range(2) for role in ("user", "assistant")]
+    try:
+        ChatEncoder(tokenizer, ChatConfig(), sys.maxsize).encode(to_text(probe))
+    except BadRecord as error:
+        fix = "use a folder without it (chat_template.jinja, tokenizer_config.json), which gets jaxgpt's"
+        raise UserError(f"the tokenizer's own chat template cannot be learned: {error.reason}; {fix}") from None
+    assert tokenizer.end_of_turn is not None
+    return tokenizer.with_end(tokenizer.end_of_turn)
 
 
 def with_system(messages: Sequence[Mapping[str, str]], system: str) -> list[Mapping[str, str]]:
@@ -157,6 +110,8 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, settings: ChatConfig, block_size: int):
         """`tokenizer` has the chat tokens; a conversation is cut into parts of at most `block_size` tokens."""
         self._tokenizer, self._system, self._block_size = tokenizer, settings.system, block_size
+        if tokenizer.own_template is not None:
+            return
         start, end = tokenizer.backend.token_to_id(START_OF_TURN), tokenizer.backend.token_to_id(END_OF_TURN)
         assert start is not None and end is not None, "call with_chat_tokens first"
         self._start, self._end = start, end
@@ -165,49 +120,106 @@ class ChatEncoder:
     def encode(self, text: str, where: str = "a conversation") -> list[Encoded]:
         """The parts of a canonical conversation: one if it fits the block, else as few as possible, cut between turns.
 
-        Each part begins with the system message, if there is one, and a user turn, and ends with a whole answer.
-        Nothing is lost; text before a cut is not visible after it.
+        Each part begins with the system message, if there is one, and a user turn (in the first part, what the
+        assistant said before it), and ends with a whole answer. Nothing is lost; text before a cut is not visible
+        after it.
 
         Raises:
             BadRecord: `check_messages` refuses it, or one question and its answer do not fit the block.
         """
         messages = with_system(json.loads(text), self._system)
         check_messages(messages, where)
+        if self._tokenizer.own_template is not None:
+            return self._parts(messages, where)
         turns = [self._turn(message) for message in messages]
-        head, pairs = turns[: len(turns) % 2], turns[len(turns) % 2 :]
-        room = self._block_size - sum(len(turn.tokens) for turn in head)
+        begin, ends = _exchanges(messages)
+        head, room = turns[:begin], self._block_size - sum(len(turn.tokens) for turn in turns[:begin])
         parts, size = [], room + 1
-        for number in range(0, len(pairs), 2):
-            pair = pairs[number : number + 2]
-            length = len(pair[0].tokens) + len(pair[1].tokens)
+        for end in ends:
+            pair = turns[begin:end]
+            length = sum(len(turn.tokens) for turn in pair)
             if length > room:
                 beside = f" beside a system message of {self._block_size - room}" if head else ""
-                turn = 1 + len(head) + number
                 reason = f"a question and its answer are {length} tokens{beside}, data.block_size = {self._block_size}"
-                raise BadRecord(f"{where}, turns {turn} and {turn + 1}", f"longer than a block: {reason}")
+                raise BadRecord(f"{where}, turns {begin + 1} and {end}", f"longer than a block: {reason}")
             if size + length > room:
                 parts.append(list(head))
                 size = 0
             parts[-1] += pair
-            size += length
+            size, begin = size + length, end
         columns = (zip(*part) for part in parts)
         return [Encoded(np.concatenate(ids), np.concatenate(learned), sum(sizes)) for ids, learned, sizes in columns]
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""
-        turns = [self._turn(message) for message in with_system(messages, self._system)]
+        messages = with_system(messages, self._system)
+        if self._tokenizer.own_template is not None:
+            return self._tokenizer.encode_rendered(self._tokenizer.render(messages, for_answer=True)).ids
+        turns = [self._turn(message) for message in messages]
         tokens = [int(token) for turn in turns for token in turn.tokens]
         return [*tokens, self._start, *self._tokenizer.encode("assistant\n")]
 
-    def _turn(self, message: Mapping[str, str]) -> Encoded:
+    def _turn(self, message: Mapping[str, Any]) -> Encoded:
         role, content = message["role"], message["content"].strip()
         ids, first = self._tokenizer.encode_from(f"{role}\n{content}", len(role) + 1)
         tokens = np.array([self._start, *ids, self._end, *self._line_break], np.int32)
         supervised = np.zeros(len(tokens), bool)
-        if role != "assistant":
+        if not _is_learned(message):
             return Encoded(tokens, supervised, 0)
         supervised[1 + first : 2 + len(ids)] = True
         return Encoded(tokens, supervised, len(content.encode()))
+
+    def _parts(self, messages: Sequence[Mapping[str, Any]], where: str) -> list[Encoded]:
+        """The same parts as `encode`, by the tokenizer's own template."""
+        begin, ends = _exchanges(messages)
+        head, parts = messages[:begin], []
+        while ends:
+            for count in range(len(ends), 0, -1):
+                part = self._rendered([*head, *messages[begin : ends[count - 1]]], where)
+                if len(part.tokens) <= self._block_size:
+                    break
+            else:
+                reason = f"longer than a block: {len(part.tokens)} tokens, data.block_size = {self._block_size}"
+                raise BadRecord(f"{where}, turns {begin + 1} and {ends[0]}", reason)
+            parts.append(part)
+            begin, ends = ends[count - 1], ends[count:]
+        return parts
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
+        """A whole conversation by the tokenizer's own template. Each answer must be there what follows its prompt."""
+        render, spans = self._tokenizer.render, []
+        answers = [number for number, message in enumerate(messages) if _is_learned(message)]
+        try:
+            whole = render(messages)
+            for number in answers:
+                prompt, answered = render(messages[:number], for_answer=True), render(messages[: number + 1])
+                if not (answered.startswith(prompt) and whole.startswith(answered)):
+                    raise UserError(f"its chat template writes turn {number + 1} otherwise before other turns")
+                spans.append((len(prompt), len(answered)))
+            found = self._tokenizer.encode_rendered(whole)
+        except UserError as error:
+            raise BadRecord(where, str(error)) from None
+        tokens, (starts, stops) = np.array(found.ids, np.int32), np.array(found.offsets).T
+        supervised = np.zeros(len(tokens), bool)
+        for begin, end in spans:
+            inside = np.flatnonzero((starts >= begin) & (stops <= end))
+            ends = inside[tokens[inside] == self._tokenizer.end_of_turn]
+            if not len(ends):
+                raise BadRecord(where, "its chat template ends an answer with no token of its own, so none would stop")
+            if ((starts < begin) & (stops > begin)).any():
+                raise BadRecord(where, "its chat template begins an answer within a token")
+            supervised[inside[0] : ends[0] + 1] = True
+        return Encoded(tokens, supervised, sum(len(messages[number]["content"].encode()) for number in answers))
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and bool(message.get("weight", 1))
+
+
+def _exchanges(messages: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
+    """The number of system messages, and where each question with its answer ends; the first takes a greeting along."""
+    begin = int(messages[0]["role"] == "system")
+    return begin, [n for n, message in enumerate(messages, 1) if message["role"] == "assistant" and n > begin + 1]
 
 
 def marks(colour: bool | None = None) -> tuple[str, str]:

@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.config import Config, with_settings
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.storage import manifest
 
@@ -289,6 +291,13 @@ class TokenDataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer saved in the dataset's folder, loaded at the first use."""
         return load_tokenizer(self.path / "tokenizer")
+
+    def fit(self, config: Config) -> Config:
+        """`config` with a window as long as a short text allows, where data.block_size is not set."""
+        room = max(self.train.num_tokens - 1, 1)
+        if config.data.block_size or self.format == "chat" or room >= config.model.n_positions:
+            return config
+        return with_settings(config, data_block_size=room)
 
 
 def open_dataset(path: str | Path, verify: Literal["digests", "sizes"] = "digests") -> TokenDataset:

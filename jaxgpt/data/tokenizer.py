@@ -5,20 +5,22 @@ identifies it whatever library version reads it. Text is always only text: the l
 a prompt are thirteen characters and never the end-of-text token, which has only its id.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxgpt.errors import UserError
-from jaxgpt.storage import manifest
 from jaxgpt.storage.files import write_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,7 +38,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The chat template that is saved with a tokenizer: what Hugging Face calls chat_template. chat.py explains it."""
-FILE = "tokenizer.json"
+FILE, GENERATION = "tokenizer.json", "generation_config.json"
 
 _LONG = 4096  # characters, a millisecond
 
@@ -45,10 +47,20 @@ _LONG = 4096  # characters, a millisecond
 _SAFE_BORDER = re.compile(r"(?<=\S\n)(?=\S)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What a Hugging Face folder says beside its vocabulary."""
+
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {"eos_token": "<|end|>", ...}
+    ends: tuple[int, ...] = ()  # tokens that end a text
+    templates: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {"default": its chat template, ...}
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # generation_config.json without eos
+
+
 class Tokenizer:
     """A tokenizer of the `tokenizers` library with the id of its end-of-text token."""
 
-    def __init__(self, json_text: str, end_of_text: str = END_OF_TEXT):
+    def __init__(self, json_text: str, end_of_text: str = END_OF_TEXT, declared: Declared = Declared()):
         """`json_text` is the content of a tokenizer.json with the token `end_of_text`."""
 
         content = json.loads(json_text)
@@ -57,9 +69,9 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self._end_of_text = end_of_text
         added = _added_tokens(self.backend).items()
+        self.declared = declared
+        self.why_no_chat = f"its tokenizer has no {END_OF_TURN}"
         self._special = {token: number for token, (number, is_special) in added if is_special}
-        self.end_of_turn = self._special.get(END_OF_TURN) if START_OF_TURN in self._special else None
-        """The token that ends an answer; None for a tokenizer without the tokens of a chat."""
         end = self.backend.token_to_id(end_of_text)
         assert end is not None, f"no token {end_of_text}"
         self.end_of_text: int = end
@@ -77,17 +89,46 @@ class Tokenizer:
         """SHA-256 of the tokenizer's canonical JSON, in hexadecimal."""
         return hashlib.sha256(f"{self._json}\n{self._end_of_text}".encode()).hexdigest()
 
+    @property
+    def own_template(self) -> str | None:
+        """The chat template that the folder brings; None if it has none, or `TEMPLATE`."""
+        template = self.declared.templates.get("default")
+        return None if template == TEMPLATE else template
+
+    @functools.cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer; None for a tokenizer that cannot chat, for the reason in `why_no_chat`."""
+        if self.own_template is None:
+            return self._special.get(END_OF_TURN) if START_OF_TURN in self._special else None
+        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+        try:
+            self.render(messages[:1], for_answer=True)
+            tail = self.encode_rendered(self.render(messages).rpartition("Good day")[2]).ids
+        except UserError as error:
+            self.why_no_chat = str(error)
+            return None
+        special = {*self._special.values(), *self.declared.ends}
+        return next((token for token in tail if token in special), self.end_of_text)
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end every text: those of the folder, end-of-text, and our own template's end of a turn."""
+        turn = self.end_of_turn if self.own_template is None else None
+        return [end for end in dict.fromkeys((turn, *self.declared.ends, self.end_of_text)) if end is not None]
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never special tokens; a character that the tokenizer does not know is a UserError."""
         self._check_characters(text)
-        if len(text) > _LONG:  # a batch releases the GIL; a single text does not
-            return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with library_errors("the tokenizer cannot read this text"):
+            if len(text) > _LONG:  # a batch releases the GIL; a single text does not
+                return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_from(self, text: str, start: int) -> tuple[list[int], int]:
         """The ids of `text`, and how many of them come before character `start` of it."""
         self._check_characters(text)
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        with library_errors("the tokenizer cannot read this text"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
         before = next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding.ids))
         return encoding.ids, before
 
@@ -95,7 +136,8 @@ class Tokenizer:
         """The ids of many texts as int32 arrays, encoded on all cores."""
         for text in texts:
             self._check_characters(text)
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        with library_errors("the tokenizer cannot read one of these texts"):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def pieces(self, text: str, size: int) -> Iterator[str]:
@@ -105,6 +147,43 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, including special tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, str]], for_answer: bool = False) -> str:
+        """The text of messages by the folder's chat template, in the sandbox and with the limits of transformers.
+
+        `for_answer` adds the beginning of an answer.
+
+        Raises:
+            UserError: the template fails or refuses them, or they hold a token's name, which it would turn into that.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template, values = self.own_template or TEMPLATE, dict[str, Any](self.declared.special)
+        for name, (_, is_special) in _added_tokens(self.backend).items():
+            if (is_special or name in template) and any(name in message["content"] for message in messages):
+                raise UserError(f"the conversation holds {name!r}, which would become that token; write it otherwise")
+        chats = [[dict(message) for message in messages]]
+        try:
+            made: Any = render_jinja_template(chats, chat_template=template, add_generation_prompt=for_answer, **values)
+        except Exception as error:  # noqa: BLE001 - a template is a program: it can raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"its chat template fails or refuses the conversation ({reason})") from None
+        return made[0][0]
+
+    def encode_rendered(self, text: str) -> tokenizers.Encoding:
+        """The tokens of a rendered conversation, in which the names of special tokens are the tokens."""
+        with library_errors("the tokenizer cannot read this conversation"):
+            return self._marking.encode(text, add_special_tokens=False)
+
+    @functools.cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        content = json.loads(self._json) | {"post_processor": None}  # it would trim the space before a word
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+    def with_end(self, end: int) -> "Tokenizer":
+        """This tokenizer, which declares that `end` ends a text, too."""
+        ends = tuple(dict.fromkeys((end, *self.declared.ends)))
+        return Tokenizer(self._json, self._end_of_text, dataclasses.replace(self.declared, ends=ends))
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
         """This tokenizer with `tokens` added at the end of its vocabulary, except those that it has already.
@@ -117,6 +196,9 @@ class Tokenizer:
             return self
         content = json.loads(self._json)
         added = content.setdefault("added_tokens", [])
+        for token in [token for token in added if token["content"] in new]:  # it has its id, and is special from now on
+            token |= {"special": True, "normalized": False}
+            new.remove(token["content"])
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for token_id, token in enumerate(new, start=self.vocab_size):
             if self.backend.token_to_id(token) is not None:
@@ -125,7 +207,7 @@ class Tokenizer:
                     "hold; choose another name, for example <|user|>"
                 )
             added.append({"id": token_id, "content": token, "special": True, **plain})
-        extended = Tokenizer(json.dumps(content, ensure_ascii=False), self._end_of_text)
+        extended = Tokenizer(json.dumps(content, ensure_ascii=False), self._end_of_text, self.declared)
         for token_id, token in enumerate(new, start=self.vocab_size):
             # The library chooses the ids of added tokens, and its decoder may take a letter for a byte.
             if extended.backend.token_to_id(token) != token_id or extended.decode([token_id]) != token:
@@ -139,25 +221,46 @@ class Tokenizer:
         """
         ours, theirs = _added_tokens(self.backend), _added_tokens(other.backend)
         same_end = self.end_of_text == other.end_of_text
-        return same_end and theirs.items() <= ours.items() and _rules(self.backend) == _rules(other.backend)
+        same_ids = all(
+            token in ours and ours[token][0] == number and ours[token][1] >= is_special
+            for token, (number, is_special) in theirs.items()
+        )
+        return same_end and same_ids and _rules(self.backend) == _rules(other.backend)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Write the files that `transformers.AutoTokenizer` reads; with chat tokens the chat template, too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / FILE, self._json)
-        settings = {
+        splitter = json.loads(self._json).get("pre_tokenizer") or {}
+        settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_prefix_space": False,
+            "add_prefix_space": bool(splitter.get("add_prefix_space", False)),
             "clean_up_tokenization_spaces": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self._end_of_text),
+            **(self.declared.special or dict.fromkeys(("bos_token", "eos_token", "unk_token"), self._end_of_text)),
         }
+        settings.setdefault("eos_token", self._end_of_text)
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
-        if self.end_of_turn is not None:
-            settings["chat_template"] = TEMPLATE  # for older readers
-            write_file(folder / "chat_template.jinja", TEMPLATE)
+        templates = dict(self.declared.templates)
+        if self.own_template is None and self.end_of_turn is not None:
+            templates["default"] = TEMPLATE
+        if list(templates) == ["default"]:
+            settings["chat_template"] = templates["default"]  # for older readers
+            write_file(folder / "chat_template.jinja", templates["default"])
+        elif templates:
+            settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        turn = self.end_of_turn if self.own_template is None else None
+        if {*self.ends} != {turn, self.end_of_text} - {None} or self.declared.generation:
+            write_file(folder / GENERATION, json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The generation_config.json with which transformers' `generate` ends a text where we do."""
+        padding = dict.fromkeys(("bos_token_id", "pad_token_id"), self.end_of_text)
+        ends = self.ends if len(self.ends) > 1 else self.end_of_text
+        return padding | dict(self.declared.generation) | {"eos_token_id": ends}
 
     def _check_characters(self, text: str) -> None:
         if self._characters is None:
@@ -172,40 +275,15 @@ class Tokenizer:
             )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder has a file that `load_tokenizer` reads."""
-    return any((folder / name).is_file() for name in (FILE, "vocab.json", "merges.txt"))
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, or GPT-2's vocab.json and merges.txt.
-
-    Raises:
-        UserError: the files are missing or broken, or there is no end-of-text token.
-    """
-    folder = Path(folder)
-    manifest.check(folder, unread="*.safetensors")
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns what the `tokenizers` library raises into a UserError of one line that begins with `what`."""
     try:
-        if (folder / FILE).is_file():
-            text = (folder / FILE).read_text(encoding="utf-8")
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            text = _gpt2_json(folder)
-        else:
-            raise UserError(f"{folder}: no tokenizer here; it must hold tokenizer.json, or vocab.json and merges.txt")
-        content = json.loads(text)
-        vocab = content["model"]["vocab"]  # Unigram models hold [token, score] pairs
-        known = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
-        known |= {token["content"] for token in content.get("added_tokens", ())}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: JSON and UTF-8
-        raise UserError(f"{folder}: the tokenizer's files are broken ({error!r})") from None
-    declared = _declared_end_of_text(folder)
-    end_of_text = END_OF_TEXT if END_OF_TEXT in known else declared
-    if end_of_text is None or end_of_text not in known:
-        raise UserError(
-            f"{folder}: the tokenizer has no end-of-text token: neither {END_OF_TEXT} nor an eos_token in "
-            "tokenizer_config.json; add one"
-        )
-    return Tokenizer(text, end_of_text)
+        yield
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        if type(error) is Exception or isinstance(error, ValueError) or type(error).__name__ == "PanicException":
+            raise UserError(f"{what} ({' '.join(str(error).split())[:200]})") from None
+        raise
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
@@ -280,15 +358,6 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _gpt2_json(folder: Path) -> str:
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    backend = _byte_level(models.BPE(vocab=vocab, merges=[(first, second) for first, second in pairs]))
-    backend.add_special_tokens([END_OF_TEXT])
-    return backend.to_str()
-
-
 def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
     """The alphabet of a tokenizer made by `char_tokenizer`; None for any other."""
     if content["model"].get("type") != "WordLevel":
@@ -318,15 +387,3 @@ def _rules(backend: tokenizers.Tokenizer) -> dict[str, object]:
 def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, tuple[int, bool]]:
     """{token: (id, whether it is special: ordinary text never becomes it)}"""
     return {token.content: (number, token.special) for number, token in backend.get_added_tokens_decoder().items()}
-
-
-def _declared_end_of_text(folder: Path) -> str | None:
-    """The eos_token of tokenizer_config.json, which may be text or an object."""
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return None
-    try:
-        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
-    return token["content"] if isinstance(token, dict) else token

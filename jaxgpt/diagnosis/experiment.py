@@ -67,7 +67,7 @@ def _in_use(case: Case, finding: Finding) -> Finding:
 
 def _room(case: Case, checkpoints: Path, free: int) -> Finding:
     settings = case.config.tokenizer
-    vocabulary = {"bpe": settings.vocab_size, "char": 128, "folder": GPT2_VOCAB}[settings.type]  # an estimate
+    vocabulary = {"bpe": settings.entries, "char": 128, "folder": GPT2_VOCAB}[settings.type]  # an estimate
     vocabulary += len(settings.special_tokens)
     parameters = parameter_count(case.config.model, padded_vocab(vocabulary))
     size, count = checkpoint_bytes(case.config, vocabulary), checkpoints_at_once(case.config)

@@ -212,7 +212,7 @@ class Drill:
             left += ours.glob("quarantine/*")
         if left:
             self._fail(f"left behind: {', '.join(str(path) for path in left)}")
-        interval = self._asked.config.checkpoint.save_steps
+        interval = self._asked.config.save_steps
         worst = max(self._report.steps_lost, default=0)
         if worst > 2 * interval:  # one interval, and the save that was still being written
             self._fail(f"{worst} steps lost at once, more than one interval of {interval} and an unfinished save")

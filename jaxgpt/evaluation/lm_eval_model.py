@@ -23,7 +23,7 @@ from jaxgpt.data.tokenizer import TEMPLATE
 from jaxgpt.errors import UserError
 from jaxgpt.evaluation.scoring import RequestScorer, Score, ScoringRequest
 from jaxgpt.evaluation.wikitext import rolling
-from jaxgpt.inference.decode import Decoder, build_decoder
+from jaxgpt.inference.decoder import Decoder, build_decoder
 from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import complete, fit_prompt
@@ -67,7 +67,9 @@ class CheckpointLM(TemplateLM):
         return f"jaxgpt-{self._tokenizer.digest}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return TEMPLATE if chat_template and self._tokenizer.end_of_turn is not None else None
+        if not chat_template or self._tokenizer.end_of_turn is None:
+            return None
+        return self._tokenizer.own_template or TEMPLATE
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text, with the beginning of an answer; else the last message is one that goes on."""
@@ -131,7 +133,9 @@ class CheckpointLM(TemplateLM):
     @functools.cached_property
     def _decoder(self) -> Decoder:
         end = self._tokenizer.end_of_text
-        return build_decoder(self._config.model, self._vocab_size, self._params, end, rows=self._rows)
+        return build_decoder(
+            self._config.model, self._vocab_size, self._params, end, rows=self._rows, ends=self._tokenizer.ends
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that the model writes after each context."""

@@ -18,7 +18,7 @@ from jaxgpt.evaluation.scoring import RequestScorer
 from jaxgpt.evaluation.tasks import Task, read_tasks
 from jaxgpt.evaluation.text_statistics import TOGETHER, Prompts, check, validation_prompts, written_prompts
 from jaxgpt.evaluation.wikitext import Pages, read_text
-from jaxgpt.inference.decode import build_decoder
+from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.prompts import read_prompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.model.sizes import parameter_count
@@ -180,6 +180,7 @@ def _prompts(options: EvaluationOptions, texts: list[str], model: LoadedModel) -
 
 def _generation(prompts: Prompts, sampling: SamplingOptions, config: Config, model: LoadedModel) -> dict[str, object]:
     rows = min(len(prompts.tokens), TOGETHER)
-    decoder = build_decoder(config.model, model.vocab_size, model.params, model.tokenizer.end_of_text, rows=rows)
+    end, ends = model.tokenizer.end_of_text, model.tokenizer.ends
+    decoder = build_decoder(config.model, model.vocab_size, model.params, end, rows=rows, ends=ends)
     with tqdm(total=len(prompts.tokens), desc="writing", unit="text", disable=None, leave=False) as bar:
         return check(decoder, prompts, model.tokenizer.end_of_turn, sampling, bar.update)

@@ -16,7 +16,7 @@ from jaxgpt.data.dataset import PackedRows, TokenDataset, TokenStream
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.inference.answers import prompts_of
-from jaxgpt.inference.decode import Decoder, generate
+from jaxgpt.inference.decoder import Decoder, generate
 from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import fit_prompt

@@ -12,7 +12,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.dataset import PackedRows, TokenDataset
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import build_decoder, generate
+from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 
 Sampler = Callable[[dict], dict[str, str | float]]  # parameters -> metrics
@@ -47,7 +47,7 @@ def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler
     )
 
     def sample(params: dict) -> dict[str, str | float]:
-        decoder = build_decoder(config.model, vocab_size, params, tokenizer.end_of_text)
+        decoder = build_decoder(config.model, vocab_size, params, tokenizer.end_of_text, ends=tokenizer.ends)
         [[continuation]] = generate(decoder, [prompt], options)
         return {"sample": config.eval.sample_prompt + tokenizer.decode(continuation.tokens)}
 

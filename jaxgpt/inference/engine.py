@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import slots as programs
-from jaxgpt.inference.decode import SMALLEST_BUCKET, Decoder, bucket, padded_prompts, row_result, start_rows
+from jaxgpt.inference.decoder import SMALLEST_BUCKET, Decoder, bucket, padded_prompts, row_result, start_rows
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.slots import ALTERNATIVES, FREE, STOPS, Slots
 

@@ -1,16 +1,20 @@
-"""Prompts: as users write them on the command line and in files, and as made of conversations. No jax import.
+"""Prompts, as users write them and as made of conversations, and tokens, as users read them. No jax import.
 
 The prompt of a conversation is whole turns or nothing. Where the context is full, the oldest question and answer are
 left out together, and the system message stays; so the model never reads half a turn, as it never did in training.
 """
 
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxgpt.data.chat import END_OF_TURN, ChatEncoder
+import tokenizers
+
+from jaxgpt.data.chat import ChatEncoder
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.settings import ChatConfig
@@ -81,10 +85,9 @@ class ChatPrompts:
     def __init__(self, tokenizer: Tokenizer, n_positions: int, where: str):
         """A UserError says when the tokenizer has no chat tokens; `where` is the model's name in the message."""
         if tokenizer.end_of_turn is None:
-            raise UserError(
-                f"{where}: no chat model, as its tokenizer has no {END_OF_TURN}; fine-tune it with "
-                'data.format = "chat" (configs/support_chat.toml), or continue plain texts'
-            )
+            fix = 'fine-tune it with data.format = "chat" (configs/support_chat.toml), or '
+            fix = "" if tokenizer.own_template else fix
+            raise UserError(f"{where}: no chat model, as {tokenizer.why_no_chat}; {fix}continue plain texts")
         self.end_of_turn: int = tokenizer.end_of_turn
         self._encoder = ChatEncoder(tokenizer, ChatConfig(), n_positions)
         self._n_positions = n_positions
@@ -143,3 +146,40 @@ class ChatSession:
     def reset(self) -> None:
         """Forget all but the system message."""
         self._turns = []
+
+
+# ---------------------------------------------------------------- tokens to read
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of a token; they may be part of a character."""
+    backend = tokenizer.backend
+    written = backend.id_to_token(token) or ""
+    if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+        is_byte = BYTE_TOKEN.fullmatch(written)
+        return bytes.fromhex(written[3:5]) if is_byte else tokenizer.decode([token]).encode()
+    byte_of = byte_of_character()
+    is_bytes = all(character in byte_of for character in written)
+    return bytes(byte_of[character] for character in written) if is_bytes else written.encode()
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a visible Latin-1 character is its own byte, the 68 other bytes are U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def token_piece(tokenizer: Tokenizer, token: int) -> str:
+    """The piece of a token as Python quotes it: text, or bytes if it is a part of a character."""
+    written = tokenizer.backend.id_to_token(token) or ""
+    if not isinstance(tokenizer.backend.decoder, tokenizers.decoders.ByteLevel) and not BYTE_TOKEN.fullmatch(written):
+        return repr(written)  # as "##ing"
+    part = token_bytes(tokenizer, token)
+    try:
+        return repr(part.decode())
+    except UnicodeDecodeError:
+        return repr(part)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import Decoder, build_decoder
+from jaxgpt.inference.decoder import Decoder, build_decoder
 from jaxgpt.inference.prompts import ChatPrompts, ChatSession, Prompt, check_unicode, read_prompts
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.text import Completion, TextGeneration, complete, fit_prompt
@@ -57,7 +57,8 @@ def sample(arguments: argparse.Namespace, load: Callable[[], Loaded]) -> None:
     millions = parameter_count(config, model.vocab_size) / 1e6
     print(f"{arguments.checkpoint}{step}, {millions:.1f}M parameters, {weights or config.dtype}", file=sys.stderr)
     rows = options.num_return_sequences * min(len(prompts) if prompts else 1, arguments.batch_size)
-    decoder = build_decoder(config, model.vocab_size, model.params, tokenizer.end_of_text, weights, rows)
+    end, ends = tokenizer.end_of_text, tokenizer.ends
+    decoder = build_decoder(config, model.vocab_size, model.params, end, weights, rows, ends)
     system = model.config.chat.system if arguments.system is None else arguments.system
     del model  # the weights as they were loaded
     writer = (ChatWriter if arguments.chat else Writer)(decoder, tokenizer, options, arguments, system)

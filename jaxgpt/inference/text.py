@@ -9,19 +9,17 @@ untrained model makes all the time, it gives another text than decoding the whol
 import codecs
 import contextlib
 import dataclasses
-import functools
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import Continuation, Decoder, stream
+from jaxgpt.inference.decoder import Continuation, Decoder, stream
+from jaxgpt.inference.prompts import BYTE_TOKEN, byte_of_character
 from jaxgpt.inference.sampling import SamplingOptions
 
 REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +211,7 @@ class _ByteText:
 
     def add(self, token: int) -> str:
         written = self._token_of(token) or ""  # a padded embedding has ids that no token has
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         if all(character in byte_of for character in written):
             return self._decoder.decode(bytes(byte_of[character] for character in written))
         return self._decoder.decode(written.encode())  # an added token holds characters, not bytes
@@ -237,7 +235,7 @@ class _WindowText:
             return ""
         self._window.append(token)
         # A run of single bytes is decoded as a whole: one wrong byte at its end makes all of them U+FFFD.
-        if _BYTE_TOKEN.fullmatch(written):
+        if BYTE_TOKEN.fullmatch(written):
             return ""
         known, text = self._decode(self._window[: self._known]), self._decode(self._window)
         if len(text) <= len(known) or text.endswith(REPLACEMENT):
@@ -251,23 +249,3 @@ class _WindowText:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._backend.decode(tokens, skip_special_tokens=False)
-
-
-def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """The bytes of a token; they may be part of a character."""
-    backend = tokenizer.backend
-    written = backend.id_to_token(token) or ""
-    if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-        is_byte = _BYTE_TOKEN.fullmatch(written)
-        return bytes.fromhex(written[3:5]) if is_byte else tokenizer.decode([token]).encode()
-    byte_of = _byte_of_character()
-    is_bytes = all(character in byte_of for character in written)
-    return bytes(byte_of[character] for character in written) if is_bytes else written.encode()
-
-
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: a visible Latin-1 character is its own byte, the 68 other bytes are U+0100 and up."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -99,7 +99,7 @@ def locate(where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # that of the HTTP client, which differs from version to version
 
-    patterns = ["*.json", "*.txt", WEIGHTS, "model-*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.jinja", WEIGHTS, "model-*.safetensors"]
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
     except (OSError, ValueError, HTTPError) as error:
@@ -254,10 +254,19 @@ def _read_leaf(model: HuggingFaceModel, path: tuple[str, ...], our_shape: tuple[
     array = np.zeros(our_shape, np.float32)  # zeros take no memory until something is written there
     if "{}" in name:
         for layer, slice_ in enumerate(array.reshape(model.config.n_layer, *shape)):
-            read_into(slice_, model.files[name.format(layer)])
+            _read_finite(slice_, model, name.format(layer))
     else:
-        read_into(array[: shape[0]], model.files[name])  # the padding of the vocabulary stays zero
+        _read_finite(array[: shape[0]], model, name)  # the padding of the vocabulary stays zero
     return array
+
+
+def _read_finite(out: np.ndarray, model: HuggingFaceModel, name: str) -> None:
+    read_into(out, stored := model.files[name])
+    if not math.isfinite(out.sum(dtype=np.float64)):  # float64 holds any sum of float32 numbers
+        raise UserError(
+            f"{stored.file}: tensor {name} holds NaN or Inf, so the model is broken; download it again, or take an "
+            "earlier checkpoint"
+        )
 
 
 def _check_head(model: HuggingFaceModel) -> None:

@@ -8,16 +8,19 @@ Every process that came gets the same result.
 import contextlib
 import json
 import os
+import selectors
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from jaxgpt.errors import HostLost
 from jaxgpt.parallel.cluster_env import ProcessPlace
 
 _RETRY_SECONDS = 0.2
 _HELLO_SECONDS = 5.0  # for a line of text from somebody who has connected
+_LINE_BYTES = 4096
 _NOTICE_SECONDS = 10.0  # of waiting, before a line says for whom
 
 
@@ -47,29 +50,84 @@ def roll_call(place: ProcessPlace, timeout_seconds: float, same: Mapping[str, st
 
 
 class _Roll:
-    """Process 0's list of who said hello."""
+    """Process 0's list of who said hello. It listens to all connections at once: a stranger's delays nobody."""
 
     def __init__(self, hello: dict, place: ProcessPlace, timeout_seconds: float):
         self._own, self._place, self._timeout = hello, place, timeout_seconds
         self._here = {0: hello}
         self._connections: list[socket.socket] = []
         self._error = ""
-        self._notice: float | None = time.monotonic() + _NOTICE_SECONDS
 
     def call(self, host: str, port: int, deadline: float) -> str:
         """Hear all processes and send them the result: what is wrong, or ""."""
         listener = self._listen(host, port, deadline)
         if listener is None:
             return f"port {port} of this host is taken, by another run or by a process of this one that hangs"
-        with listener:
-            while len(self._here) < self._own["processes"] and not self._error:
-                self._hear(listener, deadline)
-        for connection in self._connections:
-            with contextlib.suppress(OSError), connection:  # it left meanwhile; jax's own join will notice
-                connection.sendall(json.dumps({"error": self._error}).encode() + b"\n")
-                connection.settimeout(_HELLO_SECONDS)
-                connection.recv(1)  # until the other side has closed: then the port is free for jax at once
+        with listener, selectors.DefaultSelector() as selector:
+            listener.setblocking(False)
+            selector.register(listener, selectors.EVENT_READ)
+            self._hear_all(listener, selector, deadline)
+            for connection, _ in [key.data for key in selector.get_map().values() if key.data]:
+                connection.close()  # said nothing
+        self._send_result(time.monotonic() + _HELLO_SECONDS)
         return self._error
+
+    def _hear_all(self, listener: socket.socket, selector: selectors.BaseSelector, deadline: float) -> None:
+        """Read hellos until every process is here, two disagree, or the time is over."""
+        notice = time.monotonic() + _NOTICE_SECONDS
+        while len(self._here) < self._own["processes"] and not self._error:
+            now = time.monotonic()
+            if now > deadline:
+                self._error = self._missing("no sign of")
+            if now > notice:
+                notice = float("inf")
+                print(self._missing("waiting for"), file=sys.stderr, flush=True)
+            for key, _ in selector.select(max(min(deadline, notice) - now, 0.001)):
+                with contextlib.suppress(OSError):  # it left before it was accepted
+                    if key.data:
+                        self._hear(selector, *key.data)
+                    else:
+                        connection, _ = listener.accept()
+                        connection.setblocking(False)
+                        selector.register(connection, selectors.EVENT_READ, (connection, bytearray()))
+
+    def _hear(self, selector: selectors.BaseSelector, connection: socket.socket, line: bytearray) -> None:
+        """Take what has come of a line. A connection that ends, or whose line is no hello, is closed."""
+        try:
+            part = connection.recv(_LINE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        line += part
+        if part and b"\n" not in line and len(line) < _LINE_BYTES:
+            return
+        selector.unregister(connection)
+        hello = _parsed(bytes(line))
+        if not self._is_hello(hello):
+            connection.close()  # somebody else's program
+            return
+        self._error = self._objection(hello)
+        self._here.setdefault(hello["process"], hello)
+        self._connections.append(connection)
+
+    def _is_hello(self, hello: object) -> TypeGuard[dict]:
+        """True for an object with this process's keys and types, from one of the processes that are expected."""
+        if not isinstance(hello, dict) or hello.keys() != self._own.keys():
+            return False
+        typed = all(type(hello[key]) is type(value) for key, value in self._own.items())
+        return typed and 0 < hello["process"] < max(hello["processes"], self._own["processes"])
+
+    def _send_result(self, deadline: float) -> None:
+        result = json.dumps({"error": self._error}).encode() + b"\n"
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # it left meanwhile; jax's own join will notice
+                connection.settimeout(_HELLO_SECONDS)
+                connection.sendall(result)
+        for connection in self._connections:
+            with contextlib.suppress(OSError), connection:
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
+                connection.recv(1)  # until the other side has closed: then the port is free for jax at once
 
     @staticmethod
     def _listen(host: str, port: int, deadline: float) -> socket.socket | None:
@@ -83,26 +141,6 @@ class _Roll:
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(_RETRY_SECONDS)
-
-    def _hear(self, listener: socket.socket, deadline: float) -> None:
-        until = min(deadline, self._notice) if self._notice else deadline
-        listener.settimeout(max(until - time.monotonic(), 0.001))
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            if until == deadline:
-                self._error = self._missing("no sign of")
-            else:
-                self._notice = None
-                print(self._missing("waiting for"), file=sys.stderr, flush=True)
-            return
-        hello = _read(connection, _HELLO_SECONDS)
-        if not isinstance(hello, dict) or hello.keys() != self._own.keys():
-            connection.close()  # somebody else's program
-            return
-        self._error = self._objection(hello)
-        self._here.setdefault(hello["process"], hello)
-        self._connections.append(connection)
 
     def _objection(self, hello: dict) -> str:
         process, count, host = hello["process"], hello["processes"], hello["host"]
@@ -158,8 +196,16 @@ def _read(connection: socket.socket, seconds: float) -> object:
     connection.settimeout(seconds)
     try:
         with connection.makefile("rb") as stream:
-            return json.loads(stream.readline(4096))
-    except (OSError, ValueError):
+            return _parsed(stream.readline(_LINE_BYTES))
+    except OSError:
+        return None
+
+
+def _parsed(line: bytes) -> object:
+    """The JSON value of `line`, or None."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
         return None
 
 

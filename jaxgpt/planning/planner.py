@@ -92,7 +92,7 @@ def vocabulary(config: Config) -> int:
     tokenizer = config.tokenizer
     added = len(tokenizer.special_tokens) + (2 if config.data.format == "chat" else 0)  # the two tokens of a turn
     if tokenizer.type == "bpe":
-        return tokenizer.vocab_size + added
+        return tokenizer.entries + added
     if tokenizer.type == "char":
         return 128  # the embedding is padded to a multiple of 128 anyway
     if tokenizer.path == "hf:gpt2":

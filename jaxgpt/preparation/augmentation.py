@@ -67,7 +67,7 @@ class Augmenter:
             begins_pair = message["role"] == "user" and place < len(messages) - 2
             if begins_pair and draw.chance(self._settings.drop_turns):
                 kept.append(None)
-            elif message["role"] == "assistant" and kept[-1] is None:
+            elif message["role"] == "assistant" and kept[-1:] == [None]:
                 kept[-1:] = []
             elif message["role"] == "user":
                 changed = self._change_words(message["content"], draw)

@@ -75,14 +75,6 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _turns(value: Any) -> Any:
-    """A list of rows for a table of columns, as which both libraries may store a list of objects such as turns."""
-    is_table = isinstance(value, dict) and all(isinstance(column, list) for column in value.values())
-    if not is_table or len({len(column) for column in value.values()}) != 1:
-        return value
-    return [dict(zip(value, row)) for row in zip(*value.values())]
-
-
 def tfds_rows(
     builder: "tfds.core.DatasetBuilder",
     name: str,
@@ -97,7 +89,7 @@ def tfds_rows(
         where = f"{part.source}, split {name}, example {number}"
         try:
             chosen = example if field is None else {field: example[field]}
-            yield SourceRecord(where, {key: _turns(_plain(value)) for key, value in chosen.items()}, split)
+            yield SourceRecord(where, {key: _plain(value) for key, value in chosen.items()}, split)
         except UnicodeDecodeError as error:
             bad.add(BadRecord(where, f"not UTF-8 at byte {error.start}"))
 
@@ -184,8 +176,7 @@ def _huggingface_rows(
             if number == 0:
                 _check_field(part, field, row)
             chosen = row if field is None else {field: row.get(field)}
-            value = {key: _turns(item) for key, item in chosen.items()}
-            yield SourceRecord(f"{part.source}, split {name}, row {number}", value, split)
+            yield SourceRecord(f"{part.source}, split {name}, row {number}", chosen, split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         # Refused under any data.on_bad_record: datasets reads in blocks, and cannot continue after a broken one.
         where = f"{part.source}, split {name}, after row {number}"

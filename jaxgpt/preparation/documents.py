@@ -10,10 +10,12 @@ from jaxgpt.errors import BadRecord, UserError
 _EXAMPLES = 5
 _REASONS = 50  # kinds kept apart: a reason that quotes the data could be a new one in each record
 SplitName = Literal["train", "validation"]
+Tally = dict[str, dict[str, int]]
+"""Of conversations: {"forms": {form: how many}, "turns": {what became of some: ...}, "fields not read": {name: ...}}"""
 
 
 class Document(NamedTuple):
-    text: str  # or the canonical JSON of a conversation (`chat.conversation`)
+    text: str  # or the canonical JSON of a conversation (dialogues.py)
     split: SplitName | None = None  # that the source assigns; None if the source has no splits
     part: int = 0  # number of the mixture's source that it comes from
     continues: bool = False  # the document before it: the next part of one long text file
@@ -29,9 +31,9 @@ class SourceRecord(NamedTuple):
 
 
 class BadRecords:
-    """Counts the records that are left out, by reason; or refuses the first one, as `data.on_bad_record` says.
+    """Counts the records that are left out, by reason, and what is in the others; or refuses the first bad one.
 
-    Empty files and records are counted under either policy and never refused.
+    `data.on_bad_record` is the policy. Empty files and records are counted under either and never refused.
     """
 
     def __init__(self, policy: Literal["refuse", "skip"] = "refuse"):
@@ -40,6 +42,7 @@ class BadRecords:
         """Reason (up to its first colon, semicolon, comma or bracket) -> records left out."""
         self.examples: dict[str, list[str]] = {}
         """Reason -> the first few, each as "where: reason"."""
+        self.conversations: Tally = {}
 
     def add(self, error: BadRecord) -> None:
         """Count a record, or raise a UserError if the policy is to refuse."""

@@ -14,6 +14,7 @@ from jaxgpt.data.chat import BRACKETS, marked, marks, pieces
 from jaxgpt.data.dataset import PackedRows, TokenDataset
 from jaxgpt.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.preparation_report import read, round_trip_line
 
 MOST_ROWS = 5000  # two seconds; of more rows, this many are read, evenly spread
 _EXAMPLES = 3
@@ -41,6 +42,7 @@ class Lint:
     empty_turns: int = 0
     duplicate_turns: int = 0  # they repeat an earlier one of the same conversation and role
     without_answer: int = 0  # conversations without learned tokens
+    changed_text: str | None = None  # what the tokenizer loses of the text
     examples: list[Example] = dataclasses.field(default_factory=list)
 
 
@@ -53,10 +55,10 @@ def check(dataset: TokenDataset) -> Lint:
     rows, tokenizer = dataset.train, dataset.tokenizer
     assert isinstance(rows, PackedRows)
     start, end = tokenizer.backend.token_to_id(START_OF_TURN), tokenizer.end_of_turn
-    if start is None or end is None:
-        raise UserError(f"{dataset.path}: its tokenizer has no {END_OF_TURN}, so no answer would stop; prepare again")
+    if end is None:
+        raise UserError(f"{dataset.path}: {tokenizer.why_no_chat}, so no answer would stop; prepare again")
     numbers = np.unique(np.linspace(0, rows.num_rows - 1, min(rows.num_rows, MOST_ROWS)).astype(int)).tolist()
-    lint = Lint(rows.num_rows, len(numbers))
+    lint = Lint(rows.num_rows, len(numbers), changed_text=round_trip_line(read(dataset.path)))
     shown = {numbers[len(numbers) * place // _EXAMPLES] for place in range(_EXAMPLES)} if numbers else set()
     counts: collections.Counter[int] = collections.Counter()
     for number in numbers:
@@ -64,8 +66,8 @@ def check(dataset: TokenDataset) -> Lint:
             last = supervised & ~np.append(supervised[1:], False)
             if (tokens[last] != end).any():
                 raise UserError(
-                    f"{dataset.path}: conversation {document + 1}: an answer does not end in {END_OF_TURN}, so a model "
-                    "would not learn to stop; prepare again"
+                    f"{dataset.path}: conversation {document + 1}: an answer does not end in "
+                    f"{tokenizer.decode([end])}, so a model would not learn to stop; prepare again"
                 )
             counts[document] += 1
             _count(lint, tokens, supervised, start, tokenizer)
@@ -95,14 +97,18 @@ def show(lint: Lint, colour: bool | None = None) -> str:
     ]
     if lint.without_answer:
         lines.append(f"  warning: {lint.without_answer:,} of them have nothing to learn")
+    if lint.changed_text:
+        lines.append(f"  warning: {lint.changed_text}")
     return "\n".join(lines)
 
 
-def _count(lint: Lint, tokens: np.ndarray, supervised: np.ndarray, start: int, tokenizer: Tokenizer) -> None:
+def _count(lint: Lint, tokens: np.ndarray, supervised: np.ndarray, start: int | None, tokenizer: Tokenizer) -> None:
     lint.num_tokens += len(tokens)
     lint.num_supervised += int(supervised.sum())
     lint.num_conversations += 1
     lint.without_answer += not supervised.any()
+    if start is None or tokenizer.own_template is not None:  # where turns begin, only our template says
+        return
     turns = [turn for turn in np.split(tokens, np.flatnonzero(tokens == start)) if len(turn)]
     lint.duplicate_turns += len(turns) - len({turn.tobytes() for turn in turns})
     for turn in turns:

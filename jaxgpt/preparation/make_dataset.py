@@ -27,7 +27,8 @@ from tqdm import tqdm
 from jaxgpt.config import Config, with_settings
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import FORMAT_VERSION, SPLITS, TokenDataset, check_answers, check_window, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer import Tokenizer, char_tokenizer, spread, train_bpe
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, preparation_report, sources, splitting, stages
@@ -90,7 +91,7 @@ def prepare(
 def _found(final: Path, config: Config, tokenizer: Tokenizer | None) -> Path:
     dataset = open_dataset(final, verify="sizes")  # the reader of the tokens verifies them
     _check_settings(dataset, _settings(config, tokenizer))
-    dataset.train.check(config.block_size)
+    dataset.train.check(dataset.fit(config).block_size)
     print(f"prepared data: {final} (found, nothing to do)")
     return final
 
@@ -175,6 +176,11 @@ def _decided(
             f"{sources.describe(config.data)}: [cleaning] drops all of its {len(plan.codes):,} documents; "
             "drop less: min_chars, max_chars, max_symbol_ratio, language"
         )
+    if config.data.format == "chat" and plan.codes.astype(bool).sum() == 1:
+        raise UserError(
+            f"{sources.describe(config.data)}: one conversation is left of {len(plan.codes):,}, and one has to be held "
+            "out beside those that are learned; give more, or drop less ([cleaning])"
+        )
     tokenizer = tokenizer or _made_tokenizer(work, stage, plan, config)
     tokenizer.save(work.path / "tokenizer")
     with new_file(work.path / "rows.npy") as array:
@@ -204,7 +210,9 @@ def _made_tokenizer(work: WorkFolder, stage: str, plan: splitting.SplitPlan, con
     else:
         sample = spread(texts, settings.train_bytes, stages.PIECE)
         bar = tqdm(sample, desc="training BPE", unit="part", disable=None, leave=False)
-        tokenizer = train_bpe(bar, settings.vocab_size, sys.stderr.isatty())
+        tokenizer = train_bpe(bar, settings.entries, sys.stderr.isatty())
+        if (found := tokenizer.vocab_size) < (settings.vocab_size or 0):
+            print(f"tokenizer  tokenizer.vocab_size = {settings.vocab_size:,}, but the text gives only {found:,}")
     return _with_tokens(tokenizer, config)
 
 
@@ -250,7 +258,7 @@ def _write(
                 stream.add(split, tokens, counts[split]["num_bytes"], starts_document=False)
                 stream.counts[split]["num_documents"] += counts[split]["num_documents"]
             stream.flush()
-        check_window(writer.counts["train"]["num_tokens"], config.block_size)
+        check_window(writer.counts["train"]["num_tokens"], config.data.block_size or 1)
     if not writer.counts["validation"]["num_tokens"]:
         raise UserError(
             "nothing is left for validation; give more documents, a larger data.validation_fraction or less [cleaning]"
@@ -289,7 +297,7 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
         "tokenizer": chosen.type,
     }
     if chosen.type == "bpe":
-        settings |= {"vocab_size": chosen.vocab_size, "train_bytes": chosen.train_bytes}
+        settings |= {"vocab_size": chosen.entries, "train_bytes": chosen.train_bytes}
     if chosen.type == "folder":
         assert tokenizer is not None
         settings["tokenizer_digest"] = tokenizer.digest  # includes special tokens

@@ -4,7 +4,9 @@ The page needs no network and no script. Jinja2 escapes everything: a document m
 """
 
 import json
+import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from jinja2 import Environment
 from jaxgpt.config import Config
 from jaxgpt.data.chat import plain_texts
 from jaxgpt.data.dataset import Split, TokenDataset
-from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
 from jaxgpt.preparation.cleaning import STEPS as CLEANING_STEPS
@@ -54,17 +57,23 @@ def collect(
         "sources": _sources(config, tokens),
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": round(num_bytes / max(num_tokens, 1), 4),
-        "gpt2": _beside_gpt2(config, work, plan, tokenizer),
+        "gpt2": _beside_gpt2(config, sample := _sample(config, work, plan), tokenizer),
+        "round_trip": _round_trip(sample, tokenizer),
     }
     if config.data.format == "chat":
         report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
+        report["forms"] = {
+            kind: ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+            for kind, counts in facts.get("conversations", {}).items()
+        }
     return report
 
 
 def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
     """{"epochs": {...}}: passes over the training split that the config asks for, as far as it decides them."""
-    train, rows = config.train, dataset.train.rows_per_epoch(config.block_size)
-    found: dict[str, object] = {"rows": rows, "block_size": config.block_size}
+    train, size = config.train, dataset.fit(config).block_size
+    rows = dataset.train.rows_per_epoch(size)
+    found: dict[str, object] = {"rows": rows, "block_size": size}
     if train.max_steps is None:
         return {"epochs": found | {"epochs": train.num_train_epochs}}
     if train.global_batch_size:
@@ -78,8 +87,9 @@ def epochs(config: Config, dataset: TokenDataset) -> dict[str, object]:
 
 def host(config: Config, dataset: TokenDataset, needed: dict[str, int]) -> dict[str, object]:
     """Tokens a second that one process of this host reads, beside those that each TPU slice in `needed` trains."""
-    found = read_speed(dataset.train, config.block_size)
-    parts = [f"one process reads {_big(found)} tokens/s at T = {config.block_size:,}"]
+    size = dataset.fit(config).block_size
+    found = read_speed(dataset.train, size)
+    parts = [f"one process reads {_big(found)} tokens/s at T = {size:,}"]
     for name, tokens in needed.items():
         ratio = found / tokens
         verdict = f"this machine feeds it {ratio:.1f} times over" if ratio >= 1 else "this machine is too slow for it"
@@ -181,22 +191,12 @@ def _sources(config: Config, tokens: list[dict]) -> list[dict]:
 # ---------------------------------------------------------------- beside GPT-2's tokenizer
 
 
-def _beside_gpt2(config: Config, work: WorkFolder, plan: dict, tokenizer: Tokenizer) -> dict[str, object]:
+def _beside_gpt2(config: Config, texts: list[str], tokenizer: Tokenizer) -> dict[str, object]:
     """Bytes per token of this tokenizer and of GPT-2's own on the same text, if that one is on this machine."""
     folder = _gpt2_folder(config)
     if folder is None:
         return {"unknown": "GPT-2's tokenizer is not on this machine (neither tokenizer.path nor the cache of hf:gpt2)"}
     other = load_tokenizer(folder)
-    texts: list[str] = []
-    for number in range(len(plan["first"]) - 1):  # an even share of each chunk
-        rows = read_rows(work.rows(plan["stage"], number), ("texts",))
-        share, taken = _SAMPLE_BYTES // (len(plan["first"]) - 1), 0
-        for text in rows.texts:
-            if taken >= share:
-                break
-            text = "\n".join(plain_texts(text, config.chat)) if config.data.format == "chat" else text
-            texts.append(text[: share - taken])
-            taken += len(texts[-1])
     size = sum(len(text.encode()) for text in texts)
     try:
         ours, theirs = (sum(map(len, kind.encode_batch(texts))) for kind in (tokenizer, other))
@@ -207,6 +207,41 @@ def _beside_gpt2(config: Config, work: WorkFolder, plan: dict, tokenizer: Tokeni
         "bytes_per_token": round(size / max(ours, 1), 4),
         "gpt2_bytes_per_token": round(size / max(theirs, 1), 4),
     }
+
+
+def _round_trip(texts: list[str], tokenizer: Tokenizer) -> dict[str, object]:
+    """The share of characters that are lost or new when tokens become text again, and a place where that happens."""
+    texts, changed, example = [text[:4000] for text in texts[:: 1 + len(texts) // 250]], 0, None
+    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+        if (back := tokenizer.decode(ids)) != text:
+            before, after = Counter(text), Counter(back)
+            changed += max((before - after).total(), (after - before).total(), 1)
+            start = max(0, len(os.path.commonprefix([text, back])) - 10)
+            example = example or [text[start : start + 40], back[start : start + 40]]
+    return {"changed": changed / max(sum(map(len, texts)), 1), "example": example}
+
+
+def round_trip_line(report: dict) -> str | None:
+    """What of the text does not come back from its tokens; None if all of it does, or nobody looked."""
+    found = report.get("round_trip") or {}
+    if not found.get("changed"):
+        return None
+    (text, back), share = found["example"], max(found["changed"], 0.0001)
+    return f"{share:.2%} of the characters change on their way through the tokenizer: {text!r} comes back as {back!r}"
+
+
+def _sample(config: Config, work: WorkFolder, plan: dict) -> list[str]:
+    texts: list[str] = []
+    for number in range(len(plan["first"]) - 1):  # an even share of each chunk
+        rows = read_rows(work.rows(plan["stage"], number), ("texts",))
+        share, taken = _SAMPLE_BYTES // (len(plan["first"]) - 1), 0
+        for text in rows.texts:
+            if taken >= share:
+                break
+            text = "\n".join(plain_texts(text, config.chat)) if config.data.format == "chat" else text
+            texts.append(text[: share - taken])
+            taken += len(texts[-1])
+    return texts
 
 
 def _gpt2_folder(config: Config) -> Path | None:
@@ -232,6 +267,7 @@ def as_text(final: Path, report: dict) -> str:
     lines.append(f"  read       documents {read['documents']:,}, bytes {read['bytes']:,}")
     for reason, bad in report["bad_records"].items():
         lines.append(f"  left out   {bad['count']:,}: {reason} ({bad['where'][0] if bad['where'] else 'somewhere'})")
+    lines += [f"  {kind:<10} {found}" for kind, found in report.get("forms", {}).items()]
     for step in report["steps"]:
         lines.append(
             f"  {step['step']:<18} changed {step['changed']:,}, dropped {step['dropped']:,} of {step['documents_in']:,}"
@@ -260,6 +296,8 @@ def as_text(final: Path, report: dict) -> str:
     if "gpt2_bytes_per_token" in gpt2:
         ours, theirs = gpt2["bytes_per_token"], gpt2["gpt2_bytes_per_token"]
         lines.append(f"  compression {ours:.2f} bytes per token; GPT-2's own tokenizer {theirs:.2f} on the same text")
+    if changed := round_trip_line(report):
+        lines.append(f"  warning    {changed}")
     lines.append(f"  epochs     {_epochs_line(report['epochs'])}")
     if feed := report.get("host"):
         lines.append(f"  host       {feed['line']}")
@@ -285,8 +323,10 @@ def write(folder: Path, report: dict) -> None:
         "vocabulary": f"{report['vocabulary']:,}",
         "bytes per token": f"{report['bytes_per_token']:.3f}",
         "GPT-2's own tokenizer on the same text": gpt2.get("unknown") or f"{gpt2['gpt2_bytes_per_token']:.3f}",
+        "text through the tokenizer and back": round_trip_line(report) or "unchanged",
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
+    facts |= report.get("forms", {})
     html = page.render(report=report, facts=list(facts.items()))
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
     text = json.dumps(report, indent=2, ensure_ascii=False)

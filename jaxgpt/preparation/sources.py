@@ -10,11 +10,10 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxgpt.data.chat import conversation
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation import source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_facts, catalog_splits
-from jaxgpt.preparation.dialogues import RECORDS_VERSION, support_records
+from jaxgpt.preparation.dialogues import RECORDS_VERSION, conversation, support_records
 from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord
 from jaxgpt.settings import DataConfig, SourceConfig, sources_of
 
@@ -154,7 +153,8 @@ def _texts(
     for number, record in enumerate(records):
         try:
             if data.format == "chat":
-                yield Document(conversation(record.value, record.where), record.split, where=record.where)
+                text = conversation(record.value, record.where, bad.conversations)
+                yield Document(text, record.split, where=record.where)
                 continue
             text = source_files.text_of(record, part.text_field)
         except BadRecord as error:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from jaxgpt.config import Config
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import SPLITS
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.preparation import duplicates, sources
@@ -45,7 +46,7 @@ _BEFORE = 40  # characters shown before the first difference
 def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
     """Write the chunks "read" and return facts about them; the same facts after a kill.
 
-    They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number,
+    They are {"rows": [of each chunk], "bytes": [of each chunk], "documents": their number, "conversations": a Tally,
     "bad": `BadRecords.summary` of what was left out, "mixture": the fields of sources.Reading}.
     """
     file = work.path / "read.json"
@@ -81,7 +82,7 @@ def read(data: DataConfig, work: WorkFolder) -> dict[str, Any]:
     if sources.source_key(data) != key:
         raise UserError(f"{sources.describe(data)}: changed while it was read; prepare again")
     facts = {"rows": rows_of, "bytes": bytes_of, "documents": number + 1}
-    facts |= {"bad": bad.summary(), "mixture": dataclasses.asdict(reading)}
+    facts |= {"bad": bad.summary(), "conversations": bad.conversations, "mixture": dataclasses.asdict(reading)}
     write_json(file, facts)
     return facts
 

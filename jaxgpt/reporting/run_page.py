@@ -21,7 +21,7 @@ from jaxgpt.reporting import figures, run_files
 from jaxgpt.reporting.figures import COLOURS, SMOOTHED, Drawn, big, word
 from jaxgpt.reporting.run_files import ACTIVITIES, Columns
 from jaxgpt.storage.files import append_json, write_file
-from jaxgpt.training.checkpoint import find_step
+from jaxgpt.training.checkpoint import find_step, finished_steps, step_to_use
 from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.models import is_huggingface
 from jaxgpt.training.run_state import Run
@@ -80,7 +80,7 @@ def write_report(workdir: Path) -> Path:
         versions=summary.pop("versions", {}),
         facts=_flat(summary),
         numbers=_headline(columns),
-        warnings=_warnings(records),
+        warnings=_warnings(records, workdir),
         drawn=_figures(columns),
         evaluated=run_files.evaluation_rows(workdir),
         samples=_samples(records),
@@ -163,12 +163,14 @@ def _headline(columns: Columns) -> list[tuple[str, str, str]]:
     return found
 
 
-def _warnings(records: list[dict]) -> list[str]:
+def _warnings(records: list[dict], workdir: Path) -> list[str]:
+    step, why = step_to_use(workdir) if finished_steps(workdir) else (0, "")
+    found = [f"{why[0].upper()}{why[1:]}. Used where no step is named: step {step:,}."] if why else []
     bad = [record for record in records if record.get("nonfinite")]
     if not bad:
-        return [] if records else ["No step has been logged yet."]
+        return found if records else ["No step has been logged yet."]
     first = ", ".join(f"{key} was {value}" for key, value in bad[0]["nonfinite"].items())
-    return [f"Not finite: {first} at step {bad[0]['step']:,}; {len(bad):,} such lines in all."]
+    return [*found, f"Not finite: {first} at step {bad[0]['step']:,}; {len(bad):,} such lines in all."]
 
 
 def _samples(records: list[dict]) -> list[tuple[int, str]]:

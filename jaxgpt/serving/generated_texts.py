@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import cast
 
-from jaxgpt.inference.decode import Continuation
+from jaxgpt.inference.decoder import Continuation
 from jaxgpt.inference.engine import Engine, Piece, QueueFull, Ticket, Tokens
 from jaxgpt.inference.text import GrowingText
 from jaxgpt.serving.middleware import ServerMetrics

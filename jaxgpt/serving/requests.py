@@ -86,7 +86,10 @@ def chat_tokens(messages: Sequence[schemas.Message], model: ServedModel) -> list
     prompts = model.chat_prompts()
     if messages[-1].role != "user":
         raise bad_request("the last message must be the user's: the model writes what comes after it", "messages")
-    return prompts.encode(with_system([message.plain for message in messages], model.system))
+    try:
+        return prompts.encode(with_system([message.plain for message in messages], model.system))
+    except UserError as error:  # the model's own chat template refuses them
+        raise bad_request(str(error), "messages") from None
 
 
 def generate_request(body: schemas.GenerateBody, model: ServedModel, engine: Engine) -> GenerationRequest:

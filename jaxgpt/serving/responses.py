@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 
 from jaxgpt.inference.engine import Tokens
-from jaxgpt.inference.text import TextStream, token_bytes
+from jaxgpt.inference.prompts import token_bytes
+from jaxgpt.inference.text import TextStream
 from jaxgpt.serving.generated_texts import Part
 from jaxgpt.serving.requests import GenerationRequest
 from jaxgpt.serving.served_model import ServedModel

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.decode import build_decoder
+from jaxgpt.inference.decoder import build_decoder
 from jaxgpt.inference.engine import Engine
-from jaxgpt.inference.prompts import ChatPrompts
-from jaxgpt.inference.text import token_bytes
+from jaxgpt.inference.prompts import ChatPrompts, token_bytes
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.serving.schemas import ApiError, bad_request, not_ready
@@ -136,7 +135,8 @@ def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     def build() -> Engine:
         # The parameters are not kept: the decoder has them in a layout of its own.
         weights, slots = options.weights, options.slots
-        decoder = build_decoder(config, vocab_size, params.pop(), tokenizer.end_of_text, weights, slots)
+        end, ends = tokenizer.end_of_text, tokenizer.ends
+        decoder = build_decoder(config, vocab_size, params.pop(), end, weights, slots, ends)
         return Engine(decoder, slots, options.chunk, options.queue)
 
     return model, build

@@ -1,8 +1,9 @@
 """One writer for a run folder: a second one is refused, and a dead one's place is taken.
 
 It uses two signs, because each fails somewhere: a kernel lock (flock), which ends with its process but is not visible
-on other machines through every network file system; and a heartbeat in the lock's file, which a reader compares with
-a later one, so that the clocks of two machines need not agree.
+on other machines through every network file system, and does not exist on mounted buckets; and a heartbeat in the
+lock's file, which a reader compares with a later one, so that the clocks of two machines need not agree. The owner
+compares, too: a file that another process wrote or replaced is lost, and whoever lost it stops writing.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ import os
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import FolderLost, UserError
 from jaxgpt.failpoints import failpoint
 
 FILE = "lease.json"
@@ -27,22 +29,34 @@ class Lease:
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
+        self._path = workdir / FILE
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id(), "id": uuid.uuid4().hex}
         self._ended = threading.Event()
+        self._lost = ""  # why this process holds the folder no more
 
     def __enter__(self) -> "Lease":
         """Take the folder, which has to exist.
 
         Raises:
-            UserError: a live process holds it; names that process.
+            UserError: a live process holds it; names that process. Or the lock's file cannot be written.
         """
-        self._file = os.open(self._workdir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._check_kernel_lock()
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: the lock of the run folder cannot be opened ({error.strerror}); remove it"
+            ) from None
+        try:
+            self._has_kernel_lock = self._take_kernel_lock()
             self._check_heartbeat()
+            self._write()
+            if not self._has_kernel_lock:  # another one may have written at the same moment: the last one has it
+                time.sleep(BEAT_SECONDS)
+                if (owner := self._read()).get("id") != self._owner["id"]:
+                    raise self._refusal(owner)
         except BaseException:
             os.close(self._file)
             raise
-        self._beat()
         self._heart = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self._heart.start()
         failpoint("lease.taken")
@@ -51,21 +65,39 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._heart.join()  # or it might write into the next file with this descriptor
-        os.ftruncate(self._file, 0)  # no owner to wait for
+        if not self._lost:
+            os.ftruncate(self._file, 0)  # no owner to wait for
         os.close(self._file)
 
-    def _check_kernel_lock(self) -> None:
+    def check(self, look: bool = False) -> None:
+        """Nothing while this process holds the folder. `look` reads the file; without it the last beat decides.
+
+        Raises:
+            FolderLost: another process has taken the folder, or somebody removed the lock.
+        """
+        if look:
+            self._look()
+        if self._lost:
+            raise FolderLost(f"{self._workdir}: {self._lost}; this process stops and writes nothing more there")
+
+    def _take_kernel_lock(self) -> bool:
+        """Whether this file system has locks.
+
+        Raises:
+            UserError: another process holds the lock.
+        """
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             raise self._refusal(self._read()) from None
         except OSError:
-            pass  # a file system without locks: the heartbeat decides alone
+            return False  # the heartbeat decides alone
 
     def _check_heartbeat(self) -> None:
         if not (owner := self._read()):
             return
-        if owner.get("boot_id") != _boot_id():  # its kernel lock may not be visible from this machine
+        if owner.get("boot_id") != _boot_id() or not self._has_kernel_lock:  # it may live without a sign of a lock
             print(f"lease    {_name(owner)} held {self._workdir}; waiting to see whether it lives", flush=True)
             deadline = time.monotonic() + 4 * BEAT_SECONDS
             while time.monotonic() < deadline:
@@ -80,22 +112,40 @@ class Lease:
         )
 
     def _read(self) -> dict:
-        """The owner's record; {} where there is none, or it was killed while it wrote."""
+        """The owner's record; {} where there is none, or it was killed while it wrote. Opens the file anew: a mounted
+        bucket shows the writes of other machines only so."""
         try:
-            owner = json.loads(os.pread(self._file, 4096, 0))
-        except ValueError:
+            with open(self._path, "rb") as file:
+                owner = json.loads(file.read(4096))
+        except (ValueError, RecursionError):
             return {}
         return owner if isinstance(owner, dict) else {}
 
-    def _beat(self) -> None:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id(), "beat": time.time()}
-        text = json.dumps(owner).encode()
-        os.pwrite(self._file, text.ljust(256), 0)  # one length: a reader never sees the end of an older text
+    def _write(self) -> None:
+        text = json.dumps(self._owner | {"beat": time.time()}).encode()
+        os.pwrite(self._file, text.ljust(320), 0)  # one length: a reader never sees the end of an older text
+        if not self._has_kernel_lock:
+            os.fsync(self._file)
+
+    def _look(self) -> None:
+        """Note whether the folder is still held."""
+        try:
+            owner = self._read()
+            is_replaced = self._has_kernel_lock and not os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except FileNotFoundError:
+            self._lost = f"{FILE}, its lock, was removed"
+            return
+        except OSError:  # storage fails for a while
+            return
+        if is_replaced or owner.get("id", self._owner["id"]) != self._owner["id"]:
+            self._lost = f"taken over by {_name(owner)}"
 
     def _keep_beating(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # storage fails for a while: a later beat may come, and flock holds
-                self._beat()
+        while not self._ended.wait(BEAT_SECONDS) and not self._lost:
+            self._look()
+            if not self._lost:
+                with contextlib.suppress(OSError):  # storage fails for a while: a later beat may come
+                    self._write()
 
 
 def _name(owner: dict) -> str:

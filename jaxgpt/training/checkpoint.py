@@ -8,7 +8,6 @@ so a folder with a number for a name is complete; older steps are deleted only a
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -24,24 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt.config import Config, from_json, to_json
+from jaxgpt.config import Config, read_json
 from jaxgpt.errors import STORAGE_ERRNOS, StorageFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.settings import CheckpointConfig
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import fsync, write_file
+from jaxgpt.storage.files import fsync
 from jaxgpt.training.metrics import METRICS_FILE
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
 METADATA = "metadata.json"
-CONFIG, DIGEST = "config.json", "sha256"  # the settings of a run, and the key in it for their digest
+CONFIG = "config.json"
 BEST = "@best"  # after a run's folder: its checkpoint with the lowest validation loss
 SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that are not checkpoints yet, or any more
 UNFINISHED = re.compile(r"\.(saving|deleting)-[0-9]+(\.orbax.*)?")  # Orbax adds to the name while it writes
 RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds before a save that failed is tried again; then the run stops
 # What Orbax and TensorStore raise when storage fails: ENOSPC, for one, comes as a ValueError or a runtime error.
 STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
+
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -253,28 +255,7 @@ def quiet_orbax() -> None:
 
 def read_config(run: Path) -> Config:
     """The resolved config of a run folder."""
-    path = run / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        written = content.pop(DIGEST, None) if isinstance(content, dict) else None
-        config = from_json(json.dumps(content))
-    except (UserError, OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if written not in (None, _settings_digest(content)):
-        raise UserError(
-            f"{path} is not as the run wrote it; put that back, or delete its {DIGEST!r} if you changed it yourself"
-        )
-    return config
-
-
-def write_config(run: Path, config: Config) -> None:
-    """Write config.json: every setting, and the digest of them all."""
-    content = json.loads(to_json(config))
-    write_file(run / CONFIG, json.dumps({**content, DIGEST: _settings_digest(content)}, indent=2))
-
-
-def _settings_digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return read_json(run / CONFIG)
 
 
 def read_metadata(run: Path, step: int) -> dict:
@@ -303,18 +284,28 @@ def is_step_name(name: str) -> bool:
 
 
 def best_step(run: Path) -> int | None:
-    """The kept step with the lowest validation loss; None where none was evaluated."""
+    """The kept step with the lowest validation loss; None where none was evaluated to a number."""
     scored = {}
     for step in finished_steps(run):
         # A file that was damaged meanwhile is for the next start to deal with.
         with contextlib.suppress(UserError):
-            if (loss := read_metadata(run, step).get("eval_loss")) is not None:
+            loss = read_metadata(run, step).get("eval_loss")
+            if loss is not None and math.isfinite(loss):
                 scored[step] = loss
     return min(scored, key=lambda step: scored[step]) if scored else None
 
 
-def find_step(path: Path) -> tuple[Path, int]:
-    """(run folder, step) of a run folder (its latest step), a step folder, or RUN@best."""
+def step_to_use(run: Path) -> tuple[int, str]:
+    """(latest step, ""); where the run overfitted or stopped early, (best step, why). A resume takes the latest."""
+    latest = finished_steps(run)[-1]
+    with contextlib.suppress(UserError):
+        why, best = read_metadata(run, latest).get("why_best", ""), best_step(run)
+        return (best, why) if why and best is not None else (latest, why)
+    return latest, ""
+
+
+def find_step(path: Path, tell: bool = False) -> tuple[Path, int]:
+    """(run folder, step) of a run folder (`step_to_use`; `tell` warns if it is not the latest), a step, or RUN@best."""
     if path.name.endswith(BEST) and not path.exists():
         run, _ = find_step(path.with_name(path.name.removesuffix(BEST)))
         if (step := best_step(run)) is None:
@@ -329,7 +320,10 @@ def find_step(path: Path) -> tuple[Path, int]:
     if not steps:
         raise UserError(f"{run / FOLDER} holds no finished checkpoint yet")
     if run == path:
-        return run, steps[-1]
+        step, why = step_to_use(run)
+        if tell and step != steps[-1]:
+            logger.warning("%s: takes step %d, the best, and not %d: %s", run, step, steps[-1], why)
+        return run, step
     if not is_step_name(path.name) or int(path.name) not in steps:
         raise UserError(f"{path} is not a finished checkpoint; {run / FOLDER} holds steps {steps}")
     return run, int(path.name)

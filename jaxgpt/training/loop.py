@@ -23,7 +23,7 @@ from jaxgpt.training.metrics import TimeSplit, peak_flops
 from jaxgpt.training.models import write_settings
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
-from jaxgpt.training.run_state import EarlyStopping, GoOn, Position, Run, position
+from jaxgpt.training.run_state import EvaluationHistory, GoOn, Position, Run, position
 from jaxgpt.training.signals import DATA, EVAL, SAVE, START, STEP
 from jaxgpt.training.step import TrainState
 from jaxgpt.training.trackers import StepTrace
@@ -45,6 +45,7 @@ def fit(run: Run, state: TrainState, start: Position) -> tuple[TrainState, str]:
         BadStep: a loss or gradient that ends the run by faults.on_bad_step; nothing after it was saved.
         Interrupted: SIGTERM or Ctrl-C arrived; the state after the current step was saved.
         StorageFailed: a checkpoint could not be written.
+        FolderLost: another process has taken the run folder.
     """
     bad_steps = BadSteps(run.config.faults, start.bad_steps)
     while True:
@@ -75,8 +76,8 @@ class _Loop:
         self._bad_steps = bad_steps
         self._split = TimeSplit()
         self._vote = StopVote()
-        self._meter = Meter(run, self._split, bad_steps, start)
-        self._early = EarlyStopping(run.config, start)
+        self._history = EvaluationHistory(run.config, start)
+        self._meter = Meter(run, self._split, bad_steps, self._history)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
         self._saved = start.step
         run.stop.kept = lambda: run.checkpoints.on_disk
@@ -85,7 +86,7 @@ class _Loop:
         run, config, last_step = self._run, self._run.config, self._run.config.max_steps
         if not self._start.evaluated:
             self._evaluate_late()
-        if early := self._early.reason(self._start.step):
+        if early := self._history.reason(self._start.step):
             return self._state, early
         with (
             contextlib.closing(training_batches(run, self._start)) as batches,
@@ -95,7 +96,7 @@ class _Loop:
                 batch = self._wait_for_data(batches, step)
                 stop = self._dispatch(step, batch, trace)
                 evaluate_now = self._is_evaluated_at(step)
-                save_now = step % config.checkpoint.save_steps == 0 or step == last_step or run.checkpoints.poll()
+                save_now = step % config.save_steps == 0 or step == last_step or run.checkpoints.poll()
                 if not (evaluate_now or save_now or stop):
                     continue
                 self._read_pending()  # before anything is saved, so that no damaged state ever is
@@ -103,7 +104,7 @@ class _Loop:
                 if evaluate_now and not stop:
                     eval_loss, stop = self._evaluate(step)
                 evaluated = not evaluate_now or eval_loss is not None
-                early = self._early.reason(step)
+                early = self._history.reason(step)
                 ended = bool(early) or (step == last_step and evaluated)
                 if save_now or stop or ended:
                     self._save(step, eval_loss, evaluated=evaluated, surely=stop or ended)
@@ -136,6 +137,8 @@ class _Loop:
 
     def _dispatch(self, step: int, batch: Batch, trace: StepTrace) -> bool:
         """Start `step` and read the one before it. Returns whether all processes are to stop."""
+        if self._run.lease:
+            self._run.lease.check()
         if trace.starts(step):
             self._read_pending()
             trace.start()
@@ -188,7 +191,10 @@ class _Loop:
                 raise self._data_lost(step, error) from None
         run.log.write(step, values)
         eval_loss = float(values["eval_loss"])
-        self._early.note(step, eval_loss)
+        overfitted = self._history.now.overfits
+        self._history.note(step, eval_loss)
+        if self._history.now.overfits and not overfitted:
+            run.log.say(f"overfit  {self._history.now.overfits}; more text, fewer steps or model.dropout would help")
         return eval_loss, False
 
     def _evaluate_late(self) -> None:
@@ -197,7 +203,7 @@ class _Loop:
         eval_loss, stop = self._evaluate(step)
         if stop:
             raise self._interrupted(step)
-        ended = step == self._run.config.max_steps or bool(self._early.reason(step))
+        ended = step == self._run.config.max_steps or bool(self._history.reason(step))
         self._save(step, eval_loss, evaluated=True, surely=ended)
 
     def _save(self, step: int, eval_loss: float | None, *, evaluated: bool, surely: bool) -> None:
@@ -210,15 +216,20 @@ class _Loop:
                 f"step {step}: the state holds numbers that are not finite, though loss and gradient were; "
                 f"it is not saved, the last checkpoint is step {run.checkpoints.latest_step()}"
             )
+        if run.lease:
+            run.lease.check(look=True)
         if is_writer() and not (run.workdir / CONFIG).exists():
             run.log.say(f"removed  {run.workdir / CONFIG} is gone, and written again; look for what else may be")
             write_settings(run.workdir, run.config, run.dataset.tokenizer)
             run.log.rewind(step)
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
-        sums = (self._meter.loss_sum, self._meter.count)
-        here = Position(step, offset, bad_steps, evaluated, *sums, **self._early.counts())
+        here = dataclasses.replace(
+            self._history.now, step=step, data_offset=offset, bad_steps=bad_steps, evaluated=evaluated,
+            loss_sum=self._meter.loss_sum, count=self._meter.count,
+        )  # fmt: skip
         with self._split("save"):
             metadata = checkpoint_metadata(run.dataset) | dataclasses.asdict(here)
+            metadata["why_best"] = here.overfits or self._history.reason(step)
             run.checkpoints.save(step, self._state, metadata, eval_loss, surely)
         self._bad_steps.saved(step)
         self._saved = step
@@ -243,7 +254,7 @@ class _Loop:
         )
 
     def _is_evaluated_at(self, step: int) -> bool:
-        return step % self._run.config.eval.eval_steps == 0 or step == self._run.config.max_steps
+        return step % self._run.config.eval_steps == 0 or step == self._run.config.max_steps
 
     def _interrupted(self, step: int) -> Interrupted:
         signal = self._run.stop.requested or "a stop signal to another process"
@@ -265,8 +276,6 @@ def training_batches(run: Run, start: Position) -> Generator[Batch]:
         accumulation=config.gradient_accumulation_steps,
         block_size=config.block_size,
         sharding=sharding.micro_batches_sharding(run.mesh),
-        num_threads=config.data.num_threads,
-        prefetch_batches=config.data.prefetch_batches,
         skip=run.skip,
     )
 
@@ -311,18 +320,19 @@ def checkpoint_metadata(dataset: TokenDataset) -> dict:
 class Meter:
     """Reads the metrics of finished steps and writes a line of them every `logging_steps`."""
 
-    def __init__(self, run: Run, split: TimeSplit, bad_steps: BadSteps, start: Position):
+    def __init__(self, run: Run, split: TimeSplit, bad_steps: BadSteps, history: EvaluationHistory):
         config = run.config
         self._run = run
         self._split = split
         self._bad_steps = bad_steps
+        self._history = history
         self._tokens_per_step = config.global_batch_size * config.block_size
         self._rows_per_epoch = run.dataset.train.rows_per_epoch(config.block_size)
         devices = run.mesh.devices.flatten()
         peak = peak_flops(devices[0].device_kind)
         flops = flops_per_token(config.model, run.dataset.vocab_size, config.block_size)
         self._mfu_of_token_rate = flops / (peak * devices.size) if peak else None
-        self.loss_sum, self.count = start.loss_sum, start.count  # of the steps that no line tells of yet
+        self.loss_sum, self.count = history.now.loss_sum, history.now.count  # of the steps that no line tells of yet
         self._timed_steps = 0
         self._first_line: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -339,6 +349,7 @@ class Meter:
         else:
             self.loss_sum += values["loss_sum"]
             self.count += values["count"]
+            self._history.add(values["loss_sum"], values["count"])
         if outcome == "rollback":
             raise RolledBack(step)
         self._timed_steps += 1

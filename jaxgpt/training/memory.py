@@ -87,7 +87,7 @@ def arithmetic_memory(config: Config, vocab_size: int, shape: StepShape, *, kern
 def lower_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Program, jax.stages.Lowered]:
     """The train step that `train` would run on `mesh`, traced and not compiled. The batch of `config` is resolved."""
     if config.train.max_steps is None:  # the length of the schedule, a constant in the program that changes no cost
-        config = with_settings(config, train_max_steps=10_000)
+        config = with_settings(config, train_max_steps=10_000 + 2 * (config.optimizer.warmup_steps or 0))
     program = build_program(config, vocab_size, mesh)
     accumulation = config.gradient_accumulation_steps
     shape = (accumulation, config.global_batch_size // accumulation, config.block_size)

@@ -4,7 +4,6 @@ metrics.jsonl is the record and the other three are views of it. It holds one st
 resume the lines that the dead run wrote after its last checkpoint are cut off before the steps are run again.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -31,16 +30,26 @@ METRICS_FILE = "metrics.jsonl"
 class _Span:
     """One activity's stopwatch, made once, so that using it allocates nothing."""
 
-    __slots__ = ("_start", "seconds")
+    __slots__ = ("_since", "_seconds")
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._seconds = 0.0
+        self._since: float | None = None  # while it runs
 
     def __enter__(self) -> None:
-        self._start = time.perf_counter()
+        self._since = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+        assert self._since is not None
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def take(self, now: float) -> float:
+        """The seconds since the last call. A span that runs is cut at `now`, and its rest counts next time."""
+        seconds, self._seconds = self._seconds, 0.0
+        if self._since is not None:
+            seconds, self._since = seconds + now - self._since, now
+        return seconds
 
 
 class TimeSplit:
@@ -54,12 +63,10 @@ class TimeSplit:
         return self._spans[activity]
 
     def take(self) -> dict[str, float]:
-        """Each activity's seconds since the last call, and "seconds_total", all that passed."""
+        """Each activity's seconds since the last call, to this moment, and "seconds_total", all that passed."""
         now = time.perf_counter()
-        seconds = {f"seconds_{name}": span.seconds for name, span in self._spans.items()}
+        seconds = {f"seconds_{name}": span.take(now) for name, span in self._spans.items()}
         seconds["seconds_total"] = now - self._since
-        for span in self._spans.values():
-            span.seconds = 0.0
         self._since = now
         return seconds
 
@@ -131,15 +138,13 @@ def _to_line(record: dict) -> bytes:
 class MetricLog:
     """Writes metrics to every place that wants them; does nothing on processes but the writer.
 
-    `start_step` is how many of `total_steps` are done: more than 0 on resume. Raises UserError on
-    every process if Weights & Biases is asked for and not installed. `quiet`: only messages are shown on the screen.
+    `start_step` is how many of `total_steps` are done: more than 0 on resume. `quiet`: only messages are shown on the
+    screen.
     """
 
     def __init__(
         self, workdir: Path, log: LogConfig, total_steps: int, start_step: int, is_writer: bool, quiet: bool = False
     ):
-        if log.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
         self._is_writer = is_writer
         if not is_writer:
             return

@@ -20,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from jaxgpt.config import Config
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.config import Config, to_json
+from jaxgpt.data.tokenizer import GENERATION, Tokenizer
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, leaf_at, set_leaf
@@ -29,7 +30,7 @@ from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.settings import ModelConfig, TokenizerConfig
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import check_new, new_folder
+from jaxgpt.storage.files import check_new, new_folder, write_file
 from jaxgpt.training.checkpoint import (
     FOLDER,
     METADATA,
@@ -37,7 +38,6 @@ from jaxgpt.training.checkpoint import (
     quiet_orbax,
     read_config,
     read_metadata,
-    write_config,
 )
 from jaxgpt.training.recovery import check_weights
 
@@ -70,7 +70,7 @@ def is_huggingface(path: str | Path) -> bool:
         return False
     try:
         return "model_type" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):  # no JSON object: no Hugging Face folder either
+    except (ValueError, TypeError, RecursionError):  # no JSON object: no Hugging Face folder either
         return False
 
 
@@ -85,7 +85,7 @@ def load_model(path: str | Path, read: Callable[[tuple[str, ...]], None] = lambd
     """
     if is_huggingface(path):
         return _load_huggingface(huggingface.locate(str(path)), read)
-    run, step = find_step(Path(path))
+    run, step = find_step(Path(path), tell=True)
     check_weights(run, step)
     config = read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
@@ -186,12 +186,9 @@ def write_huggingface(
     huggingface.write_model(folder, config, vocab_size, params, tokenizer.end_of_text, whole=whole, is_writer=is_writer)
     if is_writer:
         tokenizer.save(folder, config.n_positions)
-        if tokenizer.end_of_turn is not None:
-            # Have transformers' `generate` end an answer of a chat model where we do: at the end of the turn.
-            file = folder / "generation_config.json"
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            settings["eos_token_id"] = [tokenizer.end_of_turn, tokenizer.end_of_text]
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Have transformers' `generate` end a text where we do: also at the end of a turn, and at the folder's own ends.
+        text = json.dumps(tokenizer.generation_config, indent=2, sort_keys=True)
+        (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
         manifest.write(folder)
 
 
@@ -213,7 +210,7 @@ def write_run(run: Path, model: LoadedModel) -> None:
 def write_settings(run: Path, config: Config, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer/ of a run, with their digests; a line says if the tokenizer there is damaged."""
     run.mkdir(parents=True, exist_ok=True)
-    write_config(run, config)
+    write_file(run / "config.json", to_json(config))
     folder = run / "tokenizer"
     if (folder / manifest.NAME).exists() and (found := manifest.problems(folder)):
         print(f"damaged  {folder}: {found[0]}; written again", flush=True)

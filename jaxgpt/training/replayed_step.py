@@ -18,7 +18,7 @@ from jaxgpt.data.pipeline import add_to_skip_list, place_of_row, read_skip_list,
 from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2
 from jaxgpt.model.backend_choice import choose_backend
-from jaxgpt.training.checkpoint import FOLDER, find_step, finished_steps, read_config, read_metadata
+from jaxgpt.training.checkpoint import FOLDER, finished_steps, read_config, read_metadata
 from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.models import LoadedModel, load_model
 from jaxgpt.training.resume import dataset_read_by
@@ -203,7 +203,7 @@ def skip_rows(found: ReplayedStep, chosen: Iterable[int], above: float | None, f
         UserError: the step has no such row, or the batch is not the one that the run has read.
     """
     run, step = Path(found.checkpoint), found.step
-    config, (_, newest) = read_config(run), find_step(run)
+    config, newest = read_config(run), finished_steps(run)[-1]
     numbers, rows = {row.row for row in found.rows}, set(chosen)
     if found.logged_hash not in (None, found.batch_hash):
         raise UserError(f"nothing is added to a skip list: the run has not read this batch in step {step}")

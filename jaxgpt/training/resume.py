@@ -3,6 +3,7 @@
 Everything here that can refuse does so before the run writes anything.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxgpt import __version__
-from jaxgpt.config import Config, flatten, to_json
+from jaxgpt.config import Config, flatten, to_json, with_settings
 from jaxgpt.data.dataset import TokenDataset, open_dataset
-from jaxgpt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import has_tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
 from jaxgpt.model.huggingface import HuggingFaceModel, leaf_at
@@ -40,7 +42,7 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
         "mesh", "checkpoint", "faults", "eval", "log",
         "model.scan_layers", "model.remat", "model.attention",  # the same sums, rounded in another order
         "tokenizer.path", "data.path",  # may be moved: their contents are compared by digest
-        "data.prepared_dir", "data.num_threads", "data.prefetch_batches", "data.verify", "data.num_proc",
+        "data.prepared_dir", "data.verify", "data.num_proc",
         "train.per_device_train_batch_size", "train.gradient_accumulation_steps",  # they share out the same rows
         "train.num_train_epochs",  # becomes max_steps, and is compared there
         "train.compilation_cache_dir",
@@ -72,8 +74,9 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
 # fmt: on
 ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not know max_steps
 
-# None in a config that a user wrote, a number once devices and data are known.
-RESOLVED = ("data.block_size", "train.global_batch_size", "train.max_steps")
+# None in a config that a user wrote, a number once devices and data are known; and what a run that goes on keeps.
+KEPT = ("train.global_batch_size", "optimizer.warmup_steps", "eval.eval_steps", "checkpoint.save_steps")
+RESOLVED = ("data.block_size", "train.max_steps", "tokenizer.vocab_size", *KEPT)
 
 
 class Change(NamedTuple):
@@ -98,6 +101,18 @@ def resume_conflicts(old: Config, new: Config) -> dict[str, Change]:
         for name in before
         if before[name] != after[name] and not (name in RESOLVED and after[name] is None)
     }
+
+
+def as_before(config: Config, run: Path) -> Config:
+    """`config` with what it leaves open as the run has it, where that suits the settings that are given."""
+    if not finished_steps(run):
+        return config
+    before, now = flatten(read_config(run)), flatten(config)
+    for names in (KEPT[:1], KEPT[1:2], KEPT[2:]):  # evaluations and checkpoints depend on each other
+        if all(now[name] is None for name in names):
+            with contextlib.suppress(UserError):
+                config = with_settings(config, **{name.replace(".", "_"): before[name] for name in names})
+    return config
 
 
 # ---------------------------------------------------------------- the run folder
@@ -210,7 +225,7 @@ def weights_to_start_from(config: Config, step: int | None) -> Weights | None:
     if not config.init.from_checkpoint:
         return None
     setting = f"init.from_checkpoint = {config.init.from_checkpoint}"
-    run, found = find_step(Path(config.init.from_checkpoint))
+    run, found = find_step(Path(config.init.from_checkpoint), tell=True)
     _check_shape(setting, read_config(run).model, config.model)
     tokenizer = load_tokenizer(run / "tokenizer")
     vocab_size = read_metadata(run, found).get("vocab_size") or tokenizer.vocab_size

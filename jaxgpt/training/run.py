@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 
 from jaxgpt.config import Config
-from jaxgpt.errors import STORAGE_ERRNOS, HostLost, Interrupted, RunFailed, StorageFailed, UserError
+from jaxgpt.errors import STORAGE_ERRNOS, FolderLost, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.host_watch import PeerWatch
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import out_of_memory_explained
-from jaxgpt.training.checkpoint import Checkpoints, best_step, restore_params, whole
+from jaxgpt.training.checkpoint import Checkpoints, restore_params, step_to_use, whole
 from jaxgpt.training.loop import fit
 from jaxgpt.training.metrics import MetricLog, read_metrics
 from jaxgpt.training.models import export_model, write_settings
@@ -78,7 +78,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
         with MetricLog(workdir, config.log, config.max_steps, place.step, is_writer) as log:
             whole_run = Run(
                 config, workdir, begun.mesh, begun.dataset, begun.program, checkpoints, log, begun.sample, stop,
-                activity, begun.skip, begun.score,
+                activity, begun.skip, begun.score, begun.lease,
             )  # fmt: skip
             try:
                 state, early = fit(whole_run, state, place)
@@ -89,21 +89,25 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
             except Interrupted:
                 status = "interrupted"
                 raise
+            except FolderLost:
+                status = "lost"
+                raise
             finally:
                 stop.is_heard()
                 checkpoints.close()
-                if is_writer:
+                if is_writer and status != "lost":
                     _report(write_report, whole_run, status, time.time() - started)
         params = state.params
         del state
         stop.is_saved()
-        if early:  # the parameters of the best checkpoint, laid out as the last ones are
-            step = distributed.broadcast_from_writer(best_step(workdir) or 0)
+        steps = (step_to_use(workdir)[0], checkpoints.latest_step() or 0) if is_writer else (0, 0)
+        step, latest = map(distributed.broadcast_from_writer, steps)
+        if step != latest:  # the parameters of the best one, laid out as the last ones are
             check_weights(workdir, step)
             params = restore_params(workdir, step, params, jax.tree.map(lambda leaf: leaf.sharding, params))
         _export(whole_run, params, is_writer)
     if is_writer:
-        print_footer(workdir, checkpoints.best_step(), early)
+        print_footer(workdir, checkpoints.best_step())
 
 
 def _report(write_report: WriteReport, whole_run: Run, status: str, seconds: float) -> None:
@@ -119,7 +123,7 @@ def crashes_recorded(config: Config, workdir: Path, activity: Activity) -> Itera
     """Record an exception that nobody raised on purpose: after three at one step the run goes one checkpoint back."""
     try:
         yield
-    except (UserError, StorageFailed, HostLost):
+    except (UserError, StorageFailed, HostLost, FolderLost):
         raise
     except Exception as error:
         if not (isinstance(error, OSError) and error.errno in STORAGE_ERRNOS):
@@ -131,6 +135,8 @@ def crashes_recorded(config: Config, workdir: Path, activity: Activity) -> Itera
 def _export(whole_run: Run, params: dict, is_writer: bool) -> None:
     """Write hf/: the weights and the tokenizer as Hugging Face has them. The run itself is on disk by now."""
     folder, dataset = whole_run.workdir / "hf", whole_run.dataset
+    if whole_run.lease:
+        whole_run.lease.check(look=True)
     model = (whole_run.config.model, dataset.vocab_size, params, dataset.tokenizer)
     try:
         export_model(folder, *model, replace=True, whole=whole, is_writer=is_writer)
@@ -178,22 +184,26 @@ def print_header(start: Start) -> None:
         new = dataset.vocab_size - weights.vocab_size
         rows = f"; {new} new tokens start as the mean of its {weights.vocab_size:,} embeddings" if new else ""
         print(f"weights  {weights.setting}{rows}", flush=True)
+    if config.block_size == dataset.train.num_tokens - 1:
+        print(f"window   data.block_size = {config.block_size}, as the text has no more tokens for one", flush=True)
     _warn_of_little_room(config, dataset.vocab_size, start.workdir)
     for note in start.notes:
         print(note, flush=True)
 
 
-def print_footer(workdir: Path, best_step: int | None, early: str) -> None:
-    """Print the last figures and where everything is. `early`: why the run ended before its last step, or ""."""
+def print_footer(workdir: Path, best_step: int | None) -> None:
+    """Print the last figures, where everything is, and which checkpoint to use if it is not the last."""
     last = [line for line in read_metrics(workdir) if "eval_loss" in line][-1]
     stopping, how = "", '--prompt "..."'
     if "eval_stop_rate" in last:
         how = "--chat"
         stopping = f"answers that end by themselves: {last['eval_stop_rate']:.0%} of those to validation prompts\n"
-    note = f"{early}; a larger eval.early_stopping_patience goes on\n" if early else ""
-    whose = f"the weights of step {best_step}, the best checkpoint, " if early else ""
+    step, why = step_to_use(workdir)
+    kept = "" if step != last["step"] else "; no better checkpoint was kept"
+    note = f"{why}{kept}\n" if why else ""
+    whose = "" if step == last["step"] else f"the weights of step {step}, the best checkpoint, "
     best = f"{best_step}, {workdir}@best" if best_step != last["step"] else best_step
-    where = f"{workdir}@best" if early else workdir
+    where = workdir if step == last["step"] else f"{workdir}@best"
     print(
         f"\n{note}"
         f"validation loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}, "

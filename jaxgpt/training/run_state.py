@@ -4,17 +4,19 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.data.dataset import TokenDataset
+from jaxgpt.storage.lease import Lease
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.metrics import MetricLog
 from jaxgpt.training.signals import Activity, StopSignal
 from jaxgpt.training.step import Program
 
+RISE = 0.01
 GoOn = Callable[[], None]  # called again and again during long work; raises where the work is to stop
 
 
@@ -45,6 +47,7 @@ class Run:
     activity: Activity
     skip: frozenset[int] = frozenset()  # training rows that weigh nothing (data.skip_list)
     score: Scorer | None = None  # scores eval.tasks; None where there are none
+    lease: Lease | None = None  # the hold on `workdir`, in the process that writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Position:
     best_loss: float | None = None  # the lowest validation loss so far; None before the first evaluation
     best_step: int = 0  # the step of that loss
     not_better: int = 0  # evaluations in a row, up to this step, that were not better than the best before them
+    best_train_loss: float = math.nan  # the mean training loss of the steps before the evaluation at best_step
+    train_loss: float = 0.0
+    train_count: float = 0.0
+    """Loss sum and weight sum since the last evaluation."""
+    overfits: str = ""  # what the last evaluation has shown, if the validation loss rose while the training loss fell
 
 
 def position(checkpoints: Checkpoints, step: int | None) -> Position:
@@ -75,37 +83,49 @@ def position(checkpoints: Checkpoints, step: int | None) -> Position:
     return Position(**{field.name: saved[field.name] for field in dataclasses.fields(Position) if field.name in saved})
 
 
-class EarlyStopping:
+class EvaluationHistory:
     """Counts evaluations as Hugging Face's EarlyStoppingCallback does, whether or not a patience is set.
 
     An evaluation is better than the best before it if its loss is lower by more than eval.early_stopping_threshold;
     eval.early_stopping_patience in a row that are not end the run. The lowest loss is the best, by however little.
+
+    A run overfits if two evaluations or more in a row were not better, the last one is above the best by more than
+    RISE of it, and the training loss has fallen since the best.
     """
 
     def __init__(self, config: Config, start: Position):
-        self._patience = config.eval.early_stopping_patience
-        self._threshold = config.eval.early_stopping_threshold
+        self._patience, self._threshold = config.eval.early_stopping_patience, config.eval.early_stopping_threshold
         self._last_step = config.max_steps
-        self._best_loss, self._best_step, self._not_better = start.best_loss, start.best_step, start.not_better
+        self.now = start
+        """The counts, in the fields that a `Position` has for them."""
+
+    def add(self, loss_sum: float, count: float) -> None:
+        """Count a training step."""
+        now = self.now
+        self.now = dataclasses.replace(now, train_loss=now.train_loss + loss_sum, train_count=now.train_count + count)
 
     def note(self, step: int, eval_loss: float) -> None:
         """Count the evaluation at `step`."""
-        best = math.inf if self._best_loss is None else self._best_loss
-        self._not_better = 0 if best - eval_loss > self._threshold else self._not_better + 1
+        now, told = self.now, ""
+        train_loss = now.train_loss / now.train_count if now.train_count else math.nan
+        best = math.inf if now.best_loss is None else now.best_loss
+        not_better = 0 if best - eval_loss > self._threshold else now.not_better + 1
+        if not_better > 1 and not eval_loss <= best * (1 + RISE) and train_loss < now.best_train_loss:
+            told = f"{eval_loss:.4f} at step {step:,}, lowest {best:.4f} at step {now.best_step:,}"
+            told = f"validation loss rises while training loss falls: {told}"
+        now = dataclasses.replace(now, not_better=not_better, overfits=told, train_loss=0.0, train_count=0.0)
         if eval_loss < best:
-            self._best_loss, self._best_step = eval_loss, step
-
-    def counts(self) -> dict[str, Any]:
-        """{"best_loss": ..., "best_step": ..., "not_better": ...}, as a `Position` keeps them."""
-        return {"best_loss": self._best_loss, "best_step": self._best_step, "not_better": self._not_better}
+            now = dataclasses.replace(now, best_loss=eval_loss, best_step=step, best_train_loss=train_loss)
+        self.now = now
 
     def reason(self, step: int) -> str:
         """The reason why the run ends at `step`, before its last one; "" if it goes on."""
-        if self._patience is None or self._not_better < self._patience or step >= self._last_step:
+        if self._patience is None or self.now.not_better < self._patience or step >= self._last_step:
             return ""
         by = f" by more than {self._threshold:g}" if self._threshold else ""
-        best = f"{self._best_loss:.4f} at step {self._best_step:,}" if self._best_loss is not None else "none"
+        best = f"{self.now.best_loss:.4f} at step {self.now.best_step:,}" if self.now.best_loss is not None else "none"
         return (
-            f"stopped early at step {step:,} of {self._last_step:,}: {self._not_better} evaluations in a row were "
-            f"not better{by} than the best before them (lowest validation loss {best})"
+            f"stopped early at step {step:,} of {self._last_step:,}: {self.now.not_better} evaluations in a row were "
+            f"not better{by} than the best before them (lowest validation loss {best}); a larger "
+            "eval.early_stopping_patience goes on"
         )

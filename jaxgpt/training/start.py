@@ -6,6 +6,7 @@ Until the end of `start` nothing is written but the lock and the prepared data.
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,10 +28,9 @@ from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.storage import lease
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import batch_sizes, largest_batch
-from jaxgpt.training.checkpoint import finished_steps, read_config
 from jaxgpt.training.resume import Change
 from jaxgpt.training.run_state import Scorer
-from jaxgpt.training.step import Program, build_program, resolve_batch, resolve_steps
+from jaxgpt.training.step import Program, build_program, lay_out, resolve_batch, resolve_steps
 
 PREPARE_SECONDS = 24 * 3600.0  # that other processes wait for the one which prepares the data
 BuildScorer = Callable[[Config, int, Tokenizer, Mesh], Scorer | None]
@@ -55,6 +55,7 @@ class Start:
     score: Scorer | None  # scores eval.tasks; None where there are none
     notes: tuple[str, ...]  # lines about the data and the tasks, to print before the first step
     program: Program
+    lease: lease.Lease | None  # the hold on the run folder, in the process that writes
 
 
 @contextlib.contextmanager
@@ -68,9 +69,11 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         UserError: something in the input is wrong.
     """
     # 1. The run folder belongs to this experiment or to none, and to this process alone.
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb_project needs a package that is missing: pip install wandb")
     skip = read_skip_list(config.data.skip_list)
     resume.check_workdir(config, workdir, force)
-    with locked(workdir) if distributed.is_writer() else contextlib.nullcontext():
+    with locked(workdir) if distributed.is_writer() else contextlib.nullcontext() as held:
         step = resume.take_up(workdir, config)
 
         # 2. The weights to start from exist and fit the model and the tokenizer.
@@ -78,18 +81,19 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         tokenizer = given_tokenizer(config, huggingface.locate)
         resume.check_tokenizer(weights, tokenizer)
 
-        # 3. Devices and mesh; they share out the batch.
+        # 3. Devices and mesh; they share out the batch, and suit the model, whatever its vocabulary.
         refuse_silent_cpu()
         mesh = build_mesh(config.mesh)
         use_compilation_cache(config.train.compilation_cache_dir)  # nothing was compiled so far
-        config = _with_given_batch(config, workdir, batch_shards(mesh))
+        config = _with_given_batch(resume.as_before(config, workdir), batch_shards(mesh))
+        lay_out(config, 128 * mesh.size, mesh)
 
         # 4. The data, prepared now if it is not there.
         verify = config.data.verify if distributed.is_writer() else "sizes"
         dataset = resume.check_data(workdir, step, weights, open_dataset(_prepared(config, tokenizer), verify=verify))
 
         # 5. Batch and steps become numbers, and with them the settings can be compared with the run's so far.
-        config = _with_automatic_batch(config, dataset.vocab_size, mesh)
+        config = _with_automatic_batch(dataset.fit(config), dataset.vocab_size, mesh)
         config = resolve_steps(config, dataset.train.rows_per_epoch(config.block_size))
         changes = resume.check_workdir(config, workdir, force)
 
@@ -98,11 +102,11 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
         score = build_scorer(config, dataset.vocab_size, dataset.tokenizer, mesh)
         notes = _notes(score, dataset if step is None else None)
         program = build_program(config, dataset.vocab_size, mesh)
-        yield Start(config, workdir, step, changes, weights, mesh, dataset, skip, sample, score, notes, program)
+        yield Start(config, workdir, step, changes, weights, mesh, dataset, skip, sample, score, notes, program, held)
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[lease.Lease]:
     """Hold the run folder's lock, in a new folder if there is none. A folder that stays empty is removed again.
 
     Raises:
@@ -114,8 +118,8 @@ def locked(workdir: Path) -> Iterator[None]:
     except (PermissionError, NotADirectoryError) as error:
         raise UserError(f"--workdir {workdir}: the folder cannot be made ({error.strerror})") from None
     try:
-        with lease.Lease(workdir):
-            yield
+        with lease.Lease(workdir) as held:
+            yield held
     finally:
         if is_new and workdir.is_dir() and [path.name for path in workdir.iterdir()] == [lease.FILE]:
             (workdir / lease.FILE).unlink()
@@ -129,13 +133,8 @@ def _prepared(config: Config, tokenizer: Tokenizer | None) -> Path:
     return folder or prepare(config, tokenizer)
 
 
-def _with_given_batch(config: Config, workdir: Path, shards: int) -> Config:
-    """The batch as numbers, unless it is "auto": then only what is wrong with it is found.
-
-    A run that goes on keeps the sequences of a step that it began with.
-    """
-    if config.train.global_batch_size is None and finished_steps(workdir):
-        config = with_settings(config, train_global_batch_size=read_config(workdir).train.global_batch_size)
+def _with_given_batch(config: Config, shards: int) -> Config:
+    """The batch as numbers, unless it is "auto": then only what is wrong with it is found."""
     if config.train.per_device_train_batch_size != "auto":
         return resolve_batch(config, shards)
     batch_sizes(config, shards)

@@ -360,8 +360,21 @@ def resolve_batch(config: Config, batch_shards: int) -> Config:
 
 
 def resolve_steps(config: Config, windows: int) -> Config:
-    """`config` with block_size and max_steps filled in: num_train_epochs passes over `windows` windows."""
-    steps = config.train.max_steps
-    if steps is None:
-        steps = max(round(config.train.num_train_epochs * windows / config.global_batch_size), 1)
-    return with_settings(config, data_block_size=config.block_size, train_max_steps=steps)
+    """`config` with the settings that depend on the number of steps: num_train_epochs passes over `windows` windows.
+
+    Raises:
+        UserError: the steps are fewer than another setting needs.
+    """
+    epochs, steps = config.train.num_train_epochs, config.train.max_steps
+    try:
+        found = steps or max(round(epochs * windows / config.global_batch_size), 1)
+        config = with_settings(config, data_block_size=config.block_size, train_max_steps=found)
+    except UserError as error:
+        raise UserError(f"{error}" if steps else f"{error}, which train.num_train_epochs = {epochs:g} gives") from None
+    return with_settings(
+        config,
+        tokenizer_vocab_size=config.tokenizer.entries,
+        optimizer_warmup_steps=config.warmup_steps,
+        eval_eval_steps=config.eval_steps,
+        checkpoint_save_steps=config.save_steps,
+    )

@@ -145,7 +145,7 @@ def with_rungs(search: Search, configs: Sequence[Config]) -> Search:
 def rungs_of(config: Config, trials: int) -> tuple[int, ...]:
     """The steps at which successive halving compares: max_steps, a third of it, a ninth, ..., where evaluations are.
     Raises UserError where no evaluation is early enough."""
-    steps, every = config.max_steps, config.eval.eval_steps
+    steps, every = config.max_steps, config.eval_steps
     levels = int(math.log(trials, ETA) + 1e-9)
     early = {max(round(steps / ETA**level / every), 1) * every for level in range(1, levels + 1)}
     rungs = sorted(rung for rung in early if rung < steps)

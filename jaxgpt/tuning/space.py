@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt.config import Config, config_fields, describe_type, load_config
+from jaxgpt.config import Config, config_fields, load_config
 from jaxgpt.errors import UserError
+from jaxgpt.settings import describe_type
 
 SECTIONS = ("model", "optimizer", "train")
 MAX_GRID = 10_000

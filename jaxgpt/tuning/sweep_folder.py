@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxgpt.config import Config, flatten, from_json, load_config, to_json
+from jaxgpt.config import Config, flatten, load_config, read_json, to_json
 from jaxgpt.errors import UserError
 from jaxgpt.storage.files import append_json, fsync, write_file
 from jaxgpt.tuning.space import Point, Space
@@ -21,7 +21,7 @@ FINISHED, PAUSED, DIVERGED = "finished", "paused", "diverged"
 
 # Where a trial runs and how it is watched, not what it computes: may differ when a sweep goes on.
 _FREE_SECTIONS = ("log", "checkpoint")
-_FREE = ("train.compilation_cache_dir", "data.num_threads", "data.prefetch_batches", "data.verify", "data.num_proc")
+_FREE = ("train.compilation_cache_dir", "data.verify", "data.num_proc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def check_same(folder: Path, before: dict, asked: dict, config: Config) -> None:
     differ = {key: (before.get(key), asked[key]) for key in asked if key != "trials" and before.get(key) != asked[key]}
     if asked["method"] == "halving" and before.get("trials") != asked["trials"]:  # its rungs follow from the number
         differ["trials"] = (before.get("trials"), asked["trials"])
-    old = flatten(from_json((folder / CONFIG).read_text(encoding="utf-8")))
+    old = flatten(read_json(folder / CONFIG))
     for key, value in flatten(config).items():
         if old[key] != value and key not in _FREE and key.split(".")[0] not in _FREE_SECTIONS:
             differ[key] = (old[key], value)

@@ -54,9 +54,9 @@ def describe(search: Search, config: Config, records: Records, folder: Path) -> 
         print(f"vary     {variable.name}: {variable.describe()}")
     print(
         f"trial    {config.max_steps:,} steps of {config.global_batch_size * config.block_size:,} tokens, "
-        f"evaluated every {config.eval.eval_steps:,}"
+        f"evaluated every {config.eval_steps:,}"
     )
-    if search.rungs and search.rungs[0] <= 2 * (warm_up := config.optimizer.warmup_steps):
+    if search.rungs and search.rungs[0] <= 2 * (warm_up := config.warmup_steps):
         print(
             f"doubt    the first trials are dropped at step {search.rungs[0]}, and the warm-up takes {warm_up}: small "
             "learning rates have hardly begun by then; fewer --trials, or a later --eval.eval_steps"

@@ -97,6 +97,7 @@ class Bench:
 
     def resolved(self, config: Config) -> Config:
         """`config` with batch, block size and number of steps as numbers."""
+        config = self.dataset.fit(config)
         windows = self.dataset.train.rows_per_epoch(config.block_size)
         return resolve_steps(resolve_batch(config, batch_shards(self.mesh)), windows)
 

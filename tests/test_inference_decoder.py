@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import decode
-from jaxgpt.inference.decode import WEIGHTS, build_decoder, generate, start_rows, stream
+from jaxgpt.inference.decoder import WEIGHTS, build_decoder, generate, start_rows, stream
 from jaxgpt.inference.sampling import SamplingOptions
 from jaxgpt.inference.slots import NO_TOKEN
 from jaxgpt.model import gpt2, quantized

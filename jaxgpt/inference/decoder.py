@@ -35,7 +35,9 @@ class Decoder:
     vocab_size: int
     weights: dict
     end_of_text: int | None
-    """The token that ends every continuation, if the tokenizer has one."""
+    """The token that an empty prompt starts from, if the tokenizer has one; it ends every continuation."""
+    ends: tuple[int, ...] = ()
+    """The other tokens that do."""
 
     @property
     def mesh(self) -> Mesh | None:
@@ -44,7 +46,8 @@ class Decoder:
 
     def stops(self, options: SamplingOptions) -> list[int]:
         """The tokens that end a continuation."""
-        return [token for token in (self.end_of_text, *options.stop_token_ids) if token is not None]
+        tokens = dict.fromkeys((self.end_of_text, *self.ends, *options.stop_token_ids))
+        return [token for token in tokens if token is not None]
 
     def checked(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The prompt's tokens, at least one; raises UserError as `generate` does."""
@@ -92,6 +95,7 @@ def build_decoder(
     end_of_text: int | None,
     weights: str | None = None,
     rows: int = 1,
+    ends: Sequence[int] = (),
 ) -> Decoder:
     """`params`, on one device or sharded over a mesh, laid out for decoding with `weights` stored as one of WEIGHTS.
 
@@ -106,7 +110,7 @@ def build_decoder(
     layout = "plain" if not on_cpu or _mesh(params) is not None else "streamed" if rows == 1 else "turned"
     packed = _pack(config, params, kind, layout)
     compute: Literal["float32", "bfloat16"] = "float32" if on_cpu or kind == "float32" else "bfloat16"
-    return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text)
+    return Decoder(dataclasses.replace(config, dtype=compute), vocab_size, packed, end_of_text, tuple(ends))
 
 
 def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[list[Continuation]]:
