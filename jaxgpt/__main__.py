@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from jaxgpt import __version__, cli
+from jaxgpt import __version__, errors
 
 VERBS = {
     "doctor": "can this machine do the job? one line and one fix for each thing that is wrong",
@@ -27,8 +27,12 @@ VERBS = {
 def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
+        if verb in ("train", "sweep", "launch"):
+            errors.stop_at_once()
         code = importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
         if verb == "train":
+            from jaxgpt import cli
+
             cli.leave(code)
         return code
     if verb == "--version":

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxgpt import settings
 from jaxgpt.errors import UserError
-from jaxgpt.settings import describe_type, section, sources_of
+from jaxgpt.settings import describe_type, remove_digest, section, sources_of, with_digest
 
 logger = logging.getLogger(__name__)
 # Settings of earlier versions, whose files are still read.
@@ -209,8 +209,8 @@ def with_settings(config: Config, **values: object) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """Every setting, as config.json holds it."""
-    return TypeAdapter(Config).dump_json(config, indent=2).decode()
+    """Every setting, as config.json holds it, and the digest of them all."""
+    return json.dumps(with_digest(TypeAdapter(Config).dump_python(config, mode="json")), indent=2)
 
 
 def from_json(text: str | bytes) -> Config:
@@ -223,6 +223,7 @@ def from_json(text: str | bytes) -> Config:
         read = pydantic_core.from_json(text)
     except ValueError as error:  # also of what is not UTF-8, or nested too deeply
         raise UserError(f"not a config of jaxgpt: {error}") from None
+    remove_digest(read)
     for part, _, name in (removed.partition(".") for removed in REMOVED):
         if isinstance(read, dict) and isinstance(read.get(part), dict):
             read[part].pop(name, None)

@@ -1,6 +1,8 @@
-"""The exceptions that more than one room raises or catches, and the exit codes that commands end with."""
+"""The exceptions that more than one room raises or catches, the exit codes of commands, and what stops one at once."""
 
 import errno
+import os
+import signal
 from pathlib import Path
 
 # What a disk or a mounted bucket says when it is full, broken or no longer writable.
@@ -57,3 +59,33 @@ class Interrupted(BaseException):
 
     Not an Exception, as KeyboardInterrupt is none: a signal raises it anywhere, and no library may swallow it.
     """
+
+
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM, Ctrl-C, and the end of the terminal, unless nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
+def stop_at_once() -> None:
+    """Have a stop signal end this process with 42 wherever training/signals.py does not handle it: while it imports.
+
+    Nothing is raised, as imports would not survive that. Called before everything else, and only by programs.
+    """
+
+    def end(number: int, _: object) -> None:
+        tell(f"\nstopped: {signal.Signals(number).name}; run the same command again to go on\n")
+        os._exit(EXIT_RESUME)
+
+    for number in stop_signals():
+        signal.signal(number, end)
+
+
+def tell(line: str) -> None:
+    """Write to stderr by write(2), not print: a handler may interrupt a print that holds the stream's lock."""
+    try:
+        os.write(2, line.encode())
+    except OSError:  # the terminal is gone: nothing that is printed from here on may fail, and cost a step
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)

@@ -7,12 +7,16 @@ together, reads them from files, and says what must hold between them.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic.dataclasses
 from pydantic import AfterValidator, ConfigDict, Field
+
+from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:  # type checkers understand the standard library's decorator best, and pydantic's makes the same class
     from dataclasses import dataclass as section
@@ -354,3 +358,16 @@ def describe_type(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return "tables of " + ", ".join(field.name for field in dataclasses.fields(annotation))
     return {type(None): "none", bool: "true or false", str: "text"}.get(annotation, annotation.__name__)
+
+
+def with_digest(plain: dict) -> dict:
+    """The settings as JSON has them, and their SHA-256 under a key of its own."""
+    return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def remove_digest(read: object) -> None:
+    """Take the key of `with_digest` away, if it is there; `UserError` where the settings have another digest."""
+    if isinstance(read, dict) and (written := read.pop("sha256", None)) not in (None, with_digest(read)["sha256"]):
+        raise UserError(
+            f"is not as it was written; put that back, or delete its line sha256 ({written!s:.8}…) if you changed it"
+        )

@@ -8,6 +8,11 @@ weights as a folder that Hugging Face's transformers reads.
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxgpt import errors
+
+if __name__ == "__main__":
+    errors.stop_at_once()  # before what takes time is imported
+
 from jaxgpt import cli
 from jaxgpt.config import Config
 

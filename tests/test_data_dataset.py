@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config, with_settings
+from jaxgpt.config import Config
 from jaxgpt.data import dataset as dataset_module
 from jaxgpt.data.dataset import RECORD_TOKENS, SPLITS, TokenStream, open_dataset
 from jaxgpt.data.tokenizer import END_OF_TEXT, train_bpe

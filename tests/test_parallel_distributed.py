@@ -23,7 +23,7 @@ from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, Us
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.cluster_env import ProcessPlace
 from jaxgpt.parallel.distributed import StopVote, place_in
-from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, Peers, PeerWatch, Sign
+from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, TOLD, Peers, PeerWatch, Sign
 from jaxgpt.parallel.join import roll_call
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
@@ -214,6 +214,11 @@ def test_a_process_that_failed_takes_the_others_with_it():
     verdicts = [peers.judge({1: Sign(1, f"{FAILED}: disk full", "a")}, 1.0) for _ in range(6)]
     assert verdicts[:5] == [None] * 5
     assert verdicts[5].what == "failed: disk full"
+
+
+def test_a_process_that_was_told_to_stop_has_the_others_stop_too():
+    loss = Peers(timeout_seconds=60.0).judge({1: Sign(1, f"{TOLD} (SIGTERM)", "a")}, 0.5)
+    assert loss == (1, "a", "was told to stop (SIGTERM)")
 
 
 def test_a_machine_that_slept_does_not_take_the_others_for_dead():

@@ -1,7 +1,9 @@
 """Files and folders are whole or absent, whatever happens while they are written."""
 
+import errno
 import json
 import os
+import socket
 
 import pytest
 
@@ -25,6 +27,23 @@ def test_a_file_is_the_old_one_until_the_new_one_is_on_disk(tmp_path, monkeypatc
     files.write_file(path, "你好")
     assert path.read_bytes() == "你好".encode()
     assert order == ["fsync", "replace", "fsync"]  # its bytes, its name, the folder that holds the name
+
+
+@pytest.mark.parametrize("write", [files.write_file, lambda path, text: files.append_json(path, {"text": text})])
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch, write):
+    full = OSError(errno.ENOSPC, "No space left on device")  # as write and fsync raise it: without a name
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left") as error:
+        write(tmp_path / "a.json", "text")
+    assert error.value.filename == str(tmp_path / "a.json")
+
+
+def test_an_error_in_a_new_folder_names_it_and_other_peoples_folders_stay(tmp_path):
+    theirs = tmp_path / f".new.{socket.gethostname()}.my.notes.partial"
+    theirs.mkdir()
+    with pytest.raises(OSError, match="full") as error, files.new_folder(tmp_path / "new"):
+        raise OSError(errno.ENOSPC, "full")
+    assert error.value.filename == str(tmp_path / "new") and os.listdir(tmp_path) == [theirs.name]
 
 
 def test_lines_are_appended_whole(tmp_path):

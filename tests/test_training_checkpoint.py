@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 from tiny import CONFIG, batch, program
 
+from jaxgpt import train
+from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import RunFailed, StorageFailed, UserError
+from jaxgpt.model.huggingface import open_model
 from jaxgpt.settings import CheckpointConfig, FaultsConfig, MeshConfig
 from jaxgpt.storage import manifest
-from jaxgpt.training import checkpoint, recovery
+from jaxgpt.training import checkpoint, models, recovery
 from jaxgpt.training.checkpoint import (
     FOLDER,
     METADATA,
@@ -25,9 +29,10 @@ from jaxgpt.training.checkpoint import (
     best_step,
     find_step,
     finished_steps,
+    read_config,
     step_to_use,
 )
-from jaxgpt.training.models import load_model
+from jaxgpt.training.models import load_model, write_settings
 from jaxgpt.training.recovery import QUARANTINE, clean_leftovers, damage, newest_whole_step, read_faults
 
 
@@ -170,6 +175,69 @@ def test_a_sampler_refuses_damaged_weights_and_does_not_read_the_moments(run):
         load_model(run)
 
 
+def flip_a_bit(file: Path, rng: np.random.Generator) -> bytes:
+    """Flip one; returns what the file held."""
+    content = file.read_bytes()
+    changed = bytearray(content)
+    changed[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    file.write_bytes(changed)
+    return content
+
+
+@pytest.mark.parametrize("what", ["hf", "tokenizer", "config.json"])
+def test_flipped_bits_are_found_before_anything_is_used(trained_copy, what, monkeypatch):
+    monkeypatch.setattr(models, "_restore", lambda *_: pytest.fail("it was used"))
+    monkeypatch.setattr(models.huggingface, "read_params", lambda *_: pytest.fail("it was used"))
+    place, rng = trained_copy.run / what, np.random.default_rng(0)
+    found = sorted(place.iterdir()) if place.is_dir() else [place]
+    for number in range(20):
+        file = found[number % len(found)]
+        content = flip_a_bit(file, rng)
+        with pytest.raises(UserError, match="is damaged|config.json"):
+            load_model(place if what == "hf" else trained_copy.run)
+        if what != "config.json":  # as tokenizer.path, and as the weights to start from
+            with pytest.raises(UserError, match="is damaged"):
+                (open_model if file.suffix == ".safetensors" else load_tokenizer)(place)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [manifest.NAME, METADATA])
+def test_flipped_bits_in_what_describes_a_checkpoint_are_found(run, name):
+    rng, file = np.random.default_rng(0), run / FOLDER / "2" / name
+    for _ in range(20):
+        content = flip_a_bit(file, rng)
+        assert damage(run, 2)
+        file.write_bytes(content)
+
+
+def test_a_folder_without_digests_and_added_files_are_somebody_elses(trained_copy, capsys):
+    hf = trained_copy.run / "hf"
+    (hf / "README.md").write_text("mine")
+    assert load_model(hf).step == 0
+    (hf / manifest.NAME).unlink()
+    (hf / "generation_config.json").write_text("{}")
+    assert load_model(hf).step == 0
+    file = trained_copy.run / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["sha256"]  # a run of an older version, or changed on purpose
+    file.write_text(json.dumps(settings))
+    flip_a_bit(trained_copy.run / "tokenizer" / "tokenizer_config.json", np.random.default_rng(0))
+    write_settings(trained_copy.run, read_config(trained_copy.run), load_tokenizer(hf))  # as a start does
+    assert re.search("damaged .*tokenizer: tokenizer_config.json: .*written again", capsys.readouterr().out)
+    assert load_model(trained_copy.run).step == 6
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_does_not_begin_anew(trained_copy, capsys):
+    shutil.rmtree(trained_copy.run / FOLDER)
+    before = sorted(trained_copy.run.rglob("*"))
+    for remove in ("summary.json", "hf"):  # either says that it had some
+        assert train.main(trained_copy.arguments) == 2
+        assert "holds no checkpoint any more" in capsys.readouterr().err
+        if remove == "summary.json":
+            assert sorted(trained_copy.run.rglob("*")) == before
+            (trained_copy.run / remove).unlink()
+
+
 # ---------------------------------------------------------------- leftovers
 
 
@@ -183,6 +251,42 @@ def test_leftovers_of_a_killed_process_are_removed_and_a_checkpoint_without_its_
     assert sorted(path.name for path in (run / FOLDER).iterdir()) == ["1", "2"]
     assert not list(run.glob("*.tmp"))
     assert damage(run, 2) == []
+
+
+def test_what_is_not_ours_in_a_run_folder_is_neither_read_nor_deleted(run):
+    theirs = [
+        run / "x.tmp",
+        run / FOLDER / "²",
+        run / FOLDER / "007",
+        run / FOLDER / "٣",
+        run / FOLDER / ".saving-notes",
+    ]
+    theirs += [run / FOLDER / f"{SAVING}²", run / FOLDER / "-1"]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / manifest.NAME).touch()
+    (run / "my notes.tmp").write_text("mine")
+    (run / FOLDER / "9").write_text("a file")
+    clean_leftovers(run)
+    assert all((folder / manifest.NAME).is_file() for folder in theirs) and (run / "my notes.tmp").is_file()
+    assert finished_steps(run) == [1, 2] and newest_whole_step(run) == 2
+    (run / "config.json").write_text("{}")
+    for name in ("²", "007", "٣"):
+        with pytest.raises(UserError, match="is not a finished checkpoint"):
+            find_step(run / FOLDER / name)
+
+
+@pytest.mark.parametrize(
+    "odd", ["[1]", "5", "null", '{"what"', '{"what": 3}', '{"what": "crash"}', '{"step": "6"}', "²"]
+)
+def test_odd_lines_in_the_record_of_faults_are_left_out(run, odd):
+    for _ in range(2):
+        recovery.record_fault(run, what="crash", step=6, identity="i")
+        with open(run / recovery.FAULTS_FILE, "a", encoding="utf-8") as file:
+            file.write(odd.replace("{", '{"identity": "i", ') + "\n")
+    assert recovery.break_crash_loop(run, 2, "i") == 2
+    recovery.record_fault(run, what="crash", step=6, identity="i")
+    assert recovery.break_crash_loop(run, 2, "i") == 1
 
 
 def test_an_older_checkpoint_goes_only_after_the_new_one_is_there(run, compiled, monkeypatch):

@@ -18,6 +18,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2, huggingface
 from jaxgpt.model.huggingface import NAMES, locate, open_model, read_params, write_model
 from jaxgpt.settings import ModelConfig
+from jaxgpt.storage import manifest
 from jaxgpt.training import models
 from jaxgpt.training.models import LoadedModel, check_logits, export_model, load_model
 
@@ -41,8 +42,9 @@ def same(ours, theirs) -> bool:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A complete Hugging Face folder; a test breaks one thing in it."""
+    """A complete Hugging Face folder without digests, as others write it; a test breaks one thing in it."""
     export_model(tmp_path / "hf", MODEL, VOCAB, random_params(), TOKENIZER)
+    (tmp_path / "hf" / manifest.NAME).unlink()
     return tmp_path / "hf"
 
 

@@ -3,25 +3,33 @@
 In the quick tier inside this process; in the system tier with real processes and real signals.
 """
 
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import environments, wait_for
 from tiny import RUN, WORDS, overrides
 
-from jaxgpt import train
+from jaxgpt import errors, train
 from jaxgpt.data import pipeline
+from jaxgpt.diagnosis.kill_drill import last_step
+from jaxgpt.errors import Interrupted
 from jaxgpt.storage import manifest
+from jaxgpt.training import loop, metrics, signals
 from jaxgpt.training.checkpoint import finished_steps
 from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.models import load_model
 from jaxgpt.training.recovery import read_faults
 
 CONFIG = (
@@ -76,10 +84,10 @@ cli.leave(train.main())
 
 
 def start(
-    folder: Path, workdir: Path, *options: str, failpoint: str = "", prefix=(), program=("-m", "jaxgpt.train")
+    folder: Path, workdir: Path, *options: str, failpoint: str = "", environment=None, program=("-m", "jaxgpt.train")
 ) -> subprocess.Popen:
-    command = [*prefix, sys.executable, *program, "--config", str(folder / "config.toml")]
-    environment = {**os.environ, **ENVIRONMENT, "JAXGPT_FAILPOINT": failpoint}
+    command = [sys.executable, *program, "--config", str(folder / "config.toml")]
+    environment = {**os.environ, **(environment or ENVIRONMENT), "JAXGPT_FAILPOINT": failpoint}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     return subprocess.Popen([*command, "--workdir", str(workdir), *options], **pipes)
 
@@ -150,6 +158,118 @@ def stop_at_each_point(run: Callable[[str], tuple[int, str]], workdir: Path, poi
     assert code == 0, output
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("activity", "number", "whole", "said"),
+    [
+        ("eval", signal.SIGTERM, True, "SIGTERM at step 7, in eval for . s; no step is lost"),
+        ("eval", signal.SIGHUP, True, "SIGHUP at step 7, in eval for . s; no step is lost"),
+        ("step", signal.SIGINT, True, "SIGINT at step 7, in step for . s; no step is lost"),  # writes a profile
+        ("eval", signal.SIGTERM, False, "in eval for . s; the steps after 4 are lost"),
+        ("data", signal.SIGHUP, False, "in data for . s; the steps after 4 are lost"),
+    ],
+)
+def test_what_takes_long_is_left_and_the_state_saved_beside_it(monkeypatch, capfd, activity, number, whole, said):
+    ended, saved, told = threading.Event(), [], []
+
+    def leave(code):
+        saved.append(code)
+        ended.set()
+        sys.exit()  # of the thread
+
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(signals.os, "_exit", leave)
+    watched = signals.Activity()
+    with signals.StopSignal(watched, is_alone=lambda: whole) as stop:
+        stop.kept = lambda: 7 if 7 in saved else 4
+        stop.tell_others = told.append
+        watched.is_at(activity, 7)
+        with stop.saved_by(lambda: saved.append(7)):
+            os.kill(os.getpid(), number)
+            assert ended.wait(10)
+    assert saved == ([7, 42] if whole else [42]) and told == [signal.Signals(number).name]
+    assert re.search(f"stopped: .*{said}; run the same command again", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(("activity", "said"), [("start", "before the first step"), ("end", "after the last step")])
+def test_a_signal_where_nothing_is_to_be_saved_interrupts_at_once(number, activity, said):
+    watched = signals.Activity()
+    with signals.StopSignal(watched):
+        watched.is_at(activity, 6)
+        with pytest.raises(Interrupted, match=f"{number.name} {said}"):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+
+def test_a_terminal_that_is_closed_sends_sighup_twice_and_nohup_has_it_ignored(monkeypatch):
+    watched = signals.Activity()
+    watched.is_at("step", 3)
+    with signals.StopSignal(watched) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested == "SIGHUP"
+    monkeypatch.setattr(signals.signal, "getsignal", lambda _: signal.SIG_IGN)
+    assert errors.stop_signals() == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_reader_that_left_costs_no_step(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))  # noqa: SIM115
+    for _ in range(2):
+        metrics.say("step 1")
+
+
+def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp_path, failpoint, capsys, monkeypatch):
+    workdir, evaluate = tmp_path / "run", loop.evaluate
+
+    def evaluate_and_remove(*arguments):
+        if not finished_steps(workdir):  # at step 2
+            for name in ("config.json", "tokenizer/tokenizer.json", "metrics.jsonl"):
+                (workdir / name).unlink()
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_and_remove)
+    failpoint("data.read:full@6")
+    monkeypatch.setattr(pipeline, "THREADS", 1)
+    monkeypatch.setattr(pipeline, "PREFETCHED", 1)
+    assert train_here(folder, workdir) == 74
+    out, err = capsys.readouterr()
+    assert "config.json is gone, and written again" in out
+    found = re.search(r"the prepared data cannot be read .*; the state of step (\d) is saved: put it back", err)
+    assert found and finished_steps(workdir)[-1] == int(found[1]) >= 2
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(3, int(found[1]) + 1))
+    failpoint("")
+    assert train_here(folder, workdir) == 0
+    assert load_model(workdir).step == 6
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_hosts_join_exits_with_42(folder, number):
+    process = start(folder, folder / "joins", environment=environments(2)[0])
+    wait_for(functools.partial(hears, process))
+    time.sleep(4.0 if number == signal.SIGTERM else 0.0)  # in the join; or while it imports
+    process.send_signal(number)
+    code, output = finish(process, 20)
+    assert code == 42 and "run the same command again" in output, output
+    assert not (folder / "joins").exists()
+
+
+@pytest.mark.system
+def test_an_evaluation_that_takes_for_ever_is_left_and_its_step_saved(folder):
+    workdir = folder / "evaluates"
+    options = [*EACH_STEP, *overrides(checkpoint__save_steps=3, checkpoint__keep_best=False)]
+    process = start(folder, workdir, *options, failpoint="evaluate:hang@3")
+    wait_for_a_step(process, workdir)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process, 30)
+    assert code == 42 and "no step is lost" in output, output
+    assert finished_steps(workdir) == [2]
+
+
 def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happened(
     folder, tmp_path, failpoint, monkeypatch, capsys
 ):
@@ -161,7 +281,7 @@ def test_sigterm_anywhere_exits_with_42_and_the_run_ends_as_if_nothing_had_happe
         return train_here(folder, tmp_path / "run", *EACH_STEP), capsys.readouterr().err
 
     assert train_here(folder, folder / "whole", *EACH_STEP) == 0
-    stop_at_each_point(run, tmp_path / "run", POINTS)
+    stop_at_each_point(run, tmp_path / "run", [*POINTS[:3], *POINTS[4:6]])  # the system tier has them all
     assert_same_run(tmp_path / "run", folder / "whole")
 
 
@@ -171,6 +291,71 @@ def test_sigterm_anywhere_ends_the_process_with_42_and_the_run_ends_as_if_nothin
     stop_at_each_point(run, tmp_path / "run", [BEFORE_A_RUN, *POINTS])
     assert finish(start(folder, tmp_path / "whole", *EACH_STEP))[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def hears(process: subprocess.Popen) -> bool:
+    """Whether SIGTERM finds a handler in the process yet; Python itself takes some hundredths of a second to start."""
+    [caught] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return process.poll() is not None or bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def stop_at_random_instants(folder: Path, workdir: Path, signals: int, processes: int, seed: int) -> None:
+    """SIGTERM between the first import and the last export: to the process, or to both or one of two.
+
+    A run that was stopped goes on; one that has reached its end first is begun again.
+    """
+    rng, options = np.random.default_rng(seed), [*EACH_STEP, *overrides(train__max_steps=20)]
+    places = environments(processes) if processes > 1 else [ENVIRONMENT]
+
+    def begin() -> list[subprocess.Popen]:
+        if processes > 1:
+            places[:] = environments(processes)  # another port
+        return [start(folder, workdir, *options, environment=place) for place in places]
+
+    began = time.monotonic()
+    assert [finish(process)[0] for process in begin()] == [0] * processes
+    whole, sent, took = time.monotonic() - began, 0, []
+    while sent < signals:
+        if (workdir / "hf").exists():
+            shutil.rmtree(workdir)
+        running = begin()
+        for process in running:
+            wait_for(functools.partial(hears, process))
+        time.sleep(rng.uniform(0, whole))
+        told = running if sent % 2 else running[rng.integers(processes) :][:1]
+        if any(process.poll() is not None for process in running):
+            assert all(finish(process)[0] == 0 for process in running)
+            continue
+        step = last_step(workdir)
+        for process in told:
+            process.send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        for process in running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:  # it waits for the other one to come and join it
+                assert processes > 1 and last_step(workdir) == step
+                process.send_signal(signal.SIGTERM)
+        ended = [finish(process, 20) for process in running]
+        took.append(time.monotonic() - at)
+        assert [code for code, _ in ended] == [42] * processes, f"{sent}, at step {step}: {ended}"
+        kept, done = max(finished_steps(workdir), default=0), last_step(workdir)
+        assert step <= done <= kept, f"step {done} was done, {kept} is kept: {ended}"
+        sent += 1
+        print(f"{sent}: {len(told)} of {processes} told after step {step}, kept {kept}, {took[-1]:.1f} s", flush=True)
+    print(f"undisturbed {whole:.1f} s; to the end: median {np.median(took):.1f} s, most {max(took):.1f} s")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_at_a_random_instant_ends_with_42_and_loses_no_step(folder, tmp_path, processes):
+    stop_at_random_instants(folder, tmp_path / "run", 2, processes, seed=processes)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_at_30_random_instants_ends_with_42_and_loses_no_step(folder, tmp_path, processes):
+    stop_at_random_instants(folder, tmp_path / "run", 30, processes, seed=processes)
 
 
 @pytest.mark.system

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jaxgpt.data.tokenizer import END_OF_TEXT, FILE, GENERATION, Declared, Tokenizer, library_errors
 from jaxgpt.errors import UserError
+from jaxgpt.storage import manifest
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: the files are missing or broken, the tokenizer needs code, or there is no end-of-text token.
     """
     folder = Path(folder)
+    manifest.check(folder, unread="*.safetensors")
     try:
         with library_errors(f"{folder}: the tokenizer's files are broken"):
             return _load(folder)

@@ -185,7 +185,7 @@ class Drill:
             code = process.wait()
         self._report.terms += 1
         self._report.term_seconds.append(time.monotonic() - sent)
-        # Python itself has no handler yet in the first tenths of a second; after its last step the run is done.
+        # Python itself has no handler yet in the first hundredths of a second; after its last step the run is done.
         if code not in (EXIT_RESUME, EXIT_DONE, -signal.SIGTERM):
             self._fail(f"SIGTERM ended start {self._starts} with exit code {code}; see {self._log}")
         if self._report.term_seconds[-1] > TERM_SECONDS:

@@ -22,6 +22,7 @@ from jaxgpt.model import gpt2
 from jaxgpt.model.backend import LAYER_NORM_EPSILON
 from jaxgpt.model.tensor_file import DTYPES, StoredTensor, read_header, read_into, write_tensors
 from jaxgpt.settings import ModelConfig
+from jaxgpt.storage import manifest
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +109,13 @@ def locate(where: str) -> Path:
 
 
 def open_model(folder: Path) -> HuggingFaceModel:
-    """Check a Hugging Face folder; reads config.json and the headers of the safetensors, not the arrays.
+    """Check a Hugging Face folder; reads config.json and the headers of the safetensors, and all where we wrote it.
 
     Raises:
         UserError: it is no GPT-2 that can be represented here; names the setting or the tensor, and the file.
     """
     folder = Path(folder)
+    manifest.check(folder)
     config, vocab_size = _read_config(folder / "config.json")
     files: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 from jax._src.distributed import global_state  # jax has no public way to its key-value store; Orbax uses this one too
 
-from jaxgpt.errors import EXIT_WATCHDOG, Interrupted
+from jaxgpt.errors import EXIT_RESUME, EXIT_WATCHDOG, Interrupted
 
 _INTERVAL = 0.5  # seconds between two signs of life
 _FAILED_SECONDS = 5.0  # for the others to fail for the same reason, before one that failed ends them
@@ -35,7 +35,7 @@ _RECORD_SECONDS = 4.0  # for the record; less than an abort is delayed
 _HOST_OF_0 = "jaxgpt/host"  # set when all join, so that it is known however early process 0 dies
 _SIGNS = "jaxgpt/peers/"
 _VERDICT = "jaxgpt/verdict"
-ALIVE, DONE, FAILED = "alive", "done", "failed"
+ALIVE, DONE, FAILED, TOLD = "alive", "done", "failed", "was told to stop"
 
 
 def coordination_client() -> Any:
@@ -89,6 +89,8 @@ class Peers:
         for process, sign in self._last.items():
             if sign.state == ALIVE and self._silent[process] > self._timeout:
                 return Loss(process, sign.host, f"gave no sign of life for {self._silent[process]:.0f} s")
+            if sign.state.startswith(TOLD):
+                return Loss(process, sign.host, sign.state)
             if sign.state.startswith(FAILED):
                 self._failed[process] = self._failed.get(process, 0.0) + seconds
                 if self._failed[process] > _FAILED_SECONDS:
@@ -141,6 +143,13 @@ class PeerWatch:
         for thread in self._threads:
             thread.join(2 * self._timeout)
         if not good and self._me == 0:
+            self._outlast_the_others()
+
+    def leave(self, signal_name: str) -> None:
+        """Have the others end with 42, too, as this process does: it was told to stop where it cannot save."""
+        if self._threads:
+            self._state = f"{TOLD} ({signal_name})"
+            self._beat()
             self._outlast_the_others()
 
     def _keep_beating(self) -> None:
@@ -204,11 +213,14 @@ class PeerWatch:
     def _end(self, loss: Loss) -> None:
         """Print, record and exit. Not an exception: the main thread waits in a collective and would not see it."""
         self._ending.acquire()  # never released: one thread ends the process
+        told = loss.what.startswith(TOLD) or self._state.startswith(TOLD)
         line = (
             f"process {loss.process} on {loss.host} {loss.what}; process {self._me} ends at step {self._step()}, "
             "run the same command again to go on"
         )
-        os.write(2, f"failed: {line}\n".encode())
+        os.write(2, f"{'stopped' if told else 'failed'}: {line}\n".encode())
+        if told:
+            os._exit(EXIT_RESUME)
         facts = loss._asdict() | {"reported_by": self._me}
         writing = threading.Thread(target=self._record, args=(self._step(), facts), daemon=True)
         writing.start()

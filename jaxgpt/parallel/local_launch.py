@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from jaxgpt.errors import stop_signals
 from jaxgpt.parallel.cluster_env import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -58,7 +59,7 @@ def run_together(command: Sequence[str], environments: Sequence[dict[str, str]],
         for process in processes:
             process.send_signal(number)
 
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         code = _wait(processes, grace_seconds)
     finally:

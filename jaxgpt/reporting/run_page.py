@@ -41,6 +41,7 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
     packages = {name: version(name) for name in PACKAGES}
     summary = {
         "status": status,
+        "checkpoint": run.checkpoints.latest_step(),
         "seconds": round(seconds, 1),
         "parameters": parameter_count(config.model, dataset.vocab_size),
         "tokens_per_step": config.global_batch_size * config.block_size,
@@ -127,7 +128,7 @@ def _settings(config: dict) -> tuple[list[tuple[str, str, str]], ...]:
     default = json.loads(json.dumps(flatten(Config())))
     rows: tuple[list[tuple[str, str, str]], ...] = ([], [])
     for section, fields in config.items():
-        for key, value in fields.items():
+        for key, value in fields.items() if isinstance(fields, dict) else ():
             name = f"{section}.{key}"
             normal = default.get(name, "not a setting of this version")
             rows[value == normal].append((name, word(value), word(normal)))

@@ -28,6 +28,17 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block whose OSErrors name `path`, as the system names no file when a write fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def new_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` when the block ends well, and else disappears.
 
@@ -35,7 +46,7 @@ def new_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}" if shared else path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -54,7 +65,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def append_json(path: Path, record: dict[str, object]) -> None:
     """Add one line to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -83,13 +94,16 @@ def new_folder(final: Path, existing: Literal["refuse", "replace", "keep"] = "re
         raise UserError(f"{final.parent}: the folder cannot be made ({error.strerror})") from None
     host = socket.gethostname()
     for leftover in final.parent.glob(f".{glob.escape(final.name)}.{host}.*.partial"):
-        pid = int(leftover.name.split(".")[-3])
-        if pid == os.getpid() or not _is_alive(pid):  # a restarted container gets the same pid again
+        pid = leftover.name.split(".")[-3]
+        if not pid.isdecimal():
+            continue  # somebody else's
+        if int(pid) == os.getpid() or not _is_alive(int(pid)):  # a restarted container gets the same pid again
             shutil.rmtree(leftover, ignore_errors=True)
     partial = final.with_name(f".{final.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
     try:
-        yield partial
+        with naming(final):
+            yield partial
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
         if existing == "replace" and final.exists():

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxgpt.errors import UserError
 from jaxgpt.storage.files import write_file
 
 NAME = "manifest.sha256"
@@ -50,11 +51,24 @@ def add(folder: Path, names: Sequence[str]) -> None:
     write_file(folder / NAME, b"".join(lines))
 
 
-def problems(folder: Path, progress: Callable[[int], object] | None = None, *, unread: str | None = None) -> list[str]:
+def check(folder: Path, unread: str | None = None) -> None:
+    """Raise `UserError` where a file that the folder's manifest lists is not as it was written. See `problems`.
+
+    A folder without a manifest is somebody else's, as what was added to one is.
+    """
+    if (folder / NAME).exists() and (found := problems(folder, unread=unread, extra=False)):
+        raise UserError(
+            f"{folder} is damaged: {found[0]}; write it again, or delete {NAME} there if you changed it yourself"
+        )
+
+
+def problems(
+    folder: Path, progress: Callable[[int], object] | None = None, *, unread: str | None = None, extra: bool = True
+) -> list[str]:
     """The differences between `folder` and its manifest, one short text a file.
 
     `progress` gets the number of bytes of each file that has been read. Files whose path matches `unread` ("*.bin")
-    must exist, and are not read.
+    must exist, and are not read. `extra`: files that are not listed count, too.
     """
     try:
         text = (folder / NAME).read_bytes()
@@ -64,7 +78,7 @@ def problems(folder: Path, progress: Callable[[int], object] | None = None, *, u
         return [f"{NAME}: {_reason(error)}"]
     expected, found = _parse(text)
     unreadable: list[OSError] = []
-    extra = set(_names(folder, unreadable.append)) - set(expected)
+    others = set(_names(folder, unreadable.append)) - set(expected) if extra else set()
     found += [f"{_shown(os.path.relpath(error.filename, folder))}: {_reason(error)}" for error in unreadable]
     listed = sorted(expected)
     if unread:
@@ -78,7 +92,7 @@ def problems(folder: Path, progress: Callable[[int], object] | None = None, *, u
                 found.append(f"{_shown(name)}: {problem}")
             if progress:
                 progress(size)
-    return found + [f"{_shown(name)}: not listed (extra)" for name in sorted(extra)]
+    return found + [f"{_shown(name)}: not listed (extra)" for name in sorted(others)]
 
 
 def _compare(path: Path, expected: str) -> tuple[str | None, int]:

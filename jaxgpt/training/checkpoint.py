@@ -7,12 +7,12 @@ the validation loss. A step is filled under another name (.saving-STEP) and gets
 so a folder with a number for a name is complete; older steps are deleted only after that.
 """
 
-import concurrent.futures
 import contextlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,12 +29,15 @@ from jaxgpt.failpoints import failpoint
 from jaxgpt.settings import CheckpointConfig
 from jaxgpt.storage import manifest
 from jaxgpt.storage.files import fsync
+from jaxgpt.training.metrics import METRICS_FILE
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
 METADATA = "metadata.json"
+CONFIG = "config.json"
 BEST = "@best"  # after a run's folder: its checkpoint with the lowest validation loss
 SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that are not checkpoints yet, or any more
+UNFINISHED = re.compile(r"\.(saving|deleting)-[0-9]+(\.orbax.*)?")  # Orbax adds to the name while it writes
 RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds before a save that failed is tried again; then the run stops
 # What Orbax and TensorStore raise when storage fails: ENOSPC, for one, comes as a ValueError or a runtime error.
 STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
@@ -57,6 +60,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
+        self.on_disk = self.latest_step()  # the newest checkpoint of this start, or the one it began with
         self._failures = 0  # in a row
         self._retry_at = math.inf
 
@@ -110,8 +114,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written and end the threads. What failed by now is reported, not raised."""
-        if self._saving:
-            concurrent.futures.wait([self._saving])
+        if self._saving and self._saving.exception():
+            self._remove_partial()
         self._background.shutdown()
         try:
             self._orbax.close()
@@ -134,6 +138,9 @@ class Checkpoints:
         failpoint("save.arrays")
         if not self._is_writer:
             return step
+        for path in (self._run / METRICS_FILE, self._run):  # the record up to this step; the names in the folder
+            if path.exists():
+                fsync(path)
         (staging / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
         fsync(staging / METADATA)
         failpoint("save.metadata")
@@ -143,6 +150,7 @@ class Checkpoints:
             self._delete(step)
         os.rename(staging, self._folder / str(step))
         fsync(self._folder)
+        self.on_disk = step
         failpoint("save.renamed")
         self.delete_old()
         return step
@@ -181,6 +189,7 @@ class Checkpoints:
     def _note_failure(self, step: int | None, error: Exception) -> None:
         self._last_error = _reason(error)
         self._failures += 1
+        self._remove_partial()
         # Several processes would have to agree on another attempt; their supervisor starts them again.
         if self._failures > len(RETRY_AFTER) or jax.process_count() > 1:
             raise self._storage_failed()
@@ -191,6 +200,12 @@ class Checkpoints:
             f"({self._last_error}); trying again in {delay:.0f} s",
             flush=True,
         )
+
+    def _remove_partial(self) -> None:
+        """What a full disk holds of a save that failed is room for the next attempt, or for others."""
+        for partial in self._folder.glob(f"{SAVING}*") if self._is_writer else ():
+            if UNFINISHED.fullmatch(partial.name):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _storage_failed(self) -> StorageFailed:
         steps = self.steps()
@@ -240,7 +255,7 @@ def quiet_orbax() -> None:
 
 def read_config(run: Path) -> Config:
     """The resolved config of a run folder."""
-    return read_json(run / "config.json")
+    return read_json(run / CONFIG)
 
 
 def read_metadata(run: Path, step: int) -> dict:
@@ -254,10 +269,18 @@ def read_metadata(run: Path, step: int) -> dict:
 
 def finished_steps(run: Path) -> list[int]:
     """The steps of a run folder that were written to their end, in order; none where it is no run yet."""
+    return [step for step in named_steps(run) if (run / FOLDER / str(step) / manifest.NAME).is_file()]
+
+
+def named_steps(run: Path) -> list[int]:
+    """The steps that have a folder under their name, damaged or not, in order."""
     folders = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
-    return sorted(
-        int(folder.name) for folder in folders if folder.name.isdigit() and (folder / manifest.NAME).is_file()
-    )
+    return sorted(int(folder.name) for folder in folders if is_step_name(folder.name) and folder.is_dir())
+
+
+def is_step_name(name: str) -> bool:
+    """Whether it is a step's as we write it: not "²", which is a digit to Python, nor "007"."""
+    return name.isascii() and name.isdigit() and name == str(int(name))
 
 
 def best_step(run: Path) -> int | None:
@@ -301,7 +324,7 @@ def find_step(path: Path, tell: bool = False) -> tuple[Path, int]:
         if tell and step != steps[-1]:
             logger.warning("%s: takes step %d, the best, and not %d: %s", run, step, steps[-1], why)
         return run, step
-    if not path.name.isdigit() or int(path.name) not in steps:
+    if not is_step_name(path.name) or int(path.name) not in steps:
         raise UserError(f"{path} is not a finished checkpoint; {run / FOLDER} holds steps {steps}")
     return run, int(path.name)
 

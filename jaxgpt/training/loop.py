@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -10,14 +11,16 @@ import jax
 
 from jaxgpt.data.dataset import Batch, TokenDataset
 from jaxgpt.data.pipeline import eval_batches, train_batches
-from jaxgpt.errors import Interrupted
+from jaxgpt.errors import Interrupted, StorageFailed
 from jaxgpt.failpoints import failpoint
 from jaxgpt.model.sizes import flops_per_token
 from jaxgpt.parallel import sharding
-from jaxgpt.parallel.distributed import StopVote
+from jaxgpt.parallel.distributed import StopVote, is_alone, is_writer
 from jaxgpt.parallel.mesh import batch_shards
 from jaxgpt.training.bad_steps import BadStep, BadSteps, all_finite
+from jaxgpt.training.checkpoint import CONFIG, STORAGE_ERRORS
 from jaxgpt.training.metrics import TimeSplit, peak_flops
+from jaxgpt.training.models import write_settings
 from jaxgpt.training.recovery import record_fault
 from jaxgpt.training.resume import newest_step
 from jaxgpt.training.run_state import EvaluationHistory, GoOn, Position, Run, position
@@ -77,6 +80,7 @@ class _Loop:
         self._meter = Meter(run, self._split, bad_steps, self._history)
         self._pending: tuple[int, dict] | None = None  # the step that was dispatched and not read yet
         self._saved = start.step
+        run.stop.kept = lambda: run.checkpoints.on_disk
 
     def train(self) -> tuple[TrainState, str]:
         run, config, last_step = self._run, self._run.config, self._run.config.max_steps
@@ -91,7 +95,7 @@ class _Loop:
             for step in range(self._start.step + 1, last_step + 1):
                 batch = self._wait_for_data(batches, step)
                 stop = self._dispatch(step, batch, trace)
-                evaluate_now = step % config.eval_steps == 0 or step == last_step
+                evaluate_now = self._is_evaluated_at(step)
                 save_now = step % config.save_steps == 0 or step == last_step or run.checkpoints.poll()
                 if not (evaluate_now or save_now or stop):
                     continue
@@ -104,7 +108,7 @@ class _Loop:
                 ended = bool(early) or (step == last_step and evaluated)
                 if save_now or stop or ended:
                     self._save(step, eval_loss, evaluated=evaluated, surely=stop or ended)
-                if ended:  # by itself, even if a stop was requested
+                if ended and not stop:
                     break
                 if stop:
                     raise self._interrupted(step)
@@ -116,15 +120,17 @@ class _Loop:
         try:
             with self._split("data"):
                 batch = next(batches)
-        except Interrupted:
-            if first:
+        except (Interrupted, *STORAGE_ERRORS) as error:
+            if first or not self._cannot_read(error):
                 raise
             self._run.activity.is_at(SAVE, step - 1)  # no longer waiting for data: not to be interrupted again
             self._read_pending()
             if self._saved != step - 1:
                 self._save(step - 1, None, evaluated=True, surely=True)
             self._run.checkpoints.wait()
-            raise self._interrupted(step - 1) from None
+            if isinstance(error, Interrupted):
+                raise self._interrupted(step - 1) from None
+            raise self._data_lost(step - 1, error) from None
         if not first:
             self._run.activity.is_at(STEP, step)
         return batch
@@ -147,7 +153,8 @@ class _Loop:
             self._run.activity.is_at(STEP, step)
         if trace.ends(step):
             self._read_pending()
-            self._run.log.say(trace.stop())
+            with self._run.stop.saved_by(functools.partial(self._save_stopped, step)):
+                self._run.log.say(trace.stop())
         self._run.log.advance(step)
         return stop
 
@@ -167,15 +174,21 @@ class _Loop:
             if self._vote.poll(run.stop.requested is not None):
                 raise _StopEvaluating
 
-        with self._split("eval"):
+        with self._split("eval"), run.stop.saved_by(functools.partial(self._save_stopped, step)):
             try:
                 values: dict[str, str | float] = {**evaluate(run, self._state.params, go_on)}
                 if run.score:
                     values |= run.score(self._state.params, go_on)
+                if run.sample:
+                    go_on()
+                    values |= run.sample(self._state.params)
             except _StopEvaluating:
                 return None, True
-            if run.sample:
-                values |= run.sample(self._state.params)
+            except STORAGE_ERRORS as error:
+                if not self._cannot_read(error):
+                    raise
+                self._save_stopped(step)
+                raise self._data_lost(step, error) from None
         run.log.write(step, values)
         eval_loss = float(values["eval_loss"])
         overfitted = self._history.now.overfits
@@ -205,6 +218,10 @@ class _Loop:
             )
         if run.lease:
             run.lease.check(look=True)
+        if is_writer() and not (run.workdir / CONFIG).exists():
+            run.log.say(f"removed  {run.workdir / CONFIG} is gone, and written again; look for what else may be")
+            write_settings(run.workdir, run.config, run.dataset.tokenizer)
+            run.log.rewind(step)
         offset, bad_steps = self._start.data_offset, self._bad_steps.in_a_row
         here = dataclasses.replace(
             self._history.now, step=step, data_offset=offset, bad_steps=bad_steps, evaluated=evaluated,
@@ -217,6 +234,27 @@ class _Loop:
         self._bad_steps.saved(step)
         self._saved = step
         run.stop.is_saved()
+
+    def _save_stopped(self, step: int) -> None:
+        """Save the state in which an evaluation of `step`, or what else takes long, was cut off."""
+        if self._saved != step:
+            self._save(step, None, evaluated=not self._is_evaluated_at(step), surely=True)
+        self._run.checkpoints.wait()
+
+    def _cannot_read(self, error: BaseException) -> bool:
+        """Whether a batch does not come for a reason that leaves the state whole, and this process can save it."""
+        if isinstance(error, Interrupted):
+            return True
+        return is_alone() and (isinstance(error, OSError) or not self._run.dataset.path.is_dir())
+
+    def _data_lost(self, step: int, error: BaseException) -> StorageFailed:
+        return StorageFailed(
+            f"{self._run.dataset.path}: the prepared data cannot be read ({str(error).splitlines()[0]}); the state of "
+            f"step {step} is saved: put it back, and run the same command again"
+        )
+
+    def _is_evaluated_at(self, step: int) -> bool:
+        return step % self._run.config.eval_steps == 0 or step == self._run.config.max_steps
 
     def _interrupted(self, step: int) -> Interrupted:
         signal = self._run.stop.requested or "a stop signal to another process"

@@ -6,6 +6,7 @@ resume the lines that the dead run wrote after its last checkpoint are cut off b
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.parallel.chips import peak_flops as peak_flops
 from jaxgpt.settings import LogConfig
-from jaxgpt.storage.files import write_file
+from jaxgpt.storage.files import naming, write_file
 from jaxgpt.training.trackers import TensorBoard, WandB, indented
 
 METRICS_FILE = "metrics.jsonl"
@@ -170,8 +171,9 @@ class MetricLog:
         if not self._is_writer:
             return
         values = {key: _plain(value) for key, value in values.items()}
-        self._file.write(_to_line({"step": int(step), **values}))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(_to_line({"step": int(step), **values}))
+            self._file.flush()
         for view in self._views:
             view.write(int(step), values)
 
@@ -207,7 +209,10 @@ class MetricLog:
 def say(text: str) -> None:
     """Print to stdout; a character that its encoding lacks must not end a run of hours."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError:  # nobody reads any more, as when Ctrl-C ends `| tee` as well: that must not cost a step
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _clock(seconds: float) -> str:

@@ -30,8 +30,15 @@ from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.settings import ModelConfig, TokenizerConfig
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import check_new, new_folder
-from jaxgpt.training.checkpoint import FOLDER, METADATA, find_step, quiet_orbax, read_config, read_metadata
+from jaxgpt.storage.files import check_new, new_folder, write_file
+from jaxgpt.training.checkpoint import (
+    FOLDER,
+    METADATA,
+    find_step,
+    quiet_orbax,
+    read_config,
+    read_metadata,
+)
 from jaxgpt.training.recovery import check_weights
 
 # Arrays are written in pieces of the first size to files of the second. Orbax would encode whole arrays, and keep
@@ -182,13 +189,13 @@ def write_huggingface(
         # Have transformers' `generate` end a text where we do: also at the end of a turn, and at the folder's own ends.
         text = json.dumps(tokenizer.generation_config, indent=2, sort_keys=True)
         (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
+        manifest.write(folder)
 
 
 def write_run(run: Path, model: LoadedModel) -> None:
     """Write the weights of `model` into the folder `run` as its step 0, without an optimizer."""
     quiet_orbax()
-    (run / "config.json").write_text(to_json(model.config), encoding="utf-8")
-    model.tokenizer.save(run / "tokenizer", model.config.model.n_positions)
+    write_settings(run, model.config, model.tokenizer)
     metadata = {"step": 0, "vocab_size": model.vocab_size, "tokenizer_digest": model.tokenizer.digest}
     step = (run / FOLDER / "0").absolute()
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), model.params)
@@ -198,6 +205,18 @@ def write_run(run: Path, model: LoadedModel) -> None:
     (step / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
     manifest.write(step)
     _release_memory()
+
+
+def write_settings(run: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Write config.json and tokenizer/ of a run, with their digests; a line says if the tokenizer there is damaged."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_file(run / "config.json", to_json(config))
+    folder = run / "tokenizer"
+    if (folder / manifest.NAME).exists() and (found := manifest.problems(folder)):
+        print(f"damaged  {folder}: {found[0]}; written again", flush=True)
+    with new_folder(folder, "replace") as partial:
+        tokenizer.save(partial, config.model.n_positions)
+        manifest.write(partial)
 
 
 # ---------------------------------------------------------------- comparing

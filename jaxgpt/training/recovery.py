@@ -17,10 +17,22 @@ from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.storage import manifest
 from jaxgpt.storage.files import append_json
-from jaxgpt.training.checkpoint import DELETING, FOLDER, SAVING, finished_steps, read_metadata
+from jaxgpt.training.checkpoint import (
+    CONFIG,
+    FOLDER,
+    SAVING,
+    UNFINISHED,
+    finished_steps,
+    is_step_name,
+    named_steps,
+    read_metadata,
+)
+from jaxgpt.training.metrics import METRICS_FILE
 
 QUARANTINE = "quarantine"
 FAULTS_FILE = "faults.jsonl"
+# The files of a run that are replaced whole, each by one called FILE.tmp.
+WRITTEN = (CONFIG, METRICS_FILE, "summary.json", "report.html", "wandb_run_id")
 CRASHES = 3  # at one step, after which the run goes one checkpoint back, and the next time stops
 
 
@@ -30,15 +42,16 @@ def clean_leftovers(run: Path) -> None:
     A checkpoint that lacked nothing but its name gets it.
     """
     failpoint("clean.begin")
-    for folder in (run / FOLDER).glob(f"{SAVING}*"):
-        named = run / FOLDER / folder.name.removeprefix(SAVING)
-        if named.name.isdigit() and not named.exists() and not manifest.problems(folder):
-            os.rename(folder, named)
     for folder in (run / FOLDER).glob(".*"):
-        if folder.name.startswith((SAVING, DELETING)):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not UNFINISHED.fullmatch(folder.name):
+            continue  # somebody else's
+        named = run / FOLDER / folder.name.removeprefix(SAVING)
+        if is_step_name(named.name) and not named.exists() and not manifest.problems(folder):
+            os.rename(folder, named)
+        shutil.rmtree(folder, ignore_errors=True)
     for file in run.glob("*.tmp"):
-        file.unlink()
+        if file.stem in WRITTEN and file.is_file():
+            file.unlink()
     failpoint("clean.done")
 
 
@@ -51,8 +64,7 @@ def newest_whole_step(run: Path) -> int | None:
         RunFailed: it had some, and none is whole.
     """
     failpoint("verify.begin")
-    named = (int(folder.name) for folder in (run / FOLDER).glob("*") if folder.name.isdigit())
-    for step in sorted(named, reverse=True):
+    for step in reversed(named_steps(run)):
         found = damage(run, step)
         if not found:
             return step
@@ -111,12 +123,14 @@ def record_fault(run: Path, **facts: object) -> None:
 
 
 def read_faults(run: Path) -> list[dict]:
-    """The lines of faults.jsonl; a last one that was cut off is left out."""
+    """The lines of faults.jsonl; one that was cut off, or that `record_fault` cannot have written, is left out."""
     faults = []
     if (run / FAULTS_FILE).is_file():
         for line in (run / FAULTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                faults.append(json.loads(line))
+                fault = json.loads(line)
+                if isinstance(fault, dict) and isinstance(fault.get("what"), str) and type(fault.get("step")) is int:
+                    faults.append(fault)
     return faults
 
 

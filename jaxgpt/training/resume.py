@@ -6,6 +6,7 @@ Everything here that can refuse does so before the run writes anything.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from jaxgpt.storage.files import append_json
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, finished_steps, read_config, read_metadata
 from jaxgpt.training.models import HUB
-from jaxgpt.training.recovery import break_crash_loop, check_weights, clean_leftovers, newest_whole_step
+from jaxgpt.training.recovery import QUARANTINE, break_crash_loop, check_weights, clean_leftovers, newest_whole_step
 from jaxgpt.training.step import Program, TrainState
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,11 @@ def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[st
             raise UserError(f"{workdir} holds {FOLDER}/ but no config.json, so it is no run; choose another --workdir")
         return {}
     steps = finished_steps(workdir)
+    if not steps and not (workdir / QUARANTINE).exists() and _had_checkpoints(workdir):
+        raise UserError(
+            f"{workdir / FOLDER} holds no checkpoint any more, though the run has saved some: put them back, or choose "
+            f"another --workdir (init.from_huggingface = {workdir / 'hf'} starts from the weights, if there are any)"
+        )
     if steps and not (workdir / FOLDER / str(steps[-1]) / "optimizer").is_dir():
         raise UserError(
             f"{workdir} holds weights without an optimizer state, so it cannot be resumed; choose another --workdir "
@@ -148,6 +154,15 @@ def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[st
             f"set it to {steps[-1]} or more"
         )
     return changes
+
+
+def _had_checkpoints(workdir: Path) -> bool:
+    """Whether a run that has ended says that it left a checkpoint."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        return summary.get("checkpoint") is not None or summary["status"].startswith("finished")
+    except (OSError, ValueError, LookupError, AttributeError):
+        return (workdir / "hf").exists()
 
 
 def _refuse(workdir: Path, changes: dict[str, Change], force: bool) -> None:

@@ -9,21 +9,20 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt.config import Config, to_json
+from jaxgpt.config import Config
 from jaxgpt.errors import STORAGE_ERRNOS, FolderLost, HostLost, Interrupted, RunFailed, StorageFailed, UserError
 from jaxgpt.model.sizes import checkpoint_bytes, checkpoints_at_once, parameter_count
 from jaxgpt.parallel import distributed
 from jaxgpt.parallel.host_watch import PeerWatch
-from jaxgpt.storage.files import write_file
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import out_of_memory_explained
 from jaxgpt.training.checkpoint import Checkpoints, restore_params, step_to_use, whole
 from jaxgpt.training.loop import fit
 from jaxgpt.training.metrics import MetricLog, read_metrics
-from jaxgpt.training.models import export_model
+from jaxgpt.training.models import export_model, write_settings
 from jaxgpt.training.recovery import check_weights, record_fault
 from jaxgpt.training.run_state import Run, position
-from jaxgpt.training.signals import Activity, StopSignal, Watchdog, record_lost_host
+from jaxgpt.training.signals import END, Activity, StopSignal, Watchdog, record_lost_host
 from jaxgpt.training.start import BuildScorer, Start, start
 
 WriteReport = Callable[[Run, str, float], None]
@@ -41,14 +40,17 @@ def train(
     activity = Activity()
     lost = functools.partial(record_lost_host, workdir)
     with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopSignal(activity, distributed.is_alone))
         distributed.join(config.mesh.distributed, config.faults.host_timeout_seconds)
-        stop = held.enter_context(StopSignal(activity, distributed.is_alone()))
         ended_well = False
         try:
-            with PeerWatch(config.faults.host_timeout_seconds, lambda: activity.now[1], lost):
+            with PeerWatch(config.faults.host_timeout_seconds, lambda: activity.now[1], lost) as peers:
+                stop.tell_others = peers.leave
                 begun = held.enter_context(start(config, workdir, force, build_scorer))
                 with crashes_recorded(config, workdir, activity):
                     run(begun, stop, activity, write_report)
+            if stop.requested:  # it was too late to cut anything off; what calls this must still hear of it
+                raise stop.interrupted()
             ended_well = True
         except Interrupted:
             ended_well = True
@@ -62,8 +64,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
     config, workdir, is_writer = begun.config, begun.workdir, distributed.is_writer()
     if is_writer:
         resume.record_changes(workdir, begun.step or 0, begun.changes)
-        write_file(workdir / "config.json", to_json(config))
-        begun.dataset.tokenizer.save(workdir / "tokenizer", config.model.n_positions)
+        write_settings(workdir, config, begun.dataset.tokenizer)
     checkpoints = Checkpoints(workdir, config.checkpoint, is_writer)
     if is_writer:
         checkpoints.delete_old()
@@ -81,6 +82,9 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
             )  # fmt: skip
             try:
                 state, early = fit(whole_run, state, place)
+                activity.is_at(END, config.max_steps)
+                if stop.requested and distributed.is_alone():
+                    raise stop.interrupted()
                 status = f"finished ({early})" if early else "finished"
             except Interrupted:
                 status = "interrupted"
@@ -95,6 +99,7 @@ def run(begun: Start, stop: StopSignal, activity: Activity, write_report: WriteR
                     _report(write_report, whole_run, status, time.time() - started)
         params = state.params
         del state
+        stop.is_saved()
         steps = (step_to_use(workdir)[0], checkpoints.latest_step() or 0) if is_writer else (0, 0)
         step, latest = map(distributed.broadcast_from_writer, steps)
         if step != latest:  # the parameters of the best one, laid out as the last ones are
