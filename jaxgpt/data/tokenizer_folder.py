@@ -136,7 +136,7 @@ def _cleared(content: dict, kind: str | None, settings: dict, folder: Path) -> d
     if kind == GPT2 and "merges" in model and splitter.get("type") == "ByteLevel" and not content.get("normalizer"):
         splitter["add_prefix_space"] = bool(settings.get("add_prefix_space", False))
     elif kind == BERT and "continuing_subword_prefix" in model:
-        content["normalizer"] = json.loads(_bert_normalizer(settings).__getstate__())
+        content["normalizer"] = _bert_normalizer(settings)
     elif kind not in _PLAIN:
         _say(
             f"{file}: transformers builds a {kind} by rules of its own; those of this file are used. If ids "
@@ -160,19 +160,19 @@ def _bert_json(folder: Path, settings: dict) -> str:
     vocab = {line.rstrip(): number for number, line in enumerate(lines)}
     unknown = _content(settings.get("unk_token")) or "[UNK]"
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unknown))
-    backend.normalizer = _bert_normalizer(settings)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    return backend.to_str()
+    return json.dumps(json.loads(backend.to_str()) | {"normalizer": _bert_normalizer(settings)}, ensure_ascii=False)
 
 
-def _bert_normalizer(settings: dict) -> normalizers.BertNormalizer:
-    return normalizers.BertNormalizer(
+def _bert_normalizer(settings: dict) -> dict[str, Any]:
+    made = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         strip_accents=settings.get("strip_accents"),
         lowercase=settings.get("do_lower_case", True),
     )
+    return json.loads(made.__getstate__())
 
 
 # ---------------------------------------------------------------- tokens
