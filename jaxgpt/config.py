@@ -214,11 +214,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str | bytes) -> Config:
-    """The Config that `to_json` wrote, now or in an earlier version.
-
-    Raises:
-        UserError: the text is no config, or one of another version.
-    """
+    """The Config that `to_json` wrote, now or earlier; `UserError` where the text is none, or was changed since."""
     try:
         read = pydantic_core.from_json(text)
     except ValueError as error:  # also of what is not UTF-8, or nested too deeply

@@ -315,11 +315,11 @@ def test_the_summary_says_what_ran_and_how_it_ended(tmp_path, has_metrics):
     data = {"path": tmp_path / "data", "fingerprint": "f1", "vocab_size": 65, "train": split, "validation": split}
     config = Config(model=ModelConfig(n_layer=2), train=TrainConfig(global_batch_size=4))
     mesh = build_mesh(MeshConfig(), jax.devices()[:2])
-    write_summary(
-        SimpleNamespace(config=config, dataset=SimpleNamespace(**data), mesh=mesh, workdir=tmp_path), "over", 1.26
-    )
+    parts = {"config": config, "dataset": SimpleNamespace(**data), "mesh": mesh, "workdir": tmp_path}
+    write_summary(SimpleNamespace(**parts, checkpoints=SimpleNamespace(latest_step=lambda: 6)), "over", 1.26)
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["status"], found["seconds"], found["devices"], found["mesh"]["data"]) == ("over", 1.3, 2, 2)
+    assert found["checkpoint"] == 6
     assert found["tokens_per_step"] == 4 * config.block_size
     assert found["data"] | {"path": ""} == {
         "path": "", "fingerprint": "f1", "training_tokens": 1000, "validation_tokens": 1000, "rows": 5, "vocabulary": 65
