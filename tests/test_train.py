@@ -224,7 +224,7 @@ BAD_INPUT = [
     (["--config", "{config}", "--train.max_step", "3"], "did you mean train.max_steps?"),
     (["--config", "{config}", "--data.path", "{tmp}/nothing.txt"], "nothing.txt"),
     (["--config", "{config}", "--data.path", "{tmp}/empty.txt"], "empty"),
-    (["--config", "{config}", "--data.path", "{tmp}/short.txt"], "32"),
+    (["--config", "{config}", "--data.path", "{tmp}/short.txt", "--data.block_size", "32"], "32"),
     (["--config", "{config}", "--mesh.fsdp", "3"], "does not divide the 8 devices"),
     (["--config", "{config}", "--train.global_batch_size", "12"], "global_batch_size = 12"),
     (["--config", "{config}", "--init.from_checkpoint", "{tmp}"], "is not a jaxgpt run"),
