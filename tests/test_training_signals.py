@@ -322,7 +322,7 @@ def stop_at_random_instants(folder: Path, workdir: Path, signals: int, processes
         for process in running:
             wait_for(functools.partial(hears, process))
         time.sleep(rng.uniform(0, whole))
-        told = running if sent % 2 else running[rng.integers(processes) :][:1]
+        told = running if (signals - sent) % 2 else running[rng.integers(processes) :][:1]
         if any(process.poll() is not None for process in running):
             assert all(finish(process)[0] == 0 for process in running)
             continue
@@ -347,9 +347,9 @@ def stop_at_random_instants(folder: Path, workdir: Path, signals: int, processes
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_at_a_random_instant_ends_with_42_and_loses_no_step(folder, tmp_path, processes):
-    stop_at_random_instants(folder, tmp_path / "run", 2, processes, seed=processes)
+@pytest.mark.parametrize(("processes", "signals"), [(1, 2), (2, 1)])
+def test_sigterm_at_a_random_instant_ends_with_42_and_loses_no_step(folder, tmp_path, processes, signals):
+    stop_at_random_instants(folder, tmp_path / "run", signals, processes, seed=processes)
 
 
 @pytest.mark.chaos
