@@ -214,7 +214,7 @@ def test_a_run_that_goes_on_needs_its_source_no_more(folder, source, tmp_path, c
 
 def test_a_folder_without_a_tokenizer_is_told_apart_by_size_alone(source, begun, tmp_path, caplog):
     bare = tmp_path / "bare"
-    shutil.copytree(source / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(source / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*", "manifest*"))
     with caplog.at_level(logging.WARNING):
         workdir = begun({"init.from_huggingface": bare})
     assert "holds no tokenizer: only the size of its vocabulary, 18, is compared" in caplog.text
@@ -230,7 +230,7 @@ def refusals(folder: Path, source: Path) -> dict[str, tuple[list[str], list[str]
     hf = ["--init.from_huggingface", f"{source}/hf"]
     bare = folder / "bare"
     if not bare.exists():
-        shutil.copytree(source / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+        shutil.copytree(source / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*", "manifest*"))
         train_bpe(["other text"], 257).save(folder / "other")
     other = ["--tokenizer.type", "folder", "--tokenizer.path", f"{folder}/other"]
     values = "set in [model] n_layer = 2, n_head = 2, n_embd = 32, n_positions = 32"
