@@ -231,7 +231,7 @@ def test_without_the_harness_it_is_one_line_that_says_how_to_get_it(run, monkeyp
         raise harness.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(harness.importlib.metadata, "version", version)
-    with pytest.raises(UserError, match=r"pip install 'jaxgpt\[eval\]'$"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[eval\]'$"):
         harness.open_model(run)
 
 

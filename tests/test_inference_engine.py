@@ -241,8 +241,8 @@ def test_what_does_not_fit_is_refused_before_it_waits(engine):
         ask(engine, [1] * 60, SamplingOptions(max_new_tokens=5))
     with pytest.raises(UserError, match="token 300"):
         ask(engine, [VOCAB], SamplingOptions(max_new_tokens=5))
-    with pytest.raises(UserError, match="at most 8"):
-        ask(engine, [1], SamplingOptions(max_new_tokens=5, stop_token_ids=tuple(range(1, 10))))
+    with pytest.raises(UserError, match="at most 16"):
+        ask(engine, [1], SamplingOptions(max_new_tokens=5, stop_token_ids=tuple(range(1, 18))))
     with pytest.raises(UserError, match="logprobs = 21"):
         ask(engine, [1], SamplingOptions(max_new_tokens=5), alternatives=21)
     time.sleep(0.01)

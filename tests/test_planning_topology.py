@@ -86,5 +86,5 @@ def test_a_list_keeps_its_order_and_is_not_empty():
 
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(NoTpuCompiler, match=r"pip install 'jaxgpt\[plan\]'"):
+    with pytest.raises(NoTpuCompiler, match=r"pip install -e '.*\[plan\]'"):
         compile_only_devices(parse_slice("v5e-8"))

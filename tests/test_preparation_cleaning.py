@@ -214,7 +214,7 @@ def test_an_unknown_language_is_a_user_error():
 )
 def test_a_missing_library_is_named_with_the_fix(settings, library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=rf"needs the package {library}: pip install 'jaxgpt\[clean\]'"):
+    with pytest.raises(UserError, match=rf"needs the package {library}: pip install -e '.*\[clean\]'"):
         Cleaner(CleaningConfig(**settings))
 
 

@@ -662,7 +662,7 @@ def test_huggingface_keeps_its_splits_and_names_a_wrong_column(tmp_path, monkeyp
 
 def test_without_the_datasets_package_the_fix_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets: pip install 'jaxgpt\[huggingface\]'"):
+    with pytest.raises(UserError, match=r"needs the package datasets: pip install -e '.*\[huggingface\]'"):
         source_key(DataConfig(source="huggingface:some/set"))
 
 

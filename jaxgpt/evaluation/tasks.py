@@ -296,7 +296,8 @@ def _hellaswag_of_tfds(example: Mapping) -> Mapping:
 
 
 def _arc_of_tfds(example: Mapping) -> Mapping:
-    choices = [{**choice, "label": _letter(choice["label"])} for choice in example["choices"]]
+    columns = example["choices"]  # TFDS stores a list of objects as an object of lists
+    choices = [{"text": text, "label": _letter(label)} for text, label in zip(columns["text"], columns["label"])]
     return {"question": {"stem": example["question"], "choices": choices}, "answerKey": _letter(example["answerKey"])}
 
 
