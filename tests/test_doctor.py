@@ -40,7 +40,7 @@ def run(folder: Path, *options: str, **environment: str) -> subprocess.Completed
     return subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")} | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )

@@ -16,7 +16,7 @@ from jaxgpt.parallel.compiler import compiler_options, initial_values_options, u
 TRAIN = """
 import sys, jax
 from jaxgpt.parallel.compiler import use_compilation_cache
-print("folder", use_compilation_cache(sys.argv[1]))
+print("folder", use_compilation_cache())
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
 import dataclasses, tiny
@@ -38,8 +38,9 @@ def run(directory, code: str = TRAIN) -> dict[str, str]:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
     }
+    environment["HOME"] = str(directory)
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code, str(directory)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split(" ", 1) for line in done.stdout.splitlines()) | {"errors": done.stderr}
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from pathlib import Path
 
-from jaxgpt.errors import FolderLost, UserError
+from jaxgpt.errors import STORAGE_ERRNOS, FolderLost, UserError
 from jaxgpt.failpoints import failpoint
 
 FILE = "lease.json"
@@ -43,6 +43,8 @@ class Lease:
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
+            if error.errno in STORAGE_ERRNOS:
+                raise
             raise UserError(
                 f"{self._path}: the lock of the run folder cannot be opened ({error.strerror}); remove it"
             ) from None

@@ -139,8 +139,9 @@ class _Loop:
         """Start `step` and read the one before it. Returns whether all processes are to stop."""
         if self._run.lease:
             self._run.lease.check()
-        if trace.starts(step):
+        if trace.starts(step) or self._is_line_due():
             self._read_pending()
+        if trace.starts(step):
             trace.start()
         with self._split("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             self._state, metrics = self._run.program.train_step(self._state, batch)
@@ -157,6 +158,17 @@ class _Loop:
                 self._run.log.say(trace.stop())
         self._run.log.advance(step)
         return stop
+
+    def _is_line_due(self) -> bool:
+        """Is the last step done, and a line of metrics to be written for it?
+
+        Some devices compute a step while it is dispatched, as CPUs may. The next one must not count in that line. With
+        several processes all read at the same place, so none may go ahead.
+        """
+        if not self._pending or jax.process_count() > 1:
+            return False
+        step, metrics = self._pending
+        return self._meter.writes(step) and metrics["loss_sum"].is_ready()
 
     def _read_pending(self) -> None:
         """Wait for the step that was dispatched and not read yet, if there is one: nothing is pending after it."""
@@ -353,8 +365,12 @@ class Meter:
         if outcome == "rollback":
             raise RolledBack(step)
         self._timed_steps += 1
-        if step % self._run.config.log.logging_steps == 0 or step == self._run.config.max_steps:
+        if self.writes(step):
             self._write(step, values)
+
+    def writes(self, step: int) -> bool:
+        """Whether a line is written for `step`."""
+        return step % self._run.config.log.logging_steps == 0 or step == self._run.config.max_steps
 
     def skip_compilation(self, metrics: dict) -> None:
         """Leave the first step, which compiled the program, out of the times and rates that follow."""
