@@ -218,6 +218,7 @@ LEARNED = {"role": "assistant", "content": "a"}
             {"messages": [{"role": "user", "content": IMAGE}, LEARNED]},
             "x, turn 1: its content is no text: a part of it is image_url",
         ),
+        ({"messages": said("q\0", "a")}, "x, turn 1: not text: it holds the character NUL"),
         ({"messages": said("q", "a"), "prompt": "q", "response": "a"}, "x: two forms at once"),
         ({"messages": said("q", "a"), "conversations": said("q", "a")}, "x: two forms at once: messages and conv"),
         ({"prompt": "q", "response": "a", "completion": "b"}, "x: two forms at once: response and completion"),

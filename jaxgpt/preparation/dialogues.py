@@ -17,7 +17,7 @@ from typing import Any
 from jaxgpt.data.chat import check_messages, to_text
 from jaxgpt.errors import BadRecord
 from jaxgpt.preparation.augmentation import Draw
-from jaxgpt.preparation.documents import Tally
+from jaxgpt.preparation.documents import NUL, Tally
 
 COUNT = 6000
 RECORDS_VERSION = (
@@ -126,6 +126,9 @@ def conversation(record: object, where: str, tally: Tally | None = None) -> str:
     head += [message for message in first if message not in head]
     messages = [*head, *past, *messages[len(first) :]]
     check_messages(messages, where)
+    for number, message in enumerate(messages, 1):
+        if "\0" in message["content"]:
+            raise BadRecord(f"{where}, turn {number}", NUL)
     messages = _joined(messages, where, found)
     if messages[len(head)]["role"] == "assistant":
         messages[len(head)]["weight"] = 0

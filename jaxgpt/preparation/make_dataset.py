@@ -194,11 +194,6 @@ def _decided(
             f"{sources.describe(config.data)}: [cleaning] drops all of its {len(plan.codes):,} documents; "
             "drop less: min_chars, max_chars, max_symbol_ratio, language"
         )
-    if config.data.format == "chat" and plan.codes.astype(bool).sum() == 1:
-        raise UserError(
-            f"{sources.describe(config.data)}: one conversation is left of {len(plan.codes):,}, and one has to be held "
-            "out beside those that are learned; give more, or drop less ([cleaning])"
-        )
     tokenizer = tokenizer or _made_tokenizer(work, stage, plan, config)
     tokenizer.save(work.path / "tokenizer")
     with new_file(work.path / "rows.npy") as array:
