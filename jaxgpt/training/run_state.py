@@ -65,7 +65,7 @@ class Position:
     best_loss: float | None = None  # the lowest validation loss so far; None before the first evaluation
     best_step: int = 0  # the step of that loss
     not_better: int = 0  # evaluations in a row, up to this step, that were not better than the best before them
-    best_train_loss: float = math.nan  # the mean training loss of the steps before the evaluation at best_step
+    best_train_loss: float | None = None  # the mean training loss of the steps before the evaluation at best_step
     train_loss: float = 0.0
     train_count: float = 0.0
     """Loss sum and weight sum since the last evaluation."""
@@ -107,10 +107,11 @@ class EvaluationHistory:
     def note(self, step: int, eval_loss: float) -> None:
         """Count the evaluation at `step`."""
         now, told = self.now, ""
-        train_loss = now.train_loss / now.train_count if now.train_count else math.nan
+        train_loss = now.train_loss / now.train_count if now.train_count else None
+        has_fallen = train_loss is not None and now.best_train_loss is not None and train_loss < now.best_train_loss
         best = math.inf if now.best_loss is None else now.best_loss
         not_better = 0 if best - eval_loss > self._threshold else now.not_better + 1
-        if not_better > 1 and not eval_loss <= best * (1 + RISE) and train_loss < now.best_train_loss:
+        if not_better > 1 and not eval_loss <= best * (1 + RISE) and has_fallen:
             told = f"{eval_loss:.4f} at step {step:,}, lowest {best:.4f} at step {now.best_step:,}"
             told = f"validation loss rises while training loss falls: {told}"
         now = dataclasses.replace(now, not_better=not_better, overfits=told, train_loss=0.0, train_count=0.0)
