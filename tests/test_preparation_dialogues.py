@@ -331,7 +331,7 @@ def check_lines(file, records: list) -> None:
 
 def fuzz(file, examples: int) -> None:
     @settings(
-        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples, derandomize=True, database=None, deadline=10_000, suppress_health_check=list(HealthCheck)
     )
     @given(records=st.lists(mutated(), min_size=1, max_size=3))
     def run(records: list) -> None:

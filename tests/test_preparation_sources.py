@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -772,7 +773,75 @@ PIECES = st.sampled_from(
 LINES = st.lists(PIECES, max_size=9).map(b"".join) | st.binary(max_size=20) | st.just(GOOD)
 
 
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+NAMES = st.sampled_from(
+    [
+        "a.txt",
+        "B.TXT",
+        "c.md",
+        "d.jsonl",
+        "E.JSONL",
+        "f.ndjson",
+        "g.json",
+        "h.html",
+        "i.csv",
+        "j",
+        "k.txt.gz",
+        "l.tar",
+        "m.jsonl.gz",
+    ]
+)
+FILES = st.dictionaries(NAMES, st.lists(LINES, max_size=6), max_size=5)
+KINDS = st.sampled_from(["file", "file", "file", "folder", "link to a file", "link to nothing", "link to its folder"])
+
+
+def check_folder(folder: Path, files: dict, kinds: list, source: str) -> None:
+    """A folder of anything is read and counted: each file, and each line of JSON, is a document or counted."""
+    expected = 1
+    for (name, lines), kind in zip(files.items(), kinds):
+        path, lines = folder / name, [line.replace(b"\n", b"").replace(b"\r", b"") for line in lines]
+        whole = b"\n".join(lines)
+        if kind == "folder":
+            path.mkdir()
+            path /= name
+        if kind in ("file", "folder"):
+            path.write_bytes(gzip.compress(whole) if name.endswith("gz") else whole)
+        elif kind == "link to a file":
+            (folder.parent / f"{folder.name}-{name}").write_bytes(
+                gzip.compress(whole) if name.endswith("gz") else whole
+            )
+            path.symlink_to(folder.parent / f"{folder.name}-{name}")
+        else:
+            path.symlink_to(folder if kind == "link to its folder" else folder / "nothing")
+        is_lines = source == "jsonl" and re.search(r"\.(jsonl|ndjson)(\.gz)?$", name.lower()) and "nothing" not in kind
+        filled = sum(bool(line.strip()) for line in lines) if is_lines else 1
+        expected += 0 if kind == "link to its folder" else max(1, filled)  # a folder is entered once
+    (folder / ("z.txt" if source == "text" else "z.jsonl")).write_bytes(b"good" if source == "text" else GOOD)
+    bad = BadRecords("skip")
+    data = DataConfig(source=source, path=str(folder), on_bad_record="skip", max_record_bytes=3000)
+    found = list(documents(data, bad))
+    assert all("\0" not in document.text and document.text.encode() for document in found)
+    assert sum(not document.continues for document in found) + sum(bad.counts.values()) >= expected, (bad.counts, files)
+
+
+def fuzz(factory: pytest.TempPathFactory, examples: int) -> None:
+    @settings(max_examples=examples, deadline=10_000, database=None, derandomize=True)
+    @given(FILES, st.lists(KINDS, min_size=5, max_size=5), st.sampled_from(["text", "jsonl"]))
+    def one(files, kinds, source):
+        check_folder(factory.mktemp("fuzz"), files, kinds, source)
+
+    one()
+
+
+def test_a_folder_of_anything_is_read_and_counted(tmp_path_factory):
+    fuzz(tmp_path_factory, 50)
+
+
+@pytest.mark.system
+def test_thousands_of_folders_of_anything_are_read_and_counted(tmp_path_factory):
+    fuzz(tmp_path_factory, 2000)
+
+
+@settings(max_examples=100, deadline=10_000, database=None, derandomize=True)
 @given(lines=st.lists(LINES, max_size=6), suffix=st.sampled_from(["jsonl", "json", "txt", "html"]))
 def test_what_is_read_and_what_is_counted_is_all_that_there_is(lines, suffix, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
