@@ -245,6 +245,7 @@ def test_a_chat_turn_an_edited_branch_another_answer_and_the_rest_of_one(page, s
     longer = answers.last.text_content()
     assert longer.startswith(short.rstrip("�")) and len(longer) > len(short)
     page.reload()
+    page.wait_for_selector("#facts:not(:empty)")  # a chat is drawn once the model is known
     assert asked.all_text_contents() == ["你好", "And?"] and answers.last.text_content() == longer
 
 
