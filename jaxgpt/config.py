@@ -25,7 +25,9 @@ from jaxgpt.settings import describe_type, remove_digest, section, sources_of, w
 
 logger = logging.getLogger(__name__)
 # Settings of earlier versions, whose files are still read.
-REMOVED = ("data.num_threads", "data.prefetch_batches", "train.compilation_cache_dir")
+REMOVED = (
+    "data.num_threads", "data.prefetch_batches", "train.compilation_cache_dir", "optimizer.muon_learning_rate",
+)  # fmt: skip
 LARGEST_FILE = 100_000  # bytes of a config file; a hundred settings take ten
 
 

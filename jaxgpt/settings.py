@@ -205,9 +205,7 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the updates of the weight matrices and leaves the rest to AdamW."""
     learning_rate: PositiveFloat = 6e-4
-    """Peak learning rate of AdamW."""
-    muon_learning_rate: PositiveFloat = 0.02
-    """Peak learning rate of the matrices under muon; same schedule."""
+    """Peak learning rate; under muon about six times AdamW's is usual."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt | None = None

@@ -17,7 +17,7 @@ import tiny
 from tiny import VOCAB, batch
 
 from jaxgpt import train
-from jaxgpt.config import Config, config_fields, flatten, load_config
+from jaxgpt.config import Config, config_fields, flatten, load_config, with_settings
 from jaxgpt.data import chat
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.pipeline import train_batches
@@ -100,7 +100,8 @@ def optimized(config: Config) -> list:
         "wte": jnp.ones((4, 3)),
         "blocks": {"mlp": {"c_fc": {"kernel": jnp.ones((1, 3, 5)), "bias": jnp.ones((1, 5))}}},
     }
-    optimizer = build_optimizer(config.optimizer, 10, arguments(config))
+    config = with_settings(config, train_max_steps=10)
+    optimizer = build_optimizer(config, arguments(config))
     state = jax.jit(optimizer.init)(params)
 
     @jax.jit
@@ -323,7 +324,6 @@ OPTIONS = {
     "augmentation.drop_turns": (0.9, copies, CHANGED),
     "optimizer.name": ("muon", optimized, {}),
     "optimizer.learning_rate": (1e-3, optimized, {}),
-    "optimizer.muon_learning_rate": (0.1, optimized, {"optimizer.name": "muon"}),
     "optimizer.lr_scheduler_type": ("constant", optimized, {}),
     "optimizer.warmup_steps": (3, optimized, {}),
     "optimizer.min_lr_rate": (0.5, optimized, {}),

@@ -110,7 +110,6 @@ def test_an_end_before_the_steps_that_are_done_is_refused(workdir):
 
 OTHER = {
     "learning_rate": 0.5,
-    "muon_learning_rate": 0.5,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
     "min_lr_rate": 0.0,
@@ -128,8 +127,8 @@ OTHER = {
 def test_an_optimizer_setting_may_be_forced_exactly_when_the_stored_state_still_fits(name):
     def state(settings: dict) -> list:
         params = {"blocks": {"mlp": {"c_fc": {"kernel": jnp.ones((1, 3, 5)), "bias": jnp.ones((1, 5))}}}}
-        config = OptimizerConfig(**settings)
-        optimizer = build_optimizer(config, 500, arguments(Config(optimizer=config, train=TrainConfig(max_steps=500))))
+        config = Config(optimizer=OptimizerConfig(**settings), train=TrainConfig(max_steps=500))
+        optimizer = build_optimizer(config, arguments(config))
         leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
         return [(path, leaf.shape, leaf.dtype) for path, leaf in leaves]
 

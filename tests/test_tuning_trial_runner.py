@@ -190,7 +190,7 @@ TRIED = {
             "train_seed": 5,
         },
     ],
-    "muon on a mesh": [{"optimizer_name": "muon", "optimizer_muon_learning_rate": rate} for rate in (1e-3, 2e-2)],
+    "muon on a mesh": [{"optimizer_name": "muon", "optimizer_learning_rate": rate} for rate in (1e-3, 2e-2)],
 }
 
 

@@ -93,17 +93,33 @@ def like_params(tree: Any, shardings: Shardings, otherwise: NamedSharding) -> An
     A leaf whose dictionary keys end in the path of a parameter gets the sharding of that parameter, every other leaf
     (step counts) gets `otherwise`.
     """
-    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+    by_path = {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
 
     def where(path: jax.tree_util.KeyPath, _: Any) -> NamedSharding:
-        keys = _keys(path)
+        keys = key_path(path)
         return next((by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path), otherwise)
 
     return jax.tree_util.tree_map_with_path(where, tree)
 
 
-def _keys(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+def key_path(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+    """The dictionary keys along a path of a tree: ("blocks", "mlp", "c_fc", "kernel")."""
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def share_out(mesh: Mesh) -> Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]]:
+    """What turns a function of a stack (M, ...), one entry at a time, into one whose entries all devices share."""
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def shared(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        def call(stack: jax.Array) -> jax.Array:
+            missing = -len(stack) % mesh.size  # entries of zeros make it a multiple of the devices
+            padded = jax.numpy.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1))
+            return function(jax.lax.with_sharding_constraint(padded, where))[: len(stack)]
+
+        return call if mesh.size > 1 else function
+
+    return shared
 
 
 # ---------------------------------------------------------------- in each device's own program
@@ -185,10 +201,10 @@ def gather_over_fsdp(shardings: Shardings, mesh: Mesh, dtype: str) -> Callable[[
     """
     if mesh.shape["fsdp"] == 1:
         return lambda params: params
-    specs = {_keys(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+    specs = {key_path(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
 
     def whole(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
-        spec = specs[_keys(path)][-array.ndim :]  # a layer's slice has lost the leading layer axis
+        spec = specs[key_path(path)][-array.ndim :]  # a layer's slice has lost the leading layer axis
         if "fsdp" not in spec:
             return array
         array = array.astype(dtype) if array.ndim > 1 else array

@@ -31,7 +31,6 @@ LOSS = "validation loss (nats per token)"
 MAX_NAMED = 6  # curves with names in a legend
 _UNITS = {
     "optimizer.learning_rate": "peak learning rate (per step)",
-    "optimizer.muon_learning_rate": "peak learning rate of the matrices under muon (per step)",
     "optimizer.weight_decay": "weight decay (per step, times the learning rate)",
     "optimizer.warmup_steps": "warm-up (steps)",
     "optimizer.min_lr_rate": "final learning rate (share of the peak)",

@@ -1,35 +1,25 @@
 """Learning-rate schedules and optimizers, put together from Optax."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from jaxgpt.config import Config
 from jaxgpt.settings import OptimizerConfig
-from jaxgpt.training import bad_steps
+from jaxgpt.parallel.sharding import key_path
+from jaxgpt.training import bad_steps, muon
 
 # Matrices and embeddings are decayed, biases and LayerNorms are not (the mask of nanoGPT and of GPT-3).
 DECAYED = ("kernel", "wte", "wpe")
-
-# Which axes of a stacked kernel are the matrix that Muon orthogonalises; the others (layers, and query,
-# key, value) are batch axes. Embeddings, the tied head, biases and LayerNorms stay with AdamW.
-MUON_MATRICES: dict[tuple[str, ...], MuonDimensionNumbers] = {
-    ("attn", "c_attn"): MuonDimensionNumbers(1, (3, 4)),  # (L, D, 3, N, H): D -> N H
-    ("attn", "c_proj"): MuonDimensionNumbers((1, 2), 3),  # (L, N, H, D): N H -> D
-    ("mlp", "c_fc"): MuonDimensionNumbers(1, 2),  # (L, D, F)
-    ("mlp", "c_proj"): MuonDimensionNumbers(1, 2),  # (L, F, D)
-}
 
 
 class Arguments(NamedTuple):
     """The settings that a compiled step can take as arguments, so that trials share it: numbers, or traced scalars."""
 
     learning_rate: float | jax.Array
-    muon_learning_rate: float | jax.Array
     weight_decay: float | jax.Array
     warmup_steps: int | jax.Array
     min_lr_rate: float | jax.Array
@@ -75,32 +65,33 @@ def schedule(
     return optax.join_schedules([lambda n: rise(n / jnp.maximum(warmup, 1)), after], [warmup])
 
 
-def build_optimizer(config: OptimizerConfig, max_steps: int, given: Arguments) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) or Muon (Jordan 2024).
+def build_optimizer(
+    config: Config, given: Arguments, share: muon.Share = lambda function: function
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019), or Muon for matrices and Adam for the rest.
 
-    `update(grads, state, params, bad=...)`: where the bool scalar `bad` is true, the state keeps its bits.
+    `update(grads, state, params, bad=...)`: where the bool scalar `bad` is true, the state keeps its bits. Muon's
+    products are shared out by `share`.
     """
-    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    learning_rate = schedule(config, max_steps, given.learning_rate, given)
-    if config.name == "adamw":
-        rule = optax.chain(  # optax.adamw with another first part
-            adam_unless_bad(given.adam_beta1, given.adam_beta2, given.adam_epsilon, config.adam_mu_dtype),
-            optax.add_decayed_weights(given.weight_decay, decay_mask),
-            unless_bad(optax.scale_by_learning_rate(learning_rate)),
-        )
-    else:
-        muon = optax.contrib.muon(
-            schedule(config, max_steps, given.muon_learning_rate, given),
-            adam_b1=given.adam_beta1,
-            adam_b2=given.adam_beta2,
-            adam_learning_rate=learning_rate,
-            muon_weight_dimension_numbers=muon_dimensions,
-            eps=given.adam_epsilon,
-            weight_decay=given.weight_decay,
-            mu_dtype=config.adam_mu_dtype,
-        )
-        rule = unless_bad(muon)
-    return optax.chain(clip, rule)
+    options, rate = config.optimizer, schedule(config.optimizer, config.max_steps, given.learning_rate, given)
+    clip = optax.clip_by_global_norm(options.max_grad_norm) if options.max_grad_norm else optax.identity()
+    direction = adam_unless_bad(given.adam_beta1, given.adam_beta2, given.adam_epsilon, options.adam_mu_dtype)
+    decay = optax.add_decayed_weights(given.weight_decay, decay_mask)  # with the two around it: optax.adamw
+    if options.name == "muon":
+        matrices = unless_bad(muon.scale_by_muon(options.adam_mu_dtype, config.model.dtype, share))
+        direction = optax.partition({True: matrices, False: direction}, muon.matrix_mask)
+        decay = cautious_decay(given.weight_decay)
+    return optax.chain(clip, direction, decay, unless_bad(optax.scale_by_learning_rate(rate)))
+
+
+def cautious_decay(weight_decay: float | jax.Array) -> optax.GradientTransformation:
+    """Weight decay of the entries that the update shrinks too (Chen et al. 2025, "Cautious weight decay")."""
+
+    def decayed(updates: dict, params: dict) -> dict:
+        add = lambda yes, u, p: u + jnp.where(u * p > 0, weight_decay * p, 0.0) if yes else u
+        return jax.tree.map(add, decay_mask(params), updates, params)
+
+    return optax.stateless(decayed)
 
 
 def adam_unless_bad(
@@ -138,16 +129,6 @@ def unless_bad(rule: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
-def _names(path: Sequence[jax.tree_util.DictKey]) -> tuple[str, ...]:
-    return tuple(entry.key for entry in path)
-
-
 def decay_mask(params: dict) -> dict:
     """True for the arrays that weight decay shrinks."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED, params)
-
-
-def muon_dimensions(params: dict) -> dict:
-    """The matrix axes of each array that Muon updates, None for the others."""
-    axes = lambda names: MUON_MATRICES.get(names[-3:-1]) if names[-1] == "kernel" else None
-    return jax.tree_util.tree_map_with_path(lambda path, _: axes(_names(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: key_path(path)[-1] in DECAYED, params)

@@ -49,7 +49,7 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
     # Changes what follows and not what was: `train --force` accepts it.
     "forced": (
         "model.dropout", "model.dtype",
-        "optimizer.learning_rate", "optimizer.muon_learning_rate", "optimizer.lr_scheduler_type",
+        "optimizer.learning_rate", "optimizer.lr_scheduler_type",
         "optimizer.warmup_steps", "optimizer.min_lr_rate", "optimizer.decay_rate", "optimizer.weight_decay",
         "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon", "optimizer.max_grad_norm",
         "data.skip_list",
@@ -73,6 +73,8 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
 # fmt: on
 ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not know max_steps
 
+# Until one rate served all parameters; a setting of its time says which muon a run was trained with.
+REMOVED_RATE = "muon_learning_rate"
 # None in a config that a user wrote, a number once devices and data are known; and what a run that goes on keeps.
 KEPT = ("train.global_batch_size", "optimizer.warmup_steps", "eval.eval_steps", "checkpoint.save_steps")
 RESOLVED = ("data.block_size", "train.max_steps", "tokenizer.vocab_size", *KEPT)
@@ -146,7 +148,13 @@ def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[st
             f"{workdir} holds weights without an optimizer state, so it cannot be resumed; choose another --workdir "
             f'and start from these weights with init.from_checkpoint = "{workdir}"'
         )
-    changes = resume_conflicts(read_config(workdir), config)
+    old = read_config(workdir)
+    if steps and old.optimizer.name == "muon" and f'"{REMOVED_RATE}"' in (workdir / "config.json").read_text("utf-8"):
+        raise UserError(
+            f"{workdir} was trained by an earlier version's muon (optimizer.{REMOVED_RATE}), whose state cannot go on; "
+            f'choose another --workdir and start from these weights with init.from_checkpoint = "{workdir}"'
+        )
+    changes = resume_conflicts(old, config)
     _refuse(workdir, changes, force)
     if steps and (config.train.max_steps or steps[-1]) < steps[-1]:
         raise UserError(

@@ -26,6 +26,7 @@ from jaxgpt.model.loss import cross_entropy
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.compiler import compiler_options, initial_values_options
 from jaxgpt.training import bad_steps
+from jaxgpt.training.muon import Share
 from jaxgpt.training.optimizer import Arguments, arguments, build_optimizer, schedule
 
 Params = dict  # a tree of arrays, as model/gpt2.py lays it out: {"wte": (V, D), "blocks": {...: (L, ...)}, ...}
@@ -113,7 +114,8 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
     shapes, param_shardings = laid.shapes, laid.param_shardings
     moment_shardings = sharding.zero1_shardings(param_shardings, shapes, mesh) if config.mesh.zero1 else param_shardings
     everywhere = sharding.replicated(mesh)
-    optimizer = build_optimizer(config.optimizer, config.max_steps, arguments(config))
+    share = sharding.share_out(mesh)
+    optimizer = build_optimizer(config, arguments(config), share)
 
     def fresh(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.empty_window(sigma))
@@ -136,7 +138,7 @@ def build_functions(config: Config, vocab_size: int, mesh: Mesh) -> Functions:
     constrain = jax.lax.with_sharding_constraint if mesh.size > 1 else lambda tree, shardings: tree
     return Functions(
         init,
-        make_train_step(config, gradients, constrain, param_shardings, moment_shardings),
+        make_train_step(config, gradients, share, constrain, param_shardings, moment_shardings),
         fresh,
         losses,
         jax.tree.map(with_sharding, abstract, state_shardings),
@@ -250,7 +252,12 @@ def mesh_gradients(losses: DeviceLosses, mesh: Mesh, param_shardings: Params, re
 
 
 def make_train_step(
-    config: Config, gradients: Gradients, constrain: Constrain, param_shardings: Params, moment_shardings: Params
+    config: Config,
+    gradients: Gradients,
+    share: Share,
+    constrain: Constrain,
+    param_shardings: Params,
+    moment_shardings: Params,
 ) -> Step:
     """The pure function (arguments, state, batch) -> (state, metrics).
 
@@ -261,7 +268,7 @@ def make_train_step(
     """
 
     def train_step(given: Arguments, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        optimizer = build_optimizer(config.optimizer, config.max_steps, given)
+        optimizer = build_optimizer(config, given, share)
         learning_rate = schedule(config.optimizer, config.max_steps, given.learning_rate, given)
         dropout: Dropout = gpt2.NO_DROPOUT
         if config.model.dropout:

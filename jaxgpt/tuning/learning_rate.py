@@ -85,7 +85,6 @@ def find(
     rates = np.geomspace(lowest, highest, steps)
     config = with_settings(config, optimizer_lr_scheduler_type="constant", optimizer_warmup_steps=0)
     program, given = SharedProgram(config, dataset.vocab_size, mesh), arguments(config)
-    ratio = given.muon_learning_rate / given.learning_rate  # under muon both rates rise together
     batches = train_batches(
         dataset.train,
         seed=config.train.seed,
@@ -98,7 +97,7 @@ def find(
     )
     state, losses = program.init(given), []
     for rate, batch in zip(rates.tolist(), batches, strict=True):
-        now = given._replace(learning_rate=rate, muon_learning_rate=rate * ratio)
+        now = given._replace(learning_rate=rate)
         state, metrics = program.train_step(now, state, batch)
         loss = float(metrics["loss_sum"] / metrics["count"])
         if metrics["bad_step"] or not math.isfinite(loss):
