@@ -8,8 +8,8 @@ One update of a matrix W with gradient G, momentum M and rate r:
     O <- O with neurons of equal size  each output's running mean square divided out (NorMuon, Li et al. 2025)
     W <- W - r SCALE sqrt(outputs / inputs) O
 
-The factor makes the change of a layer's output as large as its rate says, whatever its width (Bernstein & Newhouse 2024,
-"Modular duality"; Large et al. 2024), so that a rate found with a small model serves a large one.
+The factor makes the change of a layer's output as large as its rate says, whatever its width (Bernstein & Newhouse
+2024, "Modular duality in deep learning"), so that a rate found with a small model serves a large one.
 """
 
 import itertools
@@ -56,7 +56,7 @@ Share = Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.A
 
 
 class MuonState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # as in Optax's states; a tuple's own `count` is not used
     """int32 scalar: updates made."""
     mu: dict
     """The momentum, laid out as the parameters."""

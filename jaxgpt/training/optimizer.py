@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt.config import Config
-from jaxgpt.settings import OptimizerConfig
 from jaxgpt.parallel.sharding import key_path
+from jaxgpt.settings import OptimizerConfig
 from jaxgpt.training import bad_steps, muon
 
 # Matrices and embeddings are decayed, biases and LayerNorms are not (the mask of nanoGPT and of GPT-3).
