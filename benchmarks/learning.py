@@ -217,8 +217,7 @@ class Comparison:
         if given.threads:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])  # the sides inherit it
             self.environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(given.threads))
-        network = f"n_layer={w.layers} n_head={w.heads} n_embd={w.width} dropout={w.dropout}"
-        self.network = parse(network)
+        self.network = parse(f"n_layer={w.layers} n_head={w.heads} n_embd={w.width} dropout={w.dropout}")
         self.common = {f"model.{name}": value for name, value in self.network.items()} | parse(w.data)
         self.common |= {"model.n_positions": w.positions, "data.path": Path(given.data).absolute()}
         self.common |= {"data.prepared_dir": folder / "prepared"}
@@ -228,7 +227,7 @@ class Comparison:
         self.bins = folder / "bins" / Path(place).name
         write_bins(self.bins, dataset)
         tokens = [dataset.train.num_tokens, dataset.validation.num_tokens, dataset.vocab_size]
-        self.case = [*w, dataset.fingerprint, *tokens, given.threads]
+        self.case = [*w, dataset.fingerprint, *tokens, given.threads, given.points]
 
     def results(self) -> list[dict[str, Any]]:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
@@ -238,8 +237,13 @@ class Comparison:
         """Train one side and add the result to the file, unless it is there already."""
         side, label, settings = who
         run = {"side": side, "label": label, "settings": settings, "rate": rate, "seed": seed, "share": share}
-        if any(record["run"] == run for record in self.results()):
+        same = [record["run"] for record in self.results() if record["run"]["label"] == label]
+        if run in same:
             return
+        if same and same[0]["settings"] != settings:
+            raise SystemExit(
+                f"{self.file} has {label!r} with other settings, {same[0]['settings']}: give another label"
+            )
         if time.monotonic() > self.until:
             return print(f"not run, {self.given.minutes:g} minutes are over: {run}")
         steps, row = self.workload.steps(share, self.given.points), self.workload.rows * self.workload.positions
@@ -257,7 +261,7 @@ class Comparison:
         print(run, {name: found.get(name) for name in ("loss", "training", "command", "load")}, flush=True)
         about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
         with self.file.open("a") as file:
-            line = {"case": self.case, "run": run, "steps": steps, "tokens": steps * row, **found, **about}
+            line = {"case": self.case, "run": run, "steps": steps, "tokens": steps * row} | found | about
             file.write(json.dumps(line) + "\n")
 
     def ours(self, steps: int, rate: float, seed: int) -> dict[str, Any]:
@@ -274,8 +278,9 @@ class Comparison:
         return self.network | parse(
             f"{PEER} device={w.device} dtype={dtype} compile={given.compile} bias={given.bias} "
             f"block_size={w.positions} batch_size={w.rows} gradient_accumulation_steps=1 "
-            f"learning_rate={rate} min_lr={rate / 10} max_iters={steps} lr_decay_iters={steps} warmup_iters={min(WARMUP, steps // 10)} "
-            f"log_interval=1 eval_iters=1 eval_interval={steps // given.points} always_save_checkpoint=True"
+            f"learning_rate={rate} min_lr={rate / 10} max_iters={steps} lr_decay_iters={steps} "
+            f"warmup_iters={min(WARMUP, steps // 10)} always_save_checkpoint=True "
+            f"log_interval=1 eval_iters=1 eval_interval={steps // given.points}"
         )
 
     def run_all(self) -> None:
@@ -315,13 +320,7 @@ def main() -> None:
     add("--seeds", type=numbers[int], default=[1])
     add("--shares", type=numbers[float], default=[], help="of the tokens, for further runs of ours")
     add("--sides", type=numbers[str], default=["nanogpt", "ours"])
-    add(
-        "--ours",
-        action="append",
-        type=labelled,
-        metavar="LABEL=SETTINGS",
-        help="in place of the config as it is; may be repeated",
-    )
+    add("--ours", type=labelled, action="append", metavar="LABEL=SETTINGS", help="in place of the config; may repeat")
     add("--points", type=int, default=4, help="evaluations of a run")
     add("--threads", type=int, default=0, help="cores of either side; 0: all")
     add("--minutes", type=float, default=0, help="no run starts later; 0: no limit")
