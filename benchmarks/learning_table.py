@@ -83,7 +83,7 @@ def verdicts(groups: Sequence[Group]) -> list[str]:
     peer = min(peers, key=lambda one: one.loss)
     for label in dict.fromkeys(one.label for one in best if one.side == "ours"):
         runs = [one for one in best if one.label == label]
-        goal = f"{peer.label}'s {peer.loss:.4f} (rate {peer.rate:g})"
+        goal = f"the {peer.loss:.4f} of {peer.label} (rate {peer.rate:g})"
         needed = tokens_to(peer.loss, [(one.tokens, one.loss) for one in runs])
         if needed is None:
             said.append(f"{label} does not reach {goal}: {runs[-1].loss:.4f} after {runs[-1].tokens:,} tokens.")

@@ -141,12 +141,12 @@ def test_the_table_says_with_which_share_ours_reaches_the_peers_best(tmp_path):
     assert "| 0.008 | 1,600 | 1 | nan |" in rows[4]
     # Half of the way from 2.5 to 1.6, on a line over the logarithm of the tokens: 800 of 1,600.
     assert learning_table.verdicts(groups) == [
-        "ours (rate 0.003) reaches nanogpt's 2.0500 (rate 0.004) with 50.0% of its tokens, 50.0% of its training "
+        "ours (rate 0.003) reaches the 2.0500 of nanogpt (rate 0.004) with 50.0% of its tokens, 50.0% of its training "
         "seconds and 55.6% of the whole command's."
     ]
     short = learning_table.group([*peer, record("ours", 3e-3, 1.9, share=0.5), record("ours", 3e-3, 1.8)])
     assert "with at most 50.0% of its tokens" in learning_table.verdicts(short)[0]
     behind = learning_table.verdicts(learning_table.group([*peer, record("ours", 3e-3, 2.4)]))
-    assert behind == ["ours does not reach nanogpt's 2.0500 (rate 0.004): 2.4000 after 1,600 tokens."]
+    assert behind == ["ours does not reach the 2.0500 of nanogpt (rate 0.004): 2.4000 after 1,600 tokens."]
     learning_table.draw(groups, tmp_path / "c.svg")
     assert "<svg" in (tmp_path / "c.svg").read_text()
