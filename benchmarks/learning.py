@@ -222,7 +222,7 @@ class Comparison:
         self.common |= {"model.n_positions": w.positions, "data.path": Path(given.data).absolute()}
         self.common |= {"data.prepared_dir": folder / "prepared"}
         lines = execute(ours_command("prepare", w.config, self.common), self.environment)
-        place = next(match[1] for _, line in lines if (match := re.match(r"prepared data: (.+) \(vocabulary", line)))
+        place = next(match[1] for _, line in lines if (match := re.match(r"prepared data: (/.+?) \(", line)))
         dataset = open_dataset(place, verify="sizes")
         self.bins = folder / "bins" / Path(place).name
         write_bins(self.bins, dataset)
