@@ -1,0 +1,411 @@
+"""Conversations whose answers a program can check, made up in English and Chinese: the source "skills".
+
+skills.toml has the phrases, this module the numbers and words in them; the skill "service" asks what support.toml has.
+Conversation n is a function of the seed and n, so that any of them can be made at once and again.
+
+A tenth of the operands (the pair of a sum, the letters to spell) and of the wordings is held out, by a hash: a training
+conversation has none of them, a validation conversation and a question of `held_out` no others. What is known by heart
+(colours, opposites) has only its wordings held out, and so has what a customer asks.
+
+Answers with several steps show their working, because a small model has no room to do it unseen: it has to give the
+first digit of a sum before the carries that it depends on. Lee et al. (Teaching Arithmetic to Small Transformers, ICLR
+2024, arXiv:2307.03381) train such models on sums in four forms. Digits from the right need a fraction of the examples
+of plain sums, and working that shows each digit's sum with its carry the fewest. So 128 + 367 is written as on paper:
+"8+7=15, 2+6+1=9, 1+3=4, so 495." Each step is one of 200 facts about digits, the carry is the 1 in front of the step
+before, and the result is the last step with the last digits of the others, in the order that people read. In the same
+way comparisons go from digit to digit, counting counts aloud, days are stepped through, and prices are added up.
+"""
+
+import functools
+import hashlib
+import itertools
+import re
+import string
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.augmentation import Draw
+from jaxgpt.preparation.dialogues import slot_value, support_phrases
+from jaxgpt.preparation.documents import SourceRecord
+
+COUNT = 50_000  # conversations, unless data.max_bytes says how much text
+LANGUAGES = ("english", "chinese")
+_HELD_OUT = 10  # one in so many
+_SLOPPY = 0.2  # share of the questions in small letters and without the last mark
+_STRANGE = 0.1  # share of the later turns that are in any language
+_ENDS = ".?!。？！"
+
+Made = tuple[tuple, dict[str, str]]
+"""The operands that are held out or not (none: always asked), and the values of the slots."""
+
+
+class Turn(NamedTuple):
+    """A question and its answer."""
+
+    skill: str
+    language: str
+    question: str
+    answer: str
+    right: tuple[str, ...]
+    """Patterns: an answer is right if one of them matches all of it."""
+    wording: tuple[str, ...]
+    operands: tuple
+
+    def is_right(self, answer: str) -> bool:
+        """Whether the answer is right: its result and its words; the working before a result may be anything."""
+        return any(re.fullmatch(pattern, answer.strip(), re.IGNORECASE | re.DOTALL) for pattern in self.right)
+
+
+def version() -> str:
+    """Identifies the conversations: a digest of what they are made from."""
+    files = [Path(__file__).with_name(name) for name in ("skills.toml", "skills.py", "support.toml")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def skill_names() -> list[str]:
+    return list(_texts()["weights"])
+
+
+def weights(given: Sequence[str]) -> dict[str, float]:
+    """The weight of each skill and each language, with those of `data.skills` ("addition=4") in place of the usual."""
+    found = {**_texts()["weights"], **dict.fromkeys(LANGUAGES, 1.0)}
+    for entry in given:
+        name, _, number = entry.partition("=")
+        if name.strip() not in found or not re.fullmatch(r"\s*\d{1,6}(\.\d{1,6})?\s*", number):
+            raise UserError(f"data.skills = {entry}: write NAME=WEIGHT with one of {', '.join(found)}, as addition=4")
+        found[name.strip()] = float(number)
+    for names, what in ((skill_names(), "skill"), (LANGUAGES, "language")):
+        if not any(found[name] for name in names):
+            raise UserError(f"data.skills: every {what} has the weight 0, which leaves nothing")
+    return found
+
+
+def skill_records(given: Sequence[str], held_out: float, endless: bool, seed: int = 0) -> Iterator[SourceRecord]:
+    """COUNT conversations, or more and more of them; the share `held_out` of them is for validation."""
+    shares = weights(given)
+    for number in itertools.count() if endless else range(COUNT):
+        split = "validation" if Draw(_hash("split", seed, number)).chance(held_out) else "train"
+        turns = conversation(Draw(_hash("turns", seed, number)), shares, split == "validation")
+        pairs = ((("user", turn.question), ("assistant", turn.answer)) for turn in turns)
+        messages = [{"role": role, "content": text} for pair in pairs for role, text in pair]
+        yield SourceRecord(f"skills, conversation {number}", {"messages": messages}, split)
+
+
+def held_out(skill: str, language: str, count: int) -> list[list[Turn]]:
+    """Up to `count` different conversations that no training conversation is like; the last turn is of the skill."""
+    found: dict[tuple[str, ...], list[Turn]] = {}
+    for number in range(4 * count):
+        draw = Draw(_hash("question", skill, language, number))
+        turns = conversation(draw, weights(()), True, skill, language)
+        found.setdefault(tuple(turn.question for turn in turns), turns)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def conversation(
+    draw: Draw, shares: Mapping[str, float], held: bool, skill: str | None = None, language: str | None = None
+) -> list[Turn]:
+    """One to four turns; the last one is of `skill`, and all of `language`, if they are given."""
+    usual = language or _weighted(draw, shares, LANGUAGES)
+    count = 2 + draw.one(range(3)) if draw.chance(_texts()["several"]) else 1
+    turns: list[Turn] = []
+    while len(turns) < count:
+        is_last = len(turns) == count - 1
+        strange = turns and not (is_last and language) and draw.chance(_STRANGE)
+        spoken = _weighted(draw, shares, LANGUAGES) if strange else usual
+        chosen = skill if skill and is_last else _weighted(draw, shares, skill_names())
+        turns += _service(spoken, draw, held) if chosen == "service" else [_turn(chosen, spoken, draw, held)]
+    return turns[:4]
+
+
+def is_held_out(*item: object) -> bool:
+    """Whether a wording, or operands, are kept out of training."""
+    return bool(item) and _hash(*item) % _HELD_OUT == 0
+
+
+def _hash(*item: object) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, item)).encode()).digest()[:8])
+
+
+def _weighted(draw: Draw, shares: Mapping[str, float], names: Sequence[str]) -> str:
+    left = sum(shares[name] for name in names)
+    for name in (kept := [name for name in names if shares[name]]):
+        if draw.chance(shares[name] / left):
+            return name
+        left -= shares[name]
+    return kept[-1]
+
+
+@functools.cache
+def _texts() -> dict[str, Any]:
+    """The content of skills.toml, its alternatives as lists."""
+    texts = tomllib.loads(Path(__file__).with_name("skills.toml").read_text(encoding="utf-8"))
+    for language in LANGUAGES:
+        own = texts[language]
+        for name in ("before", "after", "week", "words"):
+            own[name] = own[name].split("|")
+        for name in ("lists", *texts["weights"]):
+            if name != "service":
+                split = lambda value: value.split("|") if isinstance(value, str) else [v.split("|") for v in value]
+                own[name] = {key: split(value) for key, value in own[name].items()}
+    return texts
+
+
+class _Values(dict[str, str]):
+    """The values of slots; one that nobody made is drawn from the lists."""
+
+    def __init__(self, values: Mapping[str, str], lists: Mapping[str, list[str]], draw: Draw):
+        super().__init__(values)
+        self._lists, self._draw = lists, draw
+
+    def __missing__(self, name: str) -> str:
+        value = self[name] = self._draw.one(self._lists[name])
+        return value
+
+
+def _turn(skill: str, language: str, draw: Draw, held: bool) -> Turn:
+    """A question of the skill, with wording and operands that are held out, or with none that is."""
+    texts = _texts()[language]
+    kind = draw.one(list(texts[skill]))
+    asked, said, *table = texts[skill][kind]
+    make = _MAKERS.get(kind)
+    wording = _wording(texts, skill, asked, draw)
+    while is_held_out(language, kind, wording) != held:
+        wording = _wording(texts, skill, asked, draw)
+    operands, made = make(draw, texts) if make else ((), {})
+    while operands and is_held_out(*operands) != held:
+        operands, made = make(draw, texts) if make else ((), {})
+    if table:
+        a, b = draw.one(table[0]).split(":")
+        made = {"a": a, "b": b, "A": _capital(a), "B": _capital(b)}
+    values = _Values(made, texts["lists"], draw)
+    question = wording.format_map(values)
+    is_sloppy = language == "chinese" or wording == wording.lower().rstrip(_ENDS)
+    answer = draw.one(said).format_map(values)
+    right = tuple(_pattern(form, values) for form in said)
+    question = question if is_sloppy else _capital(question)
+    return Turn(skill, language, question, answer, right, (language, kind, wording), operands)
+
+
+def _wording(texts: Mapping[str, Any], skill: str, asked: Sequence[str], draw: Draw) -> str:
+    text = draw.one(asked)
+    if skill not in _texts()["bare"]:
+        before, after = draw.one(texts["before"]), draw.one(texts["after"])
+        text = before + (_capital(text) if before.endswith((". ", "? ")) else text) + after
+    return text.lower().rstrip(_ENDS) if draw.chance(_SLOPPY) else text
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _pattern(form: str, values: Mapping[str, str], free: Mapping[str, str] | None = None) -> str:
+    """What an answer of this form looks like; a slot of `free` has a pattern of its own."""
+    free = {"steps": ".+"} if free is None else free
+    parts = string.Formatter().parse(form)
+    slot = lambda name: free[name] if name in free else re.escape(values[name])
+    return "".join(re.escape(text) + (slot(name) if name else "") for text, name, _, _ in parts)
+
+
+# ---------------------------------------------------------------- customer service
+
+
+def _service(language: str, draw: Draw, held: bool) -> list[Turn]:
+    """The turns of a topic of support.toml; only the first one is held out.
+
+    What has been said before keeps its value in a right answer; a price or a day that nobody named may be any.
+    """
+    texts = support_phrases()[language]
+    steps, wording = _first_question(texts, draw)
+    while is_held_out(language, "service", wording) != held:
+        steps, wording = _first_question(texts, draw)
+    values = {slot: slot_value(wordings, draw) for slot, wordings in texts["slots"].items()}
+    free = {slot: f"(?:{re.escape(forms)})" for slot, forms in texts["slots"].items()}
+    free = {slot: form.replace(r"\|", "|").replace(r"\#", r"\d") for slot, form in free.items()}
+    turns: list[Turn] = []
+    for asked, said in steps[: 1 if held else None]:
+        wording = draw.one(asked.split("|")) if turns else wording
+        answer = draw.one(said.split("|"))
+        free = {slot: form for slot, form in free.items() if f"{{{slot}}}" not in wording}
+        right = tuple(_pattern(form, values, free) for form in said.split("|"))
+        free = {slot: form for slot, form in free.items() if f"{{{slot}}}" not in answer}
+        question, answer = wording.format(**values), _capital(answer.format(**values))
+        turns.append(Turn("service", language, question, answer, right, (language, "service", wording), ()))
+    return turns
+
+
+def _first_question(texts: Mapping[str, Any], draw: Draw) -> tuple[list[list[str]], str]:
+    """The [user, assistant] steps of a topic, and the wording of the first question."""
+    steps = draw.one(list(texts["topics"].values()))["steps"]
+    before, core, after = (draw.one(forms.split("|")) for forms in (texts["before"], steps[0][0], texts["after"]))
+    if before.endswith((", ", ": ")) and not core.startswith("I "):
+        core = core[0].lower() + core[1:]
+    return steps, before + core + after
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _number(draw: Draw, digits: int) -> int:
+    return draw.one(range(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+
+
+def _pair(draw: Draw) -> tuple[int, int]:
+    """Two numbers of up to three digits, most of them with two."""
+    digits = draw.one((1, 2, 2, 2, 2, 3))
+    other = digits if draw.chance(0.7) else draw.one(range(1, digits + 1))
+    pair = _number(draw, digits), _number(draw, other)
+    return pair if draw.chance(0.5) else pair[::-1]
+
+
+def _columns(a: int, b: int) -> list[tuple[str, str]]:
+    """The digits of both, from the left, with zeros in front of the shorter one."""
+    width = len(str(max(a, b)))
+    return list(zip(f"{a:0{width}}", f"{b:0{width}}", strict=True))
+
+
+def _sum(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    a, b = _pair(draw)
+    steps, total = [], 0
+    for x, y in reversed(_columns(a, b)):
+        carry = "+1" if total > 9 else ""
+        total = int(x) + int(y) + bool(carry)
+        steps.append(f"{x}+{y}{carry}={total}")
+    return ("sum", *sorted((a, b))), _worked(texts, steps, a + b, a=a, b=b)
+
+
+def _difference(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    b, a = sorted(_pair(draw))
+    steps, top = [], 0
+    for x, y in reversed(_columns(a, b)):
+        borrowed = "-1" if top > 9 else ""
+        low = int(y) + bool(borrowed)
+        top = int(x) + (10 if int(x) < low else 0)
+        steps.append(f"{top}-{y}{borrowed}={top - low}")
+    return ("difference", a, b), _worked(texts, steps, a - b, a=a, b=b)
+
+
+def _comparison(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    a, b = _pair(draw)
+    if draw.chance(0.3):  # numbers that are alike
+        b = a - a % 10 + draw.one(range(10))
+    while a == b:
+        a, b = _pair(draw)
+    steps = []
+    for x, y in _columns(a, b):
+        steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
+        if x != y:
+            break
+    verdict = texts["yes"] if a > b else texts["no"]
+    sides = {"large": max(a, b), "small": min(a, b), "verdict": verdict}
+    return ("comparison", *sorted((a, b))), _worked(texts, steps, "", a=a, b=b, **sides)
+
+
+def _total(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    a, n = draw.one(range(2, 13)), draw.one(range(2, 7))
+    steps = [f"{count}x{a}={count * a}" for count in range(1, n + 1)]
+    return ("price", a, n), _worked(texts, steps, a * n, a=a, n=n)
+
+
+def _clock(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    hour, minute, more = draw.one(range(1, 12)), 5 * draw.one(range(12)), 5 * draw.one(range(1, 12))
+    end = minute + more
+    steps = [f"{minute}+{more}={end}", *([f"{end}-60={end - 60}"] if end >= 60 else [])]
+    result = f"{hour + end // 60}:{end % 60:02}"
+    return ("clock", hour, minute, more), _worked(texts, steps, result, a=f"{hour}:{minute:02}", n=more)
+
+
+def _upto(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    a = draw.one(range(1, 21))
+    b = a + draw.one(range(2, 8))
+    return ("upto", a, b), {"a": str(a), "b": str(b), "numbers": texts["comma"].join(map(str, range(a, b + 1)))}
+
+
+def _numbers(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    numbers = draw.shuffled(range(10) if draw.chance(0.6) else range(10, 100))[: draw.one((3, 4, 5))]
+    return ("sort", *sorted(numbers)), _lists(texts, list=numbers, sorted=sorted(numbers), falling=sorted(numbers)[::-1])
+
+
+def _large(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    return (), {"a": str(draw.one(range(13, 100))), "b": str(draw.one(range(7, 100)))}
+
+
+def _worked(texts: Mapping[str, Any], steps: Sequence[str], result: object, **values: object) -> dict[str, str]:
+    return {"steps": texts["comma"].join(steps), "result": str(result)} | {k: str(v) for k, v in values.items()}
+
+
+def _lists(texts: Mapping[str, Any], **values: Sequence[object]) -> dict[str, str]:
+    return {name: texts["comma"].join(map(str, value)) for name, value in values.items()}
+
+
+# ---------------------------------------------------------------- letters, words and days
+
+
+def _latin(draw: Draw) -> str:
+    """An English word, or a made-up one: of those there are too many to be learned by heart."""
+    if draw.chance(0.4):
+        return draw.one(_texts()["english"]["words"])
+    syllables = [draw.one("bcdfghjklmnprstvwz") + draw.one("aeiou") for _ in range(draw.one((2, 2, 3)))]
+    return "".join(syllables) + draw.one(("", "n", "s", "r"))
+
+
+def _letters(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    word = _latin(draw)
+    one = draw.one(word) if draw.chance(0.8) else draw.one(string.ascii_lowercase)
+    steps = [f"{letter} {count}" for count, letter in enumerate(word, 1)]
+    spelled = {"word": word, "spelled": "-".join(word), "mirrored": "-".join(word[::-1])}
+    return ("word", word), _worked(texts, steps, len(word), one=one, **spelled)
+
+
+def _letter(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    operands, values = _letters(draw, texts)
+    word, one = values["word"], values["one"]
+    steps = [f"{letter} {word[: place + 1].count(one)}" for place, letter in enumerate(word)]
+    return operands, values | _worked(texts, steps, word.count(one))
+
+
+def _words(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    words = draw.shuffled(texts["words"])[: draw.one((2, 3, 4, 5))]
+    steps = [f"{word} {count}" for count, word in enumerate(words, 1)]
+    return ("words", *words), _worked(texts, steps, len(words)) | _lists(texts, words=words, backwards=words[::-1])
+
+
+def _again(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    word, n = draw.one(texts["words"]), draw.one((2, 3, 4))
+    return ("again", word, n), {"word": word, "n": str(n), **_lists(texts, again=[word] * n)}
+
+
+def _alphabet(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    by_letter = {word[0]: word for word in draw.shuffled(_texts()["english"]["words"])}
+    words = draw.shuffled(list(by_letter.values()))[: draw.one((2, 3, 4))]
+    return ("alphabet", *sorted(words)), _lists(texts, list=words, sorted=sorted(words))
+
+
+def _days(step: int, draw: Draw, texts: Mapping[str, Any]) -> Made:
+    start, n = draw.one(range(7)), draw.one(range(2, 7))
+    days = [texts["week"][(start + step * count) % 7] for count in range(n + 1)]
+    steps = [f"{count} {day}" for count, day in enumerate(days) if count]
+    return ("days", step, start, n), _worked(texts, steps, days[-1], a=days[0], n=n)
+
+
+_MAKERS: dict[str, Callable[[Draw, Mapping[str, Any]], Made]] = {
+    "sum": _sum,
+    "difference": _difference,
+    **dict.fromkeys(("larger", "smaller", "more"), _comparison),
+    "total": _total,
+    "clock": _clock,
+    "upto": _upto,
+    **dict.fromkeys(("ascending", "descending"), _numbers),
+    "unknown": _large,
+    **dict.fromkeys(("letters", "spelled", "mirror"), _letters),
+    "letter": _letter,
+    **dict.fromkeys(("wordcount", "repeat", "order"), _words),
+    "times": _again,
+    "alphabet": _alphabet,
+    "later": functools.partial(_days, 1),
+    "earlier": functools.partial(_days, -1),
+}
