@@ -322,12 +322,14 @@ def _clock(draw: Draw, texts: Mapping[str, Any]) -> Made:
 def _upto(draw: Draw, texts: Mapping[str, Any]) -> Made:
     a = draw.one(range(1, 21))
     b = a + draw.one(range(2, 8))
-    return ("upto", a, b), {"a": str(a), "b": str(b), "numbers": texts["comma"].join(map(str, range(a, b + 1)))}
+    return ("upto", a, b), {"a": str(a), "b": str(b), **_lists(texts, numbers=range(a, b + 1))}
 
 
 def _numbers(draw: Draw, texts: Mapping[str, Any]) -> Made:
     numbers = draw.shuffled(range(10) if draw.chance(0.6) else range(10, 100))[: draw.one((3, 4, 5))]
-    return ("sort", *sorted(numbers)), _lists(texts, list=numbers, sorted=sorted(numbers), falling=sorted(numbers)[::-1])
+    return ("sort", *sorted(numbers)), _lists(
+        texts, list=numbers, sorted=sorted(numbers), falling=sorted(numbers)[::-1]
+    )
 
 
 def _large(draw: Draw, texts: Mapping[str, Any]) -> Made:
@@ -339,7 +341,7 @@ def _worked(texts: Mapping[str, Any], steps: Sequence[str], result: object, **va
 
 
 def _lists(texts: Mapping[str, Any], **values: Sequence[object]) -> dict[str, str]:
-    return {name: texts["comma"].join(map(str, value)) for name, value in values.items()}
+    return {name: texts["between"].join(map(str, value)) for name, value in values.items()}
 
 
 # ---------------------------------------------------------------- letters, words and days

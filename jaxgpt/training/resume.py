@@ -59,7 +59,7 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
     "refused": (
         "model.n_layer", "model.n_head", "model.n_embd", "model.n_positions",
         "tokenizer.type", "tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens",
-        "data.source", "data.text_field", "data.encoding", "data.max_bytes", "data.format",
+        "data.source", "data.text_field", "data.skills", "data.encoding", "data.max_bytes", "data.format",
         "data.on_bad_record", "data.max_record_bytes", "cleaning", "chat", "augmentation",
         "data.validation_fraction",  # it would train on documents that were held out
         # Row r of step s is window s * global_batch_size + r, of block_size tokens. Another value would repeat
