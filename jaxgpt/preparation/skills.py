@@ -87,11 +87,13 @@ def skill_records(given: Sequence[str], held_out: float, endless: bool, seed: in
     """COUNT conversations, or more and more of them; the share `held_out` of them is for validation."""
     shares = weights(given)
     for number in itertools.count() if endless else range(COUNT):
-        split = "validation" if Draw(_hash("split", seed, number)).chance(held_out) else "train"
-        turns = conversation(Draw(_hash("turns", seed, number)), shares, split == "validation")
+        is_held = Draw(_hash("split", seed, number)).chance(held_out)
+        turns = conversation(Draw(_hash("turns", seed, number)), shares, is_held)
         pairs = ((("user", turn.question), ("assistant", turn.answer)) for turn in turns)
         messages = [{"role": role, "content": text} for pair in pairs for role, text in pair]
-        yield SourceRecord(f"skills, conversation {number}", {"messages": messages}, split)
+        yield SourceRecord(
+            f"skills, conversation {number}", {"messages": messages}, "validation" if is_held else "train"
+        )
 
 
 def held_out(skill: str, language: str, count: int) -> list[list[Turn]]:
