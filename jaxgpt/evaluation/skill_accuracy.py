@@ -54,7 +54,7 @@ def skill_questions(model: LoadedModel, where: str, count: int | None) -> SkillQ
         messages = [{"role": "user", "content": turns[0].question}]
         for before, turn in zip(turns, turns[1:]):
             messages += [{"role": "assistant", "content": before.answer}, {"role": "user", "content": turn.question}]
-        prompt = prompts.fit(with_system(messages, model.config.chat.system), new)  # type: ignore[arg-type]
+        prompt = prompts.fit(with_system(messages, model.config.chat.system), new)
         asked.append(SkillQuestion(turns[-1], prompt.ids))
         dropped += prompt.dropped
     options = SamplingOptions(max_new_tokens=new, temperature=0.0, stop_token_ids=(prompts.end_of_turn,))

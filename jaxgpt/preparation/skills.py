@@ -91,9 +91,8 @@ def skill_records(given: Sequence[str], held_out: float, endless: bool, seed: in
         turns = conversation(Draw(_hash("turns", seed, number)), shares, is_held)
         pairs = ((("user", turn.question), ("assistant", turn.answer)) for turn in turns)
         messages = [{"role": role, "content": text} for pair in pairs for role, text in pair]
-        yield SourceRecord(
-            f"skills, conversation {number}", {"messages": messages}, "validation" if is_held else "train"
-        )
+        where = f"skills, conversation {number}"
+        yield SourceRecord(where, {"messages": messages}, "validation" if is_held else "train")
 
 
 def held_out(skill: str, language: str, count: int) -> list[list[Turn]]:
@@ -157,39 +156,25 @@ def _texts() -> dict[str, Any]:
     return texts
 
 
-class _Values(dict[str, str]):
-    """The values of slots; one that nobody made is drawn from the lists."""
-
-    def __init__(self, values: Mapping[str, str], lists: Mapping[str, list[str]], draw: Draw):
-        super().__init__(values)
-        self._lists, self._draw = lists, draw
-
-    def __missing__(self, name: str) -> str:
-        value = self[name] = self._draw.one(self._lists[name])
-        return value
-
-
 def _turn(skill: str, language: str, draw: Draw, held: bool) -> Turn:
     """A question of the skill, with wording and operands that are held out, or with none that is."""
     texts = _texts()[language]
     kind = draw.one(list(texts[skill]))
     asked, said, *table = texts[skill][kind]
-    make = _MAKERS.get(kind)
-    wording = _wording(texts, skill, asked, draw)
+    make = _MAKERS.get(kind, lambda draw, texts: ((), {}))
+    wording, (operands, values) = _wording(texts, skill, asked, draw), make(draw, texts)
     while is_held_out(language, kind, wording) != held:
         wording = _wording(texts, skill, asked, draw)
-    operands, made = make(draw, texts) if make else ((), {})
     while operands and is_held_out(*operands) != held:
-        operands, made = make(draw, texts) if make else ((), {})
+        operands, values = make(draw, texts)
     if table:
         a, b = draw.one(table[0]).split(":")
-        made = {"a": a, "b": b, "A": _capital(a), "B": _capital(b)}
-    values = _Values(made, texts["lists"], draw)
-    question = wording.format_map(values)
-    is_sloppy = language == "chinese" or wording == wording.lower().rstrip(_ENDS)
-    answer = draw.one(said).format_map(values)
-    right = tuple(_pattern(form, values) for form in said)
-    question = question if is_sloppy else _capital(question)
+        values = {"a": a, "b": b, "A": _capital(a), "B": _capital(b)}
+    values = {name: draw.one(choices) for name, choices in texts["lists"].items()} | values
+    question, answer = wording.format_map(values), draw.one(said).format_map(values)
+    if language == "english" and wording != wording.lower().rstrip(_ENDS):
+        question = _capital(question)
+    right = tuple(_pattern(form, values, {"steps": ".+"}) for form in said)
     return Turn(skill, language, question, answer, right, (language, kind, wording), operands)
 
 
@@ -205,9 +190,8 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _pattern(form: str, values: Mapping[str, str], free: Mapping[str, str] | None = None) -> str:
+def _pattern(form: str, values: Mapping[str, str], free: Mapping[str, str]) -> str:
     """What an answer of this form looks like; a slot of `free` has a pattern of its own."""
-    free = {"steps": ".+"} if free is None else free
     parts = string.Formatter().parse(form)
     slot = lambda name: free[name] if name in free else re.escape(values[name])
     return "".join(re.escape(text) + (slot(name) if name else "") for text, name, _, _ in parts)
@@ -249,19 +233,22 @@ def _first_question(texts: Mapping[str, Any], draw: Draw) -> tuple[list[list[str
     return steps, before + core + after
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- operands
 
 
-def _number(draw: Draw, digits: int) -> int:
-    return draw.one(range(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+def _made(texts: Mapping[str, Any], *operands: object, **values: object) -> Made:
+    """The operands, and the values as texts; those that are lists are joined."""
+    text = lambda name, value: texts["comma" if name == "steps" else "between"].join(map(str, value))
+    is_list = lambda value: isinstance(value, list | range)
+    return operands, {name: text(name, v) if is_list(v) else str(v) for name, v in values.items()}
 
 
 def _pair(draw: Draw) -> tuple[int, int]:
     """Two numbers of up to three digits, most of them with two."""
     digits = draw.one((1, 2, 2, 2, 2, 3))
     other = digits if draw.chance(0.7) else draw.one(range(1, digits + 1))
-    pair = _number(draw, digits), _number(draw, other)
-    return pair if draw.chance(0.5) else pair[::-1]
+    a, b = (draw.one(range(10 ** (n - 1) if n > 1 else 0, 10**n)) for n in (digits, other))
+    return (a, b) if draw.chance(0.5) else (b, a)
 
 
 def _columns(a: int, b: int) -> list[tuple[str, str]]:
@@ -271,145 +258,113 @@ def _columns(a: int, b: int) -> list[tuple[str, str]]:
 
 
 def _sum(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    a, b = _pair(draw)
-    steps, total = [], 0
+    (a, b), steps, total = _pair(draw), [], 0
     for x, y in reversed(_columns(a, b)):
         carry = "+1" if total > 9 else ""
         total = int(x) + int(y) + bool(carry)
         steps.append(f"{x}+{y}{carry}={total}")
-    return ("sum", *sorted((a, b))), _worked(texts, steps, a + b, a=a, b=b)
+    return _made(texts, "sum", *sorted((a, b)), steps=steps, result=a + b, a=a, b=b)
 
 
 def _difference(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    b, a = sorted(_pair(draw))
-    steps, top = [], 0
+    (b, a), steps, top = sorted(_pair(draw)), [], 0
     for x, y in reversed(_columns(a, b)):
         borrowed = "-1" if top > 9 else ""
         low = int(y) + bool(borrowed)
         top = int(x) + (10 if int(x) < low else 0)
         steps.append(f"{top}-{y}{borrowed}={top - low}")
-    return ("difference", a, b), _worked(texts, steps, a - b, a=a, b=b)
+    return _made(texts, "difference", a, b, steps=steps, result=a - b, a=a, b=b)
 
 
 def _comparison(draw: Draw, texts: Mapping[str, Any]) -> Made:
     a, b = _pair(draw)
-    if draw.chance(0.3):  # numbers that are alike
-        b = a - a % 10 + draw.one(range(10))
-    while a == b:
-        a, b = _pair(draw)
-    steps = []
-    for x, y in _columns(a, b):
-        steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
-        if x != y:
-            break
-    verdict = texts["yes"] if a > b else texts["no"]
-    sides = {"large": max(a, b), "small": min(a, b), "verdict": verdict}
-    return ("comparison", *sorted((a, b))), _worked(texts, steps, "", a=a, b=b, **sides)
+    b = a - a % 10 + draw.one(range(10)) if draw.chance(0.3) else b  # some are alike
+    b += a == b
+    pairs = _columns(a, b)
+    differs = next(place for place, (x, y) in enumerate(pairs) if x != y)
+    steps = [f"{x}{'<' if x < y else '>' if x > y else '='}{y}" for x, y in pairs[: differs + 1]]
+    low, high = sorted((a, b))
+    verdict = texts["yes" if a > b else "no"]
+    return _made(texts, "comparison", low, high, steps=steps, a=a, b=b, small=low, large=high, verdict=verdict)
 
 
 def _total(draw: Draw, texts: Mapping[str, Any]) -> Made:
     a, n = draw.one(range(2, 13)), draw.one(range(2, 7))
     steps = [f"{count}x{a}={count * a}" for count in range(1, n + 1)]
-    return ("price", a, n), _worked(texts, steps, a * n, a=a, n=n)
+    return _made(texts, "price", a, n, steps=steps, result=a * n, a=a, n=n)
 
 
 def _clock(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    hour, minute, more = draw.one(range(1, 12)), 5 * draw.one(range(12)), 5 * draw.one(range(1, 12))
-    end = minute + more
-    steps = [f"{minute}+{more}={end}", *([f"{end}-60={end - 60}"] if end >= 60 else [])]
+    hour, minute, n = draw.one(range(1, 12)), 5 * draw.one(range(12)), 5 * draw.one(range(1, 12))
+    end = minute + n
+    steps = [f"{minute}+{n}={end}", *([f"{end}-60={end - 60}"] if end >= 60 else [])]
     result = f"{hour + end // 60}:{end % 60:02}"
-    return ("clock", hour, minute, more), _worked(texts, steps, result, a=f"{hour}:{minute:02}", n=more)
+    return _made(texts, "clock", hour, minute, n, steps=steps, result=result, a=f"{hour}:{minute:02}", n=n)
 
 
 def _upto(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    a = draw.one(range(1, 21))
-    b = a + draw.one(range(2, 8))
-    return ("upto", a, b), {"a": str(a), "b": str(b), **_lists(texts, numbers=range(a, b + 1))}
+    a, more = draw.one(range(1, 21)), draw.one(range(2, 8))
+    return _made(texts, "upto", a, more, a=a, b=a + more, numbers=range(a, a + more + 1))
 
 
 def _numbers(draw: Draw, texts: Mapping[str, Any]) -> Made:
     numbers = draw.shuffled(range(10) if draw.chance(0.6) else range(10, 100))[: draw.one((3, 4, 5))]
-    return ("sort", *sorted(numbers)), _lists(
-        texts, list=numbers, sorted=sorted(numbers), falling=sorted(numbers)[::-1]
-    )
+    rising = sorted(numbers)
+    return _made(texts, "sort", *rising, list=numbers, sorted=rising, falling=rising[::-1])
 
 
 def _large(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    return (), {"a": str(draw.one(range(13, 100))), "b": str(draw.one(range(7, 100)))}
-
-
-def _worked(texts: Mapping[str, Any], steps: Sequence[str], result: object, **values: object) -> dict[str, str]:
-    return {"steps": texts["comma"].join(steps), "result": str(result)} | {k: str(v) for k, v in values.items()}
-
-
-def _lists(texts: Mapping[str, Any], **values: Sequence[object]) -> dict[str, str]:
-    return {name: texts["between"].join(map(str, value)) for name, value in values.items()}
-
-
-# ---------------------------------------------------------------- letters, words and days
-
-
-def _latin(draw: Draw) -> str:
-    """An English word, or a made-up one: of those there are too many to be learned by heart."""
-    if draw.chance(0.4):
-        return draw.one(_texts()["english"]["words"])
-    syllables = [draw.one("bcdfghjklmnprstvwz") + draw.one("aeiou") for _ in range(draw.one((2, 2, 3)))]
-    return "".join(syllables) + draw.one(("", "n", "s", "r"))
+    return _made(texts, a=draw.one(range(13, 100)), b=draw.one(range(7, 100)))
 
 
 def _letters(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    word = _latin(draw)
-    one = draw.one(word) if draw.chance(0.8) else draw.one(string.ascii_lowercase)
+    """An English word, or a made-up one: of those there are too many to be learned by heart."""
+    word = draw.one(_texts()["english"]["words"])
+    if draw.chance(0.6):
+        syllables = [draw.one("bcdfghjklmnprstvwz") + draw.one("aeiou") for _ in range(draw.one((2, 2, 3)))]
+        word = "".join(syllables) + draw.one(("", "n", "s", "r"))
     steps = [f"{letter} {count}" for count, letter in enumerate(word, 1)]
-    spelled = {"word": word, "spelled": "-".join(word), "mirrored": "-".join(word[::-1])}
-    return ("word", word), _worked(texts, steps, len(word), one=one, **spelled)
+    spelled, mirrored = "-".join(word), "-".join(word[::-1])
+    return _made(texts, "word", word, steps=steps, result=len(word), word=word, spelled=spelled, mirrored=mirrored)
 
 
 def _letter(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    operands, values = _letters(draw, texts)
-    word, one = values["word"], values["one"]
+    word = _letters(draw, texts)[1]["word"]
+    one = draw.one(word) if draw.chance(0.8) else draw.one(string.ascii_lowercase)
     steps = [f"{letter} {word[: place + 1].count(one)}" for place, letter in enumerate(word)]
-    return operands, values | _worked(texts, steps, word.count(one))
+    return _made(texts, "word", word, steps=steps, result=word.count(one), word=word, one=one)
 
 
 def _words(draw: Draw, texts: Mapping[str, Any]) -> Made:
     words = draw.shuffled(texts["words"])[: draw.one((2, 3, 4, 5))]
     steps = [f"{word} {count}" for count, word in enumerate(words, 1)]
-    return ("words", *words), _worked(texts, steps, len(words)) | _lists(texts, words=words, backwards=words[::-1])
+    return _made(texts, "words", *words, steps=steps, result=len(words), words=words, backwards=words[::-1])
 
 
 def _again(draw: Draw, texts: Mapping[str, Any]) -> Made:
     word, n = draw.one(texts["words"]), draw.one((2, 3, 4))
-    return ("again", word, n), {"word": word, "n": str(n), **_lists(texts, again=[word] * n)}
+    return _made(texts, "again", word, n, word=word, n=n, again=[word] * n)
 
 
 def _alphabet(draw: Draw, texts: Mapping[str, Any]) -> Made:
     by_letter = {word[0]: word for word in draw.shuffled(_texts()["english"]["words"])}
     words = draw.shuffled(list(by_letter.values()))[: draw.one((2, 3, 4))]
-    return ("alphabet", *sorted(words)), _lists(texts, list=words, sorted=sorted(words))
+    return _made(texts, "alphabet", *sorted(words), list=words, sorted=sorted(words))
 
 
 def _days(step: int, draw: Draw, texts: Mapping[str, Any]) -> Made:
     start, n = draw.one(range(7)), draw.one(range(2, 7))
     days = [texts["week"][(start + step * count) % 7] for count in range(n + 1)]
     steps = [f"{count} {day}" for count, day in enumerate(days) if count]
-    return ("days", step, start, n), _worked(texts, steps, days[-1], a=days[0], n=n)
+    return _made(texts, "days", step, start, n, steps=steps, result=days[-1], a=days[0], n=n)
 
 
+# fmt: off
 _MAKERS: dict[str, Callable[[Draw, Mapping[str, Any]], Made]] = {
-    "sum": _sum,
-    "difference": _difference,
-    **dict.fromkeys(("larger", "smaller", "more"), _comparison),
-    "total": _total,
-    "clock": _clock,
-    "upto": _upto,
-    **dict.fromkeys(("ascending", "descending"), _numbers),
-    "unknown": _large,
-    **dict.fromkeys(("letters", "spelled", "mirror"), _letters),
-    "letter": _letter,
-    **dict.fromkeys(("wordcount", "repeat", "order"), _words),
-    "times": _again,
-    "alphabet": _alphabet,
-    "later": functools.partial(_days, 1),
-    "earlier": functools.partial(_days, -1),
+    "sum": _sum, "difference": _difference, "total": _total, "clock": _clock, "upto": _upto, "unknown": _large,
+    "larger": _comparison, "smaller": _comparison, "more": _comparison, "ascending": _numbers, "descending": _numbers,
+    "letters": _letters, "spelled": _letters, "mirror": _letters, "letter": _letter, "alphabet": _alphabet,
+    "wordcount": _words, "repeat": _words, "order": _words, "times": _again,
+    "later": functools.partial(_days, 1), "earlier": functools.partial(_days, -1),
 }
+# fmt: on
