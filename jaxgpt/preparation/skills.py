@@ -174,7 +174,7 @@ def _turn(skill: str, language: str, draw: Draw, held: bool) -> Turn:
     question, answer = wording.format_map(values), draw.one(said).format_map(values)
     if language == "english" and wording != wording.lower().rstrip(_ENDS):
         question = _capital(question)
-    right = tuple(_pattern(form, values, {"steps": ".+"}) for form in said)
+    right = tuple(_pattern(form, values, {"steps": f"[^{_ENDS}]+"}) for form in said)
     return Turn(skill, language, question, answer, right, (language, kind, wording), operands)
 
 
@@ -220,7 +220,8 @@ def _service(language: str, draw: Draw, held: bool) -> list[Turn]:
         right = tuple(_pattern(form, values, free) for form in said.split("|"))
         free = {slot: form for slot, form in free.items() if f"{{{slot}}}" not in answer}
         question, answer = wording.format(**values), _capital(answer.format(**values))
-        turns.append(Turn("service", language, question, answer, right, (language, "service", wording), ()))
+        key = () if turns else (language, "service", wording)
+        turns.append(Turn("service", language, question, answer, right, key, ()))
     return turns
 
 
@@ -308,7 +309,7 @@ def _upto(draw: Draw, texts: Mapping[str, Any]) -> Made:
 
 
 def _numbers(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    numbers = draw.shuffled(range(10) if draw.chance(0.6) else range(10, 100))[: draw.one((3, 4, 5))]
+    numbers = draw.shuffled(range(10) if draw.chance(0.6) else range(10, 100), draw.one((3, 4, 5)))
     rising = sorted(numbers)
     return _made(texts, "sort", *rising, list=numbers, sorted=rising, falling=rising[::-1])
 
@@ -336,7 +337,7 @@ def _letter(draw: Draw, texts: Mapping[str, Any]) -> Made:
 
 
 def _words(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    words = draw.shuffled(texts["words"])[: draw.one((2, 3, 4, 5))]
+    words = draw.shuffled(texts["words"], draw.one((2, 3, 4, 5)))
     steps = [f"{word} {count}" for count, word in enumerate(words, 1)]
     return _made(texts, "words", *words, steps=steps, result=len(words), words=words, backwards=words[::-1])
 
@@ -347,8 +348,8 @@ def _again(draw: Draw, texts: Mapping[str, Any]) -> Made:
 
 
 def _alphabet(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    by_letter = {word[0]: word for word in draw.shuffled(_texts()["english"]["words"])}
-    words = draw.shuffled(list(by_letter.values()))[: draw.one((2, 3, 4))]
+    by_letter = {word[0]: word for word in draw.shuffled(_texts()["english"]["words"], 12)}
+    words = [*by_letter.values()][: draw.one((2, 3, 4))]
     return _made(texts, "alphabet", *sorted(words), list=words, sorted=sorted(words))
 
 
