@@ -61,7 +61,7 @@ def test_answers_are_right_and_changed_ones_are_not(learned, asked):
         answer = turn.answer
         assert turn.is_right(answer) and turn.is_right(f" {answer}\n"), turn
         last = max(place for place, character in enumerate(answer) if character.isalnum())
-        other = "7" if answer[last] != "7" else "3"
+        other = "?" if turn.skill == "service" else "7" if answer[last] != "7" else "3"  # any price is one
         changed = [answer[:last] + other + answer[last + 1 :], answer[: last - 1], answer + " No.", answer * 2, ""]
         if turn.skill == "service" or ("," not in answer and "，" not in answer):
             changed.append("No " + answer)  # before a result there may be any working
