@@ -48,8 +48,8 @@ def test_right_answers_count_and_wrong_ones_and_those_without_an_end_do_not(toke
     loaded = model(tokenizer, 0)
     questions = skill_questions(loaded, "it", 3)
     assert len(questions.asked) == 3 * 2 * len(skill_names()) and questions.options.temperature == 0
-    assert all(len(question.prompt) + questions.options.max_new_tokens <= 512 for question in questions.asked)
-    by_prompt = {tuple(question.prompt): question.turn for question in questions.asked}
+    assert all(len(prompt) + questions.options.max_new_tokens <= 512 for _, prompt in questions.asked)
+    by_prompt = {tuple(prompt): turn for turn, prompt in questions.asked}
 
     def given(decoder, prompts, options):
         answers = []

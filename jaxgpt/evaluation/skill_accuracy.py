@@ -5,7 +5,7 @@ The model answers by its likeliest tokens. An answer counts as right if it is on
 working says, and if it stops by itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -24,15 +24,10 @@ _ROOM = 8  # tokens that an answer may have more than the longest right one
 _SHOWN = 3  # wrong answers that are kept of each skill and language
 
 
-class SkillQuestion(NamedTuple):
-    turn: Turn
-    prompt: list[int]
-
-
 class SkillQuestions(NamedTuple):
     """Held-out questions as prompts of a model."""
 
-    asked: list[SkillQuestion]
+    asked: list[tuple[Turn, list[int]]]
     options: SamplingOptions
     dropped: int
     """Turns before a question that did not fit the model."""
@@ -44,21 +39,19 @@ def skill_questions(model: LoadedModel, where: str, count: int | None) -> SkillQ
     Raises:
         UserError: it is no chat model, or it reads too few tokens for a question and its answer.
     """
-    tokenizer, positions = model.tokenizer, model.config.model.n_positions
-    prompts = ChatPrompts(tokenizer, positions, where)
+    encode, positions = model.tokenizer.encode, model.config.model.n_positions
+    prompts = ChatPrompts(model.tokenizer, positions, where)
     found = [turns for s in skill_names() for one in LANGUAGES for turns in held_out(s, one, count or QUESTIONS)]
-    longest = max(len(ids) for ids in tokenizer.encode_batch([turns[-1].answer for turns in found]))
-    new = min(longest + _ROOM, max(positions // 2, 1))
+    new = min(max(len(encode(turns[-1].answer)) for turns in found) + _ROOM, max(positions // 2, 1))
     asked, dropped = [], 0
     for turns in found:
-        messages = [{"role": "user", "content": turns[0].question}]
-        for before, turn in zip(turns, turns[1:]):
-            messages += [{"role": "assistant", "content": before.answer}, {"role": "user", "content": turn.question}]
+        texts = [text for turn in turns for text in (turn.question, turn.answer)][:-1]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         prompt = prompts.fit(with_system(messages, model.config.chat.system), new)
-        asked.append(SkillQuestion(turns[-1], prompt.ids))
+        asked.append((turns[-1], prompt.ids))
         dropped += prompt.dropped
     options = SamplingOptions(max_new_tokens=new, temperature=0.0, stop_token_ids=(prompts.end_of_turn,))
-    return SkillQuestions(sorted(asked, key=lambda question: len(question.prompt)), options, dropped)
+    return SkillQuestions(sorted(asked, key=lambda each: len(each[1])), options, dropped)
 
 
 def answered(questions: SkillQuestions, config: Config, model: LoadedModel) -> dict[str, object]:
@@ -67,43 +60,33 @@ def answered(questions: SkillQuestions, config: Config, model: LoadedModel) -> d
     A mean is over the skills, each with the same weight.
     """
     asked, tokenizer = questions.asked, model.tokenizer
-    decoder = build_decoder(
-        config.model, model.vocab_size, model.params, tokenizer.end_of_text, rows=TOGETHER, ends=tokenizer.ends
-    )
-    rows = {(skill, one): _row(skill, one) for skill in skill_names() for one in LANGUAGES}
+    end, ends = tokenizer.end_of_text, tokenizer.ends
+    decoder = build_decoder(config.model, model.vocab_size, model.params, end, rows=TOGETHER, ends=ends)
+    names = [{"skill": skill, "language": language} for skill in skill_names() for language in LANGUAGES]
+    rows: list[dict] = [{**name, "questions": 0, "right": 0, "stops": 0, "wrong": []} for name in names]
+    by_name = {(row["skill"], row["language"]): row for row in rows}
     with tqdm(total=len(asked), desc="answering", unit="question", disable=None, leave=False) as bar:
         for start in range(0, len(asked), TOGETHER):
             part = asked[start : start + TOGETHER]
-            made = generate(decoder, [question.prompt for question in part], questions.options)
+            made = generate(decoder, [prompt for _, prompt in part], questions.options)
             for (turn, _), [answer] in zip(part, made, strict=True):
-                stopped = answer.finish_reason == "stop"
-                _count(rows[turn.skill, turn.language], turn, tokenizer.decode(answer.tokens), stopped)
+                text, stopped = tokenizer.decode(answer.tokens), answer.finish_reason == "stop"
+                row, is_right = by_name[turn.skill, turn.language], stopped and turn.is_right(text)
+                row["questions"] += 1
+                row["stops"] += stopped
+                row["right"] += is_right
+                if not is_right and len(row["wrong"]) < _SHOWN:
+                    row["wrong"].append({"question": turn.question, "answer": text, "expected": turn.answer})
             bar.update(len(part))
+    shares = {one: [row["right"] / row["questions"] for row in rows if row["language"] == one] for one in LANGUAGES}
     return {
         "questions": len(asked),
         "max_new_tokens": questions.options.max_new_tokens,
         "dropped": questions.dropped,
-        "stops": sum(row["stops"] for row in rows.values()) / len(asked),
-        **{one: _mean([row for row in rows.values() if row["language"] == one]) for one in LANGUAGES},
-        "rows": list(rows.values()),
+        "stops": sum(row["stops"] for row in rows) / len(asked),
+        **{language: sum(own) / len(own) for language, own in shares.items()},
+        "rows": rows,
     }
-
-
-def _row(skill: str, language: str) -> dict:
-    return {"skill": skill, "language": language, "questions": 0, "right": 0, "stops": 0, "wrong": []}
-
-
-def _count(row: dict, turn: Turn, answer: str, stopped: bool) -> None:
-    is_right = stopped and turn.is_right(answer)
-    row["questions"] += 1
-    row["stops"] += stopped
-    row["right"] += is_right
-    if not is_right and len(row["wrong"]) < _SHOWN:
-        row["wrong"].append({"question": turn.question, "answer": answer, "expected": turn.answer})
-
-
-def _mean(rows: Sequence[Mapping]) -> float:
-    return sum(row["right"] / row["questions"] for row in rows) / len(rows)
 
 
 def skill_table(found: Mapping) -> str:
