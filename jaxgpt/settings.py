@@ -85,12 +85,8 @@ class TokenizerConfig:
         return self.vocab_size or 8192
 
 
-# fmt: off
-SOURCES = (
-    "builtin", "stdlib", "docstrings", "text", "html", "jsonl", "parquet", "skills", "support", "sgd", "tfds:NAME",
-    "huggingface:NAME",
-)
-# fmt: on
+_PLAIN = ("builtin", "stdlib", "docstrings", "text", "html", "jsonl", "parquet", "skills", "support", "sgd")
+SOURCES = (*_PLAIN, "tfds:NAME", "huggingface:NAME")
 Source = Annotated[str, Field(pattern=f"^({'|'.join(SOURCES)})$".replace("NAME", ".+"))]
 
 

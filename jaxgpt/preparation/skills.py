@@ -97,14 +97,9 @@ def skill_records(given: Sequence[str], held_out: float, endless: bool, seed: in
 
 def held_out(skill: str, language: str, count: int) -> list[list[Turn]]:
     """Up to `count` different conversations that no training conversation is like; the last turn is of the skill."""
-    found: dict[tuple[str, ...], list[Turn]] = {}
-    for number in range(4 * count):
-        draw = Draw(_hash("question", skill, language, number))
-        turns = conversation(draw, weights(()), True, skill, language)
-        found.setdefault(tuple(turn.question for turn in turns), turns)
-        if len(found) == count:
-            break
-    return list(found.values())
+    draws = (Draw(_hash("question", skill, language, number)) for number in range(3 * count))
+    made = (conversation(draw, weights(()), True, skill, language) for draw in draws)
+    return list({tuple(turn.question for turn in turns): turns for turns in made}.values())[:count]
 
 
 def conversation(
@@ -143,17 +138,15 @@ def _weighted(draw: Draw, shares: Mapping[str, float], names: Sequence[str]) -> 
 
 @functools.cache
 def _texts() -> dict[str, Any]:
-    """The content of skills.toml, its alternatives as lists."""
+    """The content of skills.toml, each text as the list of its alternatives."""
     texts = tomllib.loads(Path(__file__).with_name("skills.toml").read_text(encoding="utf-8"))
-    for language in LANGUAGES:
-        own = texts[language]
-        for name in ("before", "after", "week", "words"):
-            own[name] = own[name].split("|")
-        for name in ("lists", *texts["weights"]):
-            if name != "service":
-                split = lambda value: value.split("|") if isinstance(value, str) else [v.split("|") for v in value]
-                own[name] = {key: split(value) for key, value in own[name].items()}
-    return texts
+    return texts | {language: _split(texts[language]) for language in LANGUAGES}
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _split(each) for name, each in value.items()}
+    return value.split("|") if isinstance(value, str) else [_split(each) for each in value]
 
 
 def _turn(skill: str, language: str, draw: Draw, held: bool) -> Turn:
@@ -239,7 +232,7 @@ def _first_question(texts: Mapping[str, Any], draw: Draw) -> tuple[list[list[str
 
 def _made(texts: Mapping[str, Any], *operands: object, **values: object) -> Made:
     """The operands, and the values as texts; those that are lists are joined."""
-    text = lambda name, value: texts["comma" if name == "steps" else "between"].join(map(str, value))
+    text = lambda name, value: texts["comma" if name == "steps" else "between"][0].join(map(str, value))
     is_list = lambda value: isinstance(value, list | range)
     return operands, {name: text(name, v) if is_list(v) else str(v) for name, v in values.items()}
 
@@ -285,7 +278,7 @@ def _comparison(draw: Draw, texts: Mapping[str, Any]) -> Made:
     differs = next(place for place, (x, y) in enumerate(pairs) if x != y)
     steps = [f"{x}{'<' if x < y else '>' if x > y else '='}{y}" for x, y in pairs[: differs + 1]]
     low, high = sorted((a, b))
-    verdict = texts["yes" if a > b else "no"]
+    verdict = texts["yes" if a > b else "no"][0]
     return _made(texts, "comparison", low, high, steps=steps, a=a, b=b, small=low, large=high, verdict=verdict)
 
 
@@ -312,10 +305,6 @@ def _numbers(draw: Draw, texts: Mapping[str, Any]) -> Made:
     numbers = draw.shuffled(range(10) if draw.chance(0.6) else range(10, 100), draw.one((3, 4, 5)))
     rising = sorted(numbers)
     return _made(texts, "sort", *rising, list=numbers, sorted=rising, falling=rising[::-1])
-
-
-def _large(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    return _made(texts, a=draw.one(range(13, 100)), b=draw.one(range(7, 100)))
 
 
 def _letters(draw: Draw, texts: Mapping[str, Any]) -> Made:
@@ -362,7 +351,7 @@ def _days(step: int, draw: Draw, texts: Mapping[str, Any]) -> Made:
 
 # fmt: off
 _MAKERS: dict[str, Callable[[Draw, Mapping[str, Any]], Made]] = {
-    "sum": _sum, "difference": _difference, "total": _total, "clock": _clock, "upto": _upto, "unknown": _large,
+    "sum": _sum, "difference": _difference, "total": _total, "clock": _clock, "upto": _upto,
     "larger": _comparison, "smaller": _comparison, "more": _comparison, "ascending": _numbers, "descending": _numbers,
     "letters": _letters, "spelled": _letters, "mirror": _letters, "letter": _letter, "alphabet": _alphabet,
     "wordcount": _words, "repeat": _words, "order": _words, "times": _again,
