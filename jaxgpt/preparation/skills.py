@@ -37,6 +37,7 @@ _HELD_OUT = 10  # one in so many
 _SLOPPY = 0.2  # share of the questions in small letters and without the last mark
 _STRANGE = 0.1  # share of the later turns that are in any language
 _ENDS = ".?!。？！"
+_WORKING = {"steps": f"[^{_ENDS}]+"}
 
 Made = tuple[tuple, dict[str, str]]
 """The operands that are held out or not (none: always asked), and the values of the slots."""
@@ -49,14 +50,16 @@ class Turn(NamedTuple):
     language: str
     question: str
     answer: str
-    right: tuple[str, ...]
-    """Patterns: an answer is right if one of them matches all of it."""
     wording: tuple[str, ...]
     operands: tuple
+    forms: Sequence[str]  # of a right answer
+    values: Mapping[str, str]  # of the slots in them
+    free: Mapping[str, str]  # patterns of the slots that may have other values
 
     def is_right(self, answer: str) -> bool:
         """Whether the answer is right: its result and its words; the working before a result may be anything."""
-        return any(re.fullmatch(pattern, answer.strip(), re.IGNORECASE | re.DOTALL) for pattern in self.right)
+        patterns = (_pattern(form, self.values, self.free) for form in self.forms)
+        return any(re.fullmatch(pattern, answer.strip(), re.IGNORECASE) for pattern in patterns)
 
 
 def version() -> str:
@@ -167,8 +170,7 @@ def _turn(skill: str, language: str, draw: Draw, held: bool) -> Turn:
     question, answer = wording.format_map(values), draw.one(said).format_map(values)
     if language == "english" and wording != wording.lower().rstrip(_ENDS):
         question = _capital(question)
-    right = tuple(_pattern(form, values, {"steps": f"[^{_ENDS}]+"}) for form in said)
-    return Turn(skill, language, question, answer, right, (language, kind, wording), operands)
+    return Turn(skill, language, question, answer, (language, kind, wording), operands, said, values, _WORKING)
 
 
 def _wording(texts: Mapping[str, Any], skill: str, asked: Sequence[str], draw: Draw) -> str:
@@ -198,23 +200,22 @@ def _service(language: str, draw: Draw, held: bool) -> list[Turn]:
 
     What has been said before keeps its value in a right answer; a price or a day that nobody named may be any.
     """
-    texts = support_phrases()[language]
-    steps, wording = _first_question(texts, draw)
+    phrases = support_phrases()[language]
+    steps, wording = _first_question(phrases, draw)
     while is_held_out(language, "service", wording) != held:
-        steps, wording = _first_question(texts, draw)
-    values = {slot: slot_value(wordings, draw) for slot, wordings in texts["slots"].items()}
-    free = {slot: f"(?:{re.escape(forms)})" for slot, forms in texts["slots"].items()}
+        steps, wording = _first_question(phrases, draw)
+    values = {slot: slot_value(wordings, draw) for slot, wordings in phrases["slots"].items()}
+    free = {slot: f"(?:{re.escape(forms)})" for slot, forms in phrases["slots"].items()}
     free = {slot: form.replace(r"\|", "|").replace(r"\#", r"\d") for slot, form in free.items()}
     turns: list[Turn] = []
     for asked, said in steps[: 1 if held else None]:
         wording = draw.one(asked.split("|")) if turns else wording
         answer = draw.one(said.split("|"))
         free = {slot: form for slot, form in free.items() if f"{{{slot}}}" not in wording}
-        right = tuple(_pattern(form, values, free) for form in said.split("|"))
-        free = {slot: form for slot, form in free.items() if f"{{{slot}}}" not in answer}
-        question, answer = wording.format(**values), _capital(answer.format(**values))
         key = () if turns else (language, "service", wording)
-        turns.append(Turn("service", language, question, answer, right, key, ()))
+        texts = wording.format(**values), _capital(answer.format(**values))
+        turns.append(Turn("service", language, *texts, key, (), said.split("|"), values, free))
+        free = {slot: form for slot, form in free.items() if f"{{{slot}}}" not in answer}
     return turns
 
 
