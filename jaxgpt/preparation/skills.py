@@ -12,8 +12,9 @@ first digit of a sum before the carries that it depends on. Lee et al. (Teaching
 2024, arXiv:2307.03381) train such models on sums in four forms. Digits from the right need a fraction of the examples
 of plain sums, and working that shows each digit's sum with its carry the fewest. So 128 + 367 is written as on paper:
 "8+7=15, 2+6+1=9, 1+3=4, so 495." Each step is one of 200 facts about digits, the carry is the 1 in front of the step
-before, and the result is the last step with the last digits of the others, in the order that people read. Spaces between
-digits, which keep a BPE from joining them, are left out: people would have to type them, too. In the same way comparisons go from digit to digit, counting counts aloud, days are stepped through, and prices are added up.
+before, and the result is the last step with the last digits of the others, in the order that people read. Digits have
+no spaces between them, which would keep a BPE from joining them: people would have to type them, too. In the same way
+comparisons go from digit to digit, counting counts aloud, days are stepped through, and prices are added up.
 """
 
 import functools
