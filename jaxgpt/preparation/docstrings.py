@@ -53,8 +53,11 @@ def _modules(bad: BadRecords) -> Iterator[tuple[str, Path]]:
         if record is None:
             bad.unread("packages without a list of their files", name)
         for row in csv.reader((record or "").splitlines()):
-            if row and row[0].endswith(".py") and not _NOT_READ & {*row[0].split("/")}:
-                yield f"{name}/{row[0]}", Path(str(dist.locate_file(row[0])))
+            if row and row[0].endswith(".py"):
+                if _NOT_READ & {*row[0].split("/")}:
+                    bad.unread("tests, and copies of other packages", name)
+                else:
+                    yield f"{name}/{row[0]}", Path(str(dist.locate_file(row[0])))
 
 
 def _docstrings(name: str, file: Path, bad: BadRecords) -> list[str]:
@@ -63,6 +66,7 @@ def _docstrings(name: str, file: Path, bad: BadRecords) -> list[str]:
         source = file.read_bytes()
         sizes = (len(found[2]) for found in _STRING.finditer(source))
         if sum(size for size in sizes if size >= MIN_CHARS) < _PROSE * max(len(source), MIN_CHARS):
+            bad.unread("files with little prose", name)
             return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes that Python does not know
