@@ -29,6 +29,8 @@ def main() -> int:
     if verb in VERBS:
         if verb in ("train", "sweep", "launch"):
             errors.stop_at_once()
+        if verb == "train":
+            errors.stop_at_once(importlib.import_module("jaxgpt.parallel.join").tell_stopped)
         code = importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
         if verb == "train":
             from jaxgpt import cli

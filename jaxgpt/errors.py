@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 # What a disk or a mounted bucket says when it is full, broken or no longer writable.
@@ -67,15 +68,21 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
-def stop_at_once() -> None:
+def stop_at_once(tell_others: Callable[[], object] = lambda: None) -> None:
     """Have a stop signal end this process with 42 wherever training/signals.py does not handle it: while it imports.
 
-    Nothing is raised, as imports would not survive that. Called before everything else, and only by programs.
+    Nothing is raised, as imports would not survive that. Called before everything else, and only by programs. Before
+    the end, `tell_others` is called; a second signal cuts that short.
     """
 
     def end(number: int, _: object) -> None:
         tell(f"\nstopped: {signal.Signals(number).name}; run the same command again to go on\n")
-        os._exit(EXIT_RESUME)
+        for again in stop_signals():
+            signal.signal(again, lambda *_: os._exit(EXIT_RESUME))
+        try:
+            tell_others()
+        finally:
+            os._exit(EXIT_RESUME)
 
     for number in stop_signals():
         signal.signal(number, end)

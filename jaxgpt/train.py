@@ -12,6 +12,9 @@ from jaxgpt import errors
 
 if __name__ == "__main__":
     errors.stop_at_once()  # before what takes time is imported
+    from jaxgpt.parallel.join import tell_stopped
+
+    errors.stop_at_once(tell_stopped)
 
 from jaxgpt import cli
 from jaxgpt.config import Config

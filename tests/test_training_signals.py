@@ -3,12 +3,14 @@
 In the quick tier inside this process; in the system tier with real processes and real signals.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -248,13 +250,31 @@ def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp
 @pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_hosts_join_exits_with_42(folder, number):
-    process = start(folder, folder / "joins", environment=environments(2)[0])
-    wait_for(functools.partial(hears, process))
-    time.sleep(4.0 if number == signal.SIGTERM else 0.0)  # in the join; or while it imports
-    process.send_signal(number)
-    code, output = finish(process, 20)
-    assert code == 42 and "run the same command again" in output, output
+    """The third never comes, and the second ends with it: where the first waits for them, or while it imports."""
+    places = environments(3)
+    first = start(folder, folder / "joins", environment=places[0])
+    host, port = places[0]["JAXGPT_COORDINATOR"].split(":")
+    wait_for(lambda: listens(host, int(port)))
+    second = start(folder, folder / "joins", environment=places[1])
+    wait_for(functools.partial(hears, second))
+    if number == signal.SIGTERM:
+        first.send_signal(number)  # the second still imports
+    else:
+        time.sleep(5.0 if number == signal.SIGHUP else 0.0)  # until it waits, too; or while it imports
+        second.send_signal(number)
+    told, sent = (0 if number == signal.SIGTERM else 1), time.monotonic()
+    for process, (code, output) in enumerate([finish(first, 20), finish(second, 20)]):
+        assert code == 42 and "run the same command again" in output, output
+        assert process == told or f"stopped: process {told} on " in output, output
+    assert time.monotonic() - sent < 12
     assert not (folder / "joins").exists()
+
+
+def listens(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), 1).close()
+        return True
+    return False
 
 
 @pytest.mark.system
