@@ -71,8 +71,8 @@ def stop_signals() -> list[signal.Signals]:
 def stop_at_once(tell_others: Callable[[], object] = lambda: None) -> None:
     """Have a stop signal end this process with 42 wherever training/signals.py does not handle it: while it imports.
 
-    Nothing is raised, as imports would not survive that. Called before everything else, and only by programs. Before
-    the end, `tell_others` is called; a second signal cuts that short.
+    Nothing is raised, as imports would not survive that. Called before everything else, and only by programs.
+    `tell_others` is called before the end; a second signal cuts that short.
     """
 
     def end(number: int, _: object) -> None:

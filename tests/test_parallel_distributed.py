@@ -115,7 +115,7 @@ def roll_calls(monkeypatch):
             try:
                 same = {"jax": dict(enumerate(versions)).get(number)}
                 seconds = join._STOP_SECONDS if number == stopped else timeout
-                roll_call(ProcessPlace(address, count, process), seconds, same, number == stopped)
+                roll_call(ProcessPlace(address, count, process), seconds, same, stopped=number == stopped)
             except (HostLost, Interrupted) as error:
                 return f"{type(error).__name__}: {error}"
             return ""

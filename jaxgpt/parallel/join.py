@@ -20,7 +20,7 @@ from jaxgpt.parallel.cluster_env import ProcessPlace, find_place
 
 _RETRY_SECONDS = 0.2
 _HELLO_SECONDS = 5.0  # for a line of text from somebody who has connected
-_STOP_SECONDS = 5.0  # for the others to come and hear that one of them was told to stop
+_STOP_SECONDS = 5.0  # for the others to come and hear that one was told to stop; less than training/signals.py gives
 _LINE_BYTES = 4096
 _NOTICE_SECONDS = 10.0  # of waiting, before a line says for whom
 
