@@ -265,6 +265,21 @@ def test_a_signal_while_the_hosts_join_exits_with_42(folder, number):
     assert not (folder / "joins").exists()
 
 
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("program", ["jaxgpt.sweep", "jaxgpt.launch --local-procs 1 -- train", "jaxgpt sweep"])
+def test_a_signal_while_a_command_imports_exits_with_42(folder, tmp_path, program, number):
+    options = ["--config", str(folder / "config.toml"), "--workdir", str(tmp_path / "new")]
+    command = [sys.executable, "-m", *program.split(), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, **pipes)
+    wait_for(functools.partial(hears, process))
+    process.send_signal(number)
+    code, output = finish(process, 20)
+    assert (code, output.count("\n")) == (42, 2) and f"stopped: {number.name}; run the same" in output, output
+    assert not (tmp_path / "new").exists()
+
+
 def sockets(port: int) -> list[str]:
     """The states of a local port's sockets, as Linux numbers them: 0A listens, 01 is connected."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
