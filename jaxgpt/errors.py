@@ -77,8 +77,7 @@ def stop_at_once(tell_others: Callable[[], object] = lambda: None) -> None:
 
     def end(number: int, _: object) -> None:
         tell(f"\nstopped: {signal.Signals(number).name}; run the same command again to go on\n")
-        for again in stop_signals():
-            signal.signal(again, lambda *_: os._exit(EXIT_RESUME))
+        signal.signal(number, lambda *_: os._exit(EXIT_RESUME))
         try:
             tell_others()
         finally:

@@ -80,8 +80,7 @@ class _Roll:
         """Hear all processes and send them the result: {"error": what is wrong, or "", "stopped": is it that alone}."""
         listener = self._listen(host, port, self._deadline)
         if listener is None:
-            taken = f"port {port} of this host is taken, by another run or by a process of this one that hangs"
-            return {"error": taken}
+            return {"error": f"port {port} of this host is taken, by another run or by a process of it that hangs"}
         with self._accepted:  # an exception closes them, and the others come again
             with listener, selectors.DefaultSelector() as selector:
                 listener.setblocking(False)
@@ -90,10 +89,7 @@ class _Roll:
             return self._send_result()
 
     def _hear_all(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
-        """Read hellos until every process is here, two disagree, or the time is over.
-
-        Once one was told to stop, those that are here hear it at once, and those that come within some seconds do.
-        """
+        """Read hellos until every process is here, two disagree, or the time is over. If one stops, all hear it at once."""
         notice = time.monotonic() + _NOTICE_SECONDS
         while len(self._here) < self._own["processes"] and (self._stopped or not self._error):
             if self._stopped:

@@ -27,7 +27,7 @@ from jaxgpt.settings import ModelConfig
 from jaxgpt.storage.files import append_json
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, finished_steps, read_config, read_metadata
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.models import HUB
 from jaxgpt.training.recovery import QUARANTINE, break_crash_loop, check_weights, clean_leftovers, newest_whole_step
 from jaxgpt.training.step import Program, TrainState
@@ -160,9 +160,8 @@ def _had_checkpoints(workdir: Path) -> bool:
     """Whether a run, also one that was killed, says that it has had a checkpoint."""
     if (said := checkpoint.has_saved(workdir)) is not None:
         return said
-    last = 0  # after a save has begun only runs of older versions have no summary
-    with contextlib.suppress(UserError):  # no metrics yet
-        last = max((line["step"] for line in read_metrics(workdir)), default=0)
+    lines = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+    last = max((line["step"] for line in lines), default=0)  # a run of an older version had no summary until its end
     return (workdir / "hf").exists() or last > read_config(workdir).save_steps
 
 
