@@ -495,6 +495,19 @@ def test_a_full_or_read_only_disk_exits_with_74_and_leaves_whole_checkpoints(fol
 
 
 @pytest.mark.system
+def test_a_run_that_was_killed_and_whose_checkpoints_are_gone_does_not_begin_anew(folder):
+    workdir = folder / "killed"
+    assert finish(start(folder, workdir, failpoint="save.arrays:kill"))[0] == -signal.SIGKILL
+    code, output = finish(start(folder, workdir, failpoint="save.begin:kill@2"))  # none yet: from step 0
+    assert code == -signal.SIGKILL and finished_steps(workdir) == [4], output
+    shutil.rmtree(workdir / "checkpoints")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    code, output = finish(start(folder, workdir))
+    assert code == 2 and output.count("\n") == 1 and "holds no checkpoint any more" in output, output
+    assert (workdir / "metrics.jsonl").read_bytes() == before and b'"step": 8' in before
+
+
+@pytest.mark.system
 def test_a_second_writer_refuses_in_a_moment_and_a_dead_owners_place_is_taken(folder):
     workdir = folder / "twofold"
     first = start(folder, workdir, failpoint="data.read:hang@11")

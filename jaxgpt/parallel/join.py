@@ -89,7 +89,7 @@ class _Roll:
             return self._send_result()
 
     def _hear_all(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
-        """Read hellos until every process is here, two disagree, or the time is over. If one stops, all hear it at once."""
+        """Read hellos until all processes are here, two disagree, or the time is over. If one stops, all hear it."""
         notice = time.monotonic() + _NOTICE_SECONDS
         while len(self._here) < self._own["processes"] and (self._stopped or not self._error):
             if self._stopped:
