@@ -27,10 +27,8 @@ VERBS = {
 def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
-        if verb == "train":
-            errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped())
-        elif verb in ("sweep", "launch"):
-            errors.stop_at_once()
+        if verb in ("train", "sweep", "launch"):
+            errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped)
         code = importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
         if verb == "train":
             from jaxgpt import cli

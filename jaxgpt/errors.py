@@ -68,12 +68,14 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
-def stop_at_once(tell_others: Callable[[], object] = lambda: None) -> None:
+def stop_at_once(import_teller: Callable[[], Callable[[], object]] = lambda: lambda: None) -> None:
     """Have a stop signal end this process with 42 wherever training/signals.py does not handle it: while it imports.
 
     Nothing is raised, as imports would not survive that. Called before everything else, and only by programs.
-    `tell_others` is called before the end; a second signal cuts that short.
+    What `import_teller` returns is called before the end, to tell others; a second signal cuts that short.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())  # a handler cannot import what is half imported
+    tell_others = import_teller()
 
     def end(number: int, _: object) -> None:
         tell(f"\nstopped: {signal.Signals(number).name}; run the same command again to go on\n")
@@ -85,6 +87,7 @@ def stop_at_once(tell_others: Callable[[], object] = lambda: None) -> None:
 
     for number in stop_signals():
         signal.signal(number, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
 def tell(line: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxgpt import errors
 
 if __name__ == "__main__":
-    errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped())
+    errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped)
 
 from jaxgpt import cli
 from jaxgpt.config import Config

@@ -114,7 +114,7 @@ def roll_calls(monkeypatch):
             process, count = processes[number]
             try:
                 same = {"jax": dict(enumerate(versions)).get(number)}
-                seconds = join._STOP_SECONDS if number == stopped else timeout
+                seconds = join._HELLO_SECONDS if number == stopped else timeout
                 roll_call(ProcessPlace(address, count, process), seconds, same, stopped=number == stopped)
             except (HostLost, Interrupted) as error:
                 return f"{type(error).__name__}: {error}"
@@ -132,7 +132,7 @@ def test_when_one_is_told_to_stop_all_stop_at_once(roll_calls, monkeypatch, numb
     errors = roll_calls([(0, 3), (1, 3), (2, 3)], 60, stopped=number)
     assert all(line.startswith(f"Interrupted: process {number} on ") for line in errors), errors
     assert all("was told to stop before all had joined; run the same command again" in line for line in errors)
-    monkeypatch.setattr(join, "_STOP_SECONDS", 0.5)
+    monkeypatch.setattr(join, "_HELLO_SECONDS", 0.5)
     errors = roll_calls([(0, 4), (1, 4), (2, 4)], 60, stopped=number)  # and nobody waits for one who never comes
     assert all(line.startswith(f"Interrupted: process {number} on ") for line in errors), errors
     assert time.monotonic() - began < 20

@@ -19,8 +19,7 @@ from jaxgpt.errors import HostLost, Interrupted, UserError
 from jaxgpt.parallel.cluster_env import ProcessPlace, find_place
 
 _RETRY_SECONDS = 0.2
-_HELLO_SECONDS = 5.0  # for a line of text from somebody who has connected
-_STOP_SECONDS = 5.0  # for the others to come and hear that one was told to stop; less than training/signals.py gives
+_HELLO_SECONDS = 5.0  # for a line from somebody who has connected; for others to come and hear that one has to stop
 _LINE_BYTES = 4096
 _NOTICE_SECONDS = 10.0  # of waiting, before a line says for whom
 
@@ -62,7 +61,7 @@ def tell_stopped(place: ProcessPlace | None = None) -> None:
     """Have the processes that wait for this one stop, too, as it was told to; gives them some seconds to hear it."""
     with contextlib.suppress(UserError, HostLost, Interrupted):
         if place := place or find_place(os.environ):
-            roll_call(place, _STOP_SECONDS, stopped=True)
+            roll_call(place, _HELLO_SECONDS, stopped=True)
 
 
 class _Roll:
@@ -127,7 +126,7 @@ class _Roll:
             connection.close()  # somebody else's program
             return
         if hello["stopped"]:
-            self._stopped, self._deadline = True, min(self._deadline, time.monotonic() + _STOP_SECONDS)
+            self._stopped, self._deadline = True, min(self._deadline, time.monotonic() + _HELLO_SECONDS)
         self._error = self._error or self._objection(hello)
         self._here.setdefault(hello["process"], hello)
         self._connections.append(connection)
