@@ -127,19 +127,15 @@ def roll_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_when_one_is_told_to_stop_all_stop_at_once(roll_calls, monkeypatch, number):
-    began = time.monotonic()
+def test_when_one_is_told_to_stop_all_stop_at_once(roll_calls, number):
     errors = roll_calls([(0, 3), (1, 3), (2, 3)], 60, stopped=number)
     assert all(line.startswith(f"Interrupted: process {number} on ") for line in errors), errors
     assert all("was told to stop before all had joined; run the same command again" in line for line in errors)
-    monkeypatch.setattr(join, "_HELLO_SECONDS", 0.5)
-    errors = roll_calls([(0, 4), (1, 4), (2, 4)], 60, stopped=number)  # and nobody waits for one who never comes
-    assert all(line.startswith(f"Interrupted: process {number} on ") for line in errors), errors
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_who_is_interrupted_while_it_waits_tells_the_others(monkeypatch, number):
+def test_who_is_interrupted_while_it_waits_for_one_who_never_comes_tells_the_others(monkeypatch, number):
+    monkeypatch.setattr(join, "_HELLO_SECONDS", 1.0)
     monkeypatch.setattr(os, "getpid", threading.get_ident)
     with socket.create_server(("127.0.0.1", 0)) as unused:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -160,7 +156,7 @@ def test_who_is_interrupted_while_it_waits_tells_the_others(monkeypatch, number)
         if process == number:
             told.set_result(threading.get_ident())
         with pytest.raises(Interrupted) as raised:
-            roll_call(ProcessPlace(address, 3, process), 60)
+            roll_call(ProcessPlace(address, 4, process), 60)
         return str(raised.value)
 
     with ThreadPoolExecutor(3) as pool:
@@ -174,12 +170,12 @@ def test_all_answer_the_roll_call(roll_calls):
 
 
 def test_who_does_not_come_is_named_to_all_who_came(roll_calls):
-    errors = roll_calls([(0, 4), (2, 4)], 1)
-    assert all("no sign of process 1, 3 of 4 within 1 s" in line for line in errors), errors
+    errors = roll_calls([(0, 4), (2, 4)], 0.3)
+    assert all("no sign of process 1, 3 of 4 within 0.3 s" in line for line in errors), errors
 
 
 def test_a_coordinator_that_does_not_come_is_named(roll_calls):
-    [error] = roll_calls([(1, 2)], 0.5)
+    [error] = roll_calls([(1, 2)], 0.2)
     assert "process 0 did not answer at 127.0.0.1:" in error
 
 
@@ -242,7 +238,7 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(HostLost, match=f"port {port} of this host is taken"):
-            roll_call(ProcessPlace(f"127.0.0.1:{port}", 2, 0), 0.5)
+            roll_call(ProcessPlace(f"127.0.0.1:{port}", 2, 0), 0.2)
 
 
 # ---------------------------------------------------------------- who is lost
