@@ -28,7 +28,7 @@ def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
         if verb in ("train", "sweep", "launch"):
-            errors.stop_at_once()
+            errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped)
         code = importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
         if verb == "train":
             from jaxgpt import cli

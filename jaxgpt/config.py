@@ -135,6 +135,8 @@ def _check_data(config: Config) -> None:
         if part.source in ("text", "html", "jsonl", "parquet", "sgd") and not part.path:
             where = "data.path" if isinstance(data.source, str) else "a path in its table"
             raise UserError(f'data.source = "{part.source}" needs {where}, a file or a folder')
+    if data.skills and not any(part.source == "skills" for part in sources_of(data)):
+        raise UserError('data.skills is for data.source = "skills": set that, or leave it out')
     if tokenizer.type == "folder" and not tokenizer.path:
         raise UserError('tokenizer.type = "folder" needs tokenizer.path, a Hugging Face tokenizer folder')
     if data.format == "text" and augmentation.copies:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 # What a disk or a mounted bucket says when it is full, broken or no longer writable.
@@ -67,18 +68,26 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
-def stop_at_once() -> None:
+def stop_at_once(import_teller: Callable[[], Callable[[], object]] = lambda: lambda: None) -> None:
     """Have a stop signal end this process with 42 wherever training/signals.py does not handle it: while it imports.
 
     Nothing is raised, as imports would not survive that. Called before everything else, and only by programs.
+    What `import_teller` returns is called before the end, to tell others; a second signal cuts that short.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())  # a handler cannot import what is half imported
+    tell_others = import_teller()
 
     def end(number: int, _: object) -> None:
         tell(f"\nstopped: {signal.Signals(number).name}; run the same command again to go on\n")
-        os._exit(EXIT_RESUME)
+        signal.signal(number, lambda *_: os._exit(EXIT_RESUME))
+        try:
+            tell_others()
+        finally:
+            os._exit(EXIT_RESUME)
 
     for number in stop_signals():
         signal.signal(number, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
 def tell(line: str) -> None:

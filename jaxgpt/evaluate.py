@@ -5,8 +5,8 @@ stride is part of the number. --task NAME=FILE: questions with given answers, wi
 benchmark's own JSONL format (lambada, hellaswag, piqa, winogrande, arc, openbookqa, blimp, cbt) or in your own
 ("choices": {"context": "...", "choices": ["...", "..."], "answer": 0}), and wikitext=wiki.test.raw. NAME alone or
 NAME=tfds:DATASET takes them from TFDS. --harness: any task of lm-evaluation-harness. --generate: is what the model
-writes varied, and does it end? With none of these, the validation split of the run. docs/evaluation.md explains
-each number.
+writes varied, and does it end? --skills: how many made-up questions does a chat model answer rightly, in English and in
+Chinese? With none of these, the validation split of the run. docs/evaluation.md explains each number.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--tfds-data-dir", metavar="DIR", type=Path, help="folder of TFDS's datasets [TFDS's own]")
     flags.add_argument("--harness", metavar="NAME", nargs="+", default=[], help="tasks of lm-evaluation-harness")
     flags.add_argument("--harness-include", metavar="DIR", type=Path, help="more tasks for --harness, as YAML files")
-    flags.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each task")
+    flags.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each task or skill")
+    skills = "held-out questions of data.source = skills [20 of each skill in each language]"
+    flags.add_argument("--skills", action="store_true", help=skills)
     flags.add_argument("--data", metavar="DIR", type=Path, help="the run's prepared data, if it has been moved")
     flags.add_argument("--stride", metavar="N", type=int, help="tokens between two windows [half of the model's block]")
     flags.add_argument("--batch-size", metavar="N", type=int, default=8, help="rows on each device [%(default)s]")

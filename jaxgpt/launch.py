@@ -9,8 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxgpt.errors import UserError, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()  # before what takes time is imported
+
 from jaxgpt import cli
-from jaxgpt.errors import UserError
 
 JOINING_VERBS = ("train",)
 

@@ -85,7 +85,8 @@ class TokenizerConfig:
         return self.vocab_size or 8192
 
 
-SOURCES = ("stdlib", "text", "html", "jsonl", "parquet", "support", "sgd", "tfds:NAME", "huggingface:NAME")
+_PLAIN = ("builtin", "stdlib", "docstrings", "text", "html", "jsonl", "parquet", "skills", "support", "sgd")
+SOURCES = (*_PLAIN, "tfds:NAME", "huggingface:NAME")
 Source = Annotated[str, Field(pattern=f"^({'|'.join(SOURCES)})$".replace("NAME", ".+"))]
 
 
@@ -103,9 +104,10 @@ class SourceConfig:
 @section(frozen=True, kw_only=True)
 class DataConfig:
     source: Source | tuple[SourceConfig, ...] = "stdlib"
-    """Where documents come from: stdlib (this Python's own library), text, html, jsonl, parquet, tfds:NAME,
-    huggingface:NAME, support (made-up customer service dialogues), sgd (Schema-Guided Dialogue), or a list of them,
-    each a table of source, path, text_field and weight."""
+    """Where documents come from: stdlib (this Python's own library), docstrings (of the installed packages), builtin
+    (three parts of docstrings, one of stdlib), text, html, jsonl, parquet, tfds:NAME, huggingface:NAME, skills (made-up
+    questions with answers that can be checked), support (made-up customer service dialogues), sgd (Schema-Guided
+    Dialogue), or a list of them, each a table of source, path, text_field and weight."""
     path: Place | None = None
     """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
     text_field: str = "text"
@@ -119,6 +121,8 @@ class DataConfig:
     counted in the report."""
     max_record_bytes: PositiveInt = 50_000_000
     """A longer JSON line or HTML page is a bad record; a text file comes in parts of at most 8 MB, or of this."""
+    skills: tuple[str, ...] = ()
+    """How often skills and languages come in the source skills, if not as usual: addition=4, service=0, chinese=0.5."""
     max_bytes: PositiveInt | None = None
     """Stop reading the source after this many bytes of UTF-8; none reads it all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -328,10 +332,17 @@ class InitConfig:
 
 
 def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
-    """The parts of the mixture; a single source is a mixture of one."""
-    if isinstance(data.source, str):
-        return (SourceConfig(source=data.source, path=data.path, text_field=data.text_field),)
-    return data.source
+    """The parts of the mixture; a single source is a mixture of one, and builtin is one of two."""
+    parts = data.source
+    if isinstance(parts, str):
+        parts = (SourceConfig(source=parts, path=data.path, text_field=data.text_field),)
+    return tuple(one for part in parts for one in (_builtin(part.weight) if part.source == "builtin" else [part]))
+
+
+def _builtin(weight: float) -> list[SourceConfig]:
+    """English prose beside code; the weights are shares of the text."""
+    shares = (("docstrings", 0.75), ("stdlib", 0.25))
+    return [SourceConfig(source=source, weight=share * weight) for source, share in shares]
 
 
 # ---------------------------------------------------------------- types in words

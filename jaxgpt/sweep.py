@@ -14,9 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxgpt.errors import UserError, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()  # before what takes time is imported
+
 from jaxgpt import cli
 from jaxgpt.config import Config
-from jaxgpt.errors import UserError
 
 
 @cli.command

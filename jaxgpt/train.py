@@ -5,13 +5,14 @@ when its folder holds a checkpoint, and ends with an evaluation, a sample of tex
 weights as a folder that Hugging Face's transformers reads.
 """
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt import errors
 
 if __name__ == "__main__":
-    errors.stop_at_once()  # before what takes time is imported
+    errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped)
 
 from jaxgpt import cli
 from jaxgpt.config import Config

@@ -204,6 +204,19 @@ def test_the_chinese_readme_has_the_headings_and_the_commands_of_the_english_one
     assert shown(CHINESE) == shown(ENGLISH)
 
 
+def test_the_chinese_page_on_serving_has_the_sections_the_code_and_the_figures_of_the_english_one():
+    def shown(page: Path) -> tuple[object, ...]:
+        code, text = FENCE.findall(page.read_text(encoding="utf-8")), FENCE.sub("", page.read_text(encoding="utf-8"))
+        figures = re.findall(r"\d[\d,.]*\d|\d", re.sub(r"`[^`\n]*`", "", text))
+        return (
+            code, re.findall(r"^(#+) ", text, re.MULTILINE), {*re.findall(r"`([^`\n]+)`", text)}, sorted(figures),
+            text.count("\n|"),
+        )  # fmt: skip
+
+    english, chinese = (shown(ROOT / "docs" / language / "serving.md") for language in ("", "zh"))
+    assert chinese == english
+
+
 def test_messages_that_troubleshooting_quotes_are_those_of_the_program():
     """Those of the headings; dots stand for what differs."""
     others = ("ERROR: Package", "The TPU is already in use", "DEADLINE_EXCEEDED")  # pip's and jax's

@@ -292,6 +292,11 @@ OPTIONS = {
     "data.format": ("chat", read, MIXED),
     "data.on_bad_record": ("refuse", read, MIXED),
     "data.max_record_bytes": (10, read, MIXED),
+    "data.skills": (
+        "addition=9,chinese=0",
+        read,
+        {"data.source": "skills", "data.format": "chat", "data.max_bytes": 4000},
+    ),
     "data.max_bytes": (4000, prepared, {}),
     "data.validation_fraction": (0.5, prepared, {}),
     "data.prepared_dir": ("{folder}/elsewhere", prepared, {}),

@@ -5,12 +5,13 @@ import functools
 import json
 import os
 import re
+import selectors
 import shutil
 import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,8 +20,8 @@ import pytest
 from processes import FAIL_AT, HOST_TIMEOUT, STOP_AT, environments, joined, started, wait_for
 from tiny import RUN
 
-from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, UserError
-from jaxgpt.parallel import distributed
+from jaxgpt.errors import EXIT_RESUME, EXIT_STORAGE, EXIT_WATCHDOG, HostLost, Interrupted, UserError
+from jaxgpt.parallel import distributed, join
 from jaxgpt.parallel.cluster_env import ProcessPlace
 from jaxgpt.parallel.distributed import StopVote, place_in
 from jaxgpt.parallel.host_watch import ALIVE, DONE, FAILED, TOLD, Peers, PeerWatch, Sign
@@ -103,18 +104,20 @@ def roll_calls(monkeypatch):
     """Calls the roll as (process, of how many), each in a thread that passes for a process; returns their errors."""
     monkeypatch.setattr(os, "getpid", threading.get_ident)
 
-    def call(processes: list[tuple[int, int]], timeout: float, versions: tuple[str, ...] = ()) -> list[str]:
+    def call(
+        processes: list[tuple[int, int]], timeout: float, versions: tuple[str, ...] = (), stopped: int | None = None
+    ) -> list[str]:
         with socket.create_server(("127.0.0.1", 0)) as unused:
             address = f"127.0.0.1:{unused.getsockname()[1]}"
 
         def answer(number: int) -> str:
             process, count = processes[number]
             try:
-                roll_call(
-                    ProcessPlace(address, count, process), timeout, {"jax": dict(enumerate(versions)).get(number)}
-                )
-            except HostLost as error:
-                return str(error)
+                same = {"jax": dict(enumerate(versions)).get(number)}
+                seconds = join._HELLO_SECONDS if number == stopped else timeout
+                roll_call(ProcessPlace(address, count, process), seconds, same, stopped=number == stopped)
+            except (HostLost, Interrupted) as error:
+                return f"{type(error).__name__}: {error}"
             return ""
 
         with ThreadPoolExecutor(len(processes)) as pool:
@@ -123,17 +126,56 @@ def roll_calls(monkeypatch):
     return call
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_when_one_is_told_to_stop_all_stop_at_once(roll_calls, number):
+    errors = roll_calls([(0, 3), (1, 3), (2, 3)], 60, stopped=number)
+    assert all(line.startswith(f"Interrupted: process {number} on ") for line in errors), errors
+    assert all("was told to stop before all had joined; run the same command again" in line for line in errors)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_is_interrupted_while_it_waits_for_one_who_never_comes_tells_the_others(monkeypatch, number):
+    monkeypatch.setattr(join, "_HELLO_SECONDS", 1.0)
+    monkeypatch.setattr(os, "getpid", threading.get_ident)
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    name, waits = ("select", selectors.DefaultSelector) if number == 0 else ("_read", join)
+    original, calls = getattr(waits, name), []
+
+    def interrupt_once(*given):
+        if threading.get_ident() == told.result():
+            calls.append(given)
+            if len(calls) == (3 if number == 0 else 1):  # another one has come, or this one has
+                raise Interrupted("SIGTERM")
+        return original(*given)
+
+    monkeypatch.setattr(waits, name, interrupt_once)
+    told: Future = Future()
+
+    def answer(process: int) -> str:
+        if process == number:
+            told.set_result(threading.get_ident())
+        with pytest.raises(Interrupted) as raised:
+            roll_call(ProcessPlace(address, 4, process), 60)
+        return str(raised.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        errors = dict(enumerate(pool.map(answer, range(3))))
+    assert errors.pop(number) == "SIGTERM"
+    assert all(f"process {number} on" in line and "was told to stop" in line for line in errors.values()), errors
+
+
 def test_all_answer_the_roll_call(roll_calls):
     assert roll_calls([(2, 3), (0, 3), (1, 3)], 30) == ["", "", ""]
 
 
 def test_who_does_not_come_is_named_to_all_who_came(roll_calls):
-    errors = roll_calls([(0, 4), (2, 4)], 1)
-    assert all("no sign of process 1, 3 of 4 within 1 s" in line for line in errors), errors
+    errors = roll_calls([(0, 4), (2, 4)], 0.3)
+    assert all("no sign of process 1, 3 of 4 within 0.3 s" in line for line in errors), errors
 
 
 def test_a_coordinator_that_does_not_come_is_named(roll_calls):
-    [error] = roll_calls([(1, 2)], 0.5)
+    [error] = roll_calls([(1, 2)], 0.2)
     assert "process 0 did not answer at 127.0.0.1:" in error
 
 
@@ -154,9 +196,16 @@ def test_two_processes_with_one_number_do_not_join(roll_calls):
 
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["whole lines", "lines without an end"])
 def test_strangers_on_the_port_neither_break_nor_delay_a_start(end):
-    hello = {"process": 1, "processes": 2, "same": {}, "host": "elsewhere", "pid": 1}
+    hello = {"process": 1, "processes": 2, "same": {}, "host": "elsewhere", "pid": 1, "stopped": False}
     wrong = [{"process": [1]}, {"process": 99}, {"process": -1}, {"process": 0}, {"process": True}, {"same": [1]}]
-    wrong += [{"pid": None}, {"more": 1}, {"host": 5}, {"processes": "2"}]
+    wrong += [
+        {"pid": None},
+        {"more": 1},
+        {"host": 5},
+        {"processes": "2"},
+        {"stopped": "yes"},
+        {"stopped": True, "process": 7},
+    ]
     lines = [json.dumps(hello | change).encode() for change in wrong]
     lines += [b"GET / HTTP/1.1\r\n\r", b"[" * 4000, b"\xff\xfe", b"x" * 100_000, b"null", b"", b"", b"", b"", b""]
     with socket.create_server(("127.0.0.1", 0)) as unused:
@@ -189,7 +238,7 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(HostLost, match=f"port {port} of this host is taken"):
-            roll_call(ProcessPlace(f"127.0.0.1:{port}", 2, 0), 0.5)
+            roll_call(ProcessPlace(f"127.0.0.1:{port}", 2, 0), 0.2)
 
 
 # ---------------------------------------------------------------- who is lost

@@ -341,7 +341,7 @@ def fuzz(file, examples: int) -> None:
 
 
 def test_a_mutated_record_is_a_conversation_or_counted(tmp_path):
-    fuzz(tmp_path / "a.jsonl", 200)
+    fuzz(tmp_path / "a.jsonl", 80)
 
 
 @pytest.mark.system

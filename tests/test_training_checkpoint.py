@@ -15,6 +15,7 @@ import pytest
 from tiny import CONFIG, batch, program
 
 from jaxgpt import train
+from jaxgpt.config import Config, to_json
 from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import RunFailed, StorageFailed, UserError
 from jaxgpt.model.huggingface import open_model
@@ -29,11 +30,13 @@ from jaxgpt.training.checkpoint import (
     best_step,
     find_step,
     finished_steps,
+    has_saved,
     read_config,
     step_to_use,
 )
 from jaxgpt.training.models import load_model, write_settings
 from jaxgpt.training.recovery import QUARANTINE, clean_leftovers, damage, newest_whole_step, read_faults
+from jaxgpt.training.resume import check_workdir
 
 
 @pytest.fixture(scope="module")
@@ -230,12 +233,60 @@ def test_a_folder_without_digests_and_added_files_are_somebody_elses(trained_cop
 def test_a_finished_run_whose_checkpoints_are_gone_does_not_begin_anew(trained_copy, capsys):
     shutil.rmtree(trained_copy.run / FOLDER)
     before = sorted(trained_copy.run.rglob("*"))
-    for remove in ("summary.json", "hf"):  # either says that it had some
+    for remove in ("summary.json", "hf", "metrics.jsonl"):  # each says that it had some
         assert train.main(trained_copy.arguments) == 2
         assert "holds no checkpoint any more" in capsys.readouterr().err
         if remove == "summary.json":
             assert sorted(trained_copy.run.rglob("*")) == before
             (trained_copy.run / remove).unlink()
+        elif remove == "hf":
+            shutil.rmtree(trained_copy.run / remove)
+
+
+@pytest.mark.parametrize(
+    ("summary", "steps", "refused"),
+    [
+        ({"first_checkpoint": 1}, 1, True),  # killed
+        ({"first_checkpoint": None}, 9, False),  # no save has succeeded
+        ({"status": "failed", "checkpoint": None}, 9, False),
+        ({"status": "interrupted", "checkpoint": 1}, 1, True),
+        (None, 2, True),  # of an older version
+        (None, 1, False),
+        (None, 0, False),
+    ],
+)
+def test_a_run_without_checkpoints_begins_anew_only_if_it_never_had_one(tmp_path, summary, steps, refused):
+    config = Config(checkpoint=CheckpointConfig(save_steps=1, keep_best=False))
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step + 1}}}\n' for step in range(steps)))
+    if summary:
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+    if not refused:
+        assert check_workdir(config, tmp_path) == {}
+        return
+    for folder in ("", FOLDER, QUARANTINE):  # empty ones
+        (tmp_path / folder).mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="holds no checkpoint any more"):
+            check_workdir(config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds files of a run but no config.json"):
+        check_workdir(config, tmp_path)
+
+
+def test_a_save_keeps_on_record_whether_the_run_has_a_checkpoint(run, tmp_path, compiled, monkeypatch):
+    found, checkpoints = [], Checkpoints(tmp_path / "new", CheckpointConfig())
+    monkeypatch.setattr(checkpoint, "failpoint", lambda name: found.append((name, has_saved(tmp_path / "new"))))
+    for step in (1, 2):
+        checkpoints.save(step, compiled.init(), {}, None, surely=True)
+    checkpoints.close()
+    points = ["save.begin", "save.started", "save.arrays", "save.metadata", "save.manifest", "save.renamed"]
+    assert found == [*zip(points, [None, *[False] * 5], strict=True), *zip(points, [True] * 6, strict=True)]
+    assert json.loads((tmp_path / "new" / "summary.json").read_text()) == {"first_checkpoint": 1}
+    (run / "summary.json").write_text(whole := json.dumps({"status": "interrupted", "checkpoint": 2}))
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    checkpoints.save(3, compiled.init(), {}, None, surely=True)
+    checkpoints.close()
+    assert (run / "summary.json").read_text() == whole
 
 
 # ---------------------------------------------------------------- leftovers

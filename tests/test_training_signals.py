@@ -248,13 +248,42 @@ def test_data_or_settings_that_are_removed_during_a_run_cost_no_step(folder, tmp
 @pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_hosts_join_exits_with_42(folder, number):
-    process = start(folder, folder / "joins", environment=environments(2)[0])
+    """And so do those that wait with it. SIGINT comes while it imports, SIGTERM to process 0. The third never comes."""
+    places = environments(3)
+    port = int(places[0]["JAXGPT_COORDINATOR"].rpartition(":")[2])
+    first = start(folder, folder / "joins", environment=places[0])
+    wait_for(lambda: "0A" in sockets(port))
+    second = start(folder, folder / "joins", environment=places[1])
+    wait_for(functools.partial(hears, second) if number == signal.SIGINT else lambda: "01" in sockets(port))
+    told = 0 if number == signal.SIGTERM else 1
+    (first, second)[told].send_signal(number)
+    sent = time.monotonic()
+    for process, (code, output) in enumerate([finish(first, 20), finish(second, 20)]):
+        assert code == 42 and "run the same command again" in output, output
+        assert process == told or f"stopped: process {told} on " in output, output
+    assert time.monotonic() - sent < 15  # of 300
+    assert not (folder / "joins").exists()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("program", ["jaxgpt.sweep", "jaxgpt.launch --local-procs 1 -- train", "jaxgpt sweep"])
+def test_a_signal_while_a_command_imports_exits_with_42(folder, tmp_path, program, number):
+    options = ["--config", str(folder / "config.toml"), "--workdir", str(tmp_path / "new")]
+    command = [sys.executable, "-m", *program.split(), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, **pipes)
     wait_for(functools.partial(hears, process))
-    time.sleep(4.0 if number == signal.SIGTERM else 0.0)  # in the join; or while it imports
     process.send_signal(number)
     code, output = finish(process, 20)
-    assert code == 42 and "run the same command again" in output, output
-    assert not (folder / "joins").exists()
+    assert (code, output.count("\n")) == (42, 2) and f"stopped: {number.name}; run the same" in output, output
+    assert not (tmp_path / "new").exists()
+
+
+def sockets(port: int) -> list[str]:
+    """The states of a local port's sockets, as Linux numbers them: 0A listens, 01 is connected."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [words[3] for words in lines if int(words[1].rpartition(":")[2], 16) == port]
 
 
 @pytest.mark.system
@@ -463,6 +492,19 @@ def test_a_full_or_read_only_disk_exits_with_74_and_leaves_whole_checkpoints(fol
 
 
 # ---------------------------------------------------------------- two writers, and crashes
+
+
+@pytest.mark.system
+def test_a_run_that_was_killed_and_whose_checkpoints_are_gone_does_not_begin_anew(folder):
+    workdir = folder / "killed"
+    assert finish(start(folder, workdir, failpoint="save.arrays:kill"))[0] == -signal.SIGKILL
+    code, output = finish(start(folder, workdir, failpoint="save.begin:kill@2"))  # none yet: from step 0
+    assert code == -signal.SIGKILL and finished_steps(workdir) == [4], output
+    shutil.rmtree(workdir / "checkpoints")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    code, output = finish(start(folder, workdir))
+    assert code == 2 and output.count("\n") == 1 and "holds no checkpoint any more" in output, output
+    assert (workdir / "metrics.jsonl").read_bytes() == before and b'"step": 8' in before
 
 
 @pytest.mark.system

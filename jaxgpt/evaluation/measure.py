@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jaxgpt.config import Config, with_settings
 from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.errors import UserError
-from jaxgpt.evaluation import harness, perplexity
+from jaxgpt.evaluation import harness, perplexity, skill_accuracy
 from jaxgpt.evaluation.result_table import with_published
 from jaxgpt.evaluation.scoring import RequestScorer
 from jaxgpt.evaluation.tasks import Task, read_tasks
@@ -43,6 +43,7 @@ class EvaluationOptions:
     harness: Sequence[str] = ()
     harness_include: Path | None = None
     limit: int | None = None
+    skills: bool = False
     data: Path | None = None
     stride: int | None = None
     batch_size: int = 8
@@ -75,8 +76,11 @@ def measure(options: EvaluationOptions) -> dict[str, object]:
     mesh = build_mesh(MeshConfig())
     # What can be refused comes before what takes long.
     prompts = None if options.generate is None else _prompts(options, written, model)
+    asked = None
+    if options.skills:
+        asked = skill_accuracy.skill_questions(model, options.checkpoint, options.limit)
     texts = []
-    if contents or not (tasks or options.harness or prompts):
+    if contents or not (tasks or options.harness or prompts or asked):
         texts = _texts(options, contents, model, config.block_size, options.batch_size * batch_shards(mesh))
     losses = perplexity.score_texts(texts, config, model, mesh) if texts else {}
     results = _results(tasks, config, model, mesh, options.batch_size)
@@ -104,6 +108,7 @@ def measure(options: EvaluationOptions) -> dict[str, object]:
         ],
         "tasks": [with_published(result) for result in results],
         "generation": _generation(*prompts, config, model) if prompts else None,
+        "skills": skill_accuracy.answered(asked, config, model) if asked else None,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxgpt.evaluation.perplexity import ANSWERS
+from jaxgpt.evaluation.skill_accuracy import skill_table
 
 _NO_METRICS = {"questions", "cut", "few_shot"}
 
@@ -17,6 +18,8 @@ def report(found: Mapping) -> str:
         parts.append(_tasks(found["tasks"]))
     if found["generation"]:
         parts.append(_generation(found["generation"]))
+    if found.get("skills"):
+        parts.append(skill_table(found["skills"]))
     return "\n".join(parts)
 
 

@@ -36,9 +36,10 @@ class Draw:
     def one(self, items: Sequence[T]) -> T:
         return items[int(self._random.random() * len(items))]
 
-    def shuffled(self, items: Sequence[T]) -> list[T]:
-        left, drawn = list(items), []
-        while left:
+    def shuffled(self, items: Sequence[T], count: int | None = None) -> list[T]:
+        """The items in a random order, or `count` of them."""
+        left, drawn = list(items), list[T]()
+        while left and len(drawn) != count:
             drawn.append(left.pop(int(self._random.random() * len(left))))
         return drawn
 

@@ -59,7 +59,7 @@ def support_records() -> Iterator[dict]:
 
 
 @functools.cache
-def _phrases() -> dict[str, Any]:
+def support_phrases() -> dict[str, Any]:
     """The content of support.toml, which explains its form."""
     return tomllib.loads(Path(__file__).with_name("support.toml").read_text(encoding="utf-8"))
 
@@ -68,13 +68,14 @@ def _wording(wordings: str, draw: Draw) -> str:
     return draw.one(wordings.split("|"))
 
 
-def _slot_value(wordings: str, draw: Draw) -> str:
+def slot_value(wordings: str, draw: Draw) -> str:
+    """One of the wordings, with digits in place of #."""
     text = re.sub("#", lambda _: draw.one("123456789"), _wording(wordings, draw), count=1)
     return re.sub("#", lambda _: draw.one("0123456789"), text)
 
 
 def _conversation(name: str, draw: Draw) -> list[dict[str, str]]:
-    language = _phrases()[name]
+    language = support_phrases()[name]
     topics = language["topics"]
     pairs = [language["greeting"]] if (greets := draw.chance(0.25)) else []
     first = draw.one(list(topics))
@@ -83,7 +84,7 @@ def _conversation(name: str, draw: Draw) -> list[dict[str, str]]:
         pairs += _pairs(topics[draw.one([other for other in topics if other != first])], draw)
     if draw.chance(0.5):
         pairs.append(language["closing"])
-    values = {slot: _slot_value(wordings, draw) for slot, wordings in language["slots"].items()}
+    values = {slot: slot_value(wordings, draw) for slot, wordings in language["slots"].items()}
     messages = []
     for number, (user, answer) in enumerate(pairs):
         said = _wording(user, draw).format(**values)

@@ -352,6 +352,8 @@ def _settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, object]:
     for name in ("on_bad_record", "max_record_bytes", "encoding"):
         if getattr(data, name) != getattr(DataConfig(), name):
             settings[name] = getattr(data, name)
+    if data.skills:
+        settings["skills"] = sorted(data.skills)
     default = vars(CleaningConfig())
     if cleaning := {name: value for name, value in vars(config.cleaning).items() if value != default[name]}:
         settings["cleaning"] = cleaning

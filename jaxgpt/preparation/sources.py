@@ -18,15 +18,16 @@ from typing import cast
 from tqdm import tqdm
 
 from jaxgpt.errors import BadRecord, UserError
-from jaxgpt.preparation import source_files
+from jaxgpt.preparation import docstrings, skills, source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_content, catalog_facts, catalog_splits, tfds_on_disk
 from jaxgpt.preparation.dialogues import RECORDS_VERSION, conversation, support_records
 from jaxgpt.preparation.documents import BadRecords, Document, SourceRecord, is_utf8
 from jaxgpt.settings import DataConfig, SourceConfig, sources_of
 from jaxgpt.storage.files import write_file
 
-_CHAT_ONLY = ("support", "sgd")
-_TEXT_ONLY = ("stdlib", "text", "html")
+_CHAT_ONLY = ("skills", "support", "sgd")
+_TEXT_ONLY = ("docstrings", "stdlib", "text", "html")
+_AT_HAND = ("docstrings", "stdlib", "skills", "support")  # sources that come with Python, its packages and jaxgpt
 _REMEMBERED = 64 << 20  # bytes of files whose digests are worth a file that remembers them: a tenth of a second
 _ALL_WITHOUT = 100  # records without data.text_field at the beginning: then the setting is wrong, not the records
 
@@ -72,6 +73,8 @@ def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading 
 def describe(data: DataConfig) -> str:
     """The source as its settings name it, for messages."""
     parts = sources_of(data)
+    if data.source == "builtin":
+        return 'data.source = "builtin"'
     if len(parts) == 1:
         return _described(parts[0], "data.source")
     return " and ".join(_described(part, f"data.source[{number}]") for number, part in enumerate(parts))
@@ -79,8 +82,8 @@ def describe(data: DataConfig) -> str:
 
 def short_name(data: DataConfig) -> str:
     """A name for folders: "stdlib", the stem of a file or folder, "tfds-NAME"; for a mixture, all of its names."""
-    names = []
-    for part in sources_of(data):
+    names = ["builtin"] if data.source == "builtin" else []
+    for part in () if names else sources_of(data):
         is_file = part.source in source_files.SUFFIXES
         name = Path(os.path.abspath(part.path)).stem if is_file and part.path else part.source
         names.append("".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or part.source)
@@ -147,7 +150,7 @@ def _digests(files: list[Path], memory: Path | None) -> list[str]:
 
 def _content(part: SourceConfig) -> tuple[list[str], list[Path]]:
     """Lines that describe what a source holds, and files whose content belongs to it."""
-    if part.source in ("stdlib", "support"):
+    if part.source in _AT_HAND:
         return _facts(part)[0], []
     if part.source.startswith((TFDS, HUGGINGFACE)):
         return catalog_content(part)
@@ -161,6 +164,10 @@ def _facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
     if part.source == "stdlib":  # without times: the same on every machine with this version
         sizes = [f"{name} {file.stat().st_size}" for name, file in source_files.source_files(part)]
         return [platform.python_implementation(), platform.python_version(), *sizes], []
+    if part.source == "docstrings":
+        return docstrings.packages(), []
+    if part.source == "skills":
+        return [skills.version()], []
     if part.source == "support":
         return list(RECORDS_VERSION), []
     return [str(source_files.source_root(part).resolve())], source_files.source_files(part)
@@ -179,6 +186,7 @@ def check_format(data: DataConfig) -> None:
             raise UserError(f'data.source = "{part.source}" holds no conversations: set data.format = "text"')
         if data.format == "text" and part.source in _CHAT_ONLY:
             raise UserError(f'data.source = "{part.source}" holds conversations: set data.format = "chat"')
+    skills.weights(data.skills)
 
 
 def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
@@ -196,6 +204,8 @@ def _documents(data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes:
     if part.source in ("stdlib", "text"):
         data = data if part.source == "text" else dataclasses.replace(data, encoding="utf-8")
         yield from source_files.text_documents(part, bad, data)
+    elif part.source == "docstrings":
+        yield from docstrings.documents(bad)
     elif part.source == "html":
         yield from source_files.html_documents(part, bad, data)
     elif part.source.startswith((TFDS, HUGGINGFACE)):
@@ -213,6 +223,8 @@ def _records(data: DataConfig, part: SourceConfig, bad: BadRecords) -> Iterator[
         return source_files.parquet_records(part, bad, [part.text_field] if data.format == "text" else None)
     if part.source == "sgd":
         return source_files.sgd_dialogues(part, bad)
+    if part.source == "skills":
+        return skills.skill_records(data.skills, data.validation_fraction, endless=bool(data.max_bytes))
     return (SourceRecord(f"support, conversation {n}", record) for n, record in enumerate(support_records()))
 
 

@@ -138,6 +138,9 @@ def _parts(found: dict) -> list[tuple[tuple, list[EvaluationRow]]]:
         figures = {key: value for key, value in writing["model"].items() if value is not None}
         how = f"{writing['prompts']:,} prompts, temperature {writing['temperature']}"
         add({**figures, "published": published}, "what it writes", list(figures), how)
+    for one in (found.get("skills") or {}).get("rows", ()):
+        cells = {"acc": one["right"] / one["questions"], "stops": one["stops"] / one["questions"]}
+        add(cells, f"{one['skill']}, {one['language']}", list(cells), f"{one['questions']:,} held-out questions")
     return parts
 
 

@@ -28,13 +28,14 @@ from jaxgpt.errors import STORAGE_ERRNOS, StorageFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.settings import CheckpointConfig
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import fsync
+from jaxgpt.storage.files import fsync, write_file
 from jaxgpt.training.metrics import METRICS_FILE
 from jaxgpt.training.step import TrainState
 
 FOLDER = "checkpoints"
 METADATA = "metadata.json"
 CONFIG = "config.json"
+SUMMARY = "summary.json"  # until the end of a start it says no more than that there is a checkpoint, or none yet
 BEST = "@best"  # after a run's folder: its checkpoint with the lowest validation loss
 SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that are not checkpoints yet, or any more
 UNFINISHED = re.compile(r"\.(saving|deleting)-[0-9]+(\.orbax.*)?")  # Orbax adds to the name while it writes
@@ -126,6 +127,7 @@ class Checkpoints:
         failpoint("save.begin")
         self._retry_at = math.inf
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._record_first()
         staging = self._folder / f"{SAVING}{step}"
         items = {item: ocp.args.StandardSave(value) for item, value in _items(state).items()}
         self._orbax.save(staging, args=ocp.args.Composite(**items), force=True)
@@ -152,6 +154,7 @@ class Checkpoints:
         fsync(self._folder)
         self.on_disk = step
         failpoint("save.renamed")
+        self._record_first()
         self.delete_old()
         return step
 
@@ -207,6 +210,12 @@ class Checkpoints:
             if UNFINISHED.fullmatch(partial.name):
                 shutil.rmtree(partial, ignore_errors=True)
 
+    def _record_first(self) -> None:
+        """Keep on record that the run has a checkpoint, or none yet, for a start that finds none."""
+        if self._is_writer and not has_saved(self._run):
+            with contextlib.suppress(OSError):
+                write_file(self._run / SUMMARY, json.dumps({"first_checkpoint": min(self.steps(), default=None)}))
+
     def _storage_failed(self) -> StorageFailed:
         steps = self.steps()
         kept = f"steps {steps} are as they were" if steps else "no checkpoint was written yet"
@@ -256,6 +265,16 @@ def quiet_orbax() -> None:
 def read_config(run: Path) -> Config:
     """The resolved config of a run folder."""
     return read_json(run / CONFIG)
+
+
+def has_saved(run: Path) -> bool | None:
+    """Whether the run has had a checkpoint, by its summary; None where that does not say."""
+    try:
+        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+        first = summary.get("checkpoint", summary.get("first_checkpoint"))
+        return first is not None or summary.get("status", "").startswith("finished")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read_metadata(run: Path, step: int) -> dict:

@@ -6,7 +6,6 @@ Everything here that can refuse does so before the run writes anything.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from jaxgpt.settings import ModelConfig
 from jaxgpt.storage.files import append_json
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import FOLDER, Checkpoints, find_step, finished_steps, read_config, read_metadata
+from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.models import HUB
 from jaxgpt.training.recovery import QUARANTINE, break_crash_loop, check_weights, clean_leftovers, newest_whole_step
 from jaxgpt.training.step import Program, TrainState
@@ -59,7 +59,7 @@ ON_RESUME: dict[str, tuple[str, ...]] = {
     "refused": (
         "model.n_layer", "model.n_head", "model.n_embd", "model.n_positions",
         "tokenizer.type", "tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens",
-        "data.source", "data.text_field", "data.encoding", "data.max_bytes", "data.format",
+        "data.source", "data.text_field", "data.skills", "data.encoding", "data.max_bytes", "data.format",
         "data.on_bad_record", "data.max_record_bytes", "cleaning", "chat", "augmentation",
         "data.validation_fraction",  # it would train on documents that were held out
         # Row r of step s is window s * global_batch_size + r, of block_size tokens. Another value would repeat
@@ -134,11 +134,11 @@ def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[st
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file, not a folder")
     if not (workdir / "config.json").exists():
-        if (workdir / FOLDER).exists():
-            raise UserError(f"{workdir} holds {FOLDER}/ but no config.json, so it is no run; choose another --workdir")
+        if (workdir / FOLDER).exists() or checkpoint.has_saved(workdir):
+            raise UserError(f"{workdir} holds files of a run but no config.json; choose another --workdir")
         return {}
     steps = finished_steps(workdir)
-    if not steps and not (workdir / QUARANTINE).exists() and _had_checkpoints(workdir):
+    if not checkpoint.named_steps(workdir) and not any((workdir / QUARANTINE).glob("*")) and _had_checkpoints(workdir):
         raise UserError(
             f"{workdir / FOLDER} holds no checkpoint any more, though the run has saved some: put them back, or choose "
             f"another --workdir (init.from_huggingface = {workdir / 'hf'} starts from the weights, if there are any)"
@@ -165,12 +165,12 @@ def check_workdir(config: Config, workdir: Path, force: bool = False) -> dict[st
 
 
 def _had_checkpoints(workdir: Path) -> bool:
-    """Whether a run that has ended says that it left a checkpoint."""
-    try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        return summary.get("checkpoint") is not None or summary["status"].startswith("finished")
-    except (OSError, ValueError, LookupError, AttributeError):
-        return (workdir / "hf").exists()
+    """Whether a run, also one that was killed, says that it has had a checkpoint."""
+    if (said := checkpoint.has_saved(workdir)) is not None:
+        return said
+    lines = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+    last = max((line["step"] for line in lines), default=0)  # a run of an older version had no summary until its end
+    return (workdir / "hf").exists() or last > read_config(workdir).save_steps
 
 
 def _refuse(workdir: Path, changes: dict[str, Change], force: bool) -> None:
