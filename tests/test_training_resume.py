@@ -100,6 +100,18 @@ def test_another_experiment_is_refused_even_with_force(force, workdir):
     assert "logging_steps" not in message
 
 
+def test_a_run_of_the_muon_that_had_a_rate_of_its_own_is_refused_by_name_and_other_old_runs_go_on(workdir):
+    for name in ("adamw", "muon"):
+        config = changed(OLD, optimizer__name=name)
+        old = json.loads(to_json(config))
+        old["optimizer"]["muon_learning_rate"] = 0.02  # it was written by every run, whatever its optimizer
+        (workdir / "config.json").write_text(json.dumps({key: old[key] for key in old if key != "sha256"}))
+        if name == "adamw":
+            assert check_workdir(config, workdir) == {}
+    with pytest.raises(UserError, match=r"earlier version's muon .*, whose state cannot go on; .* init.from_checkpoint"):
+        check_workdir(config, workdir, force=True)
+
+
 def test_an_end_before_the_steps_that_are_done_is_refused(workdir):
     (workdir / "config.json").write_text(to_json(changed(OLD, optimizer__lr_scheduler_type="constant")))
     new = changed(OLD, optimizer__lr_scheduler_type="constant", train__max_steps=299)
