@@ -84,7 +84,11 @@ class Config:
     def per_device_eval_batch_size(self) -> int:
         return self.eval.per_device_eval_batch_size or self.per_device_train_batch_size
 
-    # What follows from the length of the run where it is not set.
+    # What follows from the optimizer, or from the length of the run, where it is not set.
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.learning_rate or {"adamw": 6e-4, "muon": 0.02}[self.optimizer.name]
 
     @property
     def warmup_steps(self) -> int:

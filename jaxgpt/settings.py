@@ -208,8 +208,8 @@ class AugmentationConfig:
 class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the updates of the weight matrices and leaves the rest to AdamW."""
-    learning_rate: PositiveFloat = 6e-4
-    """Peak learning rate; under muon about six times AdamW's is usual."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate; none: 6e-4 for adamw, 0.02 for muon."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt | None = None

@@ -225,21 +225,29 @@ def test_a_warm_up_longer_than_the_epochs_is_told_with_what_the_user_set():
         resolve_steps(resolve_batch(given, 1), 80)
 
 
+def test_each_optimizer_has_a_learning_rate_of_its_own():
+    rate = lambda **given: (
+        load_config(None, {f"optimizer.{name}": value for name, value in given.items()}).learning_rate
+    )
+    assert (rate(), rate(name="muon"), rate(name="muon", learning_rate="0.1")) == (6e-4, 0.02, 0.1)
+
+
 def test_a_run_that_goes_on_keeps_what_is_left_open_as_it_was(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "checkpoints" / "5" / "manifest.sha256").touch()
     values = {"optimizer.warmup_steps": 100, "eval.eval_steps": 500, "checkpoint.save_steps": 500}
-    old = load_config(None, {"train.max_steps": "200", "train.global_batch_size": "8"} | values)
+    values |= {"train.max_steps": 200, "train.global_batch_size": 8, "optimizer.learning_rate": 1e-3}
+    old = load_config(None, {name: str(value) for name, value in values.items()})
     (tmp_path / "config.json").write_text(config.to_json(old))
 
-    def kept(**overrides: str) -> tuple[int | None, ...]:
+    def kept(**overrides: str) -> tuple[float | None, ...]:
         now = load_config(None, {name.replace("__", "."): value for name, value in overrides.items()})
         flat = config.flatten(resume.as_before(now, tmp_path))
         return tuple(flat[name] for name in resume.KEPT)
 
-    assert kept() == (8, 100, 500, 500)
-    assert kept(eval__eval_steps="20", optimizer__warmup_steps="0") == (8, 0, 20, None)
-    assert kept(train__max_steps="50") == (8, None, 500, 500)  # a warm-up of 100 steps would not fit
+    assert kept() == (8, 1e-3, 100, 500, 500)
+    assert kept(eval__eval_steps="20", optimizer__warmup_steps="0") == (8, 1e-3, 0, 20, None)
+    assert kept(train__max_steps="50") == (8, 1e-3, None, 500, 500)  # a warm-up of 100 steps would not fit
     assert resume.resume_conflicts(old, resume.as_before(Config(), tmp_path)) == {}
     assert resume.as_before(Config(), tmp_path / "new") == Config()
 

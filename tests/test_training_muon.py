@@ -70,7 +70,7 @@ def test_every_output_of_a_layer_changes_alike_and_as_the_shapes_say(grads):
         neurons = np.sqrt(np.sum(update**2, axis=1))
         np.testing.assert_allclose(neurons, neurons.mean(axis=1, keepdims=True).repeat(outputs, axis=1), rtol=1e-3)
         # U V^T has min(inputs, outputs) singular values of one.
-        size = np.sqrt(min(inputs, outputs) * outputs / inputs) * muon.SCALE
+        size = np.sqrt(min(inputs, outputs) * outputs / inputs)
         np.testing.assert_allclose(np.linalg.norm(update, axis=(1, 2)), size, rtol=0.1, err_msg=name)
 
 
@@ -83,8 +83,7 @@ def test_the_size_of_the_gradients_does_not_matter(grads):
 def test_devices_that_share_the_products_find_the_numbers_of_one(grads, mesh):
     share = sharding.share_out(build_mesh(mesh))
     together = jax.jit(lambda grads: updates(grads, share=share))(grads)
-    atol = 1e-5 * muon.SCALE
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), updates(grads), together)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), updates(grads), together)
 
 
 def test_each_device_multiplies_its_own_matrices_only():

@@ -108,7 +108,9 @@ def test_a_run_of_the_muon_that_had_a_rate_of_its_own_is_refused_by_name_and_oth
         (workdir / "config.json").write_text(json.dumps({key: old[key] for key in old if key != "sha256"}))
         if name == "adamw":
             assert check_workdir(config, workdir) == {}
-    with pytest.raises(UserError, match=r"earlier version's muon .*, whose state cannot go on; .* init.from_checkpoint"):
+    with pytest.raises(
+        UserError, match=r"earlier version's muon .*, whose state cannot go on; .* init.from_checkpoint"
+    ):
         check_workdir(config, workdir, force=True)
 
 

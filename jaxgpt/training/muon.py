@@ -6,7 +6,7 @@ One update of a matrix W with gradient G, momentum M and rate r:
     N  = mu M + (1 - mu) G             Nesterov's step
     O  = U V^T, where N = U S V^T      the polar factor, by products of matrices (`polar_factors`)
     O <- O with neurons of equal size  each output's running mean square divided out (NorMuon, Li et al. 2025)
-    W <- W - r SCALE sqrt(outputs / inputs) O
+    W <- W - r sqrt(outputs / inputs) O
 
 The factor makes the change of a layer's output as large as its rate says, whatever its width (Bernstein & Newhouse
 2024, "Modular duality in deep learning"), so that a rate found with a small model serves a large one.
@@ -44,9 +44,6 @@ QUINTICS = tuple(
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
 )
-# At GPT-2 124M's width the update of a square matrix has AdamW's root mean square of 0.2 (Liu et al. 2025, "Muon is
-# scalable for LLM training", section 2.2): one rate for all parameters.
-SCALE = 0.2 * math.sqrt(768)
 MOMENTUM = 0.95
 NEURON_DECAY = 0.95  # of the running mean square of each output (NorMuon)
 LEAST_NORM = 1e-7  # keeps a gradient of zeros at zero
@@ -93,11 +90,11 @@ def scale_by_muon(mu_dtype: str, dtype: str, share: Share) -> optax.GradientTran
 
 
 def _evened(factor_MIO: jax.Array, mean_square_M1O: jax.Array) -> jax.Array:
-    """The factors with outputs of equal size, as large in all as before, times SCALE sqrt(outputs / inputs)."""
+    """The factors with outputs of equal size, as large in all as before, times sqrt(outputs / inputs)."""
     size = lambda x: jnp.sqrt(jnp.sum(x**2, axis=(1, 2), keepdims=True))
     evened = factor_MIO * jax.lax.rsqrt(mean_square_M1O + LEAST_NORM**2)
     inputs, outputs = factor_MIO.shape[1:]
-    return evened * (size(factor_MIO) / (size(evened) + LEAST_NORM)) * (SCALE * math.sqrt(outputs / inputs))
+    return evened * (size(factor_MIO) / (size(evened) + LEAST_NORM)) * math.sqrt(outputs / inputs)
 
 
 def polar_factors(stacks: list[jax.Array], dtype: str, share: Share) -> list[jax.Array]:

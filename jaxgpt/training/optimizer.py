@@ -34,7 +34,7 @@ def arguments(config: Config) -> Arguments:
     """The `Arguments` that `config` sets."""
     optimizer = config.optimizer
     named = {name: getattr(optimizer, name) for name in Arguments._fields if hasattr(optimizer, name)}
-    named["warmup_steps"] = config.warmup_steps
+    named |= {"learning_rate": config.learning_rate, "warmup_steps": config.warmup_steps}
     return Arguments(**named, dropout=config.model.dropout, seed=config.train.seed)
 
 

@@ -76,7 +76,10 @@ ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not know max_steps
 # Until one rate served all parameters; a setting of its time says which muon a run was trained with.
 REMOVED_RATE = "muon_learning_rate"
 # None in a config that a user wrote, a number once devices and data are known; and what a run that goes on keeps.
-KEPT = ("train.global_batch_size", "optimizer.warmup_steps", "eval.eval_steps", "checkpoint.save_steps")
+KEPT = (
+    "train.global_batch_size", "optimizer.learning_rate", "optimizer.warmup_steps",
+    "eval.eval_steps", "checkpoint.save_steps",
+)  # fmt: skip
 RESOLVED = ("data.block_size", "train.max_steps", "tokenizer.vocab_size", *KEPT)
 
 
@@ -109,7 +112,7 @@ def as_before(config: Config, run: Path) -> Config:
     if not finished_steps(run):
         return config
     before, now = flatten(read_config(run)), flatten(config)
-    for names in (KEPT[:1], KEPT[1:2], KEPT[2:]):  # evaluations and checkpoints depend on each other
+    for names in (KEPT[:1], KEPT[1:2], KEPT[2:3], KEPT[3:]):  # evaluations and checkpoints depend on each other
         if all(now[name] is None for name in names):
             with contextlib.suppress(UserError):
                 config = with_settings(config, **{name.replace(".", "_"): before[name] for name in names})
