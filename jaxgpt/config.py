@@ -25,9 +25,7 @@ from jaxgpt.settings import describe_type, remove_digest, section, sources_of, w
 
 logger = logging.getLogger(__name__)
 # Settings of earlier versions, whose files are still read.
-REMOVED = (
-    "data.num_threads", "data.prefetch_batches", "train.compilation_cache_dir", "optimizer.muon_learning_rate",
-)  # fmt: skip
+REMOVED = ("data.num_threads", "data.prefetch_batches", "train.compilation_cache_dir", "optimizer.muon_learning_rate")
 LARGEST_FILE = 100_000  # bytes of a config file; a hundred settings take ten
 
 
@@ -84,11 +82,7 @@ class Config:
     def per_device_eval_batch_size(self) -> int:
         return self.eval.per_device_eval_batch_size or self.per_device_train_batch_size
 
-    # What follows from the optimizer, or from the length of the run, where it is not set.
-
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.learning_rate or {"adamw": 6e-4, "muon": 0.02}[self.optimizer.name]
+    # What follows from the length of the run where it is not set.
 
     @property
     def warmup_steps(self) -> int:

@@ -231,6 +231,10 @@ class OptimizerConfig:
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or {"adamw": 6e-4, "muon": 0.02}[self.name]
+
 
 @section(frozen=True, kw_only=True)
 class TrainConfig:

@@ -226,10 +226,9 @@ def test_a_warm_up_longer_than_the_epochs_is_told_with_what_the_user_set():
 
 
 def test_each_optimizer_has_a_learning_rate_of_its_own():
-    rate = lambda **given: (
-        load_config(None, {f"optimizer.{name}": value for name, value in given.items()}).learning_rate
-    )
-    assert (rate(), rate(name="muon"), rate(name="muon", learning_rate="0.1")) == (6e-4, 0.02, 0.1)
+    rate = lambda *given: load_config(None, dict(given)).optimizer.peak_learning_rate
+    muon = ("optimizer.name", "muon")
+    assert (rate(), rate(muon), rate(muon, ("optimizer.learning_rate", "0.1"))) == (6e-4, 0.02, 0.1)
 
 
 def test_a_run_that_goes_on_keeps_what_is_left_open_as_it_was(tmp_path):
@@ -413,7 +412,7 @@ def test_a_difference_is_named_with_its_class_and_both_values():
     differences = resume.resume_conflicts(RUN, new)
     assert differences == {
         "log.logging_steps": (10, 3, "free"),
-        "optimizer.learning_rate": (6e-4, 1e-3, "forced"),
+        "optimizer.learning_rate": (None, 1e-3, "forced"),
         "model.n_layer": (12, 3, "refused"),
     }
     assert str(differences["model.n_layer"]) == "was 12, now 3"

@@ -47,7 +47,7 @@ def test_polar_factors_keep_the_directions_and_bring_the_singular_values_to_one(
     np.testing.assert_allclose(
         within, diagonal[..., None] * np.eye(within.shape[1]), atol={"float32": 0.02, "bfloat16": 0.1}[dtype]
     )
-    assert np.all(abs(diagonal[values > 1e-2 * values.max()] - 1) < 0.15)
+    assert np.all(abs(diagonal[values > 1e-2 * values.max()] - 1) < 0.2)
 
 
 def test_a_matrix_of_zeros_stays_at_zero():

@@ -34,7 +34,7 @@ def arguments(config: Config) -> Arguments:
     """The `Arguments` that `config` sets."""
     optimizer = config.optimizer
     named = {name: getattr(optimizer, name) for name in Arguments._fields if hasattr(optimizer, name)}
-    named |= {"learning_rate": config.learning_rate, "warmup_steps": config.warmup_steps}
+    named |= {"learning_rate": optimizer.peak_learning_rate, "warmup_steps": config.warmup_steps}
     return Arguments(**named, dropout=config.model.dropout, seed=config.train.seed)
 
 
@@ -81,7 +81,7 @@ def build_optimizer(
         matrices = unless_bad(muon.scale_by_muon(options.adam_mu_dtype, config.model.dtype, share))
         direction = optax.partition({True: matrices, False: direction}, muon.matrix_mask)
         decay = cautious_decay(given.weight_decay)
-    return optax.chain(clip, direction, decay, unless_bad(optax.scale_by_learning_rate(rate)))
+    return optax.chain(clip, optax.chain(direction, decay, unless_bad(optax.scale_by_learning_rate(rate))))
 
 
 def cautious_decay(weight_decay: float | jax.Array) -> optax.GradientTransformation:

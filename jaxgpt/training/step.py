@@ -381,7 +381,7 @@ def resolve_steps(config: Config, windows: int) -> Config:
     return with_settings(
         config,
         tokenizer_vocab_size=config.tokenizer.entries,
-        optimizer_learning_rate=config.learning_rate,
+        optimizer_learning_rate=config.optimizer.peak_learning_rate,
         optimizer_warmup_steps=config.warmup_steps,
         eval_eval_steps=config.eval_steps,
         checkpoint_save_steps=config.save_steps,

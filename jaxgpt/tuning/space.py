@@ -120,7 +120,7 @@ def read_space(words: Sequence[str], base: Config) -> tuple[Variable, ...]:
         UserError: an unknown setting, one that cannot be varied, or values that are no list and no range.
     """
     if not words:
-        rate = base.learning_rate
+        rate = base.optimizer.peak_learning_rate
         values = tuple((repr(float(f"{rate * 2.0**power:.4g}")),) for power in range(-3, 4))
         text = ",".join(value for (value,) in values)
         return (Variable(("optimizer.learning_rate",), text, values, is_log=True),)
