@@ -47,6 +47,7 @@ PEER = "weight_decay=0.1 beta1=0.9 beta2=0.99 grad_clip=1.0"  # beta2 as in nano
 RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 Side = tuple[str, str, dict[str, Any]]  # ours or nanogpt, a label, settings
 WARMUP = 100  # steps, at most a tenth of the run; nanoGPT's config for characters. --ours may have another one
+ROWS = "train.per_device_train_batch_size"  # with --ours, as many tokens in more or fewer steps
 TOO_HIGH = "a learning rate that is too high"  # in the message of a run that a bad step has ended
 
 
@@ -64,9 +65,9 @@ class Workload(NamedTuple):
     data: str
     device: str = "cpu"
 
-    def steps(self, share: float, points: int) -> int:
+    def steps(self, share: float, points: int, rows: int) -> int:
         """Steps of a run with a share of the tokens: a multiple of `points`, each of which ends with an evaluation."""
-        return points * max(1, round(share * self.tokens / (self.rows * self.positions * points)))
+        return points * max(1, round(share * self.tokens / (rows * self.positions * points)))
 
 
 CHARACTERS = "data.source=text data.validation_fraction=0.1 tokenizer.type=char"
@@ -246,29 +247,30 @@ class Comparison:
             )
         if time.monotonic() > self.until:
             return print(f"not run, {self.given.minutes:g} minutes are over: {run}")
-        steps, row = self.workload.steps(share, self.given.points), self.workload.rows * self.workload.positions
+        rows = int(settings.get(ROWS, self.workload.rows))
+        steps, tokens = self.workload.steps(share, self.given.points, rows), rows * self.workload.positions
         scratch, load = self.file.parent.absolute() / f"run-{os.getpid()}", os.getloadavg()[0]
         if side == "ours":
-            command = ours_command("train", self.workload.config, self.ours(steps, rate, seed) | settings)
+            command = ours_command("train", self.workload.config, self.ours(steps, rows, rate, seed) | settings)
             found = train_ours(command, self.environment, scratch)
         else:
             environment = self.environment | {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
             keys = self.nanogpt(steps, rate) | {"dataset": self.bins, "out_dir": scratch}
             found = train_nanogpt(Path(self.given.nanogpt).absolute(), keys, seed, environment)
         shutil.rmtree(scratch, ignore_errors=True)
-        found["curve"] = [[step * row, loss] for step, loss in found["curve"]]
+        found["curve"] = [[step * tokens, loss] for step, loss in found["curve"]]
         found |= {"loss": found["curve"][-1][1] if found["curve"] else None, "load": load}
         print(run, {name: found.get(name) for name in ("loss", "training", "command", "load")}, flush=True)
         about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
         with self.file.open("a") as file:
-            line = {"case": self.case, "run": run, "steps": steps, "tokens": steps * row} | found | about
+            line = {"case": self.case, "run": run, "steps": steps, "tokens": steps * tokens} | found | about
             file.write(json.dumps(line) + "\n")
 
-    def ours(self, steps: int, rate: float, seed: int) -> dict[str, Any]:
-        rows, points = self.workload.rows, self.given.points
+    def ours(self, steps: int, rows: int, rate: float, seed: int) -> dict[str, Any]:
+        points = self.given.points
         return self.common | parse(
             f"optimizer.learning_rate={rate} optimizer.warmup_steps={min(WARMUP, steps // 10)} train.seed={seed} "
-            f"train.max_steps={steps} train.per_device_train_batch_size={rows} train.global_batch_size={rows} "
+            f"train.max_steps={steps} {ROWS}={rows} train.global_batch_size={rows} "
             f"eval.eval_steps={steps // points} eval.eval_batches=none eval.sample_tokens=0 "
             f"checkpoint.save_steps={steps} log.tensorboard=false"
         )

@@ -221,7 +221,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay on matrices and embeddings; biases and LayerNorms are never decayed."""
     adam_beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; under muon, of the matrices' momentum too."""
     adam_beta2: Fraction = 0.95
     """Decay of the second moment."""
     adam_mu_dtype: Literal["float32", "bfloat16"] = "float32"

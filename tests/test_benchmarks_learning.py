@@ -56,7 +56,7 @@ def test_settings_of_ours_have_a_label(text, label, settings):
 
 @pytest.mark.parametrize("share, points, steps", [(1, 4, 2000), (0.25, 4, 500), (0.25, 3, 501), (1e-9, 4, 4)])
 def test_the_last_step_of_a_run_is_evaluated(share, points, steps):
-    assert learning.WORKLOADS["char"].steps(share, points) == steps
+    assert learning.WORKLOADS["char"].steps(share, points, 12) == steps
 
 
 def test_seconds_of_ours_have_no_evaluation_in_them(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def test_a_matrix_of_zeros_stays_at_zero():
 
 
 def updates(grads, steps=1, share=alone):
-    rule = muon.scale_by_muon("float32", "float32", share)
+    rule = muon.scale_by_muon(0.9, "float32", "float32", share)
     kernels = jax.tree.map(lambda x, yes: x if yes else None, grads, muon.matrix_mask(grads))
     state, update = rule.init(kernels), jax.jit(rule.update)
     for _ in range(steps):

@@ -44,7 +44,6 @@ QUINTICS = tuple(
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
 )
-MOMENTUM = 0.95
 NEURON_DECAY = 0.95  # of the running mean square of each output (NorMuon)
 LEAST_NORM = 1e-7  # keeps a gradient of zeros at zero
 
@@ -61,10 +60,10 @@ class MuonState(NamedTuple):
     """Running mean squares (M, 1, O) of the outputs of each stack of matrices, in the order of the parameters."""
 
 
-def scale_by_muon(mu_dtype: str, dtype: str, share: Share) -> optax.GradientTransformation:
+def scale_by_muon(momentum: float | jax.Array, mu_dtype: str, dtype: str, share: Share) -> optax.GradientTransformation:
     """Updates of the kernels in `MATRICES`, of the size that the module's docstring says, for a rate of 1.
 
-    Momentum is kept in `mu_dtype`, the products are computed in `dtype` and shared out by `share`.
+    `momentum` is mu; M is kept in `mu_dtype`, the products are computed in `dtype` and shared out by `share`.
     """
 
     def init(params: dict) -> MuonState:
@@ -74,8 +73,8 @@ def scale_by_muon(mu_dtype: str, dtype: str, share: Share) -> optax.GradientTran
 
     def update(grads: dict, state: MuonState, params: dict | None = None) -> tuple[dict, MuonState]:
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(grads, state.mu, MOMENTUM, 1)
-        ahead = optax.tree.update_moment(grads, mu, MOMENTUM, 1)
+        mu = optax.tree.update_moment(grads, state.mu, momentum, 1)
+        ahead = optax.tree.update_moment(grads, mu, momentum, 1)
         leaves, tree = _leaves(ahead), jax.tree.structure(ahead)
         factors = polar_factors([_stack(path, x) for path, x in leaves], dtype, share)
         correction = 1 - NEURON_DECAY ** count.astype(jnp.float32)
