@@ -209,7 +209,7 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the updates of the weight matrices and leaves the rest to AdamW."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate; none: 6e-4 for adamw, 0.02 for muon."""
+    """Peak learning rate; none: 6e-4 for adamw, 0.015 for muon."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt | None = None
@@ -233,7 +233,7 @@ class OptimizerConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or {"adamw": 6e-4, "muon": 0.02}[self.name]
+        return self.learning_rate or {"adamw": 6e-4, "muon": 0.015}[self.name]
 
 
 @section(frozen=True, kw_only=True)

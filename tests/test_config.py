@@ -228,7 +228,7 @@ def test_a_warm_up_longer_than_the_epochs_is_told_with_what_the_user_set():
 def test_each_optimizer_has_a_learning_rate_of_its_own():
     rate = lambda *given: load_config(None, dict(given)).optimizer.peak_learning_rate
     muon = ("optimizer.name", "muon")
-    assert (rate(), rate(muon), rate(muon, ("optimizer.learning_rate", "0.1"))) == (6e-4, 0.02, 0.1)
+    assert (rate(), rate(muon), rate(muon, ("optimizer.learning_rate", "0.1"))) == (6e-4, 0.015, 0.1)
 
 
 def test_a_run_that_goes_on_keeps_what_is_left_open_as_it_was(tmp_path):
