@@ -57,7 +57,7 @@ def test_a_matrix_of_zeros_stays_at_zero():
 
 def updates(grads, steps=1, share=alone):
     rule = muon.scale_by_muon(0.9, "float32", "float32", share)
-    kernels = jax.tree.map(lambda x, yes: x if yes else None, grads, muon.matrix_mask(grads))
+    kernels = jax.tree.map(lambda x, rule: x if rule == "muon" else None, grads, muon.rules(grads))
     state, update = rule.init(kernels), jax.jit(rule.update)
     for _ in range(steps):
         found, state = update(kernels, state)

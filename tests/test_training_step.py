@@ -101,8 +101,8 @@ def test_the_loss_falls(config):
 def test_muon_changes_the_matrices_and_shards_like_one_device():
     one, eight = train(MUON), train(MUON, MeshConfig(data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(losses(eight[1]), losses(one[1]), atol=1e-5)
-    mask = muon.matrix_mask(one[0].params)
-    assert mask["blocks"]["attn"]["c_attn"]["kernel"] and not (mask["wte"] or mask["ln_f"]["scale"])
+    rules = muon.rules(one[0].params)
+    assert rules["blocks"]["attn"]["c_attn"]["kernel"] == "muon" and rules["wte"] == rules["ln_f"]["scale"] == "adam"
 
 
 def test_the_first_moment_can_be_kept_in_bfloat16(one_device):

@@ -119,10 +119,10 @@ def _polar(x_MIO: jax.Array, dtype: str) -> jax.Array:
     return x_MIO.astype(jnp.float32)
 
 
-def matrix_mask(params: dict) -> dict:
-    """True for the arrays that Muon updates."""
-    is_matrix = lambda names: names[-1] == "kernel" and names[-3:-1] in MATRICES
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(key_path(path)), params)
+def rules(params: dict) -> dict:
+    """Which rule updates each array: "muon" or "adam"."""
+    rule = lambda names: "muon" if names[-1] == "kernel" and names[-3:-1] in MATRICES else "adam"
+    return jax.tree_util.tree_map_with_path(lambda path, _: rule(key_path(path)), params)
 
 
 def _leaves(tree: dict) -> list[tuple[jax.tree_util.KeyPath, jax.Array]]:
