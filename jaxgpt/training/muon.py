@@ -9,7 +9,7 @@ One update of a matrix W with gradient G, momentum M and rate r:
     W <- W - r sqrt(outputs / inputs) O
 
 The factor makes the change of a layer's output as large as its rate says, whatever its width (Bernstein & Newhouse
-2024, "Modular duality in deep learning"), so that a rate found with a small model serves a large one.
+2024, "Modular duality in deep learning"), so that a rate found with a small model may serve a large one.
 """
 
 import itertools
