@@ -60,7 +60,7 @@ def updates(grads, steps=1, share=alone):
     kernels = jax.tree.map(lambda x, rule: x if rule == "muon" else None, grads, muon.rules(grads))
     state, update = rule.init(kernels), jax.jit(rule.update)
     for _ in range(steps):
-        found, state = update(kernels, state)
+        found, state = update(kernels, state, bad=jnp.zeros((), bool))
     return found
 
 

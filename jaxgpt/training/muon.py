@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt.parallel.sharding import key_path
+from jaxgpt.training import bad_steps
 
 # Which axes of a stacked kernel are the matrix: (inputs, outputs). The other axes (layers; query, key and value) count
 # the matrices.
@@ -60,10 +61,13 @@ class MuonState(NamedTuple):
     """Running mean squares (M, 1, O) of the outputs of each stack of matrices, in the order of the parameters."""
 
 
-def scale_by_muon(momentum: float | jax.Array, mu_dtype: str, dtype: str, share: Share) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: float | jax.Array, mu_dtype: str, dtype: str, share: Share
+) -> optax.GradientTransformationExtraArgs:
     """Updates of the kernels in `MATRICES`, of the size that the module's docstring says, for a rate of 1.
 
-    `momentum` is mu; M is kept in `mu_dtype`, the products are computed in `dtype` and shared out by `share`.
+    `momentum` is mu; M is kept in `mu_dtype`, the products are computed in `dtype` and shared out by `share`. The state
+    is selected where it is computed, as in `optimizer.adam_unless_bad`.
     """
 
     def init(params: dict) -> MuonState:
@@ -71,9 +75,9 @@ def scale_by_muon(momentum: float | jax.Array, mu_dtype: str, dtype: str, share:
         nu = tuple(jnp.zeros((stack.shape[0], 1, stack.shape[2])) for stack in stacks)
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype), nu)
 
-    def update(grads: dict, state: MuonState, params: dict | None = None) -> tuple[dict, MuonState]:
-        count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(grads, state.mu, momentum, 1)
+    def update(grads: dict, state: MuonState, params: dict | None = None, *, bad: jax.Array) -> tuple[dict, MuonState]:
+        count = bad_steps.unless(bad, optax.safe_increment(state.count), state.count)
+        mu = bad_steps.unless(bad, optax.tree.update_moment(grads, state.mu, momentum, 1), state.mu)
         ahead = optax.tree.update_moment(grads, mu, momentum, 1)
         leaves, tree = _leaves(ahead), jax.tree.structure(ahead)
         factors = polar_factors([_stack(path, x) for path, x in leaves], dtype, share)
@@ -81,11 +85,12 @@ def scale_by_muon(momentum: float | jax.Array, mu_dtype: str, dtype: str, share:
         updates, nu = [], []
         for (path, x), factor, old in zip(leaves, factors, state.nu, strict=True):
             new = NEURON_DECAY * old + (1 - NEURON_DECAY) * jnp.mean(factor**2, axis=1, keepdims=True)
+            new = bad_steps.unless(bad, new, old)
             nu.append(new)
             updates.append(_unstack(path, _evened(factor, new / correction), x.shape))
         return jax.tree.unflatten(tree, updates), MuonState(count, optax.tree.cast(mu, mu_dtype), tuple(nu))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _evened(factor_MIO: jax.Array, mean_square_M1O: jax.Array) -> jax.Array:

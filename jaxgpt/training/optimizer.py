@@ -78,7 +78,7 @@ def build_optimizer(
     direction = adam_unless_bad(given.adam_beta1, given.adam_beta2, given.adam_epsilon, options.adam_mu_dtype)
     decay = optax.add_decayed_weights(given.weight_decay, decay_mask)  # with the two around it: optax.adamw
     if options.name == "muon":
-        matrices = unless_bad(muon.scale_by_muon(given.adam_beta1, options.adam_mu_dtype, config.model.dtype, share))
+        matrices = muon.scale_by_muon(given.adam_beta1, options.adam_mu_dtype, config.model.dtype, share)
         direction = optax.partition({"muon": matrices, "adam": direction}, muon.rules)
         decay = cautious_decay(given.weight_decay)
     return optax.chain(clip, optax.chain(direction, decay, unless_bad(optax.scale_by_learning_rate(rate))))
