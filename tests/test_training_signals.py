@@ -367,7 +367,9 @@ def stop_at_random_instants(folder: Path, workdir: Path, signals: int, processes
                 process.send_signal(signal.SIGTERM)
         ended = [finish(process, 20) for process in running]
         took.append(time.monotonic() - at)
-        assert [code for code, _ in ended] == [42] * processes, f"{sent}, at step {step}: {ended}"
+        # After the last export there is nothing left to stop: whoever hears it then ends as it would have.
+        is_done = (workdir / "hf" / "model.safetensors").exists() and step == 20
+        assert {code for code, _ in ended} <= ({0, 42} if is_done else {42}), f"{sent}, at step {step}: {ended}"
         kept, done = max(finished_steps(workdir), default=0), last_step(workdir)
         assert step <= done <= kept, f"step {done} was done, {kept} is kept: {ended}"
         sent += 1
