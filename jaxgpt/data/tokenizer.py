@@ -289,10 +289,14 @@ def library_errors(what: str) -> Iterator[None]:
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
     """A byte-level BPE like GPT-2's, trained on `texts`: the end-of-text token, the 256 bytes, merges.
 
-    The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` entries, as a pair must
-    occur twice to be merged.
+    Unlike GPT-2's it never joins digits, so that a number is read digit by digit: what a small model learns of 47 then
+    holds for 48 (docs/data.md has figures). The same texts give the same tokenizer. A small corpus may give fewer than
+    `vocab_size` entries, as a pair must occur twice to be merged.
     """
-    backend = _byte_level(models.BPE())
+    backend = tokenizers.Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -351,13 +355,6 @@ def spread(texts: Iterable[str], max_bytes: int, size: int) -> list[str]:
     return [piece for piece, _ in kept]
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
 def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
     """The alphabet of a tokenizer made by `char_tokenizer`; None for any other."""
     if content["model"].get("type") != "WordLevel":
@@ -367,8 +364,10 @@ def _characters(content: dict, end_of_text: str) -> frozenset[str] | None:
 
 
 def _is_gpt2_like(content: dict) -> bool:
-    """Whether text is split by GPT-2's pattern and not changed before."""
+    """Whether text is split by GPT-2's pattern, perhaps after its digits, and not changed before."""
     splitter = content.get("pre_tokenizer") or {}
+    if splitter.get("type") == "Sequence" and len(parts := splitter["pretokenizers"]) == 2:
+        splitter = parts[1] if parts[0] == {"type": "Digits", "individual_digits": True} else splitter
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return gpt2.items() <= splitter.items() and content.get("normalizer") is None
 
