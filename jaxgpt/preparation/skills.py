@@ -276,9 +276,13 @@ def _comparison(draw: Draw, texts: Mapping[str, Any]) -> Made:
     a, b = _pair(draw)
     b = a - a % 10 + draw.one(range(10)) if draw.chance(0.3) else b  # some are alike
     b += a == b
-    pairs = _columns(a, b)
-    differs = next(place for place, (x, y) in enumerate(pairs) if x != y)
-    steps = [f"{x}{'<' if x < y else '>' if x > y else '='}{y}" for x, y in pairs[: differs + 1]]
+    sign = lambda x, y: f"{x}{'<' if x < y else '>' if x > y else '='}{y}"
+    if (lengths := (len(str(a)), len(str(b))))[0] != lengths[1]:
+        steps = [sign(*lengths) + texts["digits"][0]]
+    else:
+        pairs = _columns(a, b)
+        differs = next(place for place, (x, y) in enumerate(pairs) if x != y)
+        steps = [sign(x, y) for x, y in pairs[: differs + 1]]
     low, high = sorted((a, b))
     verdict = texts["yes" if a > b else "no"][0]
     return _made(texts, "comparison", low, high, steps=steps, a=a, b=b, small=low, large=high, verdict=verdict)
@@ -310,21 +314,23 @@ def _numbers(draw: Draw, texts: Mapping[str, Any]) -> Made:
 
 
 def _letters(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    """An English word, or a made-up one: of those there are too many to be learned by heart."""
-    word = draw.one(_texts()["english"]["words"])
-    if draw.chance(0.6):
+    """An English word, whose letters are known by heart, or a made-up one: of those there are too many for that."""
+    word, is_made_up = draw.one(_texts()["english"]["words"]), draw.chance(0.6)
+    if is_made_up:
         syllables = [draw.one("bcdfghjklmnprstvwz") + draw.one("aeiou") for _ in range(draw.one((2, 2, 3)))]
         word = "".join(syllables) + draw.one(("", "n", "s", "r"))
     steps = [f"{letter} {count}" for count, letter in enumerate(word, 1)]
     spelled, mirrored = "-".join(word), "-".join(word[::-1])
-    return _made(texts, "word", word, steps=steps, result=len(word), word=word, spelled=spelled, mirrored=mirrored)
+    key = ("word", word) if is_made_up else ()
+    return _made(texts, *key, steps=steps, result=len(word), word=word, spelled=spelled, mirrored=mirrored)
 
 
 def _letter(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    word = _letters(draw, texts)[1]["word"]
+    key, values = _letters(draw, texts)
+    word = values["word"]
     one = draw.one(word) if draw.chance(0.8) else draw.one(string.ascii_lowercase)
     steps = [f"{letter} {word[: place + 1].count(one)}" for place, letter in enumerate(word)]
-    return _made(texts, "word", word, steps=steps, result=word.count(one), word=word, one=one)
+    return _made(texts, *key, steps=steps, result=word.count(one), word=word, one=one)
 
 
 def _words(draw: Draw, texts: Mapping[str, Any]) -> Made:

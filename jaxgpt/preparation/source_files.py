@@ -70,7 +70,7 @@ def source_files(part: SourceConfig, bad: BadRecords | None = None) -> list[tupl
     for file in _walk(root, stdlib, unread):
         suffix = Path(_plain_name(file.name)).suffix or file.suffix
         kind = "hidden" if file.name.startswith(".") else suffix or "without a suffix"
-        if _left_out(file.name, stdlib) or not _is_of(file.name, part.source):
+        if _left_out(file.name, stdlib) or not is_read_by(file.name, part.source):
             unread[kind].append(file)
         elif not file.is_file():
             unread["not files" if file.exists() else "dangling links"].append(file)
@@ -121,7 +121,8 @@ def source_root(part: SourceConfig) -> Path:
     return Path(part.path)
 
 
-def _is_of(name: str, source: str) -> bool:
+def is_read_by(name: str, source: str) -> bool:
+    """Whether the source reads a file of this name."""
     name = _plain_name(name) if source in COMPRESSED else name.lower()
     if source == "sgd":  # schema.json lies beside the dialogues
         return name.startswith("dialogues") and name.endswith(SUFFIXES[source])

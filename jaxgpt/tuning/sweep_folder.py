@@ -4,7 +4,6 @@ A line is on disk before the next trial begins, so that a sweep which is killed 
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from jaxgpt.config import Config, flatten, load_config, read_json, to_json
 from jaxgpt.errors import UserError
 from jaxgpt.storage.files import append_json, fsync, write_file
+from jaxgpt.tuning.config_file import to_toml
 from jaxgpt.tuning.space import Point, Space
 
 TRIALS, ASKED, CONFIG, BEST, REPORT = "trials.jsonl", "sweep.json", "config.json", "best.toml", "report.html"
@@ -148,24 +148,7 @@ def write_best(folder: Path, space: Space, record: TrialRecord) -> Path:
     before = flatten(load_config(space.file))
     changed = {key: value for key, value in flatten(space.config(record.settings)).items() if before[key] != value}
     base = Path(os.path.relpath(Path(space.file).resolve(), folder.resolve())).as_posix()
-    lines = [
-        f"# The best of a sweep: trial {record.number}, validation loss {record.eval_loss:.4f} nats per token at step "
-        f"{record.step:,}.",
-        f"#   {train_command(file)}",
-        f"base = {json.dumps(base, ensure_ascii=False)}",
-    ]
-    for section, group in itertools.groupby(changed, lambda key: key.split(".")[0]):
-        lines += ["", f"[{section}]", *(f"{key.split('.')[1]} = {_toml(changed[key])}" for key in group)]
-    write_file(file, "\n".join(lines) + "\n")
+    loss = f"validation loss {record.eval_loss:.4f} nats per token at step {record.step:,}."
+    header = [f"The best of a sweep: trial {record.number}, {loss}", f"  {train_command(file)}"]
+    write_file(file, to_toml(changed, header, base))
     return file
-
-
-def _toml(value: object) -> str:
-    """A setting's value in TOML; none is a word there, as on the command line."""
-    if value is None:
-        return '"none"'
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and truth values are JSON's

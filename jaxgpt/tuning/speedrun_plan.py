@@ -1,0 +1,164 @@
+"""What a speedrun trains: the size, the tokens and the settings of its two runs, from the time there is.
+
+Of the sizes in SIZES the one with the lowest predicted loss is taken, given how many tokens each can read in the time.
+What a run costs besides its steps (the start, compiling, evaluating, saving) is taken off first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxgpt.config import Config
+from jaxgpt.settings import ModelConfig
+from jaxgpt.tuning.loss_law import LossGuess, builtin_law
+from jaxgpt.tuning.scaling import without_embeddings
+from jaxgpt.tuning.speed_probe import StepTime, flops_of_step, seconds_of
+
+SIZES = (
+    (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 320), (6, 384), (8, 512), (12, 768), (24, 1024), (36, 1280),
+)  # fmt: skip
+"""(layers, width) of the models that it chooses from, each two to three times as large as the one before."""
+CHAT_SHARE = 0.65  # of the training time: a small model needs more of it to answer than to continue texts
+TEXT_SHARE = 0.1  # of the text in the chat data, so that the model does not forget its pretraining
+RESERVE = 0.04  # of all the time, for what goes slower than it was measured
+OTHER_SECONDS = 25.0  # of a run besides its steps and compiling: imports, samples, checkpoints, the report, hf/
+CHAT_BYTES_PER_TOKEN = 3.7  # of the skills' JSON, with a vocabulary of 2,048
+TEXT_BYTES_PER_TOKEN = 2.6  # of the built-in text
+MOST_BYTES = 60_000_000  # of made-up conversations, and of text of which only so much can be read twice
+_TOKENS_PER_PARAMETER = 20  # beyond the measured law: Hoffmann et al. 2022, table 3
+
+
+class Length(NamedTuple):
+    """The batch and the steps of a run."""
+
+    rows: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedrunPlan:
+    """What a speedrun trains. It is written down before the first step, and not changed by what comes after."""
+
+    n_layer: int
+    n_embd: int
+    pretrain: Length
+    chat: Length
+    prediction: LossGuess | None
+    """The loss of pretraining, for built-in text of a size that the law was measured for."""
+    seconds: float
+    """The time that both runs are expected to take."""
+
+    def to_json(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        return found | {
+            name: value._asdict() for name in ("pretrain", "chat", "prediction") if (value := getattr(self, name))
+        }
+
+    @classmethod
+    def from_json(cls, read: Mapping[str, Any]) -> "SpeedrunPlan":
+        guess = LossGuess(**read["prediction"]) if read["prediction"] else None
+        lengths = {name: Length(**read[name]) for name in ("pretrain", "chat")}
+        return cls(**{**read, **lengths, "prediction": guess})
+
+
+class Frame(NamedTuple):
+    """What models of all sizes have in common on a machine."""
+
+    n_positions: int
+    vocab_size: int
+    devices: int
+    is_cpu: bool
+
+    def model(self, n_layer: int, n_embd: int) -> ModelConfig:
+        return ModelConfig(
+            n_layer=n_layer,
+            n_head=n_embd // (32 if n_embd <= 384 else 64),
+            n_embd=n_embd,
+            n_positions=self.n_positions,
+            dtype="float32" if self.is_cpu else "bfloat16",  # XLA's CPU matmuls are slower in bfloat16
+        )
+
+    def rows(self, tokens: float) -> int:
+        """Sequences of a step, a multiple of the devices: 2,048 tokens in runs of up to 4 M tokens, and more with the
+        square root of theirs. Larger batches leave a short run too few steps; in a long one they cost nothing."""
+        wanted = 2048 * 2 ** max(0, round(math.log2(max(tokens, 1) / 4e6) / 2)) / self.n_positions
+        return self.devices * max(1, round(wanted / self.devices))
+
+    def length(self, tokens: float) -> Length:
+        rows = self.rows(tokens)
+        return Length(rows, max(20, round(tokens / (rows * self.n_positions))))
+
+    def token_rate(self, n_layer: int, n_embd: int, measured: Sequence[StepTime]) -> float:
+        """Tokens a second of training with a model of this size, by the steps that were measured."""
+        config, rows = Config(model=self.model(n_layer, n_embd)), 8 * self.devices
+        return rows * self.n_positions / seconds_of(flops_of_step(config, self.vocab_size, rows), list(measured))
+
+
+class Candidate(NamedTuple):
+    """A size, and what it can reach in the time."""
+
+    n_layer: int
+    n_embd: int
+    tokens: float
+    loss: float
+
+
+def frame_for(minutes: float, devices: int, is_cpu: bool) -> Frame:
+    """Short rows and a small vocabulary where the time is short."""
+    if not is_cpu:
+        return Frame(1024, 16384, devices, is_cpu)
+    return Frame(256, 2048 if minutes <= 45 else 4096, devices, is_cpu)
+
+
+def candidates(seconds: float, measured: Sequence[StepTime], frame: Frame) -> list[Candidate]:
+    """What each size can reach in `seconds` of steps of both runs, the best first."""
+    law, found = builtin_law(), []
+    for size in SIZES:
+        tokens = (1 - CHAT_SHARE) * seconds * frame.token_rate(*size, measured)
+        parameters = without_embeddings(frame.model(*size))
+        guess = law.predict(parameters, tokens)
+        if guess is not None:
+            loss = guess.loss
+        elif tokens >= _TOKENS_PER_PARAMETER * parameters:
+            loss = 1 / parameters  # beyond what was measured: the largest model with enough tokens for each parameter
+        else:
+            loss = 1 + parameters / tokens
+        found.append(Candidate(*size, tokens, loss))
+    return sorted(found, key=lambda each: each.loss)
+
+
+def settings_of(
+    plan: SpeedrunPlan, stage: str, data: Mapping[str, Any], folder: str, seed: int, frame: Frame
+) -> dict[str, Any]:
+    """{"model.n_layer": 4, ...}: the config of the run `stage` ("pretrain" or "chat") in `folder`.
+
+    `data` has the settings of [data] that the texts decide, {"source": ..., "path": ..., ...}.
+    """
+    model = frame.model(plan.n_layer, plan.n_embd)
+    length: Length = getattr(plan, stage)
+    every = max(1, length.steps // 5)
+    settings: dict[str, Any] = {
+        **{f"model.{name}": getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "dtype")},
+        **{f"data.{name}": value for name, value in data.items()},
+        "data.prepared_dir": f"{folder}/prepared",
+        "optimizer.name": "muon",
+        "optimizer.adam_beta2": 0.99,
+        "optimizer.lr_scheduler_type": "cosine",
+        "train.max_steps": length.steps,
+        "train.per_device_train_batch_size": length.rows // frame.devices if frame.is_cpu else "auto",
+        "train.global_batch_size": length.rows,
+        "train.seed": seed,
+        "eval.eval_steps": every,
+        "eval.eval_batches": 40,
+        "checkpoint.save_steps": every,
+        "log.logging_steps": max(1, length.steps // 40),
+    }
+    if stage == "pretrain":
+        return settings | {"data.validation_fraction": 0.03}
+    return settings | {
+        "tokenizer.vocab_size": frame.vocab_size,
+        "data.format": "chat",
+        "data.validation_fraction": 0.02,
+        "init.from_checkpoint": f"{folder}/pretrain@best",
+    }
