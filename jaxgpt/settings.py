@@ -115,7 +115,8 @@ class DataConfig:
     encoding: str = "utf-8"
     """Encoding of text, html and jsonl files, by Python's name: gb18030, big5, utf-16, cp1252."""
     format: Literal["text", "chat"] = "text"
-    """text: documents, every token is learned; chat: conversations, only their answers are learned."""
+    """text: documents, every token is learned; chat: conversations, only their answers are learned, and
+    beside them in a mixture sources of text, of which every token is."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
     """A record that cannot be used (broken JSON, a missing role, not UTF-8) ends the preparation, or is left out and
     counted in the report."""

@@ -13,6 +13,9 @@ knows no weights, and that the letters "<|im_end|>" in a user's text become the 
 sanitize_control_tokens = True). Here they stay text: a user must not be able to end their own turn and begin an
 assistant's.
 
+A document of plain text among conversations is one message, [{"role": "text", "content": TEXT}], TEXT as it is. Its
+tokens are end-of-text and those of TEXT, without any of a turn, and all of them are learned.
+
 A tokenizer from a Hugging Face folder may bring a template of its own, which is then used: an answer is what the
 template adds to the prompt for it, up to the token that ends it. Where that cannot be told, it is refused.
 """
@@ -31,18 +34,37 @@ from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.settings import ChatConfig
 
 COLOUR, BRACKETS = ("\033[32m", "\033[0m"), ("[[", "]]")
+_TEXT = '[{"role": "text", '  # how the canonical JSON of a document of text begins
 
 
 def to_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """The canonical JSON of messages."""
-    plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    strip = lambda message: message["content"] if message["role"] == "text" else message["content"].strip()
+    plain = [{"role": message["role"], "content": strip(message)} for message in messages]
     for message, short in zip(messages, plain):
         short |= {"weight": 0} if message["role"] == "assistant" and not _is_learned(message) else {}
     return json.dumps(plain, ensure_ascii=False)
 
 
+def from_plain(text: str) -> str:
+    """The canonical JSON of a document of plain text."""
+    return to_text([{"role": "text", "content": text}])
+
+
+def plain_of(text: str) -> str | None:
+    """The plain text that a canonical JSON holds; None for a conversation."""
+    return json.loads(text)[0]["content"] if text.startswith(_TEXT) else None
+
+
 def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Require at most one system message, at the start, an answer at the end, and no blank turn, else BadRecord."""
+    """Require at most one system message, at the start, an answer at the end, and no blank turn, else BadRecord.
+
+    A text stands alone.
+    """
+    if any(message["role"] == "text" for message in messages):
+        if len(messages) > 1:
+            raise BadRecord(where, "a text among turns; it stands alone")
+        return
     for number, message in enumerate(messages, 1):
         _check_content(message["content"], f"{where}, turn {number}")
     roles = [message["role"] for message in messages]
@@ -85,13 +107,15 @@ def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def with_system(messages: Sequence[Mapping[str, str]], system: str) -> list[Mapping[str, str]]:
-    """The messages, with `system` in front if they have no system message of their own."""
-    has_one = bool(messages) and messages[0]["role"] == "system"
+    """The messages, with `system` in front if they have no system message of their own and are no text."""
+    has_one = bool(messages) and messages[0]["role"] in ("system", "text")
     return list(messages) if has_one or not system.strip() else [{"role": "system", "content": system}, *messages]
 
 
 def plain_texts(text: str, settings: ChatConfig) -> list[str]:
     """The texts of a canonical conversation that a tokenizer is trained on: one a turn, without special tokens."""
+    if (plain := plain_of(text)) is not None:
+        return [plain]
     messages = with_system(json.loads(text), settings.system)
     return [f"{message['role']}\n{message['content'].strip()}" for message in messages]
 
@@ -100,8 +124,10 @@ class Encoded(NamedTuple):
     """The tokens of a conversation or of a part of one."""
 
     tokens: np.ndarray  # int32 [n]
-    supervised: np.ndarray  # bool [n]: the token is learned: part of an answer, or the <|im_end|> after it
-    num_bytes: int  # UTF-8 bytes of the answers
+    supervised: (
+        np.ndarray
+    )  # bool [n]: the token is learned: part of an answer, or the <|im_end|> after it; of a text, all
+    num_bytes: int  # UTF-8 bytes of the answers, or of the text
 
 
 class ChatEncoder:
@@ -122,13 +148,16 @@ class ChatEncoder:
 
         Each part begins with the system message, if there is one, and a user turn (in the first part, what the
         assistant said before it), and ends with a whole answer. Nothing is lost; text before a cut is not visible
-        after it.
+        after it. A text is cut at any character, and each further part begins with the token that the one before ended
+        with: the first token of a part is no target, so every token of the text is one once.
 
         Raises:
             BadRecord: `check_messages` refuses it, or one question and its answer do not fit the block.
         """
         messages = with_system(json.loads(text), self._system)
         check_messages(messages, where)
+        if messages[0]["role"] == "text":
+            return self._text_parts(messages[0]["content"], where)
         if self._tokenizer.own_template is not None:
             return self._parts(messages, where)
         turns = [self._turn(message) for message in messages]
@@ -149,6 +178,24 @@ class ChatEncoder:
             size, begin = size + length, end
         columns = (zip(*part) for part in parts)
         return [Encoded(np.concatenate(ids), np.concatenate(learned), sum(sizes)) for ids, learned, sizes in columns]
+
+    def _text_parts(self, text: str, where: str) -> list[Encoded]:
+        found, at = self._tokenizer.encode_with_ends(text)
+        ids, ends = np.array([self._tokenizer.end_of_text, *found], np.int32), np.maximum.accumulate([0, *at])
+        if self._block_size < 2:
+            raise BadRecord(where, "longer than a block: a text needs two tokens, data.block_size = 1")
+        ends[-1] = len(text)
+        parts: list[Encoded] = []
+        begin = 0
+        while not parts or begin < len(ids) - 1:
+            end = last = min(begin + self._block_size, len(ids))
+            while end > begin + 1 and end < len(ids) and ends[end - 1] == ends[end]:
+                end -= 1  # the next token has a part of the same character
+            end = end if end > begin + 1 else last
+            size = len(text[ends[begin] : ends[end - 1]].encode())
+            parts.append(Encoded(ids[begin:end], np.ones(end - begin, bool), size))
+            begin = end - 1
+        return parts
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends in a user turn, followed by the start of an assistant turn."""

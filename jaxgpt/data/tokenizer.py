@@ -132,6 +132,18 @@ class Tokenizer:
         before = next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding.ids))
         return encoding.ids, before
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text of any length, and the character before which each of them ends."""
+        self._check_characters(text)
+        ids, ends, start = list[int](), list[int](), 0
+        for piece in self.pieces(text, _LONG):
+            with library_errors("the tokenizer cannot read this text"):
+                encoding = self.backend.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            ends += [start + end for _, end in encoding.offsets]
+            start += len(piece)
+        return ids, ends
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts as int32 arrays, encoded on all cores."""
         for text in texts:

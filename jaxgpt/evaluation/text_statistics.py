@@ -15,7 +15,7 @@ import numpy as np
 from jaxgpt.data.dataset import PackedRows, TokenDataset, TokenStream
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.answers import prompts_of
+from jaxgpt.inference.answers import asked_in
 from jaxgpt.inference.decoder import Decoder, generate
 from jaxgpt.inference.prompts import ChatPrompts
 from jaxgpt.inference.sampling import SamplingOptions
@@ -70,8 +70,9 @@ def validation_prompts(dataset: TokenDataset, tokenizer: Tokenizer, n_positions:
     validation = dataset.validation
     if isinstance(validation, PackedRows):
         assert tokenizer.end_of_turn is not None, "conversations are prepared with a chat's tokens"
-        tokens = prompts_of(validation, PROMPTS, longest)
-        real = _answers(validation, tokens, tokenizer.end_of_turn, new)
+        asked = asked_in(validation, PROMPTS, longest)
+        real = [_up_to(tokens[length : length + new], tokenizer.end_of_turn) for tokens, length in asked]
+        tokens = [tokens[:length] for tokens, length in asked]
         prompts = Prompts(tokens, "before answers of validation conversations", real)
     else:
         assert isinstance(validation, TokenStream)
@@ -95,16 +96,6 @@ def _beginnings(stream: TokenStream, end_of_text: int, length: int, new: int) ->
     whole = [tokens for tokens in whole if end_of_text not in tokens[1:length]]
     real = [_up_to(tokens[length:], end_of_text) for tokens in whole]
     return Prompts([tokens[:length] for tokens in whole], f"the first {length} tokens of validation texts", real)
-
-
-def _answers(rows: PackedRows, prompts: Sequence[list[int]], end_of_turn: int, new: int) -> list[Written]:
-    """The answer of the data to each prompt; `prompts_of` took the prompts evenly from the rows."""
-    steps = min(PROMPTS, rows.num_rows)
-    numbers = (step * rows.num_rows // steps for step in range(steps))
-    there = [tokens.tolist() for number in numbers for _, tokens, _ in rows.row(number).conversations()]
-    found = (next(tokens for tokens in there if tokens[: len(prompt)] == prompt) for prompt in prompts)
-    after = (tokens[len(prompt) : len(prompt) + new] for tokens, prompt in zip(found, prompts, strict=True))
-    return [_up_to(tokens, end_of_turn) for tokens in after]
 
 
 def _up_to(tokens: list[int], end: int) -> Written:

@@ -4,7 +4,8 @@ Both are functions of the parameters that return metrics: "sample", a text to lo
 "eval_stop_rate", the share of answers that end by themselves.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def continuing(config: Config, vocab_size: int, tokenizer: Tokenizer) -> Sampler
 def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation: PackedRows) -> Sampler | None:
     """A sampler that answers validation conversations by the likeliest tokens; None where none leaves room for it."""
     new = min(config.eval.sample_tokens, config.model.n_positions // 2)
-    prompts = prompts_of(validation, config.eval.chat_prompts, config.model.n_positions - new)
+    asked = asked_in(validation, config.eval.chat_prompts, config.model.n_positions - new)
+    prompts = [tokens[:length] for tokens, length in asked]
     if not prompts:
         return None
     ends = () if tokenizer.end_of_turn is None else (tokenizer.end_of_turn,)
@@ -74,29 +76,31 @@ def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation:
     return sample
 
 
-def prompts_of(rows: PackedRows, count: int, longest: int) -> list[list[int]]:
-    """The prompts of up to `count` conversations, taken evenly from the rows: all that comes before an answer.
+def asked_in(rows: PackedRows, count: int, longest: int) -> list[tuple[list[int], int]]:
+    """(tokens, how many of them are the prompt) of up to `count` conversations, taken evenly from the rows.
 
-    It is the last answer of the conversation whose prompt has at most `longest` tokens.
+    The prompt is all that comes before an answer: the last one whose prompt has at most `longest` tokens. Texts among
+    the conversations have none.
     """
     steps = max(min(count, rows.num_rows), 1)
-    numbers = [step * rows.num_rows // steps for step in range(steps)] if rows.num_rows else []
-    waiting = [_prompts(rows, number, longest) for number in numbers]
-    found: list[list[int]] = []
-    while waiting and len(found) < count:  # one of each row, then another one of each
-        for prompts in list(waiting):
-            prompt = next(prompts, None)
-            if prompt is None:
-                waiting.remove(prompts)
+    borders = [step * rows.num_rows // steps for step in range(steps + 1)]
+    waiting = [_asked(rows, range(*stretch), longest) for stretch in itertools.pairwise(borders)]
+    found: list[tuple[list[int], int]] = []
+    while waiting and len(found) < count:  # one of each stretch, then another one of each
+        for stretch in list(waiting):
+            one = next(stretch, None)
+            if one is None:
+                waiting.remove(stretch)
             elif len(found) < count:
-                found.append(prompt)
+                found.append(one)
     return found
 
 
-def _prompts(rows: PackedRows, number: int, longest: int) -> Iterator[list[int]]:
-    """The prompt of each conversation of a row that has one."""
-    for _, tokens, supervised in rows.row(number).conversations():
-        starts = 1 + np.flatnonzero(supervised[1:] & ~supervised[:-1])
-        starts = starts[starts <= longest]
-        if len(starts):
-            yield tokens[: starts[-1]].tolist()
+def _asked(rows: PackedRows, numbers: Iterable[int], longest: int) -> Iterator[tuple[list[int], int]]:
+    """Each conversation of the rows that has a prompt. A text has none: no token comes before what is learned."""
+    for number in numbers:
+        for _, tokens, supervised in rows.row(number).conversations():
+            starts = 1 + np.flatnonzero(supervised[1:] & ~supervised[:-1])
+            starts = starts[starts <= longest]
+            if len(starts):
+                yield tokens.tolist(), int(starts[-1])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import regex
 
-from jaxgpt.data.chat import to_text
+from jaxgpt.data.chat import from_plain, plain_of, to_text
 from jaxgpt.errors import UserError, how_to_install
 from jaxgpt.settings import CleaningConfig
 
@@ -59,8 +59,11 @@ class Cleaner:
             text = before + text
         return self._filtered(text, text, changed)
 
-    def chat(self, text: str) -> Cleaned:
+    def chat(self, text: str, continues: bool = False) -> Cleaned:
         """The cleaned canonical conversation: changes apply to each content, filters to all of them together."""
+        if (plain := plain_of(text)) is not None:
+            cleaned = self(plain, continues)
+            return cleaned if cleaned.text is None else cleaned._replace(text=from_plain(cleaned.text))
         messages = json.loads(text)
         changed: dict[str, None] = {}
         for message in messages:

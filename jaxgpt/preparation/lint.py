@@ -22,10 +22,11 @@ _LONGEST = 1500  # characters of an example
 
 
 class Example(NamedTuple):
-    """A conversation to show."""
+    """A conversation, or a text among them, to show."""
 
     document: int  # its number in the data, from 0
     pieces: list[tuple[str, bool]]  # (text, whether it is learned), one after another
+    is_text: bool = False
 
 
 @dataclasses.dataclass
@@ -38,6 +39,7 @@ class Lint:
     num_supervised: int = 0
     num_conversations: int = 0  # packed parts; a conversation that was cut gives several
     num_documents: int = 0
+    num_texts: int = 0  # documents of text among the conversations
     num_in_parts: int = 0  # documents with several parts: cut between two turns, or with changed copies
     empty_turns: int = 0
     duplicate_turns: int = 0  # they repeat an earlier one of the same conversation and role
@@ -60,20 +62,27 @@ def check(dataset: TokenDataset) -> Lint:
     numbers = np.unique(np.linspace(0, rows.num_rows - 1, min(rows.num_rows, MOST_ROWS)).astype(int)).tolist()
     lint = Lint(rows.num_rows, len(numbers), changed_text=round_trip_line(read(dataset.path)))
     shown = {numbers[len(numbers) * place // _EXAMPLES] for place in range(_EXAMPLES)} if numbers else set()
-    counts: collections.Counter[int] = collections.Counter()
+    counts, texts = collections.Counter[int](), set[int]()
     for number in numbers:
         for place, (document, tokens, supervised) in enumerate(rows.row(number).conversations()):
             last = supervised & ~np.append(supervised[1:], False)
-            if (tokens[last] != end).any():
+            is_text = bool(supervised[0])  # a conversation begins with a question
+            if not is_text and (tokens[last] != end).any():
                 raise UserError(
                     f"{dataset.path}: conversation {document + 1}: an answer does not end in "
                     f"{tokenizer.decode([end])}, so a model would not learn to stop; prepare again"
                 )
-            counts[document] += 1
-            _count(lint, tokens, supervised, start, tokenizer)
+            supervised[0] = False  # it follows no token, so it is no target
+            lint.num_tokens += len(tokens)
+            lint.num_supervised += int(supervised.sum())
+            if is_text:
+                texts.add(document)
+            else:
+                counts[document] += 1
+                _count(lint, tokens, supervised, start, tokenizer)
             if place == 0 and number in shown:
-                lint.examples.append(Example(document, pieces(tokens, supervised, tokenizer)))
-    lint.num_documents = len(counts)
+                lint.examples.append(Example(document, pieces(tokens, supervised, tokenizer), is_text))
+    lint.num_documents, lint.num_texts = len(counts), len(texts)
     lint.num_in_parts = sum(count > 1 for count in counts.values())
     return lint
 
@@ -84,10 +93,12 @@ def show(lint: Lint, colour: bool | None = None) -> str:
     how = "[[marked]]" if between == BRACKETS else "green"
     lines = [f"conversations as they are learned (what is learned is {how}):"]
     for example in lint.examples:
-        lines += [f"--- conversation {example.document + 1}", marked(example.pieces, between, _LONGEST)]
+        kind = "text" if example.is_text else "conversation"
+        lines += [f"--- {kind} {example.document + 1}", marked(example.pieces, between, _LONGEST)]
     share = lint.num_supervised / max(lint.num_tokens, 1)
     looked = "all" if lint.rows_read == lint.num_rows else f"{lint.rows_read:,} of {lint.num_rows:,}"
     parts = f"{lint.num_conversations:,} pieces of {lint.num_documents:,} conversations"
+    parts += f", {lint.num_texts:,} texts" if lint.num_texts else ""
     lines += [
         f"--- {looked} rows, {parts}, {lint.num_tokens:,} tokens",
         f"  learned tokens       {lint.num_supervised:,} ({share:.1%})",
@@ -103,8 +114,6 @@ def show(lint: Lint, colour: bool | None = None) -> str:
 
 
 def _count(lint: Lint, tokens: np.ndarray, supervised: np.ndarray, start: int | None, tokenizer: Tokenizer) -> None:
-    lint.num_tokens += len(tokens)
-    lint.num_supervised += int(supervised.sum())
     lint.num_conversations += 1
     lint.without_answer += not supervised.any()
     if start is None or tokenizer.own_template is not None:  # where turns begin, only our template says

@@ -183,7 +183,8 @@ def _decided(
     if file.exists():
         return read_json(file)
     is_chat = config.data.format == "chat"
-    plan = splitting.decide(work, stage, num_chunks, config.data.validation_fraction, config.cleaning, is_chat)
+    fraction, texts = config.data.validation_fraction, sources.text_parts(config.data)
+    plan = splitting.decide(work, stage, num_chunks, fraction, config.cleaning, is_chat, texts)
     if is_chat and np.count_nonzero(plan.codes) == 1:
         raise UserError(
             f"{sources.describe(config.data)}: one conversation is left of {len(plan.codes):,}, which cannot be both "
@@ -241,7 +242,8 @@ def _texts(work: WorkFolder, stage: str, plan: splitting.SplitPlan, config: Conf
         rows = read_rows(work.rows(stage, number), ("texts", "parts", "numbers", "wheres"))
         codes = plan.codes[begin:end].tolist()
         if config.data.format == "chat":
-            for _, _, _, text, _ in stages.conversations(rows, codes, source):
+            borders = [plan.borders.get(row, 0) for row in range(begin, end)]
+            for _, _, _, text, _, _ in stages.conversations(rows, codes, borders, source):
                 yield from chat.plain_texts(text, config.chat)
         else:
             yield from (text for text, code in zip(rows.texts, codes, strict=True) if code != splitting.DROPPED)

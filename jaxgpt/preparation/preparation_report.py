@@ -21,6 +21,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.chunks import WorkFolder, read_json, read_rows
 from jaxgpt.preparation.cleaning import STEPS as CLEANING_STEPS
 from jaxgpt.preparation.duplicates import STEPS as DUPLICATE_STEPS
+from jaxgpt.preparation.sources import text_parts
 from jaxgpt.preparation.splitting import SplitPlan
 from jaxgpt.preparation.stages import EXAMPLES, add_counts, shortened
 from jaxgpt.settings import sources_of
@@ -64,6 +65,11 @@ def collect(
     }
     if config.data.format == "chat":
         report["conversations"] = {name: sum(chunk[name] for chunk in tokens) for name in ("augmented", "cut")}
+        parts, texts = report["sources"], text_parts(config.data)
+        if texts:
+            of_text = sum(parts[number]["num_documents"] for number in texts)
+            of_all = sum(part["num_documents"] for part in parts)
+            report["kinds"] = {"texts": of_text, "conversations": of_all - of_text}
         report["forms"] = {
             kind: ", ".join(f"{name} ({count:,})" for name, count in counts.items())
             for kind, counts in facts.get("conversations", {}).items()
@@ -296,6 +302,8 @@ def as_text(final: Path, report: dict) -> str:
         lines.append(
             f"  changed copies {conversations['augmented']:,}, long ones that were cut {conversations['cut']:,}"
         )
+    if kinds := report.get("kinds"):
+        lines.append(f"  kinds      {_kinds_line(kinds)}")
     for split, count in report["splits"].items():
         documents, size, tokens = count["num_documents"], count["num_bytes"], count["num_tokens"]
         if "num_rows" in count:
@@ -325,6 +333,10 @@ def as_text(final: Path, report: dict) -> str:
     return "\n".join([*lines, f"  report     {final / FILES[0]}"])
 
 
+def _kinds_line(kinds: dict[str, int]) -> str:
+    return f"texts {kinds['texts']:,}, of which every token is learned; conversations {kinds['conversations']:,}"
+
+
 def _epochs_line(epochs: dict) -> str:
     rows = f"{epochs['rows']:,} rows of {epochs['block_size']:,} tokens an epoch"
     if "unknown" in epochs:
@@ -347,6 +359,7 @@ def write(folder: Path, report: dict) -> None:
         "text through the tokenizer and back": round_trip_line(report) or "unchanged",
         "host": report["host"]["line"] if "host" in report else "not measured: jaxgpt prepare measures it",
     } | {f"conversations {name}": f"{value:,}" for name, value in report.get("conversations", {}).items()}
+    facts |= {"documents": _kinds_line(report["kinds"])} if "kinds" in report else {}
     facts |= {f"warning {number}": line for number, line in enumerate(report["warnings"], 1)}
     facts |= report.get("forms", {})
     html = page.render(report=report, facts=list(facts.items()))

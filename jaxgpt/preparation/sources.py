@@ -17,6 +17,7 @@ from typing import cast
 
 from tqdm import tqdm
 
+from jaxgpt.data.chat import from_plain
 from jaxgpt.errors import BadRecord, UserError
 from jaxgpt.preparation import docstrings, skills, source_files
 from jaxgpt.preparation.catalogs import HUGGINGFACE, TFDS, catalog_content, catalog_facts, catalog_splits, tfds_on_disk
@@ -49,7 +50,8 @@ def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading 
     a validation split of a catalog comes first and gets the share `validation_fraction`; the last document is cut
     between two characters, and a last conversation that is too long is left out.
 
-    A mixture ends where a part of it is used up, because continuing would change the shares.
+    A mixture ends where a part of it is used up, because continuing would change the shares. In one of conversations, a
+    source of text gives documents of text in their canonical form (see chat.py), which may be cut as any text.
 
     Raises:
         UserError: the source is missing, empty or broken; names the file and the line or byte.
@@ -62,10 +64,11 @@ def documents(data: DataConfig, bad: BadRecords | None = None, reading: Reading 
     total = sum(part.weight for part in parts)
     readers = [_nonempty(data, number, bad, part.weight / total) for number, part in enumerate(parts)]
     source = readers[0] if len(parts) == 1 else _mixed(readers, [part.weight for part in parts], reading, data)
-    for document in _limited(source, data.max_bytes, data.format == "chat"):
+    for document in _limited(source, data.max_bytes):
         reading.num_documents[document.part] += not document.continues
         reading.num_bytes[document.part] += len(document.text.encode())
-        yield document
+        is_text = data.format == "chat" and not document.where
+        yield document._replace(text=from_plain(document.text)) if is_text else document
     if not any(reading.num_documents):
         raise UserError(f"{describe(data)}: no text in it; the corpus is empty{bad.described()}")
 
@@ -181,12 +184,18 @@ def check_format(data: DataConfig) -> None:
     """Raise `UserError` if the format, or the encoding, does not fit the source."""
     if not is_utf8(data.encoding) and not any(p.source in source_files.ENCODED for p in sources_of(data)):
         raise UserError(f"data.encoding = {data.encoding} is for {', '.join(source_files.ENCODED)}: leave it out")
-    for part in sources_of(data):
-        if data.format == "chat" and part.source in _TEXT_ONLY:
-            raise UserError(f'data.source = "{part.source}" holds no conversations: set data.format = "text"')
+    if len(text_parts(data)) == len(parts := sources_of(data)):
+        raise UserError(f'data.source = "{parts[0].source}" holds no conversations: set data.format = "text"')
+    for part in parts:
         if data.format == "text" and part.source in _CHAT_ONLY:
             raise UserError(f'data.source = "{part.source}" holds conversations: set data.format = "chat"')
     skills.weights(data.skills)
+
+
+def text_parts(data: DataConfig) -> frozenset[int]:
+    """The numbers of the sources that give plain text among conversations; none where all is text."""
+    is_chat = data.format == "chat"
+    return frozenset(n for n, part in enumerate(sources_of(data)) if is_chat and part.source in _TEXT_ONLY)
 
 
 def _nonempty(data: DataConfig, number: int, bad: BadRecords, share: float) -> Iterator[Document]:
@@ -211,7 +220,7 @@ def _documents(data: DataConfig, part: SourceConfig, bad: BadRecords, max_bytes:
     elif part.source.startswith((TFDS, HUGGINGFACE)):
         for split, records in catalog_splits(part, bad, part.text_field if data.format == "text" else None):
             share = max_bytes and max(1, int(max_bytes * data.validation_fraction)) if split == "validation" else None
-            yield from _limited(_texts(records, data, part, bad), share, data.format == "chat")
+            yield from _limited(_texts(records, data, part, bad), share)
     else:
         yield from _texts(_records(data, part, bad), data, part, bad)
 
@@ -274,24 +283,23 @@ def _mixed(
         ends[turn] = end_of(turn)
         if heads[turn] is None and end < last:
             reading.ended_by, last = turn, end
-    if data.format == "text":
-        for head, level, weight in zip(heads, levels, weights):
-            text = head.text.encode()[: round((last - level) * weight)].decode(errors="ignore") if head else ""
-            if head and text:  # cut between two characters
-                yield head._replace(text=text)
-    else:  # whole conversations only, but none of the parts is left out
-        yield from (head for head, level in zip(heads, levels) if head and not level)
+    for head, level, weight in zip(heads, levels, weights):
+        if head and head.where:
+            if not level:  # whole conversations only, but none of the parts is left out
+                yield head
+        elif head and (text := head.text.encode()[: round((last - level) * weight)].decode(errors="ignore")):
+            yield head._replace(text=text)  # cut between two characters
 
 
-def _limited(source: Iterable[Document], max_bytes: int | None, whole: bool) -> Iterator[Document]:
-    """The documents up to `max_bytes`; the last one is cut, or left out if they must be `whole`."""
+def _limited(source: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
+    """The documents up to `max_bytes`; the last one is cut, or left out if it is a conversation."""
     left = max_bytes
     for document in source:
         if left is None:
             yield document
             continue
         text = document.text.encode()[:left].decode(errors="ignore")  # cut between two characters
-        if len(text) < len(document.text) and whole:
+        if len(text) < len(document.text) and document.where:
             return
         left -= len(text.encode())
         if text:

@@ -6,10 +6,11 @@ Only a few numbers of each document are in memory here, about a hundred bytes, p
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from jaxgpt.data.chat import plain_of
 from jaxgpt.preparation import duplicates
 from jaxgpt.preparation.chunks import SPLIT_CODES, WorkFolder, read_rows
 from jaxgpt.preparation.duplicates import Repeats
@@ -45,6 +46,8 @@ class SplitPlan:
 class _Table:
     """All rows of all chunks, without their text."""
 
+    is_chat: bool
+
     first: list[int]
     given: np.ndarray  # int8 [rows]: SPLIT_CODES of the split that the source assigns
     parts: np.ndarray  # int32 [rows]
@@ -54,15 +57,21 @@ class _Table:
 
 
 def decide(
-    work: WorkFolder, stage: str, num_chunks: int, fraction: float, cleaning: CleaningConfig, whole: bool
+    work: WorkFolder,
+    stage: str,
+    num_chunks: int,
+    fraction: float,
+    cleaning: CleaningConfig,
+    whole: bool,
+    texts: Collection[int] = (),
 ) -> SplitPlan:
     """Find duplicates among the rows that `stage` left, and assign the others to the splits.
 
     A validation split of a source is kept, and wins over training rows that it repeats. The documents of each other
     source are divided after duplicates are dropped, so that `fraction` of its bytes is held out (`held_out`); none is
-    cut if they must stay `whole`, as conversations must.
+    cut if they must stay `whole`, as conversations must; the parts `texts` of such a mixture are text.
     """
-    table = _read_table(work, stage, num_chunks)
+    table = _read_table(work, stage, num_chunks, whole)
     given = table.given == SPLIT_CODES["validation"]
     drawn = ~np.isin(table.parts, np.unique(table.parts[given]))
     repeats = _repeats(work, stage, table, given, cleaning)
@@ -79,7 +88,7 @@ def decide(
             borders, divided = _cut(work, stage, table, rows, fraction, codes), 1
             break
         draws = table.draws[rows][begins]
-        held = held_out(sizes, draws, fraction, whole)
+        held = held_out(sizes, draws, fraction, whole and int(part) not in texts)
         is_plain &= bool((held == _drawn(sizes, draws, fraction)).all())
         codes[rows[(held == sizes)[document]]] = VALIDATION
         (cut,) = np.nonzero((held > 0) & (held < sizes))
@@ -137,7 +146,7 @@ def _drawn(sizes: np.ndarray, draws: np.ndarray, fraction: float) -> np.ndarray:
     return np.where(draws < np.uint64(int(fraction * 2**64)), sizes, 0)
 
 
-def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
+def _read_table(work: WorkFolder, stage: str, num_chunks: int, is_chat: bool) -> _Table:
     first, columns = [0], []
     last: dict[int, tuple[int, int]] = {}  # part -> (its last document, that one's draw)
     for chunk in range(num_chunks):
@@ -151,7 +160,7 @@ def _read_table(work: WorkFolder, stage: str, num_chunks: int) -> _Table:
         columns.append((rows.splits, rows.parts, rows.numbers, rows.sizes, draws))
         first.append(first[-1] + len(rows))
     kinds = zip(zip(*columns), (np.int8, np.int32, np.int64, np.int64, np.uint64), strict=True)
-    return _Table(first, *(np.concatenate(parts).astype(kind) for parts, kind in kinds))
+    return _Table(is_chat, first, *(np.concatenate(parts).astype(kind) for parts, kind in kinds))
 
 
 def _cut(
@@ -171,8 +180,9 @@ def _cut(
         after = np.cumsum(table.sizes[rows][::-1])[::-1]  # bytes from each row on
         place = int(np.flatnonzero(after >= held)[-1])
         (text,) = _texts(work, stage, table, rows[place : place + 1])
-        before = len(text.encode()[: int(after[place] - held)].decode(errors="ignore"))
-        reach = min(held / 8, _CLOSE * int(after[0])) * len(text) / int(table.sizes[rows[place]])
+        encoded, size = text.encode(), int(table.sizes[rows[place]])  # of text among conversations, that of its JSON
+        before = len(encoded[: int(after[place] - held) * len(encoded) // size].decode(errors="ignore"))
+        reach = min(held / 8, _CLOSE * int(after[0])) * len(text) / size
         length = len(text)
         border = max(_nearest_break(text, before, int(reach)), int(place == 0))
         border = min(border, length - 1) if place == len(rows) - 1 else border
@@ -183,11 +193,12 @@ def _cut(
 
 
 def _texts(work: WorkFolder, stage: str, table: _Table, rows: np.ndarray) -> Iterator[str]:
-    """The texts of the rows, which are in order."""
+    """The texts of the rows, which are in order and hold no conversations."""
     chunks = np.searchsorted(table.first, rows, "right") - 1
     for chunk in np.unique(chunks).tolist():
         texts = read_rows(work.rows(stage, chunk), ("texts",)).texts
-        yield from (texts[row - table.first[chunk]] for row in rows[chunks == chunk].tolist())
+        found = (texts[row - table.first[chunk]] for row in rows[chunks == chunk].tolist())
+        yield from ((plain_of(text) or "" if table.is_chat else text) for text in found)
 
 
 def _nearest_break(text: str, place: int, reach: int) -> int:

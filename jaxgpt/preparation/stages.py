@@ -112,7 +112,7 @@ def clean_chunk(number: int, *, work: WorkFolder, config: Config) -> int:
     columns = (rows.texts, rows.splits, rows.parts, rows.numbers, rows.continues, rows.wheres)
     for text, split, part, document, continues, where in zip(*columns, strict=True):
         size += len(text.encode())
-        cleaned = clean.chat(text) if config.data.format == "chat" else clean(text, continues)
+        cleaned = clean.chat(text, continues) if config.data.format == "chat" else clean(text, continues)
         _count(steps, text, cleaned)
         if cleaned.text is None:
             continue
@@ -162,10 +162,10 @@ def tokenize_chunk(number: int, *, work: WorkFolder, config: Config, stage: str)
     first = plan["first"][number]
     codes = np.load(work.path / "rows.npy", mmap_mode="r")[first : first + len(rows)].tolist()
     tokenizer = _tokenizer(str(work.path / "tokenizer"), plan["tokenizer_digest"])
+    borders = [plan["borders"].get(str(row), 0) for row in range(first, first + len(rows))]
     if config.data.format == "chat":
-        arrays, counts = _chat_tokens(rows, codes, tokenizer, config)
+        arrays, counts = _chat_tokens(rows, codes, borders, tokenizer, config)
     else:
-        borders = [plan["borders"].get(str(row), 0) for row in range(first, first + len(rows))]
         arrays, counts = _text_tokens(rows, codes, borders, tokenizer)
     write_json(work.counts("tokens", number), counts)
     with new_file(work.tokens(number), shared=True) as file:
@@ -233,38 +233,47 @@ def _batches(
     yield batch
 
 
-def conversations(rows: Rows, codes: list[int], config: Config) -> Iterator[tuple[int, int, int, str, str]]:
-    """(split, part, number, text, where) of each conversation; changed copies follow a training conversation."""
+def conversations(
+    rows: Rows, codes: list[int], borders: list[int], config: Config
+) -> Iterator[tuple[int, int, int, str, str, bool]]:
+    """(split, part, number, text, where, whether it begins a document) of each conversation and each text.
+
+    Changed copies follow a training conversation; a text has none.
+    """
     augmenter = Augmenter(config.augmentation) if config.augmentation.copies else None
-    columns = (rows.texts, rows.parts, rows.numbers, rows.wheres, codes)
-    for text, part, number, place, code in zip(*columns, strict=True):
-        for split, _, whole in placed(text, code, 0):
-            for each in [whole, *(augmenter.copies(whole, number) if augmenter and split == 0 else [])]:
-                yield split, part, number, each, place
+    columns = (rows.texts, rows.parts, rows.numbers, rows.wheres, codes, borders)
+    for text, part, number, place, code, border in zip(*columns, strict=True):
+        plain = chat.plain_of(text)
+        for split, starts, whole in placed(text if plain is None else plain, code, border):
+            whole = whole if plain is None else chat.from_plain(whole)
+            yield split, part, number, whole, place, starts == STARTS
+            for copy in augmenter.copies(whole, number) if augmenter and split == 0 else []:
+                yield split, part, number, copy, place, False
 
 
-def _chat_tokens(rows: Rows, codes: list[int], tokenizer: Tokenizer, config: Config) -> tuple[dict, dict]:
+def _chat_tokens(
+    rows: Rows, codes: list[int], borders: list[int], tokenizer: Tokenizer, config: Config
+) -> tuple[dict, dict]:
     """The tokens of all conversations with their lengths, and counts."""
     encoder = chat.ChatEncoder(tokenizer, config.chat, config.block_size)
     found, origins = [], []
     parts: dict[int, dict[str, int]] = {}
     bad = BadRecords(config.data.on_bad_record)
     counts = {"augmented": 0, "cut": 0}
-    last: int | None = None
-    for split, part, number, text, where in conversations(rows, codes, config):
-        is_copy, last = number == last, number
+    for split, part, number, text, where, begins in conversations(rows, codes, borders, config):
+        is_chat = chat.plain_of(text) is None
         try:
             encoded = encoder.encode(text, where)
         except BadRecord as error:
             bad.add(error)
             continue
-        counts["augmented"] += is_copy
-        counts["cut"] += len(encoded) > 1
+        counts["augmented"] += is_chat and not begins
+        counts["cut"] += is_chat and len(encoded) > 1
         for piece in encoded:
             found.append(piece)
             origins.append((split, number, len(piece.tokens), piece.num_bytes))
             add_counts(parts, part, num_bytes=piece.num_bytes, num_tokens=len(piece.tokens))
-        add_counts(parts, part, num_documents=not is_copy)
+        add_counts(parts, part, num_documents=begins)
     columns = np.array(origins, np.int64).reshape(-1, 4).T
     arrays = dict(zip(("splits", "documents", "lengths", "num_bytes"), columns, strict=True))
     tokens = np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in found)])

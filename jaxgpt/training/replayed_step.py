@@ -29,12 +29,13 @@ _LONGEST = 2000  # characters of a text on the screen
 
 @dataclasses.dataclass
 class ReplayedText:
-    """A text of a row: the row itself, or one of the conversations packed into it."""
+    """A text of a row: the row itself, or one of the conversations and texts packed into it."""
 
-    document: int | None  # number of the conversation in the source, from 0; None for text, which is one stream
+    document: int | None  # number in the source, from 0; None for text, which is one stream
     loss: float | None  # mean over the learned tokens, in nats; None if there is none
     learned_tokens: int
     pieces: list[tuple[str, bool]]  # (text, whether it is learned) of consecutive parts
+    is_plain: bool = True  # no conversation, so that every token is learned
 
 
 @dataclasses.dataclass
@@ -131,7 +132,8 @@ def _rows(
             tokens = np.append(tokens_T[there], targets_T[-1:]) if document is None else tokens_T[there]
             learned = np.append(False, weights_T[there] > 0)[: len(tokens)]  # a target is the token after it
             text = pieces(tokens, learned, model.tokenizer)
-            texts.append(ReplayedText(document, *_mean(loss_T[there], weights_T[there]), text))
+            is_plain = bool(learned[1:].all())
+            texts.append(ReplayedText(document, *_mean(loss_T[there], weights_T[there]), text, is_plain))
         yield ReplayedRow(number, *_mean(loss_T, weights_T), number in skip, texts)
 
 
@@ -180,7 +182,8 @@ def report(found: ReplayedStep, most: int, colour: bool | None = None) -> str:
         lines.append(f"\n=== {facts}{', in the skip list' if row.skipped else ''}")
         for text in row.texts:
             if text.document is not None:
-                lines.append(f"--- conversation {text.document + 1}, loss {_number(text.loss)}")
+                kind = "text" if text.is_plain else "conversation"
+                lines.append(f"--- {kind} {text.document + 1}, loss {_number(text.loss)}")
             lines.append(marked(text.pieces, ("", "") if text.document is None else marks(colour), _LONGEST))
     if len(found.rows) > most:
         lines.append(f"\n({len(found.rows) - most} more rows: --rows {len(found.rows)}, or --json FILE)")
