@@ -35,23 +35,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--workdir", metavar="DIR", type=Path, default=Path("runs/speedrun"), help="folder [%(default)s]")
     add("--seed", metavar="N", type=int, default=42, help="of the weights and the order of the data [%(default)s]")
     add("--dry-run", action="store_true", help="measure, prepare and say what would be trained")
-    add("--tpu", metavar="SLICE", help="with --dry-run: for a slice such as v5e-8, by the TPU compiler on this machine")
+    add("--tpu", metavar="SLICE", help="say it for a slice such as v5e-8, by the TPU compiler on this machine; no run")
     arguments = vars(parser.parse_args(argv))
-    hours, minutes, tpu = arguments.pop("hours"), arguments.pop("minutes"), arguments.pop("tpu")
-    arguments["minutes"] = minutes if hours is None else 60 * hours
-    _run(arguments, tpu)
+    hours, tpu = arguments.pop("hours"), arguments.pop("tpu")
+    arguments["minutes"] = arguments["minutes"] if hours is None else 60 * hours
 
-
-def _run(arguments: dict, tpu: str | None) -> None:
     from jaxgpt.parallel.accelerator import keep_freed_memory
 
     keep_freed_memory()  # before jax starts its threads
-    from jaxgpt.tuning.speedrun_data import chosen_data
+    from jaxgpt.planning.planner import slice_machine
+    from jaxgpt.tuning.speedrun_slice import print_slice_plan
     from jaxgpt.tuning.speedrun_stages import SpeedrunRequest, Verbs, run_stages
 
-    request = SpeedrunRequest(**arguments)
-    data = chosen_data(request.data, request.chat)
-    run_stages(request, data, Verbs(_train, _score))
+    if tpu:
+        print_slice_plan(arguments["minutes"], tpu, slice_machine(tpu))
+    else:
+        run_stages(SpeedrunRequest(**arguments), Verbs(_train, _score))
 
 
 def _train(config: Config, workdir: Path) -> None:
@@ -67,9 +66,8 @@ def _score(workdir: Path, has_skills: bool) -> None:
     from jaxgpt.evaluation.result_table import report
     from jaxgpt.reporting.run_page import add_evaluation
 
-    found = measure(
-        EvaluationOptions(checkpoint=str(workdir), skills=has_skills, generate=None if has_skills else Path())
-    )
+    generate = None if has_skills else Path()
+    found = measure(EvaluationOptions(checkpoint=str(workdir), skills=has_skills, generate=generate))
     print(report(found))
     add_evaluation(str(workdir), found)
 

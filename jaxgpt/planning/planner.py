@@ -2,8 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -11,10 +12,11 @@ from jaxgpt.config import Config
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.model.sizes import GPT2_VOCAB
 from jaxgpt.parallel.accelerator import cache_folder
+from jaxgpt.parallel.chips import CHIPS
 from jaxgpt.planning import plan_table
 from jaxgpt.planning.cost import CALIBRATION
 from jaxgpt.planning.plan_search import Candidate, Limits, queue_of, search
-from jaxgpt.planning.topology import NoTpuCompiler, Slice, parse_slices, tpu_compiler_version
+from jaxgpt.planning.topology import NoTpuCompiler, Slice, parse_slice, parse_slices, tpu_compiler_version
 from jaxgpt.planning.verdict import Price, Verdict, guess, judge, nothing_fits, read_prices
 from jaxgpt.preparation.make_dataset import given_tokenizer
 
@@ -148,3 +150,33 @@ def check_bounds(file: Path, bounds: dict[str, dict], rows: Sequence[Verdict]) -
     if broken:
         raise RunFailed(f"gate {file}: {'; '.join(broken)}")
     print(f"gate {file}: holds")
+
+
+class SliceMachine(NamedTuple):
+    """A slice as something that trains."""
+
+    devices: int
+    peak_flops: float  # of a device
+    usd_per_hour: float | None  # of the slice
+    step_seconds: Callable[[Config, int], float | None]
+    """(config, vocabulary) -> seconds of a step, compiled; None where it does not fit."""
+
+
+def slice_machine(name: str) -> SliceMachine:
+    """The slice of that name. Raises UserError where there is none, or no TPU compiler; its steps raise it, too."""
+    jax.config.update("jax_platforms", "cpu")
+    where, prices = parse_slice(name), read_prices()
+    try:
+        tpu_compiler_version()
+    except NoTpuCompiler as missing:
+        raise UserError(str(missing)) from None
+
+    def step_seconds(config: Config, vocab_size: int) -> float | None:
+        found, _, refused = verdicts(config, vocab_size, where, Limits(exact=True), prices, compiled=True)
+        if not found:
+            raise UserError(refused)
+        return found[0].seconds
+
+    price = prices.get(where.family)
+    per_hour = price and price.usd_per_chip_hour * where.chips
+    return SliceMachine(where.devices, CHIPS[where.family].peak_flops, per_hour, step_seconds)

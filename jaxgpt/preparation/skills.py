@@ -253,13 +253,19 @@ def _columns(a: int, b: int) -> list[tuple[str, str]]:
     return list(zip(f"{a:0{width}}", f"{b:0{width}}", strict=True))
 
 
-def _sum(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    (a, b), steps, total = _pair(draw), [], 0
+def _added(a: int, b: int) -> list[str]:
+    """The digits' sums from the right, each with its carry."""
+    steps, total = [], 0
     for x, y in reversed(_columns(a, b)):
         carry = "+1" if total > 9 else ""
         total = int(x) + int(y) + bool(carry)
         steps.append(f"{x}+{y}{carry}={total}")
-    return _made(texts, "sum", *sorted((a, b)), steps=steps, result=a + b, a=a, b=b)
+    return steps
+
+
+def _sum(draw: Draw, texts: Mapping[str, Any]) -> Made:
+    a, b = _pair(draw)
+    return _made(texts, "sum", *sorted((a, b)), steps=_added(a, b), result=a + b, a=a, b=b)
 
 
 def _difference(draw: Draw, texts: Mapping[str, Any]) -> Made:
@@ -283,6 +289,7 @@ def _comparison(draw: Draw, texts: Mapping[str, Any]) -> Made:
         pairs = _columns(a, b)
         differs = next(place for place, (x, y) in enumerate(pairs) if x != y)
         steps = [sign(x, y) for x, y in pairs[: differs + 1]]
+    steps += [sign(a, b)] if max(a, b) > 9 else []
     low, high = sorted((a, b))
     verdict = texts["yes" if a > b else "no"][0]
     return _made(texts, "comparison", low, high, steps=steps, a=a, b=b, small=low, large=high, verdict=verdict)
@@ -297,7 +304,7 @@ def _total(draw: Draw, texts: Mapping[str, Any]) -> Made:
 def _clock(draw: Draw, texts: Mapping[str, Any]) -> Made:
     hour, minute, n = draw.one(range(1, 12)), 5 * draw.one(range(12)), 5 * draw.one(range(1, 12))
     end = minute + n
-    steps = [f"{minute}+{n}={end}", *([f"{end}-60={end - 60}"] if end >= 60 else [])]
+    steps = [*_added(minute, n), *([f"{end}-60={end - 60}"] if end >= 60 else [])]
     result = f"{hour + end // 60}:{end % 60:02}"
     return _made(texts, "clock", hour, minute, n, steps=steps, result=result, a=f"{hour}:{minute:02}", n=n)
 
@@ -334,7 +341,7 @@ def _letter(draw: Draw, texts: Mapping[str, Any]) -> Made:
 
 
 def _words(draw: Draw, texts: Mapping[str, Any]) -> Made:
-    words = draw.shuffled(texts["words"], draw.one((2, 3, 4, 5)))
+    words = draw.shuffled(texts["words"], draw.one((2, 3, 4)))
     steps = [f"{word} {count}" for count, word in enumerate(words, 1)]
     return _made(texts, "words", *words, steps=steps, result=len(words), words=words, backwards=words[::-1])
 
@@ -347,7 +354,9 @@ def _again(draw: Draw, texts: Mapping[str, Any]) -> Made:
 def _alphabet(draw: Draw, texts: Mapping[str, Any]) -> Made:
     by_letter = {word[0]: word for word in draw.shuffled(_texts()["english"]["words"], 12)}
     words = [*by_letter.values()][: draw.one((2, 3, 4))]
-    return _made(texts, "alphabet", *sorted(words), list=words, sorted=sorted(words))
+    return _made(
+        texts, "alphabet", *sorted(words), steps=sorted(word[0] for word in words), list=words, sorted=sorted(words)
+    )
 
 
 def _days(step: int, draw: Draw, texts: Mapping[str, Any]) -> Made:

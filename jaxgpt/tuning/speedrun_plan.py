@@ -19,7 +19,7 @@ SIZES = (
     (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 320), (6, 384), (8, 512), (12, 768), (24, 1024), (36, 1280),
 )  # fmt: skip
 """(layers, width) of the models that it chooses from, each two to three times as large as the one before."""
-CHAT_SHARE = 0.65  # of the training time: a small model needs more of it to answer than to continue texts
+CHAT_SHARE, MOST_CHAT = 0.65, 30_000_000  # of the training time, and tokens, after which skills hardly get better
 TEXT_SHARE = 0.1  # of the text in the chat data, so that the model does not forget its pretraining
 RESERVE = 0.04  # of all the time, for what goes slower than it was measured
 OTHER_SECONDS = 25.0  # of a run besides its steps and compiling: imports, samples, checkpoints, the report, hf/
@@ -80,14 +80,19 @@ class Frame(NamedTuple):
         )
 
     def rows(self, tokens: float) -> int:
-        """Sequences of a step, a multiple of the devices: 2,048 tokens in runs of up to 4 M tokens, and more with the
-        square root of theirs. Larger batches leave a short run too few steps; in a long one they cost nothing."""
-        wanted = 2048 * 2 ** max(0, round(math.log2(max(tokens, 1) / 4e6) / 2)) / self.n_positions
+        """Sequences of a step, a multiple of the devices: 2,048 tokens in runs of up to 4 M tokens, and with the power
+        0.7 of theirs from there to the half million of GPT-2's 10 billion. Larger ones leave a short run few steps."""
+        wanted = 2048 * 2 ** max(0, round(0.7 * math.log2(max(tokens, 1) / 4e6))) / self.n_positions
         return self.devices * max(1, round(wanted / self.devices))
 
     def length(self, tokens: float) -> Length:
         rows = self.rows(tokens)
         return Length(rows, max(20, round(tokens / (rows * self.n_positions))))
+
+    def shares(self, seconds: float, rate: float) -> tuple[float, float]:
+        """Tokens of pretraining and of chat that `seconds` are enough for, at `rate` tokens a second."""
+        chat = min(CHAT_SHARE * seconds * rate, MOST_CHAT)
+        return seconds * rate - chat, chat
 
     def token_rate(self, n_layer: int, n_embd: int, measured: Sequence[StepTime]) -> float:
         """Tokens a second of training with a model of this size, by the steps that were measured."""
@@ -115,7 +120,7 @@ def candidates(seconds: float, measured: Sequence[StepTime], frame: Frame) -> li
     """What each size can reach in `seconds` of steps of both runs, the best first."""
     law, found = builtin_law(), []
     for size in SIZES:
-        tokens = (1 - CHAT_SHARE) * seconds * frame.token_rate(*size, measured)
+        tokens = frame.shares(seconds, frame.token_rate(*size, measured))[0]
         parameters = without_embeddings(frame.model(*size))
         guess = law.predict(parameters, tokens)
         if guess is not None:

@@ -26,7 +26,7 @@ from jaxgpt.tuning.config_file import to_toml
 from jaxgpt.tuning.loss_law import LAW_VOCABULARY, builtin_law
 from jaxgpt.tuning.scaling import without_embeddings
 from jaxgpt.tuning.speed_probe import StepTime, probe
-from jaxgpt.tuning.speedrun_data import BUILTIN, SpeedrunData
+from jaxgpt.tuning.speedrun_data import BUILTIN, SpeedrunData, chosen_data
 from jaxgpt.tuning.speedrun_plan import Frame, Length, SpeedrunPlan, frame_for
 
 FILE = "speedrun.json"
@@ -99,13 +99,13 @@ def _latest_change(folder: Path) -> float:
     return max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
 
 
-def run_stages(request: SpeedrunRequest, data: SpeedrunData, verbs: Verbs) -> None:
+def run_stages(request: SpeedrunRequest, verbs: Verbs) -> None:
     """Do all stages that are not done, and print what came out.
 
     Raises:
         UserError: the folder holds another speedrun, the data cannot be read, or the time is too short.
     """
-    folder = request.workdir
+    folder, data = request.workdir, chosen_data(request.data, request.chat)
     asked = {name: getattr(request, name) for name in ("minutes", "tokens", "data", "chat", "seed")}
     _check_time(request)
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,8 +211,10 @@ def _plan_now(state: _State, request: SpeedrunRequest, data: SpeedrunData, frame
     """What the time that is left, or the tokens that were asked for, is enough for."""
     (n_layer, n_embd), measured = state.read["size"], [StepTime(**each) for each in state.read["measured"]]
     seconds, share = _training_seconds(state, request, measured), speedrun_plan.CHAT_SHARE
-    tokens = request.tokens or (1 - share) * seconds * frame.token_rate(n_layer, n_embd, measured)
-    pretrain, chat = frame.length(tokens), frame.length(tokens * share / (1 - share))
+    tokens = frame.shares(seconds, frame.token_rate(n_layer, n_embd, measured))
+    if request.tokens:
+        tokens = request.tokens, min(request.tokens * share / (1 - share), speedrun_plan.MOST_CHAT)
+    pretrain, chat = map(frame.length, tokens)
     is_law = data.text["source"] == BUILTIN and frame.vocab_size == LAW_VOCABULARY
     parameters, exact = (
         without_embeddings(frame.model(n_layer, n_embd)),
