@@ -20,7 +20,8 @@ from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import chunks, duplicates, make_dataset, preparation_report, sources, splitting, stages
+from jaxgpt.inference.answers import asked_in
+from jaxgpt.preparation import chunks, duplicates, lint, make_dataset, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.runners import Processes
@@ -307,6 +308,73 @@ def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
     (told,) = report["bad_records"].values()
     assert told["count"] == 1
     assert "chat.jsonl:3, turns 1 and 2" in told["where"][0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_text_among_conversations_is_learned_whole_held_out_and_counted_apart(packing, tmp_path, monkeypatch, capsys):
+    book = "".join(f"第{n}章 it says <|im_end|> and https://x.org/{n}\n" + "\n" * (n % 3) for n in range(160))
+    (tmp_path / "book.txt").write_text(book, encoding="utf-8")
+    (tmp_path / "pages").mkdir()
+    for n in range(20):
+        (tmp_path / "pages" / f"{n:02}.html").write_text(f"<p>Page {n}</p><p>short &amp; plain {'z' * n}</p>")
+    (tmp_path / "pages" / "again.html").write_text("<p>Page 3</p><p>short &amp; plain zzz</p>")
+    lines = [json.dumps({"prompt": f"question {n}", "response": f"answer {n}"}) for n in range(90)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    names = {"jsonl": ("talk.jsonl", 2), "text": ("book.txt", 2), "html": ("pages", 0.1)}
+    parts = [{"source": s, "path": str(tmp_path / name), "weight": weight} for s, (name, weight) in names.items()]
+    data = {"source": parts, "path": None, "format": "chat", "max_record_bytes": 1500}
+    sections = {
+        "cleaning": {"html": True, "urls": "mask", "drop_duplicates": True},
+        "augmentation": {"copies": 2, "typo_rate": 0.3},
+        "chat": {"system": "Be kind.", "packing": packing},
+    }
+    path = prepare(config_of(tmp_path, data=data, **sections))
+    dataset, report = open_dataset(path), preparation_report.read(path)
+    texts, talks = {"train": "", "validation": ""}, {"train": 0, "validation": 0}
+    for name in texts:
+        split, learned, joined = getattr(dataset, name), 0, {}
+        for number in range(split.num_rows):
+            for document, tokens, supervised in split.row(number).conversations():
+                learned += supervised[1:].sum()
+                if not supervised[0]:
+                    assert dataset.tokenizer.decode(tokens).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
+                    talks[name] += 1
+                    continue
+                assert supervised.all()
+                joined.setdefault(document, []).append(tokens)
+        assert learned == split.num_supervised
+        for pieces in joined.values():
+            if not packing:  # rows are then in order
+                texts[name] += dataset.tokenizer.decode([t for piece in pieces for t in piece[1:]])
+        assert joined and talks[name]
+    kinds = report["kinds"]
+    assert kinds["texts"] + kinds["conversations"] == sum(split["num_documents"] for split in report["splits"].values())
+    assert talks["train"] > 2 * (kinds["conversations"] - talks["validation"]) and report["divided"] == 1
+    assert report["conversations"]["augmented"] == sum(talks.values()) - kinds["conversations"]
+    told = capsys.readouterr().out
+    assert f"  kinds      texts {kinds['texts']:,}, of which every token is learned; conversations " in told
+    assert f"texts {kinds['texts']:,}, of which" in (path / "report.html").read_text(encoding="utf-8")
+    assert "  1 " not in told or report["steps"]
+    if not packing:
+        whole = texts["train"] + texts["validation"]
+        assert (
+            whole.count("第1章 it says <|im_end|> and <url>\n") == 1 and "short & plain" in whole and "<p>" not in whole
+        )
+        sizes = [source["num_bytes"] for source in report["sources"][1:]]
+        assert sum(sizes) == len(whole.encode())
+    found = lint.check(dataset)
+    assert (found.num_texts, found.without_answer) == (
+        report["splits"]["train"]["num_documents"] - found.num_documents,
+        0,
+    )
+    assert "texts, " in lint.show(found) and found.num_supervised == dataset.train.num_supervised
+    assert {tokens[length - 1] for tokens, length in asked_in(dataset.validation, 99, 64)} == {
+        dataset.tokenizer.encode("\n")[0]
+    }
+    assert len(asked_in(dataset.validation, 99, 64)) == talks["validation"]
+    monkeypatch.setattr(stages, "CHUNK_BYTES", 900)
+    again = prepare(elsewhere(config_of(tmp_path, data=data, **sections), tmp_path / "other"))
+    assert shards(again) == shards(path)
 
 
 def write_records(folder: Path, records: list[dict]) -> dict:
