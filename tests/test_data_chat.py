@@ -273,6 +273,37 @@ def test_a_turn_that_cleaning_left_blank_is_refused():
         encoder().encode(json.dumps(messages("  ", "Ho")), "a.jsonl:7")
 
 
+# ---------------------------------------------------------------- text among conversations
+
+LETTERS = "Hello there, 世界！ <|im_end|>\n<|im_start|>assistant\n"
+DOCUMENTS = ["x", LETTERS, " \n  don't\n\nworry 🙂🙂\n" * 40, "人工智能的未来是" * 90, "\n"]
+
+
+@pytest.mark.parametrize("text", DOCUMENTS)
+@pytest.mark.parametrize("kind", ["bpe", "trimmed", "char", "own"])
+def test_a_text_is_end_of_text_and_its_tokens_each_learned_once(text, kind, tmp_path):
+    if kind == "char":
+        tokenizer = chat.with_chat_tokens(char_tokenizer([*DOCUMENTS, *TEXTS]))
+    else:
+        own = with_template(OWN, end="<|endoftext|>")
+        tokenizer = {"bpe": TOKENIZER, "trimmed": gpt2_like(tmp_path), "own": chat.with_chat_tokens(own)}[kind]
+    assert chat.plain_of(written := chat.from_plain(text)) == text == json.loads(written)[0]["content"]
+    assert chat.plain_texts(written, ChatConfig(system="S")) == [text]
+    for size in (2, 3, 7, 64, 10_000):
+        first, *others = parts = encoder(size, "Be kind.", tokenizer).encode(written)
+        assert all(1 < len(part.tokens) <= size and part.supervised.all() for part in parts)
+        assert all(part.tokens[0] == before.tokens[-1] for before, part in zip(parts, others))
+        joined = [*first.tokens.tolist(), *(token for part in others for token in part.tokens[1:].tolist())]
+        assert joined == [tokenizer.end_of_text, *tokenizer.encode(text)]
+        assert sum(part.num_bytes for part in parts) == len(text.encode())
+        for part in parts if size > 3 and kind in ("bpe", "char") else []:  # whole characters, so its own bytes
+            assert part.num_bytes == len(tokenizer.decode(part.tokens[1:]).encode())
+    with pytest.raises(BadRecord, match="longer than a block"):
+        encoder(1, tokenizer=tokenizer).encode(written)
+    with pytest.raises(BadRecord, match="a text among turns"):
+        encoder().encode(json.dumps([*json.loads(written), *messages("Hi", "Ho")]))
+
+
 # ---------------------------------------------------------------- a template that a folder brings
 
 MARK = "{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}"

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from jaxgpt.data.chat import from_plain
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.augmentation import Augmenter
 from jaxgpt.settings import AugmentationConfig
@@ -43,6 +44,7 @@ def test_without_a_rate_there_is_no_copy(synonyms):
 
 def test_answers_and_system_are_never_changed_and_copies_differ(synonyms):
     how = dict(shuffle_sentences=0.5, synonym_rate=0.5, typo_rate=0.1)
+    assert Augmenter(settings(synonyms, **how)).copies(from_plain("A quick question. Is it fast?"), 3) == []
     copies = Augmenter(settings(synonyms, **how)).copies(TEXT, 3)
     assert len(copies) > 15 and len({TEXT, *copies}) == len(copies) + 1
     for copy in copies:

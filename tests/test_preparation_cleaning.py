@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from jaxgpt.data.chat import from_plain
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.cleaning import CHANGES, STEPS, Cleaned, Cleaner, symbol_ratio
 from jaxgpt.settings import CleaningConfig
@@ -192,6 +193,8 @@ def test_a_conversation_is_cleaned_turn_by_turn_and_judged_as_a_whole():
     )
     untouched = conversation("hi 中", "yes")
     assert cleaner.chat(untouched) == Cleaned(untouched, None, ())
+    assert cleaner.chat(from_plain("\n at http://x.y\n")) == Cleaned(from_plain("\n at <url>\n"), None, ("urls",))
+    assert cleaner.chat(from_plain("👋")) == Cleaned(None, "emoji", ("emoji",))
     assert cleaner.chat(conversation("hi 👋", "x" * 18)).dropped_by == "max_chars"
     assert cleaner.chat(conversation("👋", "hello")) == Cleaned(None, "emoji", ("emoji",))
 

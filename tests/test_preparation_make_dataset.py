@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import chunks, duplicates, make_dataset, preparation_report, sources, splitting, stages
+from jaxgpt.inference.answers import asked_in
+from jaxgpt.preparation import chunks, duplicates, lint, make_dataset, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
 from jaxgpt.preparation.make_dataset import prepare
 from jaxgpt.preparation.runners import Processes
@@ -307,6 +309,68 @@ def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
     (told,) = report["bad_records"].values()
     assert told["count"] == 1
     assert "chat.jsonl:3, turns 1 and 2" in told["where"][0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_text_among_conversations_is_learned_whole_held_out_and_counted_apart(packing, tmp_path, monkeypatch, capsys):
+    book = "".join(f"第{n}章 it says <|im_end|> and https://x.org/{n}\n" + "\n" * (n % 3) for n in range(160))
+    (tmp_path / "book.txt").write_text(book, encoding="utf-8")
+    (tmp_path / "pages").mkdir()
+    for n in range(20):
+        (tmp_path / "pages" / f"{n:02}.html").write_text(f"<p>Page {n}</p><p>short &amp; plain {'z' * n}</p>")
+    (tmp_path / "pages" / "again.html").write_text("<p>Page 3</p><p>short &amp; plain zzz</p>")
+    lines = [json.dumps({"prompt": f"question {n}", "response": f"answer {n}"}) for n in range(90)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    names = {"jsonl": ("talk.jsonl", 4), "text": ("book.txt", 3), "html": ("pages", 1)}
+    parts = [{"source": s, "path": str(tmp_path / name), "weight": weight} for s, (name, weight) in names.items()]
+    data = {"source": parts, "path": None, "format": "chat", "max_record_bytes": 700}
+    sections = {
+        "cleaning": {"html": True, "urls": "mask", "drop_duplicates": True},
+        "augmentation": {"copies": 2, "typo_rate": 0.3},
+        "chat": {"system": "Be kind.", "packing": packing},
+    }
+    path = prepare(config_of(tmp_path, data=data, **sections))
+    dataset, report = open_dataset(path), preparation_report.read(path)
+    texts, talks = {}, {"train": 0, "validation": 0}
+    for name in talks:
+        split, learned = getattr(dataset, name), 0
+        for number in range(split.num_rows):
+            for document, tokens, supervised in split.row(number).conversations():
+                learned += supervised[1:].sum()
+                if supervised[0]:
+                    assert supervised.all()
+                    texts.setdefault(document, []).extend(tokens[1:])
+                else:
+                    assert dataset.tokenizer.decode(tokens).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
+                    talks[name] += 1
+        assert learned == split.num_supervised and talks[name]
+    if not packing:  # else rows are in another order
+        found = {document: dataset.tokenizer.decode(tokens) for document, tokens in texts.items()}
+        [read] = [text for text in found.values() if text.startswith("第0章")]
+        masked = re.sub("https://[a-z0-9./]+", "<url>", book)
+        assert masked.startswith(read.rpartition("\n")[0]) and 2000 < len(read) < len(masked)
+        assert "Page 7\nshort & plain zzzzzzz" in found.values()
+        parts = report["sources"][1:]
+        assert sum(part["num_bytes"] for part in parts) == len("".join(found.values()).encode())
+    kinds, splits = report["kinds"], report["splits"]
+    assert kinds["texts"] == len(texts) + 1 and report["divided"] == 1  # the book is on both sides
+    assert sum(kinds.values()) == splits["train"]["num_documents"] + splits["validation"]["num_documents"]
+    assert report["conversations"]["augmented"] == sum(talks.values()) - kinds["conversations"] > 50
+    assert report["steps"][-1]["step"] == "drop_duplicates" and report["steps"][-1]["dropped"] == 1
+    told = f"texts {kinds['texts']:,}, of which every token is learned; conversations {kinds['conversations']:,}"
+    assert told in capsys.readouterr().out and told in (path / "report.html").read_text(encoding="utf-8")
+    linted = lint.check(dataset)
+    assert linted.num_texts + linted.num_documents == splits["train"]["num_documents"]
+    assert linted.without_answer == 0 and "texts, " in lint.show(linted)
+    assert linted.num_supervised == dataset.train.num_supervised
+    asked = [dataset.tokenizer.decode(tokens[:length]) for tokens, length in asked_in(dataset.validation, 99, 64)]
+    assert len(asked) == talks["validation"] and all(prompt.endswith("assistant\n") for prompt in asked)
+    assert len(asked_in(dataset.validation, 3, 64)) == 3  # whatever lies in the rows that are looked at first
+    if packing:
+        return
+    monkeypatch.setattr(stages, "CHUNK_BYTES", 900)
+    again = prepare(elsewhere(config_of(tmp_path, data=data, **sections), tmp_path / "other"))
+    assert shards(again) == shards(path)
 
 
 def write_records(folder: Path, records: list[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import dataclasses
 import gzip
 import itertools
 import json
@@ -550,11 +551,23 @@ def test_a_conversation_is_never_cut_by_max_bytes():
     assert 0 < sum(len(document.text.encode()) for document in found) <= 2000
 
 
-@pytest.mark.parametrize(("source", "format"), [("stdlib", "chat"), ("support", "text")])
-def test_text_is_no_conversation_and_a_conversation_no_text(source, format):
+@pytest.mark.parametrize(
+    ("source", "format"),
+    [
+        ("stdlib", "chat"),
+        ("support", "text"),
+        ("docstrings+stdlib", "chat"),
+        ("builtin", "chat"),
+        ("skills+text", "text"),
+    ],
+)
+def test_text_alone_is_no_conversation_and_a_conversation_no_text(source, format):
+    names = source.split("+")
+    told = "docstrings" if source == "builtin" else names[0]
+    parts = tuple(SourceConfig(source=name, path="x") for name in names)
     for use in (source_key, lambda data: next(documents(data))):
-        with pytest.raises(UserError, match=f'data.source = "{source}" holds (no )?conversations.*set data.format'):
-            use(DataConfig(source=source, format=format))
+        with pytest.raises(UserError, match=f'data.source = "{told}" holds (no )?conversations.*set data.format'):
+            use(DataConfig(source=parts if parts[1:] else source, format=format))
 
 
 def test_turns_in_parquet_may_be_a_list_a_table_of_columns_or_json(tmp_path):
@@ -621,6 +634,30 @@ def test_conversations_of_a_mixture_stay_whole_and_none_of_its_sources_is_left_o
     found = list(documents(DataConfig(source=parts, format="chat")))
     assert sorted(document.part for document in found) == [0] + [1] * 9
     assert all(json.loads(document.text) for document in found)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 3000, 40])
+@pytest.mark.parametrize("sizes", [(5000, 20), (300, 20), (5000, 1)])
+def test_text_among_conversations_follows_its_weight_and_is_cut_where_they_end(sizes, max_bytes, tmp_path):
+    size, count = sizes
+    text = ('He said "no"\n\n中文 ' * size)[:size]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    lines = (json.dumps({"prompt": f"q {n}", "response": "a"}) for n in range(count))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    weights = {"text": 1.0, "jsonl": 3.0}
+    files = {"text": "a.txt", "jsonl": "b.jsonl"}
+    parts = tuple(SourceConfig(source=s, path=str(tmp_path / files[s]), weight=w) for s, w in weights.items())
+    data, reading = DataConfig(source=parts, format="chat", max_record_bytes=100, max_bytes=max_bytes), Reading()
+    found = [(document.part, json.loads(document.text)) for document in documents(data, reading=reading)]
+    read = "".join(message["content"] for part, [message, *_] in found if part == 0)
+    assert text.startswith(read) and read and reading.num_bytes[0] == len(read.encode())
+    assert {len(turns) for part, turns in found if part == 0} == {1} and reading.num_documents[0] == 1
+    assert {turns[0]["role"] for part, turns in found if part == 0} == {"text"}
+    if max_bytes != 40:  # no conversation is as short as that
+        alone = dataclasses.replace(data, source=parts[1:], max_bytes=None)
+        whole = sum(len(document.text.encode()) for document in documents(alone))
+        most = min(len(text.encode()), whole / 3, (max_bytes or 1e9) / 4)
+        assert reading.num_bytes == pytest.approx([most, 3 * most], abs=80)
 
 
 def test_a_mixture_is_described_named_and_keyed_by_all_its_parts(tmp_path):

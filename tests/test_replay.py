@@ -88,6 +88,9 @@ def write_chat(data: Path) -> None:
         supervised = np.array([False] * len(asked) + [True] * len(told))
         split = "validation" if document % 5 == 0 else "train"
         writer.add(split, np.array(asked + told, np.int32), supervised, len(answer), document)
+        if document % 3 == 0:  # a text among them
+            tokens = np.array([tokenizer.end_of_text, *asked], np.int32)
+            writer.add("train", tokens, np.ones(len(tokens), bool), len(question), 100 + document)
     writer.finish({"fingerprint": "y", "settings": {}})
 
 
@@ -150,18 +153,26 @@ def test_a_row_of_conversations_tells_them_apart_and_marks_what_is_learned(folde
         assert row.loss == pytest.approx(
             sum(text.loss * text.learned_tokens for text in row.texts) / row.learned_tokens
         )
+        assert all(text.is_plain == (text.document >= 100) for text in row.texts)
         for text in row.texts:
+            if text.is_plain:
+                [(begin, is_learned), (_, all_else)] = text.pieces
+                assert begin == "<|endoftext|>" and not is_learned and all_else
+                continue
             assert text.document % 5  # those are held out
             [(question, asked), (answer, told)] = text.pieces
             assert not asked and told and "<|im_end|>" not in question and answer.endswith("<|im_end|>")
     assert max(len(row.texts) for row in found.rows) > 1
-    code, out, _ = command(capsys, "--checkpoint", folder / "chat", "--step", 1, "--rows", 2)
+    code, out, _ = command(capsys, "--checkpoint", folder / "chat", "--step", 1, "--rows", 8)
     assert code == 0
+    plain, talk = (next(t for row in found.rows for t in row.texts if t.is_plain == is_plain) for is_plain in (1, 0))
+    assert f"--- text {plain.document + 1}, loss" in out
     first = found.rows[0]
     assert f"=== row {first.row}, loss {first.loss:.4f}, {first.learned_tokens} tokens learned" in out
-    (question, _), (answer, _) = first.texts[0].pieces
-    assert f"conversation {first.texts[0].document + 1}, loss" in out and f"{question}[[{answer}]]" in out
-    assert f"batch hash {found.batch_hash}, the one in metrics.jsonl" in out and "(6 more rows" in out
+    (question, _), (answer, _) = talk.pieces
+    assert f"conversation {talk.document + 1}, loss" in out and f"{question}[[{answer}]]" in out
+    assert f"batch hash {found.batch_hash}, the one in metrics.jsonl" in out and "more rows" not in out
+    assert "(6 more rows" in replayed_step.report(found, 2)
 
 
 def test_json_holds_every_row(folder, tmp_path, capsys):

@@ -124,9 +124,7 @@ class Encoded(NamedTuple):
     """The tokens of a conversation or of a part of one."""
 
     tokens: np.ndarray  # int32 [n]
-    supervised: (
-        np.ndarray
-    )  # bool [n]: the token is learned: part of an answer, or the <|im_end|> after it; of a text, all
+    supervised: np.ndarray  # bool [n]: the token is learned: of an answer, or the <|im_end|> after it; all of a text
     num_bytes: int  # UTF-8 bytes of the answers, or of the text
 
 

@@ -287,9 +287,9 @@ def _write(
 def _add_conversations(writer: PackedWriter, arrays: dict[str, np.ndarray]) -> None:
     borders = np.cumsum(arrays["lengths"])[:-1]
     tokens, supervised = (np.split(arrays[name], borders) for name in ("tokens", "supervised"))
-    columns = (arrays[name].tolist() for name in ("splits", "num_bytes", "documents"))
-    for split, num_bytes, document, ids, learned in zip(*columns, tokens, supervised):
-        writer.add(SPLITS[split], ids.astype(np.int32), learned, num_bytes, document)
+    columns = (arrays[name].tolist() for name in ("splits", "num_bytes", "documents", "continues"))
+    for split, num_bytes, document, continues, ids, learned in zip(*columns, tokens, supervised):
+        writer.add(SPLITS[split], ids.astype(np.int32), learned, num_bytes, document, bool(continues))
 
 
 # ---------------------------------------------------------------- the name of a dataset

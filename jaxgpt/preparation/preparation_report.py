@@ -87,6 +87,8 @@ def _warnings(config: Config, report: dict[str, Any], plan: dict[str, Any]) -> l
             f"{share:.1%} of the tokens are held out, not data.validation_fraction = {asked:.1%}: the text is too "
             "short, or the lengths of its documents too different, to be divided closer"
         )
+    if "kinds" in report and not report["kinds"]["conversations"]:
+        found.append("no conversation is left, so nothing but text is learned")
     sizes = report["mixture"]["num_bytes"]
     shares = [(source["source"], size / sum(sizes), source["weight"]) for source, size in zip(report["sources"], sizes)]
     told = "{:.1%} of the text comes from {}, whose weight is {:.1%}: its documents, or others', are too few for that"

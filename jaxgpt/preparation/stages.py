@@ -271,11 +271,11 @@ def _chat_tokens(
         counts["cut"] += is_chat and len(encoded) > 1
         for piece in encoded:
             found.append(piece)
-            origins.append((split, number, len(piece.tokens), piece.num_bytes))
+            origins.append((split, number, len(piece.tokens), piece.num_bytes, not (is_chat or begins)))
             add_counts(parts, part, num_bytes=piece.num_bytes, num_tokens=len(piece.tokens))
         add_counts(parts, part, num_documents=begins)
-    columns = np.array(origins, np.int64).reshape(-1, 4).T
-    arrays = dict(zip(("splits", "documents", "lengths", "num_bytes"), columns, strict=True))
+    columns = np.array(origins, np.int64).reshape(-1, 5).T
+    arrays = dict(zip(("splits", "documents", "lengths", "num_bytes", "continues"), columns, strict=True))
     tokens = np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in found)])
     supervised = np.concatenate([np.empty(0, bool), *(piece.supervised for piece in found)])
     arrays |= {"tokens": tokens.astype(tokenizer.dtype), "supervised": supervised}

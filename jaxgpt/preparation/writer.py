@@ -139,23 +139,31 @@ class PackedWriter(_Writer):
         )
         self._open: dict[str, list[_OpenRow]] = {split: [] for split in SPLITS}
         self._full: dict[str, list[_OpenRow]] = {split: [] for split in SPLITS}
-        self._last_document = dict.fromkeys(SPLITS, -1)
+        self._last_document: dict[str, int | None] = dict.fromkeys(SPLITS)
 
-    def add(self, split: str, tokens: np.ndarray, supervised: np.ndarray, num_bytes: int, document: int) -> None:
+    def add(
+        self,
+        split: str,
+        tokens: np.ndarray,
+        supervised: np.ndarray,
+        num_bytes: int,
+        document: int,
+        continues: bool = False,
+    ) -> None:
         """Add a conversation or the next part of a long one: int32 [n] and bool [n], n <= block_size.
 
-        The supervised tokens are `num_bytes` of UTF-8 as text; `document` is the number of the conversation, or
-        of the text, in the source; a part of an earlier one may come later.
+        The supervised tokens are `num_bytes` of UTF-8 as text; `document` is the conversation's number in the source.
+        A text that `continues` one of which a part came before others is no new document.
         """
         if not 0 < len(tokens) <= self._block_size:
             raise ValueError(f"a conversation of {len(tokens)} tokens in rows of {self._block_size}")
         counts = self.counts[split]
         counts["num_conversations"] += 1
-        counts["num_documents"] += document > self._last_document[split]
+        counts["num_documents"] += document != self._last_document[split] and not continues
         counts["num_tokens"] += len(tokens)
         counts["num_bytes"] += num_bytes
         counts["num_supervised"] += int(np.count_nonzero(supervised[1:]))  # the first token is no target
-        self._last_document[split] = max(document, self._last_document[split])
+        self._last_document[split] = document
         self._place(split, tokens, supervised, document)
 
     def _place(self, split: str, tokens: np.ndarray, supervised: np.ndarray, document: int) -> None:

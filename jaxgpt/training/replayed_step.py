@@ -35,7 +35,7 @@ class ReplayedText:
     loss: float | None  # mean over the learned tokens, in nats; None if there is none
     learned_tokens: int
     pieces: list[tuple[str, bool]]  # (text, whether it is learned) of consecutive parts
-    is_plain: bool = True  # no conversation, so that every token is learned
+    is_plain: bool  # no conversation, so that every token is learned
 
 
 @dataclasses.dataclass
@@ -125,14 +125,15 @@ def _rows(
         documents: list[int | None] = [None]
         if isinstance(dataset.train, PackedRows):
             place, _ = place_of_row(dataset.train, config.train.seed, number, config.block_size)
-            documents = dataset.train.row(place).documents.tolist()
+            packed = dataset.train.row(place)
+            documents = packed.documents.tolist()
         texts = []
         for segment, document in enumerate(documents, start=1):
             there = segments_T == segment
             tokens = np.append(tokens_T[there], targets_T[-1:]) if document is None else tokens_T[there]
             learned = np.append(False, weights_T[there] > 0)[: len(tokens)]  # a target is the token after it
             text = pieces(tokens, learned, model.tokenizer)
-            is_plain = bool(learned[1:].all())
+            is_plain = document is None or bool(packed.supervised[there][0])  # a conversation begins with a question
             texts.append(ReplayedText(document, *_mean(loss_T[there], weights_T[there]), text, is_plain))
         yield ReplayedRow(number, *_mean(loss_T, weights_T), number in skip, texts)
 
