@@ -69,10 +69,9 @@ def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation:
         decoder = build_decoder(config.model, vocab_size, params, None, rows=len(prompts))
         answers = [answer for [answer] in generate(decoder, prompts, options)]
         stopped = sum(answer.finish_reason == "stop" for answer in answers)
-        shown = [tokenizer.decode([*prompt, *answer.tokens]) for prompt, answer in zip(prompts, answers)][
-            : len(SAMPLES)
-        ]
-        return {"eval_stop_rate": stopped / len(answers), **dict(zip(SAMPLES, shown))}
+        shown = zip(SAMPLES, prompts, answers)  # the first few
+        texts = {name: tokenizer.decode([*prompt, *answer.tokens]) for name, prompt, answer in shown}
+        return {"eval_stop_rate": stopped / len(answers), **texts}
 
     return sample
 

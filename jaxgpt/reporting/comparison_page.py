@@ -136,7 +136,7 @@ _BODY = """<h1>{{ runs | length }} runs compared</h1><p class="muted">jaxgpt com
 {% for label, mark, values, best in rows %}
 <tr><td>{{ label }} {{ mark }}{% for value in values %}
 <td class="number">{% if loop.index0 in best %}<b>{{ value }}</b>{% else %}{{ value }}{% endif %}{% endfor %}</tr>
-{% endfor %}</table></div>{% if rows %}<p class="note">Bold: the best, where the runs compare. ≠: not the same in all runs.</p>{% endif %}</section>
+{% endfor %}</table></div><p class="note">Bold: the best, where the runs compare. ≠: not the same.</p></section>
 {{ figures(drawn) }}
 <section><h2>Settings that differ</h2>{% if settings %}<div class="scroll"><table>{{ heads() }}
 {% for name, values in settings.items() %}<tr><td>{{ name }}{% for value in values %}

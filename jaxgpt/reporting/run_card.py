@@ -237,10 +237,10 @@ def _evaluated(evaluations: Sequence[dict], columns: Columns) -> dict[str, float
 
 def _conversations(records: Sequence[dict], evaluations: Sequence[dict]) -> list[str]:
     """Conversations of the last evaluation during training, or else of the newest one by `evaluate --skills`."""
-    during = next((record for record in reversed(records) if record.get("sample")), {})
+    during: dict = next((record for record in reversed(records) if record.get("sample")), {})
     texts = [text for name in SAMPLES if (text := during.get(name))]
     if not texts:
-        skills = next((line["skills"] for line in reversed(evaluations) if line.get("skills")), {})
+        skills: dict = next((line["skills"] for line in reversed(evaluations) if line.get("skills")), {})
         firsts = [row["first"] for row in skills.get("rows", ()) if "first" in row]
         texts = [f"user: {one['question']}\nassistant: {one['answer']}" for one in firsts]
         texts = [texts[n * len(texts) // MAX_CONVERSATIONS] for n in range(min(len(texts), MAX_CONVERSATIONS))]

@@ -38,32 +38,21 @@ MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 _IN_CARD = ("status", "parameters", "seconds", "device", "devices", "command", "commit", "versions")  # of summary.json
-_HEADLINE = (
-    "eval_loss",
-    "best_eval_loss",
-    "best_step",
-    "predicted_loss",
-    "predicted_low",
-    "predicted_high",
-    "bits_per_byte",
+# Fields of the card that have other places on the page.
+# fmt: off
+_ELSEWHERE = (
+    "status", "eval_loss", "best_eval_loss", "best_step", "predicted_loss", "predicted_low", "predicted_high",
+    "bits_per_byte", "skills_english", "skills_chinese", "skills_questions", "answers_that_stop", "tokens", "epochs",
+    "tokens_per_second", "mfu", "seconds", "processes", "price_per_hour", "cost", "samples",
 )
-_HEADLINE += (
-    "skills_english",
-    "skills_chinese",
-    "skills_questions",
-    "answers_that_stop",
-    "tokens",
-    "tokens_per_second",
-)
-_NO_ROWS = {*_HEADLINE, "status", "samples", "mfu", "epochs", "seconds", "processes", "price_per_hour", "cost"}
-"""Fields of the card that stand elsewhere on the page."""
+# fmt: on
 
 
 def write_summary(run: Run, status: str, seconds: float) -> None:
     """Write summary.json (what ran, on what, and how it ended) and report.html of a run that has ended."""
     config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
     if run.lease:
-        unlogged = {name: round(seconds, 1) for name, seconds in run.split.take().items()}
+        unlogged = {name: round(seconds, 3) for name, seconds in run.split.take().items()}
         record_process(run.workdir, run.lease.owner, time.time(), status=status, unlogged=unlogged)
     packages = {name: version(name) for name in PACKAGES}
     summary = {
@@ -104,7 +93,7 @@ def write_report(workdir: Path) -> Path:
     text = json.dumps({"name": workdir.resolve().name, **card}, indent=2, ensure_ascii=False)
     write_file(workdir / "card.json", (text + "\n").encode("utf-8", errors="replace"))
     changed, unchanged = _settings(config)
-    rows = {shown_as(key).label: shown_as(key).form(card[key]) for key in card if key not in _NO_ROWS}
+    rows = {shown_as(key).label: shown_as(key).form(card[key]) for key in card if key not in _ELSEWHERE}
     return figures.write_page(
         workdir / "report.html",
         _BODY,
