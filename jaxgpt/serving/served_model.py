@@ -57,10 +57,10 @@ class ServedModel:
     step: int
     system: str = ""
     """The system message of conversations that have none."""
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Questions to begin a chat with, by the language of the page."""
     engine: Engine | None = None
     stopping: bool = False
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Questions to begin a chat with, by the language of the page."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     _names: dict[int, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -176,7 +176,7 @@ def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
         examples = example_questions(options.checkpoint) if tokenizer.end_of_turn is not None else {}
     except UserError as error:  # of the run around hf/
         print(f"warning: no questions to try: {error}", file=sys.stderr)
-    model = ServedModel(name, tokenizer, config.n_positions, count, loaded.step, system, examples)
+    model = ServedModel(name, tokenizer, config.n_positions, count, loaded.step, system, examples=examples)
     step = f", step {loaded.step:,}" if loaded.step else ""
     kind = options.weights or config.dtype
     print(f"{options.checkpoint}{step}, {count / 1e6:.1f}M parameters, {kind}", file=sys.stderr)
