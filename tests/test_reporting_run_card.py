@@ -11,7 +11,7 @@ from jaxgpt.config import Config, to_json
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.skills import LANGUAGES, held_out, skill_names
 from jaxgpt.reporting import run_card
-from jaxgpt.reporting.run_card import checkout_commit, predicted_loss
+from jaxgpt.reporting.run_card import checkout_commit, predicted_loss, read_card
 from jaxgpt.serving.served_model import EXAMPLES, example_questions
 from jaxgpt.settings import DataConfig, InitConfig, LogConfig, SourceConfig
 from jaxgpt.storage.lease import Lease
@@ -25,8 +25,7 @@ SPEEDRUN = '{"prediction": {"loss": 2.0, "low": 1.75, "high": 2.25}}'
 def card(path, *lines, evaluations=(), **config):
     run_folder(path, lines, to_json(Config(**config)))
     (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations), encoding="utf-8")
-    report(path)
-    return json.loads((path / "card.json").read_text(encoding="utf-8"))
+    return read_card(path, lines, json.loads((path / "config.json").read_text()), {})
 
 
 def skills(right: dict, language="english", **more):
@@ -61,7 +60,9 @@ def test_what_evaluate_finds_comes_into_the_card_and_what_nobody_knows_does_not(
     log = LogConfig(price_per_hour=2.5)
     found = card(tmp_path, *lines, log=log)
     assert found["answers_that_stop"] == 0.25 and not {"skills_english", "rep_4", "device", "commit"} & set(found)
-    assert found["cost"] == pytest.approx(2.5 * found["seconds"] / 3600) and found["seconds_compiling"] == 3600
+    assert (
+        found["cost"] == pytest.approx(2.5 * found["seconds"] / 3600, abs=1e-3) and found["seconds_compiling"] == 3600
+    )
     old, new = skills({"addition": 3}), skills({"addition": 8}, tasks=[task], generation=writing)
     found = card(tmp_path, *lines, log=log, evaluations=[old, new])
     assert (found["skills_english"], found["skills_chinese"], found["skills_step"]) == (0.8, 0.5, 7)
@@ -78,7 +79,6 @@ def test_conversations_are_those_of_the_last_evaluation_or_else_the_first_answer
     evaluated = [skills(dict.fromkeys("abcdefgh", 5))]
     chat = {"data": DataConfig(format="chat", source="skills"), "evaluations": evaluated}
     assert card(tmp_path, *during, **chat)["samples"] == ["user: 你好\nassistant: Hi.", EVIL]
-    assert "assistant: Hi.</pre>" in report(tmp_path).source
     found = card(tmp_path, train_line(1), **chat)["samples"]
     assert found == [f"user: {letter}?\nassistant: my {letter}" for letter in "aceg"]
     assert "samples" not in card(tmp_path, *during)  # a text is no conversation
@@ -117,16 +117,19 @@ def test_a_predicted_loss_stands_beside_the_reached_one(tmp_path, name, content,
     if content is not None:
         (tmp_path / "speedrun.json").write_text(content)
     assert predicted_loss(tmp_path / name) == found
-    text = report(run_folder(tmp_path / name, [eval_line(1, 2.5)])).text
-    assert ("predicted 2.0000 1.7500 to 2.2500; reached +25.0%" in text) == bool(found)
+    run = run_folder(tmp_path / name, [eval_line(1, 2.5)])
+    if found:
+        assert "predicted 2.0000 1.7500 to 2.2500; reached +25.0%" in report(run).text
 
 
 def test_processes_that_were_killed_count(tmp_path):
-    run = run_folder(tmp_path / "run", [train_line(1)])
+    run = tmp_path / "run"
+    run.mkdir()
     dead = Lease(run)
     with dead:
         pass
-    for beat, owner in ((30.0, dead.owner), (50.0, {"pid": 1, "id": "older version"})):
+    older = {name: value for name, value in dead.owner.items() if name != "began"} | {"id": "of an older version"}
+    for beat, owner in ((30.0, dead.owner), (50.0, older)):
         (run / "lease.json").write_text(json.dumps(owner | {"beat": owner.get("began", 0.0) + beat}))
         with locked(run):
             pass
@@ -135,8 +138,7 @@ def test_processes_that_were_killed_count(tmp_path):
     unlogged = {"seconds_eval": 2.0, "seconds_total": 5.0}
     record_process(run, {"id": "b", "began": 100.0}, 110.0, status="finished", unlogged=unlogged)
     record_process(run, {"id": "b", "began": 100.0}, 120.0, status="killed")  # after its report, while it exported
-    report(run)
-    found = json.loads((run / "card.json").read_text())
+    found = card(run, train_line(1))
     assert (found["processes"], found["seconds"], found["seconds_evaluation"]) == (2, 40.0, 2.0)
     assert found["seconds_other"] == pytest.approx(40 - 0.95 - 2, abs=0.06)
 

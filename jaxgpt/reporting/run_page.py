@@ -191,7 +191,7 @@ def _headline(columns: Columns, card: dict) -> list[tuple[str, str, str]]:
         found.append(("tokens/s", big(speed), f"median{used}"))
     if round(card.get("seconds", 0)):
         parts = f", {card['processes']} processes" if card.get("processes", 1) > 1 else ""
-        found.append(("time", clock(card["seconds"]), f"{card['steps']:,.0f} steps{parts}"))
+        found.append(("time", clock(card["seconds"]), f"{card.get('steps', 0):,.0f} steps{parts}"))
     if "cost" in card:
         found.append(("cost", f"{card['cost']:,.2f}", f"{card['price_per_hour']:,.6g} an hour"))
     return found
