@@ -54,7 +54,7 @@ def write_page(path: Path, runs: Sequence[ComparedRun], axes: Sequence[str] = AX
     for key, values in comparison.table(runs).items():
         cells = [comparison.formatted(key, value) for value in values]
         best, mark = comparison.best_of(key, values, comparable), comparison.DIFFERS * comparison.differs(values)
-        rows.append((shown_as(key).label, mark, cells, best))
+        rows.append((shown_as(key).label, mark, cells, best, "words" if key in comparison.LONG else "number"))
     return figures.write_page(
         path,
         _BODY,
@@ -133,9 +133,9 @@ _BODY = """<h1>{{ runs | length }} runs compared</h1><p class="muted">jaxgpt com
 {% macro heads() %}<tr><th>{% for name in names %}
 <th class="number">{{ swatch(loop.index0) | safe }} {{ name }}{% endfor %}</tr>{% endmacro %}
 <section><h2>Cards</h2><div class="scroll"><table>{{ heads() }}
-{% for label, mark, values, best in rows %}
+{% for label, mark, values, best, kind in rows %}
 <tr><td>{{ label }} {{ mark }}{% for value in values %}
-<td class="number">{% if loop.index0 in best %}<b>{{ value }}</b>{% else %}{{ value }}{% endif %}{% endfor %}</tr>
+<td class="{{ kind }}">{% if loop.index0 in best %}<b>{{ value }}</b>{% else %}{{ value }}{% endif %}{% endfor %}</tr>
 {% endfor %}</table></div><p class="note">Bold: the best, where the runs compare. ≠: not the same.</p></section>
 {{ figures(drawn) }}
 <section><h2>Settings that differ</h2>{% if settings %}<div class="scroll"><table>{{ heads() }}

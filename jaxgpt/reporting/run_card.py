@@ -65,7 +65,7 @@ FIELDS = {
     "seconds_saving": CardField("time of saving", clock),
     "seconds_other": CardField("time of the rest", clock),
     "price_per_hour": CardField("price of an hour", "{:,.6g}".format),
-    "cost": CardField("cost", "{:,.2f}".format, min),
+    "cost": CardField("cost", lambda cost: f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}", min),
     "train_loss": CardField("training loss, last", _loss, min, "token"),
     "eval_loss": CardField("validation loss, last", _loss, min, "token"),
     "best_eval_loss": CardField("validation loss, best", _loss, min, "token"),
@@ -86,7 +86,7 @@ FIELDS = {
     "mfu": CardField("MFU, median", _share, max),
     "device": CardField("device"),
     "command": CardField("command"),
-    "commit": CardField("commit"),
+    "commit": CardField("commit", lambda commit: commit[:12]),
     "versions": CardField("versions", lambda found: ", ".join(f"{name} {number}" for name, number in found.items())),
 }
 _MODEL = {
@@ -161,9 +161,10 @@ def _trained(columns: Columns) -> dict[str, float | None]:
         return pick(values).item() if len(values) else None
 
     last = lambda values: values[-1]
+    steps, tokens = of("step", max), of("tokens", max)
     found = {
-        "steps": of("step", max),
-        "tokens": of("tokens", max),
+        "steps": None if steps is None else int(steps),
+        "tokens": None if tokens is None else int(tokens),
         "epochs": of("epoch", max),
         "train_loss": of("loss", last),
         "eval_loss": of("eval_loss", last),
@@ -173,7 +174,7 @@ def _trained(columns: Columns) -> dict[str, float | None]:
     }
     if not np.isnan(losses := columns["eval_loss"]).all():
         at = np.nanargmin(losses)
-        found |= {"best_eval_loss": losses[at].item(), "best_step": columns["step"][at].item()}
+        found |= {"best_eval_loss": losses[at].item(), "best_step": int(columns["step"][at])}
         for key in ("perplexity", "bits_per_byte"):
             value = columns[f"eval_{key}"][at].item()
             found[f"best_{key}"] = None if np.isnan(value) else value

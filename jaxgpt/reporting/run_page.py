@@ -193,7 +193,7 @@ def _headline(columns: Columns, card: dict) -> list[tuple[str, str, str]]:
         parts = f", {card['processes']} processes" if card.get("processes", 1) > 1 else ""
         found.append(("time", clock(card["seconds"]), f"{card.get('steps', 0):,.0f} steps{parts}"))
     if "cost" in card:
-        found.append(("cost", f"{card['cost']:,.2f}", f"{card['price_per_hour']:,.6g} an hour"))
+        found.append(("cost", shown_as("cost").form(card["cost"]), f"{card['price_per_hour']:,.6g} an hour"))
     return found
 
 
