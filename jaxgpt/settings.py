@@ -324,6 +324,8 @@ class LogConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     wandb_project: str | None = None
     """Also send the metrics to this Weights & Biases project (pip install wandb)."""
+    price_per_hour: NonNegativeFloat | None = None
+    """Price of an hour of all devices, in a currency of yours: the card of the run says what it has cost."""
     profile: Annotated[str, Field(pattern=r"^(|[1-9][0-9]{0,9}:[1-9][0-9]{0,9})$")] = ""
     """Steps to trace for XProf, first:last (10:13); empty for none."""
 

@@ -15,7 +15,6 @@ from jaxgpt.reporting.comparison import (
     comparability,
     differing_settings,
     distinguishing_names,
-    numbers,
     read_runs,
     text_report,
 )
@@ -81,20 +80,29 @@ def test_a_setting_that_a_version_does_not_know_differs_only_from_what_is_not_it
 
 def test_final_numbers_are_those_of_the_files(tmp_path):
     run, _ = pair(tmp_path)
-    assert numbers(run) == {
+    assert run.card == {
         "status": "finished",
+        "model": "2 layers, 12 heads, width 768, context 1024, bfloat16",
+        "parameters": 1234,
+        "data": "stdlib",
+        "validation_tokens": 10**6,
+        "started_from": "random weights",
         "steps": 4,
         "tokens": 2048,
-        "parameters": 1234,
+        "seconds": 12.0,
+        "seconds_training": 8.0,
+        "seconds_compiling": 0.0,
+        "seconds_evaluation": 0.0,
+        "seconds_saving": 0.0,
+        "seconds_other": 4.0,
         "train_loss": 2.5,
         "eval_loss": 2.5,
         "best_eval_loss": 2.0,
         "best_step": 2,
         "best_perplexity": 7.4,
+        "bits_per_byte": 1.5,
         "best_bits_per_byte": 1.25,
         "tokens_per_second": 200.0,
-        "mfu": None,
-        "seconds": 12.0,
         "device": "2 x cpu",
         "accuracy piqa": 0.75,
     }
@@ -159,7 +167,7 @@ def test_no_loss_per_token_is_called_the_best_where_tokenizers_differ(tmp_path):
     better = [line | ({"eval_loss": 1.0, "eval_bits_per_byte": 1.0} if "eval_loss" in line else {}) for line in LINES]
     text = text_report(pair(tmp_path, second={"tokenizer": "t2", "lines": better}), 120)
     starred = [line.split("  ")[0] for line in text.splitlines() if "*" in line]
-    assert starred == ["bits per byte of the best", "* the best"]
+    assert starred == ["bits per byte, last ≠", "bits per byte of the best ≠", "* the best"]
 
 
 # ---------------------------------------------------------------- names and tables
@@ -246,13 +254,16 @@ def test_24_lines_look_different_and_any_two_of_the_first_six_in_marker_too():
 
 
 def test_json_holds_what_the_screen_tells(tmp_path, capsys):
-    folders = [str(make_run(tmp_path / name)) for name in "ab"]
+    folders = [str(make_run(tmp_path / name, summary=SUMMARY | {"commit": name})) for name in "ab"]
     assert compare.main([*folders, "--json", str(tmp_path / "c.json")]) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["a", "b"]
-    assert found["runs"][0]["best_eval_loss"] == 2.0
+    assert found["runs"][0]["best_eval_loss"] == 2.0 and found["runs"][0]["skills_english"] is None
+    assert found["differing"] == ["commit"] and [run["commit"] for run in found["runs"]] == ["a", "b"]
     assert found["settings"] == {} and found["warnings"] == []
-    assert "The settings are the same." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "The settings are the same." in told
+    assert [line.split() for line in told.splitlines() if line.split()[1:2] == ["≠"]] == [["commit", "≠", "a", "b"]]
 
 
 @pytest.mark.parametrize(

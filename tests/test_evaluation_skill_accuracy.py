@@ -63,8 +63,10 @@ def test_right_answers_count_and_wrong_ones_and_those_without_an_end_do_not(toke
     monkeypatch.setattr(skill_accuracy, "generate", given)
     found = answered(questions, loaded.config, loaded)
     rows = {(row["skill"], row["language"]): row for row in found["rows"]}
+    first = next(turn for turn, _ in questions.asked if (turn.skill, turn.language) == ("addition", "english"))
     assert rows["addition", "english"] == {
         "skill": "addition", "language": "english", "questions": 3, "right": 3, "stops": 3, "wrong": [],
+        "first": {"question": first.question, "answer": first.answer},
     }  # fmt: skip
     assert (rows["spelling", "chinese"]["right"], rows["spelling", "chinese"]["stops"]) == (0, 3)
     assert rows["spelling", "english"]["wrong"][0]["answer"] == "I do."

@@ -122,7 +122,7 @@ def test_time_is_that_of_all_starts_of_the_run_and_its_shares_are_of_all_of_it(t
     ]
     lines[1] |= {"seconds_data": 0.0, "seconds_eval": 0.0, "seconds_total": 400.0}
     text = report(run_folder(tmp_path, lines)).text
-    assert "training time 1:06:40" in text
+    assert "time 1:06:40 2 steps" in text
     assert "step 75.0%, data 15.0%, eval 0.0%, save 0.0%, other 10.0%" in text
 
 
@@ -315,7 +315,7 @@ def test_the_summary_says_what_ran_and_how_it_ended(tmp_path, has_metrics):
     data = {"path": tmp_path / "data", "fingerprint": "f1", "vocab_size": 65, "train": split, "validation": split}
     config = Config(model=ModelConfig(n_layer=2), train=TrainConfig(global_batch_size=4))
     mesh = build_mesh(MeshConfig(), jax.devices()[:2])
-    parts = {"config": config, "dataset": SimpleNamespace(**data), "mesh": mesh, "workdir": tmp_path}
+    parts = {"config": config, "dataset": SimpleNamespace(**data), "mesh": mesh, "workdir": tmp_path, "lease": None}
     write_summary(SimpleNamespace(**parts, checkpoints=SimpleNamespace(latest_step=lambda: 6)), "over", 1.26)
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["status"], found["seconds"], found["devices"], found["mesh"]["data"]) == ("over", 1.3, 2, 2)

@@ -275,10 +275,30 @@ def test_a_model_without_a_template_has_no_chat_view(browser, server):
         assert page.is_hidden("#tabs") and page.is_visible("#text")
 
 
-def test_a_model_with_a_template_begins_as_a_chat(browser, server):
-    with opened(browser, server.url, KEY) as page:
+def test_a_model_with_a_template_begins_as_a_chat_with_questions_to_try(browser, server):
+    card = server.get("/v1/models").json
+    assert card["data"][0]["examples"] == {}
+    asked = {"en": [EVIL, "Spell cat."], "zh": ["你是谁？"]}
+    card["data"][0]["examples"] = asked
+    with opened(browser, server.url, KEY, {"**/v1/models": lambda route: route.fulfill(json=card)}) as page:
         page.wait_for_selector("#facts:not(:empty)")
         assert page.is_visible("#draft") and page.is_hidden("#text")
+        set_fields(page, max_tokens=5)
+        page.fill("#draft", "my own")
+        buttons = page.locator("#turns button")
+        assert buttons.all_text_contents() == asked["en"] and page.evaluate(UNNAMED) == []
+        page.click("#language")
+        assert buttons.all_text_contents() == asked["zh"] and buttons.first.get_attribute("lang") == "zh-CN"
+        page.click("#language")
+        buttons.first.focus()
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        finish(page)
+        assert page.locator(".user .body").all_text_contents() == ["Spell cat."]
+        assert page.locator(".assistant .body").count() == 1 and page.locator(".examples").count() == 0
+        assert page.input_value("#draft") == "my own" and page.evaluate("document.activeElement.id") == "draft"
+        page.click("#new")
+        assert buttons.all_text_contents() == asked["en"]
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -75,6 +75,7 @@ def answered(questions: SkillQuestions, config: Config, model: LoadedModel) -> d
                 row["questions"] += 1
                 row["stops"] += stopped
                 row["right"] += is_right
+                row.setdefault("first", {"question": turn.question, "answer": text})
                 if not is_right and len(row["wrong"]) < _SHOWN:
                     row["wrong"].append({"question": turn.question, "answer": text, "expected": turn.answer})
             bar.update(len(part))

@@ -1,7 +1,7 @@
 """Samples of a model while it is trained: a text that it continues, or its answers to validation conversations.
 
-Both are functions of the parameters that return metrics: "sample", a text to look at, and for a chat model
-"eval_stop_rate", the share of answers that end by themselves.
+Both are functions of the parameters that return metrics: "sample", a text to look at, and for a chat model "sample_2"
+and so on, more of them, and "eval_stop_rate", the share of answers that end by themselves.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference.decoder import build_decoder, generate
 from jaxgpt.inference.sampling import SamplingOptions
 
+SAMPLES = ("sample", "sample_2", "sample_3", "sample_4")
 Sampler = Callable[[dict], dict[str, str | float]]  # parameters -> metrics
 
 
@@ -70,8 +71,9 @@ def answering(config: Config, vocab_size: int, tokenizer: Tokenizer, validation:
         decoder = build_decoder(config.model, vocab_size, params, None, rows=len(prompts))
         answers = [answer for [answer] in generate(decoder, prompts, options)]
         stopped = sum(answer.finish_reason == "stop" for answer in answers)
-        shown = tokenizer.decode([*prompts[0], *answers[0].tokens])
-        return {"eval_stop_rate": stopped / len(answers), "sample": shown}
+        shown = zip(SAMPLES, prompts, answers)  # the first few
+        texts = {name: tokenizer.decode([*prompt, *answer.tokens]) for name, prompt, answer in shown}
+        return {"eval_stop_rate": stopped / len(answers), **texts}
 
     return sample
 

@@ -1,4 +1,4 @@
-"""Several runs compared: the settings that differ, the final numbers, and what makes these incomparable.
+"""Several runs compared: the settings that differ, their cards, and what makes these incomparable.
 
 Everything is read from the files of the runs, config.json as plain JSON, so that runs in progress and runs of other
 versions compare as well.
@@ -7,22 +7,21 @@ versions compare as well.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from jaxgpt.config import Config, flatten
 from jaxgpt.errors import UserError
 from jaxgpt.reporting import run_files
-from jaxgpt.reporting.figures import big, word
+from jaxgpt.reporting.figures import word
+from jaxgpt.reporting.run_card import FIELDS, read_card, shown_as
 from jaxgpt.reporting.run_files import Columns
 from jaxgpt.training.metrics import read_metrics
 
-RUNNING = "no summary yet: running, or killed"
-ABSENT = "–"
+ABSENT, DIFFERS = "–", "≠"
+MAX_WORDS = 30  # characters of a cell of LONG, as there is one column a run; pages and JSON have all
+LONG = ("model", "data", "started_from", "command", "commit", "versions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +35,8 @@ class ComparedRun:
     """Empty while the run goes on."""
     columns: Columns
     """The columns of metrics.jsonl, with "time"."""
+    card: dict
+    """Its `read_card`."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
@@ -63,7 +64,9 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
         for section, fields in config.items()
         for key, value in (fields.items() if isinstance(fields, dict) else ())
     }
-    return ComparedRun(folder, name, settings, summary, run_files.with_time(run_files.columns(read_metrics(folder))))
+    records = read_metrics(folder)
+    card, columns = read_card(folder, records, config, summary), run_files.with_time(run_files.columns(records))
+    return ComparedRun(folder, name, settings, summary, columns, card)
 
 
 def _read_object(path: Path) -> dict:
@@ -97,81 +100,21 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     found = {}
     for name in dict.fromkeys(name for run in runs for name in run.settings):
         effective = [run.settings.get(name, defaults.get(name)) for run in runs]
-        if any(value != effective[0] for value in effective):
+        if differs(effective):
             found[name] = [run.settings.get(name, ABSENT) for run in runs]
     return found
 
 
-class FinalNumber(NamedTuple):
-    """How a final number is shown."""
-
-    label: str
-    form: Callable[..., str]
-    best: Callable[[Sequence[float]], float] | None = None
-    """min or max, where one of them is better."""
-    per: str = ""
-    """ "token" or "byte": it compares only where these are the same."""
-
-
-_NUMBERS = {
-    "status": FinalNumber("status", str),
-    "steps": FinalNumber("steps", "{:,.0f}".format),
-    "tokens": FinalNumber("tokens seen", big),
-    "parameters": FinalNumber("parameters", big),
-    "train_loss": FinalNumber("training loss, last", "{:.4f}".format, min, "token"),
-    "eval_loss": FinalNumber("validation loss, last", "{:.4f}".format, min, "token"),
-    "best_eval_loss": FinalNumber("validation loss, best", "{:.4f}".format, min, "token"),
-    "best_step": FinalNumber("step of the best", "{:,.0f}".format),
-    "best_perplexity": FinalNumber("perplexity of the best", "{:,.4g}".format, min, "token"),
-    "best_bits_per_byte": FinalNumber("bits per byte of the best", "{:.4f}".format, min, "byte"),
-    "tokens_per_second": FinalNumber("tokens/s, median", big, max),
-    "mfu": FinalNumber("MFU, median", "{:.1%}".format, max),
-    "seconds": FinalNumber("training time", lambda seconds: str(timedelta(seconds=round(seconds)))),
-    "device": FinalNumber("device", str),
-}
-
-
-def shown_as(key: str) -> FinalNumber:
-    return _NUMBERS.get(key) or FinalNumber(f"{key.removeprefix('accuracy ')}, last", "{:.1%}".format, max)
-
-
-def numbers(run: ComparedRun) -> dict[str, Any]:
-    """The final numbers of a run, by the names of `_NUMBERS` and "accuracy TASK"; None for what is not known."""
-
-    def of(key: str, pick: Callable) -> float | None:
-        values = run_files.known(run.columns, key)[1]
-        return pick(values).item() if len(values) else None
-
-    last = lambda values: values[-1]
-    found: dict[str, Any] = {
-        "status": run.summary.get("status", RUNNING),
-        "steps": of("step", max),
-        "tokens": of("tokens", max),
-        "parameters": run.summary.get("parameters"),
-        "train_loss": of("loss", last),
-        "eval_loss": of("eval_loss", last),
-        "best_eval_loss": None,
-        "tokens_per_second": of("tokens_per_second", np.median),
-        "mfu": of("mfu", np.median),
-        "seconds": of("time", max),
-        "device": f"{run.summary['devices']} x {run.summary['device']}" if "device" in run.summary else None,
-    }
-    if not np.isnan(losses := run.columns["eval_loss"]).all():
-        at = np.nanargmin(losses)
-        found |= {"best_eval_loss": losses[at].item(), "best_step": run.columns["step"][at].item()}
-        for key in ("perplexity", "bits_per_byte"):
-            value = run.columns[f"eval_{key}"][at].item()
-            found[f"best_{key}"] = None if np.isnan(value) else value
-    found |= {f"accuracy {name}": of(key, last) for key, name in run_files.accuracies(run.columns).items()}
-    return found
-
-
 def table(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """{"steps": [500, 300], ...}: the final numbers that are known of any run, a value for each run."""
-    each = [numbers(run) for run in runs]
-    names = dict.fromkeys((*_NUMBERS, *(name for found in each for name in found)))
-    rows = {name: [found.get(name) for found in each] for name in names}
+    """{"steps": [500, 300], ...}: the fields that the card of any run has, a value for each run, or None."""
+    names = dict.fromkeys((*FIELDS, *(name for run in runs for name in run.card)))
+    rows = {name: [run.card.get(name) for run in runs] for name in names if name != "samples"}
     return {name: values for name, values in rows.items() if any(value is not None for value in values)}
+
+
+def differs(values: Sequence) -> bool:
+    """Whether the runs do not all have the same value."""
+    return any(value != values[0] for value in values)
 
 
 def best_of(key: str, values: Sequence, comparable: set[str]) -> set[int]:
@@ -257,27 +200,29 @@ def _evaluated(run: ComparedRun) -> str | None:
 
 
 def formatted(key: str, value: object) -> str:
-    """A final number as it is shown."""
+    """A field of a card as it is shown."""
     return ABSENT if value is None else shown_as(key).form(value)
 
 
 def text_report(runs: Sequence[ComparedRun], width: int) -> str:
-    """Warnings, settings and final numbers as tables at most `width` wide, if the names let them."""
+    """Warnings, settings and cards as tables at most `width` wide, if the names let them; long words are cut."""
     names = [run.name for run in runs]
     comparable, warnings = comparability(runs)
     settings = [[name, *map(word, values)] for name, values in differing_settings(runs).items()]
-    lines, starred = [], False
+    lines = []
     for key, values in table(runs).items():
         best = best_of(key, values, comparable)
-        starred |= bool(best)
         marks = ["*" if place in best else " " * bool(best) for place in range(len(values))]
-        cells = [formatted(key, value) + mark for value, mark in zip(values, marks, strict=True)]
-        lines.append([shown_as(key).label, *cells])
+        words = [formatted(key, value) for value in values]
+        if key in LONG:
+            words = [text if len(text) <= MAX_WORDS else f"{text[: MAX_WORDS - 1]}…" for text in words]
+        cells = [text + mark for text, mark in zip(words, marks, strict=True)]
+        lines.append([f"{shown_as(key).label} {DIFFERS}" if differs(values) else shown_as(key).label, *cells])
     parts = [f"warning  {warning}" for warning in warnings] + ([""] if warnings else [])
     parts.append(
         _tables(["settings that differ", *names], settings, width) if settings else "The settings are the same."
     )
-    parts += ["", _tables(["final numbers", *names], lines, width), *(["* the best"] if starred else [])]
+    parts += ["", _tables(["cards", *names], lines, width), f"* the best   {DIFFERS} not the same"]
     return "\n".join(parts)
 
 
@@ -295,9 +240,14 @@ def _tables(head: list[str], rows: list[list[str]], width: int) -> str:
 
 
 def as_json(runs: Sequence[ComparedRun]) -> str:
-    """{"runs": [{"name", "path", a number each}], "settings": {name: a value each}, "warnings": [...]}"""
+    """{"runs": [{"name", "path", the fields of its card}], "differing": [names of fields], "settings", "warnings"}.
+
+    "settings" is {name: a value for each run}. A field that no file of a run knows is null.
+    """
+    rows = table(runs)
     found = {
-        "runs": [{"name": run.name, "path": str(run.path), **numbers(run)} for run in runs],
+        "runs": [{"name": run.name, "path": str(run.path), **dict.fromkeys(FIELDS), **run.card} for run in runs],
+        "differing": [key for key, values in rows.items() if differs(values)],
         "settings": differing_settings(runs),
         "warnings": comparability(runs)[1],
     }

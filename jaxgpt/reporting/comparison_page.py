@@ -1,4 +1,4 @@
-"""The page of `compare`: curves of all runs in one figure, the settings that differ, and the final numbers."""
+"""The page of `compare`: curves of all runs in one figure, their cards, and the settings that differ."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.reporting import comparison, figures, run_files
 from jaxgpt.reporting.comparison import ComparedRun
 from jaxgpt.reporting.figures import SMOOTHED, Drawn, big, word
+from jaxgpt.reporting.run_card import shown_as
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,8 @@ def write_page(path: Path, runs: Sequence[ComparedRun], axes: Sequence[str] = AX
     rows = []
     for key, values in comparison.table(runs).items():
         cells = [comparison.formatted(key, value) for value in values]
-        rows.append((comparison.shown_as(key).label, cells, comparison.best_of(key, values, comparable)))
+        best, mark = comparison.best_of(key, values, comparable), comparison.DIFFERS * comparison.differs(values)
+        rows.append((shown_as(key).label, mark, cells, best, "words" if key in comparison.LONG else "number"))
     return figures.write_page(
         path,
         _BODY,
@@ -130,16 +132,19 @@ _BODY = """<h1>{{ runs | length }} runs compared</h1><p class="muted">jaxgpt com
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 {% macro heads() %}<tr><th>{% for name in names %}
 <th class="number">{{ swatch(loop.index0) | safe }} {{ name }}{% endfor %}</tr>{% endmacro %}
-<section><h2>Final numbers</h2><div class="scroll"><table>{{ heads() }}
-{% for label, values, best in rows %}
-<tr><td>{{ label }}{% for value in values %}
-<td class="number">{% if loop.index0 in best %}<b>{{ value }}</b>{% else %}{{ value }}{% endif %}{% endfor %}</tr>
-{% endfor %}</table></div>{% if rows %}<p class="note">Bold: the best, where the runs compare.</p>{% endif %}</section>
+<section><h2>Cards</h2><div class="scroll"><table>{{ heads() }}
+{% for label, mark, values, best, kind in rows %}
+<tr><td>{{ label }} {{ mark }}{% for value in values %}
+<td class="{{ kind }}">{% if loop.index0 in best %}<b>{{ value }}</b>{% else %}{{ value }}{% endif %}{% endfor %}</tr>
+{% endfor %}</table></div><p class="note">Bold: the best, where the runs compare. ≠: not the same.</p></section>
 {{ figures(drawn) }}
 <section><h2>Settings that differ</h2>{% if settings %}<div class="scroll"><table>{{ heads() }}
 {% for name, values in settings.items() %}<tr><td>{{ name }}{% for value in values %}
 <td class="number">{{ value }}{% endfor %}</tr>{% endfor %}</table></div>
 {% else %}<p>None: the runs have the same settings.</p>{% endif %}</section>
+{% for run in runs if run.card.samples %}<section><h2>Conversations of {{ run.name }}</h2>
+{% for text in run.card.samples %}<pre>
+{{ text }}</pre>{% endfor %}</section>{% endfor %}
 <section><h2>Runs</h2><table>{% for run in runs %}<tr><th>{{ run.name }}<td>{{ run.path }}</tr>{% endfor %}</table>
 </section>
 """

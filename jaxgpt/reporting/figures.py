@@ -244,7 +244,8 @@ pre { margin: .25rem 0 0; padding: .75rem; background: var(--page); border-radiu
 table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 400 }
 td, th { padding: .2rem .75rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--line) }
 .scroll { overflow-x: auto } .scroll table { width: auto; min-width: 100% }
-.scroll td, .scroll th { overflow-wrap: normal } td.number, th.number { text-align: right; white-space: nowrap }
+.scroll td, .scroll th { overflow-wrap: normal } .scroll td.words { overflow-wrap: anywhere; text-align: right }
+.scroll td.words { min-width: 9rem } td.number, th.number { text-align: right; white-space: nowrap }
 @media (min-width: 700px) { .scroll td:first-child { white-space: nowrap } }
 .scroll td:first-child, .scroll th:first-child { position: sticky; left: 0; background: var(--card) }
 """

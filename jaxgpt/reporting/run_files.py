@@ -1,13 +1,14 @@
 """The records of a run folder as tables: metrics.jsonl as columns, evaluations.jsonl as rows."""
 
-import contextlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxgpt.storage.files import read_json_lines
+from jaxgpt.training.checkpoint import EVALUATIONS
 
 Columns = dict[str, np.ndarray]
 """One float array [lines] for each metric, nan where a line does not know it."""
@@ -17,6 +18,7 @@ ACTIVITIES = ("step", "data", "eval", "save", "other")
 _KEYS = (
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu"),
     *("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_stop_rate", "seconds_total"),
+    "seconds_compile",
     *(f"seconds_{name}" for name in ACTIVITIES),
 )
 
@@ -73,7 +75,6 @@ def _filled(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.where(there, values, np.where(steps > last, beyond, between))
 
 
-EVALUATIONS = "evaluations.jsonl"
 _TEXT_METRICS = ("loss", "perplexity", "bits_per_byte")
 _NO_METRICS = ("published", "questions", "cut", "few_shot")
 
@@ -96,22 +97,17 @@ class EvaluationRow(NamedTuple):
 def evaluation_rows(workdir: Path) -> list[EvaluationRow]:
     """The figures of the newest evaluation of each task, text and kind of writing in each way of doing it."""
     newest: dict[tuple, list[EvaluationRow]] = {}
-    for found in _lines(workdir / EVALUATIONS):
+    for found in read_json_lines(workdir / EVALUATIONS):
         for identity, made in _parts(found):
             newest.pop(identity, None)  # so that the newest come last
             newest[identity] = made
     return [row for made in newest.values() for row in made]
 
 
-def _lines(path: Path) -> list[dict]:
-    """The objects of the file; a line that is being written is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [each for each in found if isinstance(each, dict)]
+def task_metrics(task: dict) -> list[str]:
+    """The names of a task's figures, without those of their errors."""
+    names = [key for key, value in task.items() if isinstance(value, float)]
+    return [key for key in names if "_stderr" not in key and key not in _NO_METRICS]
 
 
 def _parts(found: dict) -> list[tuple[tuple, list[EvaluationRow]]]:
@@ -127,11 +123,9 @@ def _parts(found: dict) -> list[tuple[tuple, list[EvaluationRow]]]:
         how = f"windows of {found.get('window')} tokens, stride {found.get('stride')}"
         add(text, text["name"], [key for key in _TEXT_METRICS if text.get(key) is not None], how)
     for task in found.get("tasks") or ():
-        metrics = [key for key, value in task.items() if isinstance(value, float)]
-        metrics = [key for key in metrics if "_stderr" not in key and key not in _NO_METRICS]
         examples = f", {task['few_shot']} examples" if task.get("few_shot") else ""
         source = f", {task['source']}" if task.get("source") else ""
-        add(task, task["task"], metrics, f"{task['questions']:,} questions{examples}{source}")
+        add(task, task["task"], task_metrics(task), f"{task['questions']:,} questions{examples}{source}")
     if writing := found.get("generation"):
         real = {key: value for key, value in (writing.get("real") or {}).items() if value is not None}
         published = [{"model": "real texts", "metric": key, "value": real[key], "source": ""} for key in real]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import sys
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,13 @@ from jaxgpt.config import Config, flatten
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.reporting import figures, run_files
 from jaxgpt.reporting.figures import COLOURS, SMOOTHED, Drawn, big, word
+from jaxgpt.reporting.run_card import checkout_commit, clock, read_card, shown_as
 from jaxgpt.reporting.run_files import ACTIVITIES, Columns
 from jaxgpt.storage.files import append_json, write_file
-from jaxgpt.training.checkpoint import find_step, finished_steps, step_to_use
+from jaxgpt.training.checkpoint import EVALUATIONS, find_step, finished_steps, step_to_use
 from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.models import is_huggingface
+from jaxgpt.training.recovery import record_process
 from jaxgpt.training.run_state import Run
 
 if TYPE_CHECKING:
@@ -34,10 +37,23 @@ NOISY = ("loss", "grad_norm", "tokens_per_second")
 MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it under a megabyte
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
+_IN_CARD = ("status", "parameters", "seconds", "device", "devices", "command", "commit", "versions")  # of summary.json
+# Fields of the card that have other places on the page.
+# fmt: off
+_ELSEWHERE = (
+    "status", "eval_loss", "best_eval_loss", "best_step", "predicted_loss", "predicted_low", "predicted_high",
+    "bits_per_byte", "skills_english", "skills_chinese", "skills_questions", "answers_that_stop", "tokens", "epochs",
+    "tokens_per_second", "mfu", "seconds", "processes", "price_per_hour", "cost", "samples",
+)
+# fmt: on
+
 
 def write_summary(run: Run, status: str, seconds: float) -> None:
     """Write summary.json (what ran, on what, and how it ended) and report.html of a run that has ended."""
     config, dataset, devices = run.config, run.dataset, run.mesh.devices.flatten()
+    if run.lease:
+        unlogged = {name: round(seconds, 3) for name, seconds in run.split.take().items()}
+        record_process(run.workdir, run.lease.owner, time.time(), status=status, unlogged=unlogged)
     packages = {name: version(name) for name in PACKAGES}
     summary = {
         "status": status,
@@ -56,6 +72,8 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
             **dataset.train.facts(),
             "vocabulary": dataset.vocab_size,
         },
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "commit": checkout_commit(),
         "versions": {"jaxgpt": __version__, "python": platform.python_version(), **packages},
     }
     write_file(run.workdir / "summary.json", json.dumps(summary, indent=2))
@@ -64,22 +82,28 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
 
 
 def write_report(workdir: Path) -> Path:
-    """Write `workdir`/report.html from metrics.jsonl, and config.json, summary.json, evaluations.jsonl if there.
+    """Write `workdir`/report.html and card.json from metrics.jsonl, and what else of a run's files is there.
 
     Raises UserError where the folder has no metrics.jsonl.
     """
     records = read_metrics(workdir)
     columns, summary = run_files.columns(records), _read_json(workdir / "summary.json")
-    changed, unchanged = _settings(_read_json(workdir / "config.json"))
+    config = _read_json(workdir / "config.json")
+    card = read_card(workdir, records, config, summary)
+    text = json.dumps({"name": workdir.resolve().name, **card}, indent=2, ensure_ascii=False)
+    write_file(workdir / "card.json", (text + "\n").encode("utf-8", errors="replace"))
+    changed, unchanged = _settings(config)
+    rows = {shown_as(key).label: shown_as(key).form(card[key]) for key in card if key not in _ELSEWHERE}
     return figures.write_page(
         workdir / "report.html",
         _BODY,
         f"{workdir.resolve().name} · jaxgpt run report",
         name=workdir.resolve().name,
-        status=summary.pop("status", "no summary yet: running, or killed"),
-        versions=summary.pop("versions", {}),
-        facts=_flat(summary),
-        numbers=_headline(columns),
+        status=card["status"],
+        facts=_flat({key: value for key, value in summary.items() if key not in _IN_CARD}),
+        numbers=_headline(columns, card),
+        card=rows,
+        conversations=card.get("samples", []),
         warnings=_warnings(records, workdir),
         drawn=_figures(columns),
         evaluated=run_files.evaluation_rows(workdir),
@@ -95,7 +119,7 @@ def add_evaluation(checkpoint: str, found: dict[str, object]) -> None:
         return
     run, _ = find_step(Path(checkpoint))
     try:
-        append_json(run / run_files.EVALUATIONS, found)
+        append_json(run / EVALUATIONS, found)
         if (run / "metrics.jsonl").exists():
             write_report(run)
     except OSError as error:  # another user's run, or a full disk: the figures are printed
@@ -135,7 +159,7 @@ def _settings(config: dict) -> tuple[list[tuple[str, str, str]], ...]:
     return rows
 
 
-def _headline(columns: Columns) -> list[tuple[str, str, str]]:
+def _headline(columns: Columns, card: dict) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the numbers that a reader wants first."""
     last = {key: values[-1] for key in columns if len(values := run_files.known(columns, key)[1])}
     found = []
@@ -144,13 +168,20 @@ def _headline(columns: Columns) -> list[tuple[str, str, str]]:
         best = losses.argmin()
         found.append(("validation loss", f"{losses[-1]:.4f}", f"nats/token, step {steps[-1]:,.0f}"))
         found.append(("best", f"{losses[best]:.4f}", f"step {steps[best]:,.0f}"))
+        if "predicted_loss" in card:
+            off = f"; reached {losses[-1] / card['predicted_loss'] - 1:+.1%}"
+            spread = f"{card['predicted_low']:.4f} to {card['predicted_high']:.4f}{off}"
+            found.append(("predicted", f"{card['predicted_loss']:.4f}", spread))
     elif "loss" in last:
         found.append(("training loss", f"{last['loss']:.4f}", "nats/token; no evaluation yet"))
     for key, name in (("eval_perplexity", "perplexity"), ("eval_bits_per_byte", "bits per byte")):
         if key in last:
             found.append((name, f"{last[key]:,.4g}", "validation"))
-    if "eval_stop_rate" in last:
-        found.append(("answers that stop", f"{last['eval_stop_rate']:.0%}", "by themselves, to validation prompts"))
+    asked = f"of {card['skills_questions']:,} questions" if "skills_questions" in card else "to validation prompts"
+    for key in ("skills_english", "skills_chinese", "answers_that_stop"):
+        if key in card:
+            what = f"by themselves, {asked}" if key == "answers_that_stop" else "mean of the skills"
+            found.append((shown_as(key).label, f"{card[key]:.1%}", what))
     if "tokens" in last:
         epochs = f"{last['epoch']:.2f} epochs" if "epoch" in last else ""
         found.append(("tokens seen", big(last["tokens"]), epochs))
@@ -158,8 +189,11 @@ def _headline(columns: Columns) -> list[tuple[str, str, str]]:
         speed = np.median(run_files.known(columns, "tokens_per_second")[1])
         used = f", MFU {np.median(run_files.known(columns, 'mfu')[1]):.1%}" if "mfu" in last else ""
         found.append(("tokens/s", big(speed), f"median{used}"))
-    if seconds := round(run_files.seconds(columns).sum()):
-        found.append(("training time", str(timedelta(seconds=seconds)), f"{last['step']:,.0f} steps"))
+    if round(card.get("seconds", 0)):
+        parts = f", {card['processes']} processes" if card.get("processes", 1) > 1 else ""
+        found.append(("time", clock(card["seconds"]), f"{card.get('steps', 0):,.0f} steps{parts}"))
+    if "cost" in card:
+        found.append(("cost", shown_as("cost").form(card["cost"]), f"{card['price_per_hour']:,.6g} an hour"))
     return found
 
 
@@ -298,7 +332,10 @@ _BODY = """{% macro settings(rows) %}<table><tr><th>setting<th>value<th>default<
 {{ text }}</pre>{% endmacro %}
 <h1>{{ name }}</h1><p class="muted">jaxgpt run · {{ status }}</p>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
-{{ headline(numbers) }}{{ figures(drawn) }}
+{{ headline(numbers) }}<section><h2>Card</h2>{{ pairs(card) }}
+{% if conversations %}<details open><summary>Conversations</summary>{% for text in conversations %}<pre>
+{{ text }}</pre>{% endfor %}</details>{% endif %}</section>
+{{ figures(drawn) }}
 {% if evaluated %}<section><h2>Evaluation</h2><div class="scroll"><table>
 <tr><th>task or text<th>metric<th class="number">value<th class="number">error<th class="number">step<th>how</tr>
 {% for row in evaluated %}<tr><td>{{ row.name }}<td>{{ row.metric }}<td class="number">{{ row.value }}
@@ -315,5 +352,4 @@ _BODY = """{% macro settings(rows) %}<table><tr><th>setting<th>value<th>default<
 {% if unchanged %}<details><summary>{{ unchanged | length }} settings at their defaults</summary>
 {{ settings(unchanged) }}</details>{% endif %}
 {% if not changed and not unchanged %}<p>There is no config.json.</p>{% endif %}</section>
-{% if versions %}<section><h2>Versions</h2>{{ pairs(versions) }}</section>{% endif %}
 """

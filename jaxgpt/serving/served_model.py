@@ -13,10 +13,17 @@ from jaxgpt.inference.engine import Engine
 from jaxgpt.inference.prompts import ChatPrompts, token_bytes
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache
+from jaxgpt.preparation.skills import LANGUAGES, held_out, skill_names, weights
 from jaxgpt.serving.schemas import ApiError, bad_request, not_ready
-from jaxgpt.training.models import load_model
+from jaxgpt.settings import sources_of
+from jaxgpt.storage.files import read_json_lines
+from jaxgpt.training.checkpoint import EVALUATIONS, FOLDER, find_step, read_config
+from jaxgpt.training.models import is_huggingface, load_model
 
 STUCK_SECONDS = 120.0  # without one chunk, while requests are under way: longer than any chunk takes
+EXAMPLES = 6  # questions of each language that the page shows
+RIGHT = 0.8  # share of the held-out questions of a skill that a model answers rightly which has it
+_LANGUAGES = dict(zip(LANGUAGES, ("en", "zh"), strict=True))  # as the page has them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,8 @@ class ServedModel:
     """The system message of conversations that have none."""
     engine: Engine | None = None
     stopping: bool = False
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Questions to begin a chat with, by the language of the page."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     _names: dict[int, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -102,6 +111,7 @@ class ServedModel:
             "max_model_len": self.n_positions,
             "has_chat_template": is_chat,
             "system": self.system if is_chat else "",
+            "examples": self.examples if is_chat else {},
             "parameters": self.parameters,
             "step": self.step,
         }
@@ -117,6 +127,42 @@ class ServedModel:
         return self._names[token]
 
 
+def example_questions(checkpoint: str) -> dict[str, list[str]]:
+    """{"en": [...], "zh": [...]}: a held-out question of each of some skills that the model of a checkpoint has.
+
+    It has those that `evaluate --skills` found, or all that it was trained on where that was not asked; {} without
+    either. The hf/ of a run has those of the run.
+    """
+    if not is_huggingface(checkpoint):
+        run, _ = find_step(Path(checkpoint))
+    else:
+        run = Path(checkpoint).absolute().parent
+        if Path(checkpoint).name != "hf" or not (run / FOLDER).is_dir():
+            return {}
+    evaluated = [found["skills"] for found in read_json_lines(run / EVALUATIONS) if found.get("skills")]
+    if evaluated:
+        rows = evaluated[-1]["rows"]
+        has = {(row["skill"], row["language"]) for row in rows if row["right"] >= RIGHT * row["questions"]}
+    else:
+        data = read_config(run).data
+        if "skills" not in [part.source for part in sources_of(data)]:
+            return {}
+        often = weights(data.skills)
+        has = {(skill, one) for skill in skill_names() for one in LANGUAGES if often[skill] and often[one]}
+    found = {}
+    for language, short in _LANGUAGES.items():
+        skills = [skill for skill in skill_names() if (skill, language) in has]
+        chosen = [skills[n * len(skills) // EXAMPLES] for n in range(EXAMPLES)] if len(skills) > EXAMPLES else skills
+        found[short] = [_question(skill, language) for skill in chosen]
+    return found
+
+
+def _question(skill: str, language: str) -> str:
+    """A short held-out question that begins a conversation, one that is not typed in haste if there is any."""
+    asked = [turns[0].question for turns in held_out(skill, language, 10) if len(turns) == 1]
+    return min(asked, key=lambda text: (text[-1] not in ".?!。？！", len(text)))
+
+
 def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     """(the model of a checkpoint, a function that compiles its engine; to be called once)."""
     loaded = load_model(options.checkpoint)
@@ -125,7 +171,12 @@ def load(options: ServeOptions) -> tuple[ServedModel, Callable[[], Engine]]:
     count = parameter_count(config, vocab_size)
     name = options.name or options.checkpoint.removeprefix("hf:").rstrip("/").split("/")[-1]
     system = loaded.config.chat.system if options.system is None else options.system
-    model = ServedModel(name, tokenizer, config.n_positions, count, loaded.step, system)
+    examples: dict[str, list[str]] = {}
+    try:
+        examples = example_questions(options.checkpoint) if tokenizer.end_of_turn is not None else {}
+    except UserError as error:  # of the run around hf/
+        print(f"warning: no questions to try: {error}", file=sys.stderr)
+    model = ServedModel(name, tokenizer, config.n_positions, count, loaded.step, system, examples=examples)
     step = f", step {loaded.step:,}" if loaded.step else ""
     kind = options.weights or config.dtype
     print(f"{options.checkpoint}{step}, {count / 1e6:.1f}M parameters, {kind}", file=sys.stderr)

@@ -71,6 +71,15 @@ def append_json(path: Path, record: dict[str, object]) -> None:
         os.fsync(file.fileno())
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file, none where it is absent; a line that is being written is left out."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [each for each in found if isinstance(each, dict)]
+
+
 @contextlib.contextmanager
 def new_folder(final: Path, existing: Literal["refuse", "replace", "keep"] = "refuse") -> Iterator[Path]:
     """A folder to fill, which is called `final` once the block has ended well, and else disappears.

@@ -30,7 +30,10 @@ class Lease:
     def __init__(self, workdir: Path):
         self._workdir = workdir
         self._path = workdir / FILE
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id(), "id": uuid.uuid4().hex}
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
+        self.owner: dict = process | {"id": uuid.uuid4().hex, "began": time.time()}
+        self.left: dict = {}
+        """The record of an owner that ended without a word; "beat" is the last time at which it lived."""
         self._ended = threading.Event()
         self._lost = ""  # why this process holds the folder no more
 
@@ -54,7 +57,7 @@ class Lease:
             self._write()
             if not self._has_kernel_lock:  # another one may have written at the same moment: the last one has it
                 time.sleep(BEAT_SECONDS)
-                if (owner := self._read()).get("id") != self._owner["id"]:
+                if (owner := self._read()).get("id") != self.owner["id"]:
                     raise self._refusal(owner)
         except BaseException:
             os.close(self._file)
@@ -107,6 +110,7 @@ class Lease:
                 if self._read() != owner:
                     raise self._refusal(owner)
         print(f"lease    {_name(owner)} left {self._workdir} without a word; taken over", flush=True)
+        self.left = owner
 
     def _refusal(self, owner: dict) -> UserError:
         return UserError(
@@ -124,7 +128,7 @@ class Lease:
         return owner if isinstance(owner, dict) else {}
 
     def _write(self) -> None:
-        text = json.dumps(self._owner | {"beat": time.time()}).encode()
+        text = json.dumps(self.owner | {"beat": time.time()}).encode()
         os.pwrite(self._file, text.ljust(320), 0)  # one length: a reader never sees the end of an older text
         if not self._has_kernel_lock:
             os.fsync(self._file)
@@ -139,7 +143,7 @@ class Lease:
             return
         except OSError:  # storage fails for a while
             return
-        if is_replaced or owner.get("id", self._owner["id"]) != self._owner["id"]:
+        if is_replaced or owner.get("id", self.owner["id"]) != self.owner["id"]:
             self._lost = f"taken over by {_name(owner)}"
 
     def _keep_beating(self) -> None:

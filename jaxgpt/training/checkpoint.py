@@ -36,6 +36,7 @@ FOLDER = "checkpoints"
 METADATA = "metadata.json"
 CONFIG = "config.json"
 SUMMARY = "summary.json"  # until the end of a start it says no more than that there is a checkpoint, or none yet
+EVALUATIONS = "evaluations.jsonl"  # a line for each `evaluate`, which reporting/ writes
 BEST = "@best"  # after a run's folder: its checkpoint with the lowest validation loss
 SAVING, DELETING = ".saving-", ".deleting-"  # begin the names of folders that are not checkpoints yet, or any more
 UNFINISHED = re.compile(r"\.(saving|deleting)-[0-9]+(\.orbax.*)?")  # Orbax adds to the name while it writes

@@ -74,7 +74,7 @@ class _Loop:
         self._state = state
         self._start = start
         self._bad_steps = bad_steps
-        self._split = TimeSplit()
+        self._split = run.split
         self._vote = StopVote()
         self._history = EvaluationHistory(run.config, start)
         self._meter = Meter(run, self._split, bad_steps, self._history)

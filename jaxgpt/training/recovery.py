@@ -4,8 +4,6 @@ A checkpoint whose files differ from its manifest is moved to quarantine/, never
 crashes again and again at one step goes one checkpoint back, once, and then stops.
 """
 
-import contextlib
-import json
 import os
 import shutil
 import time
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from jaxgpt.errors import RunFailed, UserError
 from jaxgpt.failpoints import failpoint
 from jaxgpt.storage import manifest
-from jaxgpt.storage.files import append_json
+from jaxgpt.storage.files import append_json, read_json_lines
 from jaxgpt.training.checkpoint import (
     CONFIG,
     FOLDER,
@@ -31,8 +29,9 @@ from jaxgpt.training.metrics import METRICS_FILE
 
 QUARANTINE = "quarantine"
 FAULTS_FILE = "faults.jsonl"
+PROCESSES = "processes.jsonl"  # one line for each process that trained
 # The files of a run that are replaced whole, each by one called FILE.tmp.
-WRITTEN = (CONFIG, METRICS_FILE, "summary.json", "report.html", "wandb_run_id")
+WRITTEN = (CONFIG, METRICS_FILE, "summary.json", "report.html", "card.json", "wandb_run_id")
 CRASHES = 3  # at one step, after which the run goes one checkpoint back, and the next time stops
 
 
@@ -124,14 +123,19 @@ def record_fault(run: Path, **facts: object) -> None:
 
 def read_faults(run: Path) -> list[dict]:
     """The lines of faults.jsonl; one that was cut off, or that `record_fault` cannot have written, is left out."""
-    faults = []
-    if (run / FAULTS_FILE).is_file():
-        for line in (run / FAULTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                fault = json.loads(line)
-                if isinstance(fault, dict) and isinstance(fault.get("what"), str) and type(fault.get("step")) is int:
-                    faults.append(fault)
-    return faults
+    faults = read_json_lines(run / FAULTS_FILE)
+    return [fault for fault in faults if isinstance(fault.get("what"), str) and type(fault.get("step")) is int]
+
+
+def record_process(run: Path, owner: dict, until: object, **facts: object) -> None:
+    """Append to processes.jsonl how many seconds the owner of a lease held the run folder, once for each owner.
+
+    Of an older version's owner nothing is recorded, since it does not say when it began.
+    """
+    began, known = owner.get("began"), {line.get("id") for line in read_json_lines(run / PROCESSES)}
+    if isinstance(began, float) and isinstance(until, float) and owner.get("id") not in known:
+        seconds = round(max(until - began, 0.0), 1)
+        append_json(run / PROCESSES, {"id": owner.get("id"), "began": round(began), "seconds": seconds, **facts})
 
 
 def break_crash_loop(run: Path, step: int | None, identity: str) -> int | None:

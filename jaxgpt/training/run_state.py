@@ -12,7 +12,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.dataset import TokenDataset
 from jaxgpt.storage.lease import Lease
 from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.metrics import MetricLog
+from jaxgpt.training.metrics import MetricLog, TimeSplit
 from jaxgpt.training.signals import Activity, StopSignal
 from jaxgpt.training.step import Program
 
@@ -48,6 +48,8 @@ class Run:
     skip: frozenset[int] = frozenset()  # training rows that weigh nothing (data.skip_list)
     score: Scorer | None = None  # scores eval.tasks; None where there are none
     lease: Lease | None = None  # the hold on `workdir`, in the process that writes
+    split: TimeSplit = dataclasses.field(default_factory=TimeSplit)
+    """The seconds that no line of metrics tells of yet."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from jaxgpt.preparation.make_dataset import given_tokenizer, prepare
 from jaxgpt.storage import lease
 from jaxgpt.training import resume
 from jaxgpt.training.auto_batch import batch_sizes, largest_batch
+from jaxgpt.training.recovery import record_process
 from jaxgpt.training.resume import Change
 from jaxgpt.training.run_state import Scorer
 from jaxgpt.training.step import Program, build_program, lay_out, resolve_batch, resolve_steps
@@ -119,6 +120,7 @@ def locked(workdir: Path) -> Iterator[lease.Lease]:
         raise UserError(f"--workdir {workdir}: the folder cannot be made ({error.strerror})") from None
     try:
         with lease.Lease(workdir) as held:
+            record_process(workdir, held.left, held.left.get("beat"), status="killed")
             yield held
     finally:
         if is_new and workdir.is_dir() and [path.name for path in workdir.iterdir()] == [lease.FILE]:
