@@ -6,6 +6,7 @@ import sys
 from jaxgpt import __version__, errors
 
 VERBS = {
+    "speedrun": "from nothing to a chat model in the time you have",
     "doctor": "can this machine do the job? one line and one fix for each thing that is wrong",
     "prepare": "text -> cleaned, tokenized dataset",
     "plan": "what fits a TPU slice, how fast, at what price: asked of the TPU compiler, without a TPU",
@@ -27,10 +28,10 @@ VERBS = {
 def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
-        if verb in ("train", "sweep", "launch"):
+        if verb in ("train", "sweep", "launch", "speedrun"):
             errors.stop_at_once(lambda: importlib.import_module("jaxgpt.parallel.join").tell_stopped)
         code = importlib.import_module(f"jaxgpt.{verb}").main(sys.argv[2:])
-        if verb == "train":
+        if verb in ("train", "speedrun"):
             from jaxgpt import cli
 
             cli.leave(code)

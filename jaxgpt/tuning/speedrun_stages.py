@@ -7,6 +7,7 @@ ones of the config files beside it, which the same commands continue.
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from jaxgpt.tuning.speed_probe import StepTime, probe
 from jaxgpt.tuning.speedrun_data import BUILTIN, SpeedrunData, chosen_data
 from jaxgpt.tuning.speedrun_plan import Frame, Length, SpeedrunPlan, frame_for
 
-FILE = "speedrun.json"
+FILE, LEAST_MINUTES = "speedrun.json", 2.0
 _PREPARE_SECONDS, _PREPARE_SHARE = 12.0, 0.06  # measured on 2 cores: the start, and what grows with the training
 _SCORE_SECONDS = 25.0  # 680 questions on 2 cores, compiling included
 
@@ -105,9 +106,9 @@ def run_stages(request: SpeedrunRequest, verbs: Verbs) -> None:
     Raises:
         UserError: the folder holds another speedrun, the data cannot be read, or the time is too short.
     """
+    _check(request)
     folder, data = request.workdir, chosen_data(request.data, request.chat)
     asked = {name: getattr(request, name) for name in ("minutes", "tokens", "data", "chat", "seed")}
-    _check_time(request)
     folder.mkdir(parents=True, exist_ok=True)
     with Lease(folder):
         state = _State(folder, asked)
@@ -133,10 +134,13 @@ def run_stages(request: SpeedrunRequest, verbs: Verbs) -> None:
     _print_end(folder, state, request)
 
 
-def _check_time(request: SpeedrunRequest) -> None:
-    least = 2.0
-    if request.tokens is None and request.minutes < least:
-        raise UserError(f"--minutes {request.minutes:g}: at least {least:g}, as compiling and preparing take one")
+def _check(request: SpeedrunRequest) -> None:
+    if request.tokens is not None and request.tokens < 1:
+        raise UserError(f"--tokens {request.tokens}: at least 1")
+    if not LEAST_MINUTES <= request.minutes < math.inf:
+        raise UserError(
+            f"--minutes {request.minutes:g}: at least {LEAST_MINUTES:g}, as compiling and preparing take one"
+        )
 
 
 @contextlib.contextmanager
@@ -258,7 +262,7 @@ def _print_plan(plan: SpeedrunPlan, frame: Frame) -> None:
 
 def _print_end(folder: Path, state: _State, request: SpeedrunRequest) -> None:
     done = ", ".join(f"{name} {_clock(seconds)}" for name, seconds in state.read["done"].items())
-    print(f"\ndone in {_clock(sum(state.read['done'].values()))} of {_clock(60 * request.minutes)}: {done}")
+    print(f"\ndone in {_clock(state.spent)} of {_clock(60 * request.minutes)}: {done}")
     print(f"report   {folder / 'chat' / 'report.html'}")
     print(f"page     python -m jaxgpt.serve --checkpoint {folder / 'chat'}")
     print(f"terminal python -m jaxgpt.sample --chat --checkpoint {folder / 'chat'}", flush=True)
