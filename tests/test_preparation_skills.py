@@ -109,8 +109,9 @@ def made(kind: str, digits: tuple, monkeypatch) -> str:
         ("sum", (0, 7), "0+7=7", "7"),
         ("difference", (158, 402), "12-8=4, 10-5-1=4, 4-1-1=2", "244"),
         ("difference", (98, 105), "15-8=7, 10-9-1=0, 1-0-1=0", "7"),
-        ("larger", (128, 67), "1>0", ""),
-        ("larger", (34, 38), "3=3, 4<8", ""),
+        ("larger", (128, 67), "3>2 digits, 128>67", ""),
+        ("larger", (34, 38), "3=3, 4<8, 34<38", ""),
+        ("larger", (3, 8), "3<8", ""),
     ],
 )
 def test_working_goes_from_the_right_with_carries_and_comparisons_from_the_left(

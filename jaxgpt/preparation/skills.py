@@ -171,7 +171,10 @@ def _turn(skill: str, language: str, draw: Draw, held: bool) -> Turn:
     question, answer = wording.format_map(values), draw.one(said).format_map(values)
     if language == "english" and wording != wording.lower().rstrip(_ENDS):
         question = _capital(question)
-    return Turn(skill, language, question, answer, (language, kind, wording), operands, said, values, _WORKING)
+    right = list(said)
+    if not re.search(r"\w", re.sub(r"\d", "", question)):  # "7 + 8 = ?" is in no language: an answer in any is right
+        right += itertools.chain.from_iterable(_texts()[other][skill][kind][1] for other in LANGUAGES)
+    return Turn(skill, language, question, answer, (language, kind, wording), operands, right, values, _WORKING)
 
 
 def _wording(texts: Mapping[str, Any], skill: str, asked: Sequence[str], draw: Draw) -> str:

@@ -100,7 +100,7 @@ class Frame(NamedTuple):
         return rows * self.n_positions / seconds_of(flops_of_step(config, self.vocab_size, rows), list(measured))
 
 
-class Candidate(NamedTuple):
+class ReachableSize(NamedTuple):
     """A size, and what it can reach in the time."""
 
     n_layer: int
@@ -116,7 +116,7 @@ def frame_for(minutes: float, devices: int, is_cpu: bool) -> Frame:
     return Frame(256, 2048 if minutes <= 45 else 4096, devices, is_cpu)
 
 
-def candidates(seconds: float, measured: Sequence[StepTime], frame: Frame) -> list[Candidate]:
+def candidates(seconds: float, measured: Sequence[StepTime], frame: Frame) -> list[ReachableSize]:
     """What each size can reach in `seconds` of steps of both runs, the best first."""
     law, found = builtin_law(), []
     for size in SIZES:
@@ -129,7 +129,7 @@ def candidates(seconds: float, measured: Sequence[StepTime], frame: Frame) -> li
             loss = 1 / parameters  # beyond what was measured: the largest model with enough tokens for each parameter
         else:
             loss = 1 + parameters / tokens
-        found.append(Candidate(*size, tokens, loss))
+        found.append(ReachableSize(*size, tokens, loss))
     return sorted(found, key=lambda each: each.loss)
 
 
@@ -147,6 +147,8 @@ def settings_of(
         **{f"model.{name}": getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "dtype")},
         **{f"data.{name}": value for name, value in data.items()},
         "data.prepared_dir": f"{folder}/prepared",
+        "tokenizer.type": "folder",
+        "tokenizer.path": f"{folder}/tokenizer",
         "optimizer.name": "muon",
         "optimizer.adam_beta2": 0.99,
         "optimizer.lr_scheduler_type": "cosine",
@@ -162,7 +164,6 @@ def settings_of(
     if stage == "pretrain":
         return settings | {"data.validation_fraction": 0.03}
     return settings | {
-        "tokenizer.vocab_size": frame.vocab_size,
         "data.format": "chat",
         "data.validation_fraction": 0.02,
         "init.from_checkpoint": f"{folder}/pretrain@best",

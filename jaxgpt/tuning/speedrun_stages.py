@@ -6,8 +6,10 @@ ones of the config files beside it, which the same commands continue.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +18,15 @@ from typing import Any
 import jax
 
 from jaxgpt.config import Config, load_config
+from jaxgpt.data.chat import plain_texts, with_chat_tokens
+from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.model.sizes import parameter_count
 from jaxgpt.parallel.compiler import use_compilation_cache
 from jaxgpt.preparation.make_dataset import prepare
-from jaxgpt.storage.files import write_file
+from jaxgpt.preparation.sources import documents
+from jaxgpt.settings import ChatConfig, DataConfig, SourceConfig
+from jaxgpt.storage.files import new_folder, write_file
 from jaxgpt.storage.lease import Lease
 from jaxgpt.tuning import speedrun_plan
 from jaxgpt.tuning.config_file import to_toml
@@ -32,6 +38,7 @@ from jaxgpt.tuning.speedrun_plan import Frame, Length, SpeedrunPlan, frame_for
 
 FILE, LEAST_MINUTES = "speedrun.json", 2.0
 _PREPARE_SECONDS, _PREPARE_SHARE = 12.0, 0.06  # measured on 2 cores: the start, and what grows with the training
+_TOKENIZER_BYTES = 6_000_000
 _SCORE_SECONDS = 25.0  # 680 questions on 2 cores, compiling included
 
 
@@ -190,17 +197,15 @@ def _planned(state: _State, request: SpeedrunRequest, data: SpeedrunData, frame:
     if "sources" not in state.read:
         state.write(sources=_sources(_plan_now(state, request, data, frame), data, frame))
     folder, sources = request.workdir, state.read["sources"]
-    tokenizer: dict[str, Any] = {}
 
     def settings(plan: SpeedrunPlan, stage: str) -> dict[str, Any]:
-        own = speedrun_plan.settings_of(plan, stage, sources[stage], str(folder), request.seed, frame)
-        return own | (tokenizer if stage == "pretrain" else {})
+        return speedrun_plan.settings_of(plan, stage, sources[stage], str(folder), request.seed, frame)
 
     with _stage(state, "prepare", "texts and conversations become tokens"):
         draft = _plan_now(state, request, data, frame)
-        prepared = prepare(load_config(None, settings(draft, "chat")))
-        tokenizer |= {"tokenizer.type": "folder", "tokenizer.path": str(prepared / "tokenizer")}
-        prepare(load_config(None, settings(draft, "pretrain")))
+        _make_tokenizer(folder / "tokenizer", data, frame.vocab_size)
+        for stage in ("pretrain", "chat"):
+            prepare(load_config(None, settings(draft, stage)))
     plan = _plan_now(state, request, data, frame)
     for stage in ("pretrain", "chat"):
         file = folder / f"{stage}.toml"
@@ -226,6 +231,17 @@ def _plan_now(state: _State, request: SpeedrunRequest, data: SpeedrunData, frame
     )
     guess = builtin_law().predict(parameters, exact) if is_law else None
     return SpeedrunPlan(n_layer, n_embd, pretrain, chat, guess, seconds)
+
+
+def _make_tokenizer(folder: Path, data: SpeedrunData, vocab_size: int) -> None:
+    """Train a BPE on as much text as conversations, with the tokens of a turn."""
+    if folder.exists():
+        return
+    both = (SourceConfig(**data.chat), SourceConfig(**data.text))
+    texts = documents(DataConfig(source=both, format="chat", max_bytes=_TOKENIZER_BYTES, on_bad_record="skip"))
+    turns = itertools.chain.from_iterable(plain_texts(document.text, ChatConfig()) for document in texts)
+    with new_folder(folder, existing="keep") as new:
+        with_chat_tokens(train_bpe(turns, vocab_size, sys.stderr.isatty())).save(new)
 
 
 def _sources(plan: SpeedrunPlan, data: SpeedrunData, frame: Frame) -> dict[str, dict[str, Any]]:
