@@ -100,7 +100,7 @@ def test_a_chat_run_is_scored_by_its_validation_answers(conversations, tmp_path,
     last = [line for line in read_metrics(conversations) if "eval_loss" in line][-1]
     assert answers["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
     assert answers["name"] == "validation answers"
-    assert "conversations of up to 64 tokens, of which the answers are scored" in capsys.readouterr().out
+    assert "conversations of up to 64 tokens, of which what is learned is scored" in capsys.readouterr().out
     assert evaluate.main(["--checkpoint", str(conversations), "--stride", "3"]) == 2
     assert "--stride: conversations are scored whole" in capsys.readouterr().err
 

@@ -57,10 +57,7 @@ def plain_of(text: str) -> str | None:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Require at most one system message, at the start, an answer at the end, and no blank turn, else BadRecord.
-
-    A text stands alone.
-    """
+    """Require at most one system message, at the start, an answer at the end, and no blank turn, else BadRecord."""
     if any(message["role"] == "text" for message in messages):
         if len(messages) > 1:
             raise BadRecord(where, "a text among turns; it stands alone")

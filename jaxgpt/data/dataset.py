@@ -177,7 +177,7 @@ class PackedRow(NamedTuple):
     """One row of T positions as stored on disk."""
 
     tokens: np.ndarray  # [T]; padding is end-of-text
-    supervised: np.ndarray  # bool [T]: the learned tokens, an assistant's
+    supervised: np.ndarray  # bool [T]: the learned tokens: an assistant's, and all of a text
     segments: np.ndarray  # [T]: 0 for padding, else the number of the conversation in the row, from 1
     documents: np.ndarray  # int64: documents[s - 1] is the number of segment s's conversation in the source
 

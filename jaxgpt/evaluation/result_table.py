@@ -27,7 +27,7 @@ def _texts(found: Mapping) -> str:
     width = max(len("text"), *(len(each["name"]) for each in found["texts"]))
     how = f"windows of {found['window']:,} tokens that move on by {found['stride']:,}"
     if found["texts"][0]["name"] == ANSWERS:
-        how = f"conversations of up to {found['window']:,} tokens, of which the answers are scored"
+        how = f"conversations of up to {found['window']:,} tokens, of which what is learned is scored"
     lines = [
         how,
         f"{'text':<{width}}  {'tokens':>12}  {'bytes':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}",

@@ -47,7 +47,6 @@ class _Table:
     """All rows of all chunks, without their text."""
 
     is_chat: bool
-
     first: list[int]
     given: np.ndarray  # int8 [rows]: SPLIT_CODES of the split that the source assigns
     parts: np.ndarray  # int32 [rows]
