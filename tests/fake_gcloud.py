@@ -161,7 +161,7 @@ done
 rm -rf "$folder"
 ln -s "$FAKE/bucket" "$folder" """
 
-UV = """[ "$1" != --version ] || { sed -n 's/^UV=\\([0-9.]*\\).*/uv \\1 (2026-11-17)/p' "$HOME/jaxgpt-worker.sh" && exit; }
+UV = """[ "$1" != --version ] || { sed -n 's/^UV=\\([0-9.]*\\).*/uv \\1 (of 2026)/p' "$HOME/jaxgpt-worker.sh" && exit; }
 echo "uv $*" >>"$HOME/uv-calls"
 [ "$1" = venv ] || exit 0
 for folder in "$@"; do :; done

@@ -113,8 +113,6 @@ def check(home: Path, words: list[str], settings: Mapping[str, str], bucket: Buc
     from jaxgpt import train
     from jaxgpt.__main__ import VERBS
     from jaxgpt.errors import UserError
-    from jaxgpt.model.huggingface import locate_tokenizer
-    from jaxgpt.preparation.make_dataset import given_tokenizer
 
     verb, *arguments = words
     if verb not in VERBS:
@@ -143,7 +141,7 @@ def check(home: Path, words: list[str], settings: Mapping[str, str], bucket: Buc
         from jaxgpt.training.resume import check_workdir
 
         check_workdir(config, workdir, force)
-    return check_data(config, given_tokenizer(config, locate_tokenizer), workers, extras)
+    return check_data(config, workers, extras)
 
 
 def with_config(arguments: list[str], workers: Workers) -> list[str]:
@@ -222,19 +220,27 @@ def _holds(kind: typing.Any, part: typing.Any) -> bool:
     return kind == part or any(_holds(each, part) for each in typing.get_args(kind) if typing.get_origin(kind) != part)
 
 
-def check_data(config: typing.Any, tokenizer: typing.Any, workers: Workers, extras: list[str]) -> list[str]:
+def on_hub(where: str) -> Path:
+    """The folder of the tokenizer hf:NAME."""
+    from jaxgpt.model.huggingface import locate_tokenizer  # imports jax
+
+    return locate_tokenizer(where)
+
+
+def check_data(config: typing.Any, workers: Workers, extras: list[str]) -> list[str]:
     """Notes on the data. Raises UserError if it is neither prepared nor can be prepared by the workers."""
     from jaxgpt.errors import UserError
     from jaxgpt.preparation import sources
-    from jaxgpt.preparation.make_dataset import found_without_source, place_of
+    from jaxgpt.preparation.make_dataset import found_without_source, given_tokenizer, place_of
     from jaxgpt.settings import sources_of
 
+    tokenizer = given_tokenizer(config, on_hub)
     data, where = config.data, "this TPU" if workers.bucket is None else f"gs://{workers.bucket.name}/prepared"
     parts = sources_of(data)
     files = [part.path for part in parts if part.path]
     absent = [path for path in files if not workers.have(path)]
-    on_hub = [part.source for part in parts if part.source.startswith("huggingface:")]
-    moving = [source for source in on_hub if not re.search("@[0-9a-f]{40}$", source)]
+    hub = [part.source for part in parts if part.source.startswith("huggingface:")]
+    moving = [source for source in hub if not re.search("@[0-9a-f]{40}$", source)]
     if files or moving or not sources.is_at_hand(data):  # asking for the source here would not ask what a worker sees
         found = found_without_source(Path(data.prepared_dir), config, tokenizer)
     else:
@@ -254,7 +260,7 @@ def check_data(config: typing.Any, tokenizer: typing.Any, workers: Workers, extr
             f"{where}; run here: {prepare}"
         )
     cleaning = config.cleaning
-    needed = {"huggingface"} if on_hub else set()
+    needed = {"huggingface"} if hub else set()
     if cleaning.html or cleaning.fix_encoding or cleaning.language or cleaning.near_duplicates:
         needed.add("clean")
     if lacking := sorted(needed - set(extras)):
