@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, given = cli.tokenizer_arguments(parser, argv, "ids")
 
     if arguments.tokenizer.startswith("hf:"):
-        from jaxgpt.model.huggingface import locate  # imports jax
+        from jaxgpt.model.huggingface import locate_tokenizer  # imports jax
 
-        arguments.tokenizer = str(locate(arguments.tokenizer))
+        arguments.tokenizer = str(locate_tokenizer(arguments.tokenizer))
 
     from jaxgpt.data.tokenizer_folder import find_tokenizer
 

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, text = cli.tokenizer_arguments(parser, argv, "text")
 
     if arguments.tokenizer.startswith("hf:"):
-        from jaxgpt.model.huggingface import locate  # imports jax
+        from jaxgpt.model.huggingface import locate_tokenizer  # imports jax
 
-        arguments.tokenizer = str(locate(arguments.tokenizer))
+        arguments.tokenizer = str(locate_tokenizer(arguments.tokenizer))
 
     from jaxgpt.data.tokenizer_folder import find_tokenizer
     from jaxgpt.inference.prompts import check_unicode, token_piece

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(config: Config, arguments: argparse.Namespace, beam_options: list[str]) -> None:
     from jaxgpt.data.dataset import TokenDataset, open_dataset
-    from jaxgpt.model.huggingface import locate
+    from jaxgpt.model.huggingface import locate_tokenizer
     from jaxgpt.planning.plan_search import own_candidate
     from jaxgpt.planning.topology import parse_slices
     from jaxgpt.preparation import lint, preparation_report
@@ -63,7 +63,7 @@ def _prepare(config: Config, arguments: argparse.Namespace, beam_options: list[s
         measured["host"] = preparation_report.host(config, dataset, needed)
         return measured
 
-    folder = prepare(config, given_tokenizer(config, locate), runner, inspect)
+    folder = prepare(config, given_tokenizer(config, locate_tokenizer), runner, inspect)
     report = preparation_report.read(folder)
     if not measured and (slices or arguments.json):  # the dataset was there already
         report |= inspect(open_dataset(folder, verify="sizes"))

@@ -105,9 +105,10 @@ class SourceConfig:
 class DataConfig:
     source: Source | tuple[SourceConfig, ...] = "stdlib"
     """Where documents come from: stdlib (this Python's own library), docstrings (of the installed packages), builtin
-    (three parts of docstrings, one of stdlib), text, html, jsonl, parquet, tfds:NAME, huggingface:NAME, skills (made-up
-    questions with answers that can be checked), support (made-up customer service dialogues), sgd (Schema-Guided
-    Dialogue), or a list of them, each a table of source, path, text_field and weight."""
+    (three parts of docstrings, one of stdlib), text, html, jsonl, parquet, tfds:NAME,
+    huggingface:NAME[:CONFIG][@REVISION], skills (made-up questions with answers that can be checked), support (made-up
+    customer service dialogues), sgd (Schema-Guided Dialogue), or a list of them, each a table of source, path,
+    text_field and weight."""
     path: Place | None = None
     """File or folder for text, html, jsonl, parquet and sgd; the TFDS data_dir for tfds:NAME."""
     text_field: str = "text"

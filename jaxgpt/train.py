@@ -20,13 +20,18 @@ from jaxgpt.config import Config
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
+    train(*read_arguments(argv))
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[Config, Path, bool]:
+    """The settings, the run folder and --force of a command line."""
     parser = cli.parser("train", __doc__)
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="run folder [default runs/NAME of the config]")
     parser.add_argument("--force", action="store_true", help="go on with settings that change what follows")
     cli.add_config_arguments(parser)
     arguments = parser.parse_args(argv)
-    config = cli.config_from(arguments)
-    train(config, arguments.workdir or Path("runs") / Path(arguments.config).stem, arguments.force)
+    workdir = arguments.workdir or Path("runs") / Path(arguments.config or "").stem
+    return cli.config_from(arguments), workdir, arguments.force
 
 
 def train(config: Config, workdir: Path, force: bool = False) -> None:

@@ -80,11 +80,12 @@ class HuggingFaceModel:
 # ---------------------------------------------------------------- finding and checking a folder
 
 
-def locate(where: str) -> Path:
+def locate(where: str, weights: bool = True) -> Path:
     """The folder of a model: a local one as it is, or that of a hub name such as "gpt2" or "org/name@revision".
 
     A hub name is downloaded (JSON, safetensors and text, never pickles or code), or taken from the local cache
-    where the hub cannot be reached. "hf:" before a name says that it is no folder.
+    where the hub cannot be reached. "hf:" before a name says that it is no folder. Without `weights`, a tokenizer is
+    enough.
 
     Raises:
         UserError: there is neither such a folder nor such a model.
@@ -99,13 +100,18 @@ def locate(where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # that of the HTTP client, which differs from version to version
 
-    patterns = ["*.json", "*.txt", "*.jinja", WEIGHTS, "model-*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.jinja", *([WEIGHTS, "model-*.safetensors"] if weights else [])]
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
     except (OSError, ValueError, HTTPError) as error:
         reason = f"not to be had from the Hugging Face hub: {' '.join(str(error).split())}"
         raise UserError(f"{where}: no such local folder, and {reason}") from None
     return Path(folder)
+
+
+def locate_tokenizer(where: str) -> Path:
+    """The folder of the model's tokenizer, as `locate` finds it; its weights are not downloaded."""
+    return locate(where, weights=False)
 
 
 def open_model(folder: Path) -> HuggingFaceModel:

@@ -39,6 +39,17 @@ def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
     return data, mesh.fsdp, mesh.tensor
 
 
+def check_slices(shape: tuple[int, int, int], slices: int) -> None:
+    """Raise `UserError` if another axis than `data` would cross from one slice to another."""
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise UserError(
+            f"mesh.data = {data} cannot be split over {slices} slices of {data * fsdp * tensor // slices} devices; "
+            f"mesh.fsdp x mesh.tensor = {fsdp * tensor} must divide a slice, because only data may cross the network "
+            "between slices"
+        )
+
+
 def build_mesh(
     mesh: MeshConfig, devices: Sequence[jax.Device] | None = None, slice_of: Callable[[jax.Device], int] = slice_of
 ) -> Mesh:
@@ -56,11 +67,7 @@ def build_mesh(
     if len(set(sizes.values())) > 1:
         raise UserError(f"the slices have different numbers of devices: {sizes}; take slices of one size")
     slices = list(by_slice.values())
-    if data % len(slices):
-        raise UserError(
-            f"mesh.data = {data} cannot be split over {len(slices)} slices of {len(slices[0])} devices; mesh.fsdp x "
-            f"mesh.tensor = {fsdp * tensor} must divide a slice, because only data may cross the network between slices"
-        )
+    check_slices((data, fsdp, tensor), len(slices))
     # Auto axes: the compiler propagates shardings from the arguments. (Newer jax defaults to Explicit.)
     auto, shape = (AxisType.Auto,) * 3, (data // len(slices), fsdp, tensor)
     meshes = [jax.make_mesh(shape, AXES, axis_types=auto, devices=members) for members in slices]

@@ -98,7 +98,7 @@ def vocabulary(config: Config) -> int:
         return tokenizer.entries + added
     if tokenizer.type == "char":
         return 128  # the embedding is padded to a multiple of 128 anyway
-    if tokenizer.path == "hf:gpt2":
+    if (tokenizer.path or "").partition("@")[0] in ("hf:gpt2", "hf:openai-community/gpt2"):
         return GPT2_VOCAB + added
     if tokenizer.path and tokenizer.path.startswith("hf:"):
         raise UserError(f"tokenizer.path = {tokenizer.path} is on the hub; say how many tokens it has: --vocab-size N")

@@ -5,6 +5,7 @@ can leave each its share.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ def catalog_splits(
 def catalog_facts(part: SourceConfig) -> tuple[list[str], list[tuple[str, Path]]]:
     """Facts that change with the dataset, without reading it: lines of text, and files by name."""
     if part.source.startswith(HUGGINGFACE):
+        name, config, revision = hub_name(part)
+        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: nobody has to be asked
+            return [name, config, revision, part.path or ""], []
         builder = _huggingface_call(part, "load_dataset_builder")
         files = builder.config.data_files or {}
         origins = [f"{split} {files[split].origin_metadata}" for split in files]  # revisions on the hub, times of files
@@ -56,6 +60,8 @@ def catalog_content(part: SourceConfig) -> tuple[list[str], list[Path]]:
             tfds_builder(part)
         folders = [file.parent for file in tfds_on_disk(part)]
         return [], [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    if hub_name(part)[2]:
+        return catalog_facts(part)[0], []
     found = _huggingface_call(part, "load_dataset_builder").config.data_files or {}
     files = [Path(name) for names in found.values() for name in names]
     if files and all(file.is_file() for file in files):
@@ -163,15 +169,23 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+def hub_name(part: SourceConfig) -> tuple[str, str, str]:
+    """(name, configuration, revision) of huggingface:NAME[:CONFIG][@REVISION]; what is not given is empty."""
+    place, _, revision = part.source.removeprefix(HUGGINGFACE).partition("@")
+    name, _, config = place.partition(":")
+    return name, config, revision
+
+
 def _huggingface_call(part: SourceConfig, function: str, **options: object) -> Any:
-    """The result of `datasets.FUNCTION` for the dataset NAME and configuration CONFIG of huggingface:NAME:CONFIG."""
+    """The result of `datasets.FUNCTION` for the dataset that `hub_name` tells."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"{part.source} needs the package datasets: {how_to_install('huggingface')}") from None
-    name, _, config = part.source.removeprefix(HUGGINGFACE).partition(":")
+    name, config, revision = hub_name(part)
     try:
-        return getattr(datasets, function)(name, config or None, data_dir=part.path, **options)
+        found = getattr(datasets, function)
+        return found(name, config or None, data_dir=part.path, revision=revision or None, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{part.source}: datasets cannot open it ({_first_line(error)}); check the name on "

@@ -315,6 +315,11 @@ def place_of(config: Config, tokenizer: Tokenizer | None) -> DatasetPlace:
     return DatasetPlace(next(iter(found_here or _named(folder, settings, key)), new), state)
 
 
+def found_without_source(folder: Path, config: Config, tokenizer: Tokenizer | None) -> Path | None:
+    """The dataset in `folder` that a machine takes that cannot look at the source; a UserError if several fit."""
+    return _without_source(folder, sources.short_name(config.data), _settings(config, tokenizer))
+
+
 def _named(folder: Path, settings: dict[str, object], key: str) -> list[Path]:
     """The datasets whose name ends in the digest of the settings and the key, whatever it begins with."""
     return sorted(folder.glob(f"*-{_digest([FORMAT_VERSION, settings, key])[:12]}"))

@@ -79,7 +79,7 @@ def start(config: Config, workdir: Path, force: bool, build_scorer: BuildScorer)
 
         # 2. The weights to start from exist and fit the model and the tokenizer.
         weights = resume.weights_to_start_from(config, step)
-        tokenizer = given_tokenizer(config, huggingface.locate)
+        tokenizer = given_tokenizer(config, huggingface.locate_tokenizer)
         resume.check_tokenizer(weights, tokenizer)
 
         # 3. Devices and mesh; they share out the batch, and suit the model, whatever its vocabulary.
