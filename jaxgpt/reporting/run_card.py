@@ -79,7 +79,7 @@ FIELDS = {
     **{f"skills_{one}": CardField(f"skills, {one.capitalize()}", _share, max) for one in LANGUAGES},
     "skills_questions": CardField("questions of the skills", _count),
     "skills_step": CardField("step of the skills", _count),
-    "answers_that_stop": CardField("answers that stop", _share, max),
+    "answers_that_stop": CardField("answers that stop", _share),
     **{f"distinct_{n}": CardField(f"distinct-{n}", "{:.3f}".format) for n in (1, 2, 3)},
     "rep_4": CardField("rep-4", "{:.3f}".format),
     "tokens_per_second": CardField("tokens/s, median", big, max),
