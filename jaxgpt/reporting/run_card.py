@@ -124,7 +124,7 @@ def read_card(run: Path, records: Sequence[dict], config: Mapping[str, Any], sum
         "device": f"{summary['devices']} x {summary['device']}" if "device" in summary else None,
         **_task(config),
         **_trained(columns),
-        **_time(run, columns, config.get("log", {}).get("price_per_hour")),
+        **_time(run, columns, summary.get("price_per_hour")),
         **predicted_loss(run),
         **_evaluated(evaluations, columns),
     }
