@@ -108,6 +108,7 @@ def test_data_and_beginning_are_told_in_words(tmp_path, data, init, words):
         ("pretrain", None, {}),
         ("pretrain", "{", {}),
         ("pretrain", '{"prediction": null}', {}),
+        ("pretrain", '{"prediction": {"loss": 0, "low": 0, "high": NaN}}', {}),
         ("pretrain", '{"prediction": {"loss": 2.0}}', {}),
     ],
 )

@@ -6,6 +6,7 @@ out. FIELDS has the names and forms of the fields for people.
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -216,7 +217,8 @@ def predicted_loss(run: Path) -> dict[str, float]:
         return {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         predicted = json.loads((place.parent / "speedrun.json").read_text(encoding="utf-8"))["prediction"]
-        return {f"predicted_{name}": float(predicted[name]) for name in ("loss", "low", "high")}
+        found = {f"predicted_{name}": float(predicted[name]) for name in ("loss", "low", "high")}
+        return found if all(0 < value < math.inf for value in found.values()) else {}
     return {}
 
 
