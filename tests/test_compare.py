@@ -121,7 +121,10 @@ def test_a_run_that_goes_on_still_and_one_that_has_only_begun_compare(tmp_path, 
     make_run(tmp_path / "a", **running), make_run(tmp_path / "b", summary=None, lines=[])
     (tmp_path / "a" / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "a" / "checkpoints" / "2" / "metadata.json").write_text('{"data_fingerprint": "f1"}')
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(tmp_path / "c.html")]) == 0
+    assert (
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(tmp_path / "c.html"), "--by", "step"])
+        == 0
+    )
     told = capsys.readouterr().out
     assert "running, or killed" in told and "b: no step has been logged yet" in told
     assert "b: not known before the first checkpoint" in told and "a: not known" not in told
@@ -215,7 +218,7 @@ def test_the_page_shows_what_files_hold_as_text_and_asks_nothing_of_the_network(
     config["data"]["path"] = evil
     lines = [*LINES, {"step": 4, "eval_<u>$x^_acc": 0.5}]
     first = {"config": json.dumps(config), "lines": lines, "summary": SUMMARY | {"status": evil}}
-    source = write_page(tmp_path / "c.html", pair(tmp_path, first)).read_text()
+    source = write_page(tmp_path / "c.html", pair(tmp_path, first), ["step"]).read_text()
     tags = Tags(source).tags
     assert not {"script", "u", "link", "iframe", "img", "object"} & {tag for tag, _ in tags}
     for tag, attributes in tags:
@@ -240,7 +243,8 @@ def test_the_page_draws_both_losses_by_each_axis(tmp_path, capsys, by, axes):
 
 def test_the_same_runs_make_the_same_page(tmp_path):
     runs = pair(tmp_path)
-    assert write_page(tmp_path / "1", runs).read_bytes() == write_page(tmp_path / "2", runs).read_bytes()
+    one, other = (write_page(tmp_path / name, runs, ["step"]).read_bytes() for name in "12")
+    assert one == other
 
 
 def test_24_lines_look_different_and_any_two_of_the_first_six_in_marker_too():

@@ -13,7 +13,7 @@ from jaxgpt.preparation.skills import LANGUAGES, held_out, skill_names
 from jaxgpt.reporting import run_card
 from jaxgpt.reporting.run_card import checkout_commit, predicted_loss, read_card
 from jaxgpt.serving.served_model import EXAMPLES, example_questions
-from jaxgpt.settings import DataConfig, InitConfig, LogConfig, SourceConfig
+from jaxgpt.settings import DataConfig, InitConfig, SourceConfig
 from jaxgpt.storage.lease import Lease
 from jaxgpt.training.recovery import PROCESSES, record_process
 from jaxgpt.training.start import locked
@@ -22,10 +22,10 @@ PARTS = ["seconds_training", "seconds_compiling", "seconds_evaluation", "seconds
 SPEEDRUN = '{"prediction": {"loss": 2.0, "low": 1.75, "high": 2.25}}'
 
 
-def card(path, *lines, evaluations=(), **config):
-    run_folder(path, lines, to_json(Config(**config)))
+def card(path, *lines, evaluations=(), summary=None, **config):
+    run_folder(path, lines, to_json(Config(**config)), summary)
     (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations), encoding="utf-8")
-    return read_card(path, lines, json.loads((path / "config.json").read_text()), {})
+    return read_card(path, lines, json.loads((path / "config.json").read_text()), summary or {})
 
 
 def skills(right: dict, language="english", **more):
@@ -57,14 +57,13 @@ def test_what_evaluate_finds_comes_into_the_card_and_what_nobody_knows_does_not(
     task = {"task": "piqa", "questions": 9, "cut": 0, "acc": 0.25, "acc_stderr": 0.0125}
     writing = {"prompts": 8, "temperature": 1.0, "model": {"distinct_1": 0.5, "rep_4": 0.125, "stops": None}}
     lines = [train_line(1, seconds_compile=3600.0), eval_line(1, 2.5), eval_line(2, 2.25, eval_stop_rate=0.25)]
-    log = LogConfig(price_per_hour=2.5)
-    found = card(tmp_path, *lines, log=log)
+    found = card(tmp_path, *lines, summary={"price_per_hour": 2.5})
     assert found["answers_that_stop"] == 0.25 and not {"skills_english", "rep_4", "device", "commit"} & set(found)
     assert (
         found["cost"] == pytest.approx(2.5 * found["seconds"] / 3600, abs=1e-3) and found["seconds_compiling"] == 3600
     )
     old, new = skills({"addition": 3}), skills({"addition": 8}, tasks=[task], generation=writing)
-    found = card(tmp_path, *lines, log=log, evaluations=[old, new])
+    found = card(tmp_path, *lines, summary={"price_per_hour": 2.5}, evaluations=[old, new])
     assert (found["skills_english"], found["skills_chinese"], found["skills_step"]) == (0.8, 0.5, 7)
     assert (found["answers_that_stop"], found["rep_4"], found["task piqa acc"]) == (0.9, 0.125, 0.25)
     assert "distinct_2" not in found and "task piqa acc_stderr" not in found
@@ -109,6 +108,7 @@ def test_data_and_beginning_are_told_in_words(tmp_path, data, init, words):
         ("pretrain", None, {}),
         ("pretrain", "{", {}),
         ("pretrain", '{"prediction": null}', {}),
+        ("pretrain", '{"prediction": {"loss": 0, "low": 0, "high": NaN}}', {}),
         ("pretrain", '{"prediction": {"loss": 2.0}}', {}),
     ],
 )

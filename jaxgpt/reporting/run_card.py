@@ -6,6 +6,7 @@ out. FIELDS has the names and forms of the fields for people.
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -79,7 +80,7 @@ FIELDS = {
     **{f"skills_{one}": CardField(f"skills, {one.capitalize()}", _share, max) for one in LANGUAGES},
     "skills_questions": CardField("questions of the skills", _count),
     "skills_step": CardField("step of the skills", _count),
-    "answers_that_stop": CardField("answers that stop", _share, max),
+    "answers_that_stop": CardField("answers that stop", _share),
     **{f"distinct_{n}": CardField(f"distinct-{n}", "{:.3f}".format) for n in (1, 2, 3)},
     "rep_4": CardField("rep-4", "{:.3f}".format),
     "tokens_per_second": CardField("tokens/s, median", big, max),
@@ -124,7 +125,7 @@ def read_card(run: Path, records: Sequence[dict], config: Mapping[str, Any], sum
         "device": f"{summary['devices']} x {summary['device']}" if "device" in summary else None,
         **_task(config),
         **_trained(columns),
-        **_time(run, columns, config.get("log", {}).get("price_per_hour")),
+        **_time(run, columns, summary.get("price_per_hour")),
         **predicted_loss(run),
         **_evaluated(evaluations, columns),
     }
@@ -216,7 +217,8 @@ def predicted_loss(run: Path) -> dict[str, float]:
         return {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         predicted = json.loads((place.parent / "speedrun.json").read_text(encoding="utf-8"))["prediction"]
-        return {f"predicted_{name}": float(predicted[name]) for name in ("loss", "low", "high")}
+        found = {f"predicted_{name}": float(predicted[name]) for name in ("loss", "low", "high")}
+        return found if all(0 < value < math.inf for value in found.values()) else {}
     return {}
 
 

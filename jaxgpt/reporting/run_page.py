@@ -37,9 +37,11 @@ NOISY = ("loss", "grad_norm", "tokens_per_second")
 MAX_SAMPLES, MAX_SAMPLE_CHARACTERS = 30, 2000  # with the points, what keeps it under a megabyte
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
-_IN_CARD = ("status", "parameters", "seconds", "device", "devices", "command", "commit", "versions")  # of summary.json
-# Fields of the card that have other places on the page.
 # fmt: off
+# Parts of summary.json that the card has, and fields of the card that have other places on the page.
+_IN_CARD = (
+    "status", "parameters", "seconds", "price_per_hour", "device", "devices", "command", "commit", "versions",
+)
 _ELSEWHERE = (
     "status", "eval_loss", "best_eval_loss", "best_step", "predicted_loss", "predicted_low", "predicted_high",
     "bits_per_byte", "skills_english", "skills_chinese", "skills_questions", "answers_that_stop", "tokens", "epochs",
@@ -61,6 +63,7 @@ def write_summary(run: Run, status: str, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "parameters": parameter_count(config.model, dataset.vocab_size),
         "tokens_per_step": config.global_batch_size * config.block_size,
+        "price_per_hour": config.log.price_per_hour,
         "device": devices[0].device_kind,
         "devices": int(devices.size),
         "mesh": dict(run.mesh.shape),
