@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--chat", metavar="PATH", help="conversations of your own [the set's, or made-up ones]")
     add("--workdir", metavar="DIR", type=Path, default=Path("runs/speedrun"), help="folder [%(default)s]")
     add("--seed", metavar="N", type=int, default=42, help="of the weights and the order of the data [%(default)s]")
+    add("--price-per-hour", metavar="P", type=float, help="of this machine: the report then says what a run has cost")
     add("--dry-run", action="store_true", help="measure, prepare and say what would be trained")
     add("--tpu", metavar="SLICE", help="say it for a slice such as v5e-8, by the TPU compiler on this machine; no run")
     arguments = vars(parser.parse_args(argv))

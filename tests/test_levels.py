@@ -117,8 +117,8 @@ def test_files_functions_and_the_package_are_small_and_every_name_is_there_once(
         public = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
         classes += [(node.name, str(where)) for node in public]
     found += repeated(classes)
-    found += [f"{len(FILES)} files, more than 154"] if len(FILES) > 154 else []
-    found += [f"{sum(LINES.values())} lines, more than 28,500"] if sum(LINES.values()) > 28_500 else []
+    found += [f"{len(FILES)} files, more than 164"] if len(FILES) > 164 else []
+    found += [f"{sum(LINES.values())} lines, more than 29,500"] if sum(LINES.values()) > 29_500 else []
     found += [f"{len(config_fields())} settings, more than 100"] if len(config_fields()) > 100 else []
     assert not found, "\n" + "\n".join(found)
 

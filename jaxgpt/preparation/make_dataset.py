@@ -87,7 +87,11 @@ def prepare(
     final = place.path
     if final.exists():
         return _found(place, config, tokenizer)
-    versions: dict[str, int | str] = {"format": FORMAT_VERSION, "rows": 2, "signatures": duplicates.algorithm(config.cleaning)}
+    versions: dict[str, int | str] = {
+        "format": FORMAT_VERSION,
+        "rows": 2,
+        "signatures": duplicates.algorithm(config.cleaning),
+    }
     with held_work_folder(final, versions) as work:
         if final.exists():  # made by the process that this one has waited for
             work.remove()

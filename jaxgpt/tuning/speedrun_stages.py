@@ -53,6 +53,7 @@ class SpeedrunRequest:
     chat: str | None
     seed: int
     workdir: Path
+    price_per_hour: float | None = None
     dry_run: bool = False
 
 
@@ -199,7 +200,8 @@ def _planned(state: _State, request: SpeedrunRequest, data: SpeedrunData, frame:
     folder, sources = request.workdir, state.read["sources"]
 
     def settings(plan: SpeedrunPlan, stage: str) -> dict[str, Any]:
-        return speedrun_plan.settings_of(plan, stage, sources[stage], str(folder), request.seed, frame)
+        own = speedrun_plan.settings_of(plan, stage, sources[stage], str(folder), request.seed, frame)
+        return own | ({"log.price_per_hour": request.price_per_hour} if request.price_per_hour else {})
 
     with _stage(state, "prepare", "texts and conversations become tokens"):
         draft = _plan_now(state, request, data, frame)
