@@ -20,7 +20,7 @@ SIZES = (
 )  # fmt: skip
 """(layers, width) of the models that it chooses from, each two to three times as large as the one before."""
 CHAT_SHARE, MOST_CHAT = 0.75, 30_000_000  # of the training time, and tokens, after which skills hardly get better
-TEXT_SHARE = 0.1  # of the text in the chat data, so that the model does not forget its pretraining
+TEXT_SHARE = 0.05  # of the text in the chat data, so that the model does not forget its pretraining
 RESERVE = 0.04  # of all the time, for what goes slower than it was measured
 OTHER_SECONDS = 25.0  # of a run besides its steps and compiling: imports, samples, checkpoints, the report, hf/
 CHAT_BYTES_PER_TOKEN = 3.7  # of the skills' JSON, with a vocabulary of 2,048

@@ -28,6 +28,7 @@ from jaxgpt.preparation.sources import documents
 from jaxgpt.settings import ChatConfig, DataConfig, SourceConfig
 from jaxgpt.storage.files import new_folder, write_file
 from jaxgpt.storage.lease import Lease
+from jaxgpt.training.metrics import read_metrics
 from jaxgpt.tuning import speedrun_plan
 from jaxgpt.tuning.config_file import to_toml
 from jaxgpt.tuning.loss_law import LAW_VOCABULARY, builtin_law
@@ -281,6 +282,9 @@ def _print_plan(plan: SpeedrunPlan, frame: Frame) -> None:
 def _print_end(folder: Path, state: _State, request: SpeedrunRequest) -> None:
     done = ", ".join(f"{name} {_clock(seconds)}" for name, seconds in state.read["done"].items())
     print(f"\ndone in {_clock(state.spent)} of {_clock(60 * request.minutes)}: {done}")
+    losses = [each["eval_loss"] for each in read_metrics(folder / "pretrain") if "eval_loss" in each]
+    expected = f", {guess['loss']:.2f} expected" if (guess := state.read["prediction"]) else ""
+    print(f"loss     {losses[-1]:.2f} nats per token after pretraining{expected}")
     print(f"report   {folder / 'chat' / 'report.html'}")
     print(f"page     python -m jaxgpt.serve --checkpoint {folder / 'chat'}")
     print(f"terminal python -m jaxgpt.sample --chat --checkpoint {folder / 'chat'}", flush=True)
