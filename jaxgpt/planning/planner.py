@@ -178,5 +178,5 @@ def slice_machine(name: str) -> SliceMachine:
         return found[0].seconds
 
     price = prices.get(where.family)
-    per_hour = price and price.usd_per_chip_hour * where.chips
+    per_hour = price.usd_per_chip_hour * where.chips if price else None
     return SliceMachine(where.devices, CHIPS[where.family].peak_flops, per_hour, step_seconds)
