@@ -6,6 +6,7 @@ D training tokens, L validation loss in nats per token. measured_losses.toml has
 """
 
 import functools
+import math
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class LossLaw:
         width = float(
             t.ppf((1 + LEVEL) / 2, self._freedom) * np.sqrt(self._variance * (1 + slope @ self._inverse @ slope))
         )
-        return LossGuess(centre, centre * np.exp(-width), centre * np.exp(width))
+        return LossGuess(centre, centre * math.exp(-width), centre * math.exp(width))
 
 
 def _loss(numbers: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
