@@ -187,7 +187,8 @@ def run(config: Config) -> dict:
         assert train.main(["--config", f"{folder}/config.toml", "--workdir", str(workdir), *options]) == 0
         lines = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(workdir)]
         saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
-        return {"lines": lines, "saved": saved, "files": sorted(path.name for path in workdir.iterdir())}
+        files, card = sorted(path.name for path in workdir.iterdir()), json.loads((workdir / "card.json").read_text())
+        return {"lines": lines, "saved": saved, "files": files, "has_cost": "cost" in card}
 
 
 def as_option(value) -> str:
@@ -222,6 +223,10 @@ def sample(config: Config) -> str | None:
 
 def has_tensorboard(config: Config) -> bool:
     return "tensorboard" in run(config)["files"]
+
+
+def has_cost(config: Config) -> bool:
+    return run(config)["has_cost"]
 
 
 def has_profile(config: Config) -> bool:
@@ -374,6 +379,7 @@ OPTIONS = {
     "log.logging_steps": (1, logged_steps, {}),
     "log.tensorboard": (False, has_tensorboard, {}),
     "log.wandb_project": ("x", None, {}),
+    "log.price_per_hour": (2.5, has_cost, {}),
     "log.profile": ("1:2", has_profile, {}),
     "init.from_checkpoint": ("", None, {}),
     "init.from_huggingface": ("", None, {}),
@@ -381,7 +387,7 @@ OPTIONS = {
 # A run costs seconds, so these are flipped together; each is looked at where the others change nothing.
 TOGETHER = [
     ("checkpoint.save_steps", "log.logging_steps", "eval.sample_prompt", "log.tensorboard"),
-    ("eval.eval_steps", "eval.eval_batches", "eval.sample_tokens", "log.profile"),
+    ("eval.eval_steps", "eval.eval_batches", "eval.sample_tokens", "log.profile", "log.price_per_hour"),
 ]
 ELSEWHERE = {
     "model.attention": "test_model_backend.test_a_kernel_asked_for_on_the_wrong_device_is_an_error",
