@@ -20,6 +20,7 @@ SIZES = (
 )  # fmt: skip
 """(layers, width) of the models that it chooses from, each two to three times as large as the one before."""
 CHAT_SHARE, MOST_CHAT = 0.75, 30_000_000  # of the training time, and tokens, after which skills hardly get better
+CHAT_RATE = 0.006  # of Muon: 0.0035, 0.01, 0.015 and 0.02 learned the skills more slowly (docs/speedrun.md)
 TEXT_SHARE = 0.05  # of the text in the chat data, so that the model does not forget its pretraining
 RESERVE = 0.04  # of all the time, for what goes slower than it was measured
 OTHER_SECONDS = 25.0  # of a run besides its steps and compiling: imports, samples, checkpoints, the report, hf/
@@ -150,6 +151,7 @@ def settings_of(
         "tokenizer.type": "folder",
         "tokenizer.path": f"{folder}/tokenizer",
         "optimizer.name": "muon",
+        **({"optimizer.learning_rate": CHAT_RATE} if stage == "chat" else {}),
         "optimizer.adam_beta2": 0.99,
         "optimizer.lr_scheduler_type": "cosine",
         "train.max_steps": length.steps,
