@@ -20,11 +20,11 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 960, "height": 720}, locale="en-US")
         page.goto("http://127.0.0.1:8000")
         page.click("#tab-chat")
-        for number, question in enumerate(QUESTIONS, 1):
+        for number, question in enumerate(QUESTIONS):
             page.fill("#draft", question)
             page.keyboard.press("Enter")
-            page.wait_for_function(f"document.querySelectorAll('.assistant').length === {number}")
-            page.wait_for_function("!document.querySelector('.growing')")
+            page.locator(".assistant").nth(number).wait_for()
+            page.locator("#stop").wait_for(state="hidden")
         page.screenshot(path=PICTURE)
         browser.close()
 
