@@ -8,6 +8,7 @@ are refused as it does. What is there at the end is in `load(f"{folder}/state")[
 
 A plan, all of it optional:
     zone            where there are TPUs
+    bucket          the only bucket that there is, my-bucket by default
     workers         hosts of a node
     qr, vm, mig     for each creation the schedule of its state: [[[seconds, state], ...], ...]; the last is used again
     train           for each start [seconds, exit code], lists where workers differ; "vanish" leaves no exit code
@@ -65,11 +66,17 @@ COMMANDS = {
     "compute ssh": (SSH + " command container", "internal-ip plain dry-run tunnel-through-iap"),
     "compute scp": (SSH + " scp-flag port", "internal-ip plain dry-run tunnel-through-iap recurse compress"),
     "config get-value": ("", ""),
+    "storage ls": ("", "recursive"),
+    "storage cat": ("range", "display-url"),
+    "storage cp": ("", "recursive"),
 }
+QUEUED = COMMANDS["compute tpus queued-resources create"]
+COMMANDS["alpha compute tpus queued-resources create"] = (QUEUED[0] + " provisioning-model max-run-duration", QUEUED[1])
 EVERYWHERE = ("project", "format", "verbosity", "account", "configuration"), ("quiet",)
 REQUIRED = {
     "compute tpus tpu-vm create": "zone version accelerator-type",
     "compute tpus queued-resources create": "zone runtime-version accelerator-type",
+    "alpha compute tpus queued-resources create": "zone runtime-version accelerator-type",
     "compute instance-templates create": "machine-type",
     "compute resource-policies create workload-policy": "type region",
     "compute instance-groups managed create": "size template",
@@ -94,6 +101,7 @@ def make_world(folder, plan: dict) -> dict[str, str]:
         "gcsfuse": GCSFUSE,
         "mountpoint": '[ -L "$2" ]',
         "sudo": 'exec "$@"',
+        "curl": "exit 6",  # there is no network
     }
     commands["sleep"] = commands["sleep"].replace("HURRY", str(plan.get("hurry", 1)))
     for name in ("bin", "homes", "bucket"):
@@ -152,7 +160,8 @@ done
 rm -rf "$folder"
 ln -s "$FAKE/bucket" "$folder" """
 
-UV = """echo "uv $*" >>"$HOME/uv-calls"
+UV = """[ "$1" != --version ] || { sed -n 's/^UV=\\([0-9.]*\\).*/uv \\1 (of 2026)/p' "$HOME/jaxgpt-worker.sh" && exit; }
+echo "uv $*" >>"$HOME/uv-calls"
 [ "$1" = venv ] || exit 0
 for folder in "$@"; do :; done
 mkdir -p "$folder/bin"
@@ -287,7 +296,8 @@ def answer_call(words: list[str]) -> int:
             if flags.get("zone", zone) != zone:
                 where = f"'locations/{flags['zone']}' (or it may not exist)"
                 raise Refused(f"PERMISSION_DENIED: Permission denied on {where}.")
-            function = globals()["do_" + command.replace("compute ", "").replace("-", "_").replace(" ", "_")]
+            what = command.removeprefix("alpha ").removeprefix("compute ").replace("-", "_").replace(" ", "_")
+            function = globals()["do_" + what]
             answer = function(world, names, flags)
         except Refused as refused:
             print(f"ERROR: (gcloud.{'.'.join(words[:4])}) {refused.message}", file=sys.stderr)
@@ -327,6 +337,12 @@ def do_tpus_queued_resources_create(world, names, flags):
     check_runtime(flags["accelerator-type"], flags["runtime-version"])
     if ("node-id" in flags) == ("node-count" in flags):
         raise Refused("argument --node-id: Exactly one of (--node-id | --node-count : --node-prefix).", 2)
+    if (model := flags.get("provisioning-model")) is not None:
+        longest = flags.get("max-run-duration", "")
+        if model != "flex-start" or not longest.endswith("h") or int(longest[:-1]) > 168 or "spot" in flags:
+            raise Refused("INVALID_ARGUMENT: flex-start runs for at most 7 days, and is not spot")
+        if flags["accelerator-type"].split("-")[0] not in ("v5litepod", "v6e"):
+            raise Refused("INVALID_ARGUMENT: flex-start is for v5e and v6e")
     prefix = flags.get("node-prefix", names[0])
     nodes = [f"{prefix}-{n}" for n in range(int(flags.get("node-count", 0)))] or [flags["node-id"]]
     if f"vm {nodes[0]}" in world.things:
@@ -360,6 +376,8 @@ def check_runtime(kind: str, version: str) -> None:
 
 def do_instance_templates_create(world, names, flags):
     new = flags["machine-type"].startswith("tpu7x")
+    if not new and not flags["machine-type"].startswith(("ct5p-", "ct6e-")):
+        raise Refused("INVALID_ARGUMENT: MIGs serve v5p, v6e and TPU7x")
     if new and not flags.get("boot-disk-type", "").startswith("hyperdisk"):
         raise Refused("INVALID_ARGUMENT: tpu7x machines take hyperdisks only")
     if flags["image-family"].endswith("tpu7x") != new:
@@ -422,6 +440,48 @@ def do_instance_groups_managed_list_errors(world, names, flags):
 
 def do_config_get_value(world, names, flags):
     return world.plan.get("project", "my-project")
+
+
+# ---------------------------------------------------------------- the bucket
+
+
+def in_bucket(world, url: str) -> str:
+    bucket, _, key = url.removeprefix("gs://").partition("/")
+    if bucket != world.plan.get("bucket", "my-bucket"):
+        raise Refused(f"gs://{bucket} not found: 404.")
+    return f"{world.folder}/bucket/{key}".rstrip("/")
+
+
+def objects(world, urls: list[str]) -> list[str]:
+    import glob  # takes half as long as all the rest, and few calls need it
+
+    found = [path for url in urls for path in sorted(glob.glob(in_bucket(world, url)))]
+    if not found:
+        raise Refused("One or more URLs matched no objects.")
+    return found
+
+
+def do_storage_ls(world, names, flags):
+    return "\n".join(objects(world, names))
+
+
+def do_storage_cat(world, names, flags):
+    answer = ""
+    for path in objects(world, names):
+        name = f"gs://{world.plan.get('bucket', 'my-bucket')}{path.removeprefix(world.folder + '/bucket')}"
+        with open(path) as file:
+            answer += (f"==> {name} <==\n" if "display-url" in flags else "") + file.read()
+    return answer
+
+
+def do_storage_cp(world, names, flags):
+    *sources, target = names
+    for source in objects(world, sources) if sources[0].startswith("gs://") else sources:
+        to = in_bucket(world, target) if target.startswith("gs://") else target
+        os.makedirs(to, exist_ok=True)
+        command = ["cp", *(["-R"] if "recursive" in flags else []), source, to]
+        if os.spawnvp(os.P_WAIT, "cp", command):
+            raise Refused(f"{source} is a folder: --recursive")
 
 
 # ---------------------------------------------------------------- on the workers

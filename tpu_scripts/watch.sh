@@ -13,8 +13,26 @@ NEEDS_TYPE=yes
 
 [ $# -gt 0 ] || die 2 "say what to run, after --, for example: -- train --config configs/gpt2_124m.toml"
 # What would stop it after hours in the queue is found now.
-need_commit >/dev/null
+commit=$(need_commit) || exit $?
 need_bucket $(($(api hosts) * TPU_SLICES))
+check_run() { # COMMAND...: what the workers would refuse; check.py stands where they will, in the code that they get
+    if [ "$TPU_CHECK" = none ] || [ -n "$TPU_DRY_RUN" ]; then
+        say "the run is not checked before the TPU is asked for"
+        return
+    fi
+    command -v "$TPU_CHECK" >/dev/null || die 2 "--check $TPU_CHECK: there is no such Python; none: do not check the run"
+    there=$SCRATCH/home
+    mkdir -p "$there/jaxgpt" "$there/jaxgpt-bucket/runs" "$there/jaxgpt-bucket/prepared"
+    if [ -n "$TPU_REPO" ]; then
+        git clone --quiet -- "$TPU_REPO" "$there/jaxgpt" || die 2 "--repo $TPU_REPO: cannot be cloned"
+        git -C "$there/jaxgpt" checkout --quiet "$commit" || die 2 "--commit $commit: not in $TPU_REPO"
+    else
+        git -C "$HERE/.." archive "$commit" | tar -xf - -C "$there/jaxgpt"
+    fi
+    ln -s ../jaxgpt-bucket/runs ../jaxgpt-bucket/prepared "$there/jaxgpt/"
+    "$TPU_CHECK" "$HERE/check.py" "$there" "$@" >&3 || exit $?
+    rm -rf "$there"
+}
 
 leave_it() {
     say "no longer watching; $TPU_NAME goes on, and costs money. The same command watches again; or delete.sh"
@@ -88,7 +106,9 @@ look() { # what the run does: "running", "exit CODE WORKER", "unknown", or the s
 collect() { # worker 0 has ended; when one does, the others do within seconds. Which of their exit codes is the cause?
     for patience in 6 5 4 3 2 1; do
         each_worker state 3>/dev/null || true
+        set +f
         grep . "$SCRATCH"/out.* /dev/null >"$SCRATCH/ends" || true
+        set -f
         grep -q running "$SCRATCH/ends" || break
         pause 15
     done
@@ -107,6 +127,7 @@ if [ -z "$TPU_DRY_RUN" ]; then
     found=$(state) || exit $?
     [ "$found" != READY ] || [ "$(look)" != running ] || { up=yes ours=yes && say "watching what runs on $TPU_NAME"; }
 fi
+[ -n "$up" ] || check_run "$@"
 while :; do
     in_time
     if [ -z "$up" ]; then
