@@ -661,6 +661,33 @@ def test_huggingface_keeps_its_splits_and_names_a_wrong_column(tmp_path, monkeyp
         texts(source="huggingface:parquet", path=str(tmp_path / "gone"))
 
 
+def test_a_revision_reaches_the_hub_and_a_commit_needs_no_hub_to_be_found_again(monkeypatch):
+    pytest.importorskip("datasets")
+    asked = []
+
+    def offline(name, config, **options):
+        asked.append((name, config, options["revision"]))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset_builder", offline)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    names = ["o/set", "o/set:part", "o/set@main", "o/set:part@refs/pr/1", f"o/set:part@{commit}"]
+    for name in names:
+        with pytest.raises(UserError, match="datasets cannot open it .*no network") as error:
+            texts(source=f"huggingface:{name}")
+        assert "\n" not in str(error.value)
+    expected = [("o/set", None), ("o/set", "part"), ("o/set", None), ("o/set", "part"), ("o/set", "part")]
+    assert asked == [(*words, revision) for words, revision in zip(expected, [None, None, "main", "refs/pr/1", commit])]
+    keys = [
+        source_key(DataConfig(source=f"huggingface:{name}@{commit}")) for name in ("o/set", "o/set:part", "o/other")
+    ]
+    assert len({*keys, source_key(DataConfig(source=f"huggingface:o/set@{commit[::-1]}"))}) == 4 and len(asked) == 5
+    for name in names[:4]:  # these may change
+        with pytest.raises(UserError, match="no network"):
+            source_key(DataConfig(source=f"huggingface:{name}"))
+
+
 def test_without_the_datasets_package_the_fix_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the package datasets: pip install -e '.*\[huggingface\]'"):

@@ -16,7 +16,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import train_bpe
 from jaxgpt.errors import UserError
 from jaxgpt.model import gpt2, huggingface
-from jaxgpt.model.huggingface import NAMES, locate, open_model, read_params, write_model
+from jaxgpt.model.huggingface import NAMES, locate, locate_tokenizer, open_model, read_params, write_model
 from jaxgpt.settings import ModelConfig
 from jaxgpt.storage import manifest
 from jaxgpt.training import models
@@ -306,6 +306,15 @@ def test_a_hub_name_is_found_in_the_local_cache(hub, monkeypatch, tmp_path):
     Path("org/tiny").mkdir(parents=True)
     assert locate("org/tiny") == Path("org/tiny")
     assert locate("hf:org/tiny") == hub
+
+
+def test_a_tokenizer_comes_without_the_weights(monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or "x")
+    for find in (locate, locate_tokenizer):
+        find("hf:org/tiny")
+    with_weights, without = (any("safetensors" in name for name in options["allow_patterns"]) for options in asked)
+    assert with_weights and not without
 
 
 @pytest.mark.parametrize(
