@@ -97,7 +97,7 @@ REFUSED = [
     (("--data.path", "/home/me/texts"), {}, "gs://b/prepared; run here: python -m jaxgpt.prepare"),
     (("--data.path", "runs/texts"), {}, "data.path = runs/texts: the workers have neither it"),
     (("--data.path", "../texts"), {}, "data.path = ../texts: the workers have neither it"),
-    ((), {"TPU_BUCKET": ""}, "with these settings in this TPU"),
+    ((), {"TPU_BUCKET": ""}, "with these settings on a new TPU"),
     ((), {"verb": "trian"}, "jaxgpt has no verb trian"),
     ((), {"config": ("--config", "my.toml")}, "--config = my.toml: the workers have no such file; commit it, or"),
     ((), {"config": ("--config=/home/me/my.toml",)}, "give ~/jaxgpt-bucket/files/my.toml"),
@@ -137,7 +137,7 @@ def test_what_the_workers_would_refuse_is_refused_in_one_line(ask, words, settin
 def test_prepared_data_is_found_by_its_settings_wherever_its_source_lies(ask, prepared):
     (folder,) = [key.split("/")[1] for key in prepared.content]
     for path in ("texts", "/home/me/texts", "~/jaxgpt-bucket/files/texts"):
-        assert ask("--data.path", path, bucket=prepared) == [f"the data is prepared: gs://b/prepared/{folder}"]
+        assert ask("--data.path", path, bucket=prepared) == [f"the data is prepared: {folder} in gs://b/prepared"]
     for other in (("--data.max_bytes", "99"), ("--tokenizer.type", "bpe"), ("--data.source", "jsonl")):
         with pytest.raises(UserError, match="neither it nor data prepared"):
             ask(*other, bucket=prepared)
@@ -150,11 +150,13 @@ def test_what_is_not_prepared_but_can_be_is_a_note(ask):
         (("--data.path", "committed"), {}),
         (("--data.path", "~/jaxgpt-bucket/files/texts"), {"bucket": texts}),
         (("--data.path", "/home/me/jaxgpt-bucket/files"), {"bucket": texts}),
-        (("--data.path", "/mnt/texts"), {"TPU_BUCKET": "none"}),
+        (("--data.source", "huggingface:a/b", "--data.path", "part"), {"TPU_EXTRAS": "tpu,huggingface"}),
         (("--data.source", "huggingface:a/b", "--data.path", "none"), {"TPU_EXTRAS": "tpu,huggingface"}),
     ]:
         (note,) = ask(*words, **settings)
         assert "the workers prepare it first" in note
+    (note,) = ask("--data.path", "/mnt/texts", TPU_BUCKET="none")
+    assert "not looked at" in note
     assert ask("--config", "x", verb="evaluate") == ["only train is checked before the TPU is asked for, not evaluate"]
 
 

@@ -596,7 +596,7 @@ def test_prepare_upload_and_run_through_a_pre_emption_and_a_refused_run_leave_no
     prepare(load_config("c.toml"))
     played.gcloud("storage", "cp", "--recursive", "prepared", "gs://my-bucket/")
     assert played.run("run", *flags) == 0, played.said
-    assert "note: the data is prepared: gs://my-bucket/prepared/texts-" in played.said
+    assert "note: the data is prepared: texts-" in played.said
     assert played.count(QR_CREATE) == 2 and played.left() == []
     assert (
         played.folder / "bucket" / "runs" / "trained"

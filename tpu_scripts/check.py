@@ -234,12 +234,13 @@ def check_data(config: typing.Any, workers: Workers, extras: list[str]) -> list[
     from jaxgpt.preparation.make_dataset import found_without_source, given_tokenizer, place_of
     from jaxgpt.settings import sources_of
 
-    tokenizer = given_tokenizer(config, on_hub)
-    data, where = config.data, "this TPU" if workers.bucket is None else f"gs://{workers.bucket.name}/prepared"
-    parts = sources_of(data)
-    files = [part.path for part in parts if part.path]
-    absent = [path for path in files if not workers.have(path)]
-    hub = [part.source for part in parts if part.source.startswith("huggingface:")]
+    if workers.own_folder:
+        return ["the data is not looked at: it lies in the folder that you mount (--bucket none)"]
+    tokenizer, data = given_tokenizer(config, on_hub), config.data
+    where = f"in gs://{workers.bucket.name}/prepared" if workers.bucket else "on a new TPU"
+    hub = [part.source for part in sources_of(data) if part.source.startswith("huggingface:")]
+    # Of a data set on the hub, data.path is a folder there.
+    files = [part.path for part in sources_of(data) if part.path and not (part.source in hub and "/" in part.source)]
     moving = [source for source in hub if not re.search("@[0-9a-f]{40}$", source)]
     if files or moving or not sources.is_at_hand(data):  # asking for the source here would not ask what a worker sees
         found = found_without_source(Path(data.prepared_dir), config, tokenizer)
@@ -247,28 +248,27 @@ def check_data(config: typing.Any, workers: Workers, extras: list[str]) -> list[
         place = place_of(config, tokenizer).path
         found = place if place.exists() else None
     if found:
-        notes = [f"the data is prepared: {where}/{found.name}"]
+        notes = [f"the data is prepared: {found.name} {where}"]
         if moving and "huggingface" in extras:
             notes.append(f"{moving[0]} is prepared anew if it changes on the hub; name a commit: {moving[0]}@COMMIT")
         return notes
     prepare = "python -m jaxgpt.prepare with the same --config and --data settings"
     if workers.bucket:
         prepare += f", then gcloud storage cp --recursive prepared gs://{workers.bucket.name}/"
-    if absent and not workers.own_folder:
+    if absent := [path for path in files if not workers.have(path)]:
         raise UserError(
-            f"data.path = {absent[0]}: the workers have neither it nor data prepared from it with these settings in "
+            f"data.path = {absent[0]}: the workers have neither it nor data prepared from it with these settings "
             f"{where}; run here: {prepare}"
         )
-    cleaning = config.cleaning
-    needed = {"huggingface"} if hub else set()
+    cleaning, needed = config.cleaning, {"huggingface"} if hub else set()
     if cleaning.html or cleaning.fix_encoding or cleaning.language or cleaning.near_duplicates:
         needed.add("clean")
     if lacking := sorted(needed - set(extras)):
         raise UserError(
-            f"the data is not in {where}, and to prepare it the workers lack {' and '.join(lacking)}: --extras "
+            f"the data is not {where}, and to prepare it the workers lack {' and '.join(lacking)}: --extras "
             f"{','.join([*extras, *lacking])}; or run here: {prepare}"
         )
-    return [f"the data is not in {where}: the workers prepare it first, and the TPU waits; cheaper here: {prepare}"]
+    return [f"the data is not {where}: the workers prepare it first, and the TPU waits; cheaper here: {prepare}"]
 
 
 def main() -> int:
