@@ -33,7 +33,6 @@ def test_it_runs_from_top_to_bottom_and_again(notebook, tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     for cell in notebook.cells:  # what it writes beside the runs belongs into a scratch folder, too
-        cell.source = cell.source.replace("prepared $FLAGS", f"{tmp_path}/prepared $FLAGS")
         cell.source = cell.source.replace("first.log", f"{tmp_path}/first.log")
         cell.source = cell.source.replace("serve.log", f"{tmp_path}/serve.log")
     client = nbclient.NotebookClient(
