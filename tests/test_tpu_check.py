@@ -9,6 +9,7 @@ import pytest
 from jaxgpt import train
 from jaxgpt.config import load_config, to_json
 from jaxgpt.errors import UserError
+from jaxgpt.planning.planner import vocabulary
 from jaxgpt.preparation.make_dataset import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +196,7 @@ def test_the_124m_config_fits_the_slices_that_the_docs_train_it_on(kind, words):
         ["--config", str(ROOT / "configs/gpt2_124m.toml"), *(f"--train.per_device_train_batch_size={n}" for n in words)]
     )
     check.check_devices(config, {"TPU_TYPE": kind})
+    assert vocabulary(config) == 50257  # plan needs no hub for it
 
 
 def test_what_gcloud_says_of_the_bucket(monkeypatch, tmp_path):
