@@ -16,7 +16,7 @@ A plan, all of it optional:
     lose            words of remote commands whose first answer is lost
     there           things from before
     mig_errors      what list-errors says
-    hurry           how many seconds pass in a second's sleep
+    hurry           how many seconds pass in a second's sleep, 4 by default
 """
 
 import fcntl
@@ -103,7 +103,7 @@ def make_world(folder, plan: dict) -> dict[str, str]:
         "sudo": 'exec "$@"',
         "curl": "exit 6",  # there is no network
     }
-    commands["sleep"] = commands["sleep"].replace("HURRY", str(plan.get("hurry", 1)))
+    commands["sleep"] = commands["sleep"].replace("HURRY", str(plan.get("hurry", 4)))
     for name in ("bin", "homes", "bucket"):
         (folder / name).mkdir(parents=True)
     for name, text in commands.items():

@@ -578,7 +578,7 @@ def test_prepare_upload_and_run_through_a_pre_emption_and_a_refused_run_leave_no
     shutil.copytree(SCRIPTS, laptop / "tpu_scripts")
     (laptop / "c.toml").write_text(
         '[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_positions = 16\n[tokenizer]\ntype = "char"\n'
-        '[data]\nsource = "text"\npath = "texts"\n[train]\nglobal_batch_size = 32\nper_device_train_batch_size = 2\n'
+        '[data]\nsource = "text"\npath = "texts"\n[train]\nper_device_train_batch_size = "auto"\n'
     )
     commit(laptop)
     (laptop / "texts").mkdir()

@@ -160,7 +160,6 @@ def check_devices(config: typing.Any, settings: Mapping[str, str]) -> None:
     """Raise UserError unless the mesh and the batch of the settings fit the slices."""
     from jaxgpt.errors import UserError
     from jaxgpt.parallel.mesh import check_slices, mesh_shape
-    from jaxgpt.training.step import resolve_batch
 
     slices = int(settings.get("TPU_SLICES", "1"))
     total = slices * devices_of(settings["TPU_TYPE"], settings.get("TPU_TOPOLOGY", ""))
@@ -168,6 +167,8 @@ def check_devices(config: typing.Any, settings: Mapping[str, str]) -> None:
     check_slices(shape, slices)
     if config.train.per_device_train_batch_size == "auto":
         return
+    from jaxgpt.training.step import resolve_batch
+
     try:
         resolve_batch(config, data * fsdp)
     except UserError as error:
