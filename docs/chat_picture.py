@@ -1,8 +1,8 @@
 """Takes docs/chat.png, the chat page in a conversation with a speedrun's model.
 
-    pip install playwright      # and Debian's package chromium
-    python -m jaxgpt.serve --checkpoint runs/speedrun/chat
-    python docs/chat_picture.py
+pip install playwright      # and Debian's package chromium
+python -m jaxgpt.serve --checkpoint runs/speedrun/chat
+python docs/chat_picture.py
 """
 
 import shutil
