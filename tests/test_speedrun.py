@@ -1,5 +1,6 @@
 """`speedrun` from nothing to a chat model: real processes, killed at any moment, and what is refused at once."""
 
+import contextlib
 import json
 import os
 import random
