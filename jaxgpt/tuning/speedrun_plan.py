@@ -106,8 +106,12 @@ class ReachableSize(NamedTuple):
 
     n_layer: int
     n_embd: int
+    parameters: int
+    """Without embeddings."""
     tokens: float
+    """Of pretraining."""
     loss: float
+    """By the law."""
 
 
 def frame_for(minutes: float, devices: int, is_cpu: bool) -> Frame:
@@ -118,20 +122,20 @@ def frame_for(minutes: float, devices: int, is_cpu: bool) -> Frame:
 
 
 def candidates(seconds: float, measured: Sequence[StepTime], frame: Frame) -> list[ReachableSize]:
-    """What each size can reach in `seconds` of steps of both runs, the best first."""
+    """What each size can reach in `seconds` of steps of both runs, the best first.
+
+    By the law, or, where that leads beyond what was measured, the largest model with enough tokens for a parameter.
+    """
     law, found = builtin_law(), []
     for size in SIZES:
         tokens = frame.shares(seconds, frame.token_rate(*size, measured))[0]
         parameters = without_embeddings(frame.model(*size))
-        guess = law.predict(parameters, tokens)
-        if guess is not None:
-            loss = guess.loss
-        elif tokens >= _TOKENS_PER_PARAMETER * parameters:
-            loss = 1 / parameters  # beyond what was measured: the largest model with enough tokens for each parameter
-        else:
-            loss = 1 + parameters / tokens
-        found.append(ReachableSize(*size, tokens, loss))
-    return sorted(found, key=lambda each: each.loss)
+        found.append(ReachableSize(*size, parameters, tokens, law.loss(parameters, max(tokens, 1.0))))
+    found.sort(key=lambda each: each.loss)
+    if law.predict(found[0].parameters, found[0].tokens) is None:
+        is_enough = lambda each: each.tokens >= _TOKENS_PER_PARAMETER * each.parameters
+        found.sort(key=lambda each: -each.parameters if is_enough(each) else each.parameters)
+    return found
 
 
 def settings_of(
