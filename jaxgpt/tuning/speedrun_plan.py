@@ -16,7 +16,7 @@ from jaxgpt.tuning.scaling import without_embeddings
 from jaxgpt.tuning.speed_probe import StepTime, flops_of_step, seconds_of
 
 SIZES = (
-    (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 320), (6, 384), (8, 512), (12, 768), (24, 1024), (36, 1280),
+    (3, 96), (4, 128), (4, 192), (5, 256), (6, 320), (6, 384), (8, 512), (12, 768), (24, 1024), (36, 1280),
 )  # fmt: skip
 """(layers, width) of the models that it chooses from, each two to three times as large as the one before."""
 CHAT_SHARE, MOST_CHAT = 0.75, 30_000_000  # of the training time, and tokens, after which skills hardly get better
@@ -26,7 +26,7 @@ RESERVE = 0.04  # of all the time, for what goes slower than it was measured
 OTHER_SECONDS = 25.0  # of a run besides its steps and compiling: imports, samples, checkpoints, the report, hf/
 CHAT_BYTES_PER_TOKEN = 3.7  # of the skills' JSON, with a vocabulary of 2,048
 TEXT_BYTES_PER_TOKEN = 2.6  # of the built-in text
-MOST_BYTES = 60_000_000  # of made-up conversations, and of text of which only so much can be read twice
+MADE_BYTES, MADE_BYTES_A_MINUTE = 60_000_000, 1_800_000  # of made-up conversations, at most; then they are read again
 _TOKENS_PER_PARAMETER = 20  # beyond the measured law: Hoffmann et al. 2022, table 3
 
 
@@ -81,9 +81,9 @@ class Frame(NamedTuple):
         )
 
     def rows(self, tokens: float) -> int:
-        """Sequences of a step, a multiple of the devices: 2,048 tokens in runs of up to 4 M tokens, and with the power
-        0.7 of theirs from there to the half million of GPT-2's 10 billion. Larger ones leave a short run few steps."""
-        wanted = 2048 * 2 ** max(0, round(0.7 * math.log2(max(tokens, 1) / 4e6))) / self.n_positions
+        """Sequences of a step, a multiple of the devices: 2,048 tokens in runs of up to 16 M tokens, and with the power
+        0.85 of theirs from there to the half million of GPT-2's 10 billion. Larger ones leave a short run few steps."""
+        wanted = 2048 * 2 ** max(0, round(0.85 * math.log2(max(tokens, 1) / 16e6))) / self.n_positions
         return self.devices * max(1, round(wanted / self.devices))
 
     def length(self, tokens: float) -> Length:
@@ -151,6 +151,7 @@ def settings_of(
     settings: dict[str, Any] = {
         **{f"model.{name}": getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "dtype")},
         **{f"data.{name}": value for name, value in data.items()},
+        "data.on_bad_record": "skip",  # and counted: the time is short, and the report says what was left out
         "data.prepared_dir": f"{folder}/prepared",
         "tokenizer.type": "folder",
         "tokenizer.path": f"{folder}/tokenizer",

@@ -197,7 +197,7 @@ def _planned(state: _State, request: SpeedrunRequest, data: SpeedrunData, frame:
     if "plan" in state.read:
         return SpeedrunPlan.from_json(state.read["plan"])
     if "sources" not in state.read:
-        state.write(sources=_sources(_plan_now(state, request, data, frame), data, frame))
+        state.write(sources=_sources(_plan_now(state, request, data, frame), data, frame, request.minutes))
     folder, sources = request.workdir, state.read["sources"]
 
     def settings(plan: SpeedrunPlan, stage: str) -> dict[str, Any]:
@@ -247,16 +247,19 @@ def _make_tokenizer(folder: Path, data: SpeedrunData, vocab_size: int) -> None:
         with_chat_tokens(train_bpe(turns, vocab_size, sys.stderr.isatty())).save(new)
 
 
-def _sources(plan: SpeedrunPlan, data: SpeedrunData, frame: Frame) -> dict[str, dict[str, Any]]:
+def _sources(plan: SpeedrunPlan, data: SpeedrunData, frame: Frame, minutes: float) -> dict[str, dict[str, Any]]:
     """The settings of [data] of both runs: as much text as the steps read, and a little more."""
     text, chat = (length.rows * length.steps * frame.n_positions for length in (plan.pretrain, plan.chat))
     text_bytes = max(2_000_000, round(1.2 * text * speedrun_plan.TEXT_BYTES_PER_TOKEN, -5))
     chat_bytes = max(2_000_000, round(1.1 * chat * speedrun_plan.CHAT_BYTES_PER_TOKEN, -5))
+    if data.has_skills:
+        most = min(speedrun_plan.MADE_BYTES, minutes * speedrun_plan.MADE_BYTES_A_MINUTE)
+        chat_bytes = min(chat_bytes, most)
     share = speedrun_plan.TEXT_SHARE
     mixture = [{**data.chat, "weight": 1 - share}, {**data.text, "weight": share}]
     return {
         "pretrain": {**data.text, "max_bytes": int(text_bytes)},
-        "chat": {"source": mixture, "max_bytes": min(int(chat_bytes), speedrun_plan.MOST_BYTES)},
+        "chat": {"source": mixture, "max_bytes": int(chat_bytes)},
     }
 
 
