@@ -17,7 +17,7 @@ PICTURE = Path(__file__).with_name("chat.png")
 def main() -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 960, "height": 720}, locale="en-US")
+        page = browser.new_page(viewport={"width": 720, "height": 920}, locale="en-US")
         page.goto("http://127.0.0.1:8000")
         page.click("#tab-chat")
         for number, question in enumerate(QUESTIONS):
