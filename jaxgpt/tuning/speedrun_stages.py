@@ -38,6 +38,7 @@ from jaxgpt.tuning.speedrun_data import BUILTIN, SpeedrunData, chosen_data
 from jaxgpt.tuning.speedrun_plan import Frame, Length, SpeedrunPlan, frame_for
 
 FILE, LEAST_MINUTES = "speedrun.json", 2.0
+_FIRST_PROBE, _FIRST_PROBE_ACCELERATOR = (4, 128), (8, 512)  # (layers, width) of SIZES, where the time is not known yet
 _PREPARE_SECONDS, _PREPARE_SHARE = 12.0, 0.06  # measured on 2 cores: the start, and what grows with the training
 _TOKENIZER_BYTES = 6_000_000
 _SCORE_SECONDS = 25.0  # 680 questions on 2 cores, compiling included
@@ -169,7 +170,7 @@ def _measured(state: _State, request: SpeedrunRequest, frame: Frame) -> None:
         return
     with _stage(state, "measure", "how fast is this machine?"):
         measured: list[StepTime] = []
-        size, tried = speedrun_plan.SIZES[2 if frame.is_cpu else 7], set[tuple[int, int]]()
+        size, tried = _FIRST_PROBE if frame.is_cpu else _FIRST_PROBE_ACCELERATOR, set[tuple[int, int]]()
         any_length = Length(8 * frame.devices, 1000)
         while size not in tried and len(tried) < 3:
             plan = SpeedrunPlan(size[0], size[1], any_length, any_length, None, 0.0)
@@ -228,11 +229,8 @@ def _plan_now(state: _State, request: SpeedrunRequest, data: SpeedrunData, frame
         tokens = request.tokens, min(request.tokens * share / (1 - share), speedrun_plan.MOST_CHAT)
     pretrain, chat = map(frame.length, tokens)
     is_law = data.text["source"] == BUILTIN and frame.vocab_size == LAW_VOCABULARY
-    parameters, exact = (
-        without_embeddings(frame.model(n_layer, n_embd)),
-        pretrain.rows * pretrain.steps * frame.n_positions,
-    )
-    guess = builtin_law().predict(parameters, exact) if is_law else None
+    parameters, exact = without_embeddings(frame.model(n_layer, n_embd)), pretrain.rows * pretrain.steps
+    guess = builtin_law().predict(parameters, exact * frame.n_positions) if is_law else None
     return SpeedrunPlan(n_layer, n_embd, pretrain, chat, guess, seconds)
 
 
