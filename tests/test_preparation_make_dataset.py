@@ -21,7 +21,6 @@ from jaxgpt.config import Config, from_json, to_json
 from jaxgpt.data.dataset import open_dataset
 from jaxgpt.data.tokenizer_folder import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.inference.answers import asked_in
 from jaxgpt.preparation import chunks, duplicates, lint, make_dataset, preparation_report, sources, splitting, stages
 from jaxgpt.preparation.chunks import SPLIT_CODES, Rows, WorkFolder, write_rows
 from jaxgpt.preparation.make_dataset import prepare
@@ -313,6 +312,8 @@ def test_an_answer_that_does_not_fit_is_refused_or_counted(tmp_path):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_text_among_conversations_is_learned_whole_held_out_and_counted_apart(packing, tmp_path, monkeypatch, capsys):
+    from jaxgpt.inference.answers import asked_in  # imports jax, which workers of this file must not
+
     book = "".join(f"第{n}章 it says <|im_end|> and https://x.org/{n}\n" + "\n" * (n % 3) for n in range(160))
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
     (tmp_path / "pages").mkdir()
