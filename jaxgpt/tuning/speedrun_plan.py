@@ -23,7 +23,8 @@ CHAT_SHARE, MOST_CHAT = 0.75, 30_000_000  # of the training time, and tokens, af
 CHAT_RATE = 0.006  # of Muon: 0.0035, 0.01, 0.015 and 0.02 learned the skills more slowly (docs/speedrun.md)
 TEXT_SHARE = 0.05  # of the text in the chat data, so that the model does not forget its pretraining
 RESERVE = 0.04  # of all the time, for what goes slower than it was measured
-OTHER_SECONDS = 25.0  # of a run besides its steps and compiling: imports, samples, checkpoints, the report, hf/
+OTHER_SECONDS = 18.0  # of a run besides its steps and compiling: evaluations, samples, checkpoints, the report, hf/
+SLOWER = 1.05  # a step among data and metrics, beside a probe's
 CHAT_BYTES_PER_TOKEN = 3.7  # of the skills' JSON, with a vocabulary of 2,048
 TEXT_BYTES_PER_TOKEN = 2.6  # of the built-in text
 MADE_BYTES, MADE_BYTES_A_MINUTE = 60_000_000, 1_800_000  # of made-up conversations, at most; then they are read again
@@ -98,7 +99,8 @@ class Frame(NamedTuple):
     def token_rate(self, n_layer: int, n_embd: int, measured: Sequence[StepTime]) -> float:
         """Tokens a second of training with a model of this size, by the steps that were measured."""
         config, rows = Config(model=self.model(n_layer, n_embd)), 8 * self.devices
-        return rows * self.n_positions / seconds_of(flops_of_step(config, self.vocab_size, rows), list(measured))
+        seconds = seconds_of(flops_of_step(config, self.vocab_size, rows), list(measured))
+        return rows * self.n_positions / (SLOWER * seconds)
 
 
 class ReachableSize(NamedTuple):

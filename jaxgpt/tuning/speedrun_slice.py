@@ -62,7 +62,7 @@ def print_slice_plan(minutes: float, name: str, machine: Machine) -> None:
     rate = frame.token_rate(*size, measured)
     pretrain, chat = frame.shares(seconds, rate)
     count, hours = parameter_count(frame.model(*size), frame.vocab_size), minutes / 60
-    print(f"slice    {name}: {rate:,.0f} tokens a second by the compiler")
+    print(f"slice    {name}: {rate * speedrun_plan.SLOWER:,.0f} tokens a second by the compiler")
     print(f"model    {count / 1e6:,.0f} M parameters: {size[0]} layers of {size[1]}, rows of {frame.n_positions}")
     print(f"tokens   {pretrain / 1e9:.2f} billion of pretraining, {chat / 1e6:.0f} million of chat")
     print(f"time     {hours:.1f} h, {OTHER_MINUTES:g} minutes of it to prepare, compile and score")
