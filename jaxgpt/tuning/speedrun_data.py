@@ -28,6 +28,11 @@ class SpeedrunData(NamedTuple):
     def has_skills(self) -> bool:
         return self.chat["source"] == "skills"
 
+    @property
+    def text_can_be_mixed(self) -> bool:
+        """Whether the text may stand among conversations: rows of tables would be read as such (docs/data.md)."""
+        return self.text["source"] in (BUILTIN, "text", "html")
+
 
 @functools.cache
 def presets() -> dict[str, dict[str, Any]]:

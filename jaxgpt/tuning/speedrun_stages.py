@@ -241,9 +241,11 @@ def _make_tokenizer(folder: Path, data: SpeedrunData, vocab_size: int) -> None:
     """Train a BPE on as much text as conversations, with the tokens of a turn."""
     if folder.exists():
         return
-    both = (SourceConfig(**data.chat), SourceConfig(**data.text))
-    texts = documents(DataConfig(source=both, format="chat", max_bytes=_TOKENIZER_BYTES, on_bad_record="skip"))
-    turns = itertools.chain.from_iterable(plain_texts(document.text, ChatConfig()) for document in texts)
+    half: dict[str, Any] = {"max_bytes": _TOKENIZER_BYTES // 2, "on_bad_record": "skip"}
+    talks = documents(DataConfig(source=(SourceConfig(**data.chat),), format="chat", **half))
+    texts = documents(DataConfig(source=(SourceConfig(**data.text),), **half))
+    turns = itertools.chain.from_iterable(plain_texts(talk.text, ChatConfig()) for talk in talks)
+    turns = itertools.chain(turns, (text.text for text in texts))
     with new_folder(folder, existing="keep") as new:
         with_chat_tokens(train_bpe(turns, vocab_size, sys.stderr.isatty())).save(new)
 
@@ -258,6 +260,11 @@ def _sources(plan: SpeedrunPlan, data: SpeedrunData, frame: Frame, minutes: floa
         chat_bytes = min(chat_bytes, most)
     share = speedrun_plan.TEXT_SHARE
     mixture = [{**data.chat, "weight": 1 - share}, {**data.text, "weight": share}]
+    if not data.text_can_be_mixed:
+        print(
+            f"data     the chat reads no text: a mixture takes {data.text['source']} for conversations only", flush=True
+        )
+        mixture = [data.chat]
     return {
         "pretrain": {**data.text, "max_bytes": int(text_bytes)},
         "chat": {"source": mixture, "max_bytes": int(chat_bytes)},
